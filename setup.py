@@ -1,0 +1,135 @@
+"""Builds ``torchquant._C``, the C++ kernels and operators, against the torch found at build time.
+
+What does not depend on that torch stands in ``pyproject.toml``. Three things do, and are here:
+
+* the extension itself;
+* the run-time requirement: the C++ interface of torch is stable within one release only, so the
+  package requires exactly the release that it was built against;
+* ``torchquant/_build_info.py``, which records that release. ``torchquant/_extension.py`` compares
+  it with the installed torch *before* loading the library, while a clear message is possible.
+
+No flag here depends on the machine. Which instruction sets are compiled is decided in the sources,
+by target regions, and which one runs is decided at run time; ``-march=native`` would undo both.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.errors import CompileError
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"torchquant is built against torch, which cannot be imported here ({error}). Either "
+        "leave out --no-build-isolation, or first install torch>=2.11,<2.14, setuptools and ninja."
+    ) from None
+
+ROOT = Path(__file__).resolve().parent
+TORCH_MIN, TORCH_BELOW = (2, 11), (2, 14)  # the same range as build-system.requires
+TORCH_RELEASE = torch.__version__.partition("+")[0]  # "2.13.0+cpu" -> "2.13.0"
+
+# Numerics: no contraction of a*b+c, not even where the user's CFLAGS ask for fast arithmetic.
+# -g0 undoes Python's own -g, which multiplies the size of the library.
+COMPILE_FLAGS = [
+    "-O3",
+    "-fno-fast-math",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-g0",
+]
+# at::parallel_for is a header: without -fopenmp it silently runs on one thread. Apple's clang has
+# no OpenMP, there one thread is what we get.
+OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+
+def sources(*suffixes: str) -> list[str]:
+    """Files below csrc with one of these suffixes, relative to this folder (setuptools' wish)."""
+    found = (path for path in ROOT.glob("csrc/**/*") if path.suffix in suffixes)
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def compiler_version(compiler: list[str]) -> str:
+    """First line of ``compiler --version``, for the build record."""
+    output = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    return output.stdout.splitlines()[0].strip()
+
+
+def check_prerequisites(compiler: list[str]) -> None:
+    """Stop with one clear line where the compiler would stop with pages."""
+    if sys.platform == "win32":
+        raise CompileError("torchquant builds on Linux and macOS; on Windows use it inside WSL.")
+    version = tuple(int(part) for part in TORCH_RELEASE.split(".")[:2])
+    if not TORCH_MIN <= version < TORCH_BELOW:
+        raise CompileError(
+            f"torchquant needs torch>=2.11,<2.14 to build, found {torch.__version__}. Install one "
+            "of these, or leave out --no-build-isolation so that pip fetches one."
+        )
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").is_file():
+        raise CompileError(
+            f"Python's C headers are missing ({include / 'Python.h'}). Install them: 'apt-get "
+            "install python3-dev' on Debian and Ubuntu, 'dnf install python3-devel' on Fedora."
+        )
+    if shutil.which(compiler[0]) is None:
+        raise CompileError(
+            f"no C++ compiler: '{compiler[0]}' is not on the PATH. Install g++ 11 or newer "
+            "('apt-get install g++'), or name another compiler in the environment variable CXX."
+        )
+
+
+class BuildExt(BuildExtension):
+    """BuildExtension, with the checks before it and the build record after it."""
+
+    def run(self) -> None:
+        compiler = shlex.split(get_cxx_compiler())  # the environment variable CXX, else c++
+        check_prerequisites(compiler)
+        # setuptools would skip an extension that is newer than its sources, even when it was built
+        # for another torch. ninja, behind BuildExtension, knows better: headers and flags count.
+        self.force = True
+        super().run()
+        self.write_build_info(compiler_version(compiler))
+
+    def write_build_info(self, compiler: str) -> None:
+        """Write torchquant/_build_info.py beside each copy of the library."""
+        lines = [
+            '"""Written by setup.py; describes the torchquant._C beside it."""\n',
+            f"TORCH_VERSION = {str(torch.__version__)!r}",
+            f"CXX11_ABI = {torch.compiled_with_cxx11_abi()!r}",
+            f"COMPILER = {compiler!r}",
+            f"FLAGS = {' '.join(COMPILE_FLAGS + OPENMP_FLAGS)!r}",
+        ]
+        folders = [Path(self.build_lib)] + ([ROOT] if self.inplace else [])
+        for folder in folders:
+            (folder / "torchquant" / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
+setup(
+    install_requires=[
+        f"torch=={TORCH_RELEASE}",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    ext_modules=[
+        CppExtension(
+            "torchquant._C",
+            sources(".cpp"),
+            include_dirs=[str(ROOT / "csrc")],  # absolute: ninja runs in the build folder
+            depends=sources(".h", ".inc"),
+            # The macro makes ninja rebuild when torch changes under an existing build folder.
+            define_macros=[("TORCHQUANT_TORCH_VERSION", f'"{torch.__version__}"')],
+            extra_compile_args=COMPILE_FLAGS + OPENMP_FLAGS,
+            extra_link_args=OPENMP_FLAGS,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
