@@ -1,0 +1,43 @@
+"""The specification: every operator in plain torch, on any device, exact to the bit.
+
+Readable before fast. The kernels must produce the bits that these functions produce; the tests
+compare with ``torch.equal``. What each function promises stands in its module:
+
+* :mod:`~torchquant.functional.affine`: quantize, dequantize, fake-quantize, per-token rows
+* :mod:`~torchquant.functional.qparams`: choosing scale and zero point
+* :mod:`~torchquant.functional.linear`: the integer linear layer
+* :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu as fixed fp32 sequences
+* :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch
+"""
+
+from torchquant.functional._arithmetic import fmaf
+from torchquant.functional.activations import ACTIVATIONS, gelu, gelu_tanh, relu, silu
+from torchquant.functional.affine import dequantize, fake_quantize, quantize, quantize_per_token
+from torchquant.functional.linear import (
+    dynamic_linear,
+    quantize_bias,
+    quantized_linear,
+    shift_bias,
+    static_linear,
+)
+from torchquant.functional.qparams import choose_qparams, qparams_from_range
+
+__all__ = [
+    "ACTIVATIONS",
+    "choose_qparams",
+    "dequantize",
+    "dynamic_linear",
+    "fake_quantize",
+    "fmaf",
+    "gelu",
+    "gelu_tanh",
+    "qparams_from_range",
+    "quantize",
+    "quantize_bias",
+    "quantize_per_token",
+    "quantized_linear",
+    "relu",
+    "shift_bias",
+    "silu",
+    "static_linear",
+]
