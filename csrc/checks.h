@@ -1,0 +1,105 @@
+// What every operator checks, in one wording: "op: argument must be ..., got ...; remedy".
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <sstream>
+#include <string>
+#include <string_view>
+
+#include "kernels/kernel_table.h"
+#include "kernels/layout.h"
+
+namespace torchquant {
+
+inline std::string dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kChar: return "int8";
+    case at::kByte: return "uint8";
+    case at::kShort: return "int16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kBool: return "bool";
+    default: return c10::toString(type);
+  }
+}
+
+inline std::string describe(const at::Tensor& t) {  // "int8 [4, 8]"
+  std::ostringstream out;
+  out << dtype_name(t.scalar_type()) << " [";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+inline bool is_float_input(at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; }
+
+inline FloatType float_type(at::ScalarType t) {
+  return t == at::kFloat ? FloatType::kF32 : (t == at::kBFloat16 ? FloatType::kBF16 : FloatType::kF16);
+}
+
+inline void check_float(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(is_float_input(t.scalar_type()), op, ": ", name,
+                    " must be float32, bfloat16 or float16, got ", describe(t), "; convert it with .to(torch.float32)");
+}
+
+inline void check_byte(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kChar || t.scalar_type() == at::kByte, op, ": ", name,
+                    " must be int8 or uint8, got ", describe(t), "; quantize it first (torchquant.ops.quantize)");
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType want) {
+  TORCH_CHECK_TYPE(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", describe(t));
+}
+
+inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t at_least) {
+  TORCH_CHECK_VALUE(t.dim() >= at_least, op, ": ", name, " must have at least ", at_least, " dimension",
+                    at_least == 1 ? "" : "s", ", got ", describe(t));
+}
+
+// A per-channel argument of n values (or, where `broadcast`, one value).
+inline void check_channels(const char* op, const char* name, const at::Tensor& t, at::ScalarType want, int64_t n,
+                           bool broadcast) {
+  const bool shape_ok = t.dim() == 1 && (t.size(0) == n || (broadcast && t.size(0) == 1));
+  TORCH_CHECK_VALUE(t.scalar_type() == want && shape_ok, op, ": ", name, " must be ", dtype_name(want), " [", n, "]",
+                    broadcast && n != 1 ? " or [1]" : "", " with one value per output channel, got ", describe(t));
+}
+
+inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, " must be on the CPU like input, got ", t.device(),
+                    "; move the module or the tensor with .to(\"cpu\")");
+}
+
+// The packed weight of an out_features x in_features layer; the tiles say themselves what they were made for.
+inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
+  check_cpu(op, "packed", packed);
+  TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
+  TORCH_CHECK_VALUE(n >= 1, op, ": out_features must be at least 1, got ", n);
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.dim() == 2 && packed.size(0) == num_tiles(n) &&
+                        packed.size(1) == tile_bytes(k) && packed.is_contiguous(),
+                    op, ": packed must be the int8 [", num_tiles(n), ", ", tile_bytes(k),
+                    "] result of pack_weight for out_features = ", n, " and in_features = ", k, ", got ",
+                    describe(packed), "; the last dimension of input must be in_features");
+  const int8_t* tile = packed.const_data_ptr<int8_t>();
+  TORCH_CHECK_VALUE(tile_version(tile, k) == kLayoutVersion && tile_in_features(tile, k) == k &&
+                        tile_out_features(tile, k) == n,
+                    op, ": packed was made for out_features = ", tile_out_features(tile, k), ", in_features = ",
+                    tile_in_features(tile, k), " (layout ", tile_version(tile, k), "), but this call has out_features = ",
+                    n, ", in_features = ", k, " (layout ", kLayoutVersion, "); pack the weight again with pack_weight");
+}
+
+inline Activation activation_from(const char* op, std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, gelu, gelu_tanh, silu, got '", name, "'");
+}
+
+}  // namespace torchquant

@@ -1,0 +1,101 @@
+// How one linear call is cut into work: panels of quantized rows, tiles of output channels, threads.
+//
+// Rows are quantized into a panel that should stay in a core's second-level cache, then multiplied with the packed
+// weight. Three ways to share that among threads, by shape alone (results never depend on it: the sums are integers):
+//   one thread      little work: starting a second one costs more than it brings;
+//   by rows         every thread quantizes and multiplies its own rows, no meeting point; the weights are read by all,
+//                   so only where they are small or the rows many;
+//   by columns      rows are quantized once (by all threads where that pays), then each thread takes a share of the
+//                   weight tiles: every weight is read by one thread.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/workspace.h"
+#include "kernels/kernel_table.h"
+#include "kernels/layout.h"
+
+namespace torchquant {
+
+struct Panel {  // rows [0, rows) of quantized activations and what the epilogue needs to know of each
+  uint8_t* q;
+  int64_t stride, fill_to;
+  float* row_scale;
+  int32_t* row_zero;
+  int32_t* row_term;  // null unless the weight has zero points
+};
+
+inline constexpr int64_t kPanelBytes = 1 << 20;          // half of a common second-level cache
+inline constexpr int64_t kSerialProducts = 1 << 18;      // m * n * k below which one thread is faster (measured)
+inline constexpr int64_t kSerialQuantize = 1 << 15;      // elements below which one thread quantizes
+inline constexpr int64_t kSharedWeightBytes = 1 << 20;   // weights that every thread may read for itself
+inline constexpr int64_t kManyRows = 256;                // rows a thread that make up for reading all weights
+
+inline Panel make_panel(Workspace& workspace, int64_t rows, int64_t k, bool want_term) {
+  const int64_t stride = panel_stride(k), arrays = ceil_div(rows, 16) * 64;  // bytes of one 4-byte array, whole lines
+  uint8_t* base = workspace.get(rows * stride + 3 * arrays);
+  uint8_t* tail = base + rows * stride;
+  return {base,
+          stride,
+          padded_k(k),
+          reinterpret_cast<float*>(tail),
+          reinterpret_cast<int32_t*>(tail + arrays),
+          want_term ? reinterpret_cast<int32_t*>(tail + 2 * arrays) : nullptr};
+}
+
+inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t first_row, int64_t c_bytes) {
+  GemmArgs g = args;
+  g.a = panel.q;
+  g.lda = panel.stride;
+  g.row_scale = panel.row_scale;
+  g.row_zero = panel.row_zero;
+  g.row_term = panel.row_term;
+  g.c = static_cast<char*>(args.c) + first_row * args.ldc * c_bytes;
+  return g;
+}
+
+// `make_rows(panel, m0, m1, first)` writes rows m0 .. m1 of the input to panel rows m0 - first .. m1 - first.
+// `args` lacks only the panel; its output starts at args.c, c_bytes an element.
+template <class MakeRows>
+void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64_t c_bytes, bool want_term, const MakeRows& make_rows) {
+  const int64_t tiles = num_tiles(args.n), k = args.k;
+  const int64_t block = table.row_block;
+  const int64_t panel_rows = std::max(block, kPanelBytes / panel_stride(k) / block * block);
+
+  auto rows_alone = [&](int64_t m0, int64_t m1) {  // this thread, panel by panel
+    for (int64_t first = m0; first < m1; first += panel_rows) {
+      const int64_t last = std::min(m1, first + panel_rows);
+      const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
+      make_rows(panel, first, last, first);
+      table.gemm(with_panel(args, panel, first, c_bytes), 0, last - first, 0, tiles);
+    }
+  };
+
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || m * args.n * k < kSerialProducts) return rows_alone(0, m);
+
+  const int64_t row_blocks = ceil_div(m, block);
+  const bool by_rows = row_blocks >= threads &&
+                       (packed_bytes(args.n, k) <= kSharedWeightBytes || m >= kManyRows * threads);
+  if (by_rows) {
+    at::parallel_for(0, row_blocks, 1, [&](int64_t first, int64_t last) {
+      rows_alone(first * block, std::min(m, last * block));
+    });
+    return;
+  }
+  for (int64_t first = 0; first < m; first += panel_rows) {
+    const int64_t last = std::min(m, first + panel_rows);
+    const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
+    if ((last - first) * k < kSerialQuantize) make_rows(panel, first, last, first);
+    else at::parallel_for(first, last, 1, [&](int64_t m0, int64_t m1) { make_rows(panel, m0, m1, first); });
+    const GemmArgs g = with_panel(args, panel, first, c_bytes);
+    at::parallel_for(0, ceil_div(tiles, 2), 1, [&](int64_t pair0, int64_t pair1) {
+      table.gemm(g, 0, last - first, 2 * pair0, std::min(tiles, 2 * pair1));
+    });
+  }
+}
+
+}  // namespace torchquant

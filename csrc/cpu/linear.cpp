@@ -1,0 +1,283 @@
+// int8_mm, linear_dynamic, linear_static: one fused call each, from rows of activations to the finished output.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cpu/gemm_driver.h"
+
+namespace torchquant {
+namespace {
+
+std::vector<int64_t> output_sizes(const at::Tensor& input, int64_t out_features) {
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = out_features;
+  return sizes;
+}
+
+// The last dimension contiguous and the others one row stride apart, else a copy.
+at::Tensor as_rows(const at::Tensor& input) {
+  if (input.is_contiguous()) return input;
+  if (input.dim() == 2 && input.stride(1) == 1 && input.stride(0) >= input.size(1)) return input;
+  return input.contiguous();
+}
+int64_t row_stride(const at::Tensor& rows) {
+  return rows.dim() == 2 && !rows.is_contiguous() ? rows.stride(0) : rows.size(-1);
+}
+
+OutType out_type_from(const char* op, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return OutType::kF32;
+    case at::kBFloat16: return OutType::kBF16;
+    case at::kHalf: return OutType::kF16;
+    case at::kChar: return OutType::kI8;
+    case at::kByte: return OutType::kU8;
+    default: TORCH_CHECK_VALUE(false, op, ": output_dtype must be float32, bfloat16 or float16 (int8 or uint8 with "
+                               "output_scale), got ", dtype_name(type));
+  }
+}
+
+// What is the same for every kind of input: the weight's side of the call. Tensors that had to be converted live in
+// `keep` until the call is over.
+struct WeightSide {
+  GemmArgs args{};
+  std::vector<at::Tensor> keep;
+};
+
+const at::Tensor& contiguous_in(WeightSide& side, const at::Tensor& t, int64_t n) {
+  if (t.numel() == n && t.is_contiguous()) return t;
+  side.keep.push_back(t.expand({n}).contiguous());
+  return side.keep.back();
+}
+
+WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tensor& weight_scale,
+                       const std::optional<at::Tensor>& weight_zero_point, const std::optional<at::Tensor>& bias,
+                       bool integer_bias_allowed, int64_t n, int64_t k, std::string_view activation) {
+  check_packed(op, packed, n, k);
+  check_channels(op, "weight_scale", weight_scale, at::kFloat, n, true);
+  check_cpu(op, "weight_scale", weight_scale);
+  WeightSide side;
+  side.keep.reserve(3);
+  side.args.k = k;
+  side.args.n = n;
+  side.args.packed = packed.const_data_ptr<int8_t>();
+  side.args.weight_scale = contiguous_in(side, weight_scale, n).const_data_ptr<float>();
+  if (weight_zero_point && weight_zero_point->defined()) {
+    check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, n, true);
+    check_cpu(op, "weight_zero_point", *weight_zero_point);
+    side.args.weight_zero = contiguous_in(side, *weight_zero_point, n).const_data_ptr<int32_t>();
+  }
+  if (bias && bias->defined()) {
+    const bool integer = integer_bias_allowed && bias->scalar_type() == at::kInt;
+    check_channels(op, "bias", *bias, integer ? at::kInt : at::kFloat, n, false);
+    check_cpu(op, "bias", *bias);
+    const at::Tensor& b = contiguous_in(side, *bias, n);
+    if (integer) side.args.bias_i32 = b.const_data_ptr<int32_t>();
+    else side.args.bias = b.const_data_ptr<float>();
+  }
+  side.args.activation = activation_from(op, activation);
+  return side;
+}
+
+QuantizeRowsArgs float_rows(const at::Tensor& rows, int64_t k, RowMode mode) {
+  QuantizeRowsArgs q{};
+  q.x = rows.const_data_ptr();
+  q.x_type = float_type(rows.scalar_type());
+  q.x_stride = row_stride(rows);
+  q.k = k;
+  q.mode = mode;
+  return q;
+}
+
+// Rows [m0, m1) of the input into panel rows from m0 - first on.
+void quantize_into(QuantizeRowsArgs q, const KernelTable& table, const Panel& panel, int64_t m0, int64_t m1,
+                   int64_t first) {
+  const int64_t element = q.x_type == FloatType::kF32 ? 4 : 2;
+  q.x = static_cast<const char*>(q.x) + first * q.x_stride * element;
+  q.offset = table.panel_offset;
+  q.q = panel.q;
+  q.q_stride = panel.stride;
+  q.fill_to = panel.fill_to;
+  q.row_scale = panel.row_scale;
+  q.row_zero = panel.row_zero;
+  q.row_term = panel.row_term;
+  table.quantize_rows(q, m0 - first, m1 - first);
+}
+
+at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
+                          const std::optional<at::Tensor>& weight_zero_point, const std::optional<at::Tensor>& bias,
+                          int64_t out_features, bool symmetric, std::string_view activation,
+                          std::optional<at::ScalarType> output_dtype) {
+  const char* op = "linear_dynamic";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  const int64_t n = out_features, k = input.size(-1);
+  WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, false, n, k, activation);
+  const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
+  TORCH_CHECK_VALUE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
+                    dtype_name(out_dtype));
+  const at::Tensor rows = as_rows(input);
+  const int64_t m = rows.numel() / k;
+  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(out_dtype));
+  if (m == 0) return out;
+  side.args.out_type = out_type_from(op, out_dtype);
+  side.args.c = out.mutable_data_ptr();
+  side.args.ldc = n;
+  const KernelTable& table = kernels();
+  const QuantizeRowsArgs q = float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
+  run_linear(table, side.args, m, out.element_size(), side.args.weight_zero != nullptr,
+             [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
+               quantize_into(q, table, panel, m0, m1, first);
+             });
+  return out;
+}
+
+// Zero points and scales of int8 or uint8 input, per tensor or per row.
+struct InputParams {
+  at::Tensor scale, zero;  // [1] or [m], contiguous
+};
+
+InputParams input_params(const char* op, const at::Tensor& input, int64_t m, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& zero_point, bool per_tensor_only) {
+  auto check = [&](const char* name, const at::Tensor& t, at::ScalarType type) {
+    check_dtype(op, name, t, type);
+    check_cpu(op, name, t);
+    TORCH_CHECK_VALUE(t.numel() == 1 || (!per_tensor_only && t.numel() == m), op, ": ", name, " must hold one value",
+                      per_tensor_only ? " (float input is quantized per tensor)" : " or one per row of input", ", got ",
+                      describe(t), " for input ", describe(input));
+  };
+  check("input_scale", scale, at::kFloat);
+  InputParams p{scale.contiguous(), {}};
+  if (zero_point && zero_point->defined()) {
+    check("input_zero_point", *zero_point, at::kInt);
+    p.zero = zero_point->contiguous();
+  }
+  return p;
+}
+
+void copy_into(const at::Tensor& rows, const InputParams& params, const KernelTable& table, const Panel& panel,
+               int64_t m0, int64_t m1, int64_t first) {
+  const bool is_signed = rows.scalar_type() == at::kChar;
+  const int64_t stride = row_stride(rows);
+  CopyRowsArgs g{};
+  g.x = static_cast<const uint8_t*>(rows.const_data_ptr()) + first * stride;
+  g.x_stride = stride;
+  g.k = rows.size(-1);
+  g.x_signed = is_signed;
+  g.shift = is_signed ? table.panel_offset : table.panel_offset - 128;
+  g.q = panel.q;
+  g.q_stride = panel.stride;
+  g.fill_to = panel.fill_to;
+  g.row_zero = panel.row_zero;
+  g.row_term = panel.row_term;
+  const float* scale = params.scale.defined() ? params.scale.const_data_ptr<float>() : nullptr;
+  const int32_t* zero = params.zero.defined() ? params.zero.const_data_ptr<int32_t>() : nullptr;
+  const bool row_scales = scale && params.scale.numel() > 1, row_zeros = zero && params.zero.numel() > 1;
+  for (int64_t m = m0; m < m1; ++m) {
+    panel.row_scale[m - first] = scale ? scale[row_scales ? m : 0] : 1.0f;
+    panel.row_zero[m - first] = (zero ? zero[row_zeros ? m : 0] : 0) + g.shift;
+  }
+  table.copy_rows(g, m0 - first, m1 - first);
+}
+
+at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
+                         const std::optional<at::Tensor>& input_zero_point, const at::Tensor& packed,
+                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
+                         const std::optional<at::Tensor>& bias, int64_t out_features, std::string_view activation,
+                         at::ScalarType output_dtype, const std::optional<at::Tensor>& output_scale,
+                         int64_t output_zero_point, int64_t output_qmin, int64_t output_qmax, int64_t input_qmin,
+                         int64_t input_qmax) {
+  const char* op = "linear_static";
+  const bool float_input = is_float_input(input.scalar_type());
+  TORCH_CHECK_VALUE(float_input || input.scalar_type() == at::kChar || input.scalar_type() == at::kByte, op,
+                    ": input must be int8, uint8, float32, bfloat16 or float16, got ", describe(input));
+  check_dim(op, "input", input, 1);
+  const int64_t n = out_features, k = input.size(-1);
+  WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, true, n, k, activation);
+  const at::Tensor rows = as_rows(input);
+  const int64_t m = rows.numel() / k;
+  const InputParams params = input_params(op, input, m, input_scale, input_zero_point, float_input);
+
+  const bool to_int = output_scale && output_scale->defined();
+  const bool int_dtype = output_dtype == at::kChar || output_dtype == at::kByte;
+  TORCH_CHECK_VALUE(to_int == int_dtype, op, ": output_dtype must be int8 or uint8 exactly where output_scale is given, got ",
+                    dtype_name(output_dtype), to_int ? " with" : " without", " output_scale");
+  side.args.out_type = out_type_from(op, output_dtype);
+  if (to_int) {
+    check_dtype(op, "output_scale", *output_scale, at::kFloat);
+    check_cpu(op, "output_scale", *output_scale);
+    TORCH_CHECK_VALUE(output_scale->numel() == 1, op, ": output_scale must hold one value, got ", describe(*output_scale));
+    const int64_t least = output_dtype == at::kChar ? -128 : 0, most = output_dtype == at::kChar ? 127 : 255;
+    TORCH_CHECK_VALUE(least <= output_qmin && output_qmin < output_qmax && output_qmax <= most &&
+                          output_qmin <= output_zero_point && output_zero_point <= output_qmax,
+                      op, ": output_qmin <= output_zero_point <= output_qmax must lie within ", least, " .. ", most,
+                      " for ", dtype_name(output_dtype), ", got ", output_qmin, ", ", output_zero_point, ", ", output_qmax);
+    side.args.inv_out_scale = 1.0f / *output_scale->const_data_ptr<float>();
+    side.args.out_zero = static_cast<int32_t>(output_zero_point);
+    side.args.out_lo = static_cast<float>(output_qmin - output_zero_point);
+    side.args.out_hi = static_cast<float>(output_qmax - output_zero_point);
+  }
+
+  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(output_dtype));
+  if (m == 0) return out;
+  side.args.c = out.mutable_data_ptr();
+  side.args.ldc = n;
+  const KernelTable& table = kernels();
+  const bool want_term = side.args.weight_zero != nullptr;
+  if (float_input) {
+    QuantizeRowsArgs q = float_rows(rows, k, RowMode::kStatic);
+    q.scale = *params.scale.const_data_ptr<float>();
+    q.zero_point = params.zero.defined() ? *params.zero.const_data_ptr<int32_t>() : 0;
+    TORCH_CHECK_VALUE(-128 <= input_qmin && input_qmin < input_qmax && input_qmax <= 127 &&
+                          input_qmin <= q.zero_point && q.zero_point <= input_qmax,
+                      op, ": input_qmin <= input_zero_point <= input_qmax must lie within -128 .. 127, got ", input_qmin,
+                      ", ", q.zero_point, ", ", input_qmax);
+    q.qmin = static_cast<int32_t>(input_qmin);
+    q.qmax = static_cast<int32_t>(input_qmax);
+    run_linear(table, side.args, m, out.element_size(), want_term,
+               [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
+                 quantize_into(q, table, panel, m0, m1, first);
+               });
+  } else {
+    run_linear(table, side.args, m, out.element_size(), want_term,
+               [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
+                 copy_into(rows, params, table, panel, m0, m1, first);
+               });
+  }
+  return out;
+}
+
+at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t out_features) {
+  const char* op = "int8_mm";
+  check_byte(op, "input", input);
+  check_dim(op, "input", input, 1);
+  const int64_t n = out_features, k = input.size(-1);
+  check_packed(op, packed, n, k);
+  TORCH_CHECK_VALUE(k <= kMaxProductK, op, ": in_features must be at most ", kMaxProductK,
+                    " for sums that fit int32, got ", k, "; split the input along its last dimension and add in int64");
+  const at::Tensor rows = as_rows(input);
+  const int64_t m = rows.numel() / k;
+  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(at::kInt));
+  if (m == 0) return out;
+  GemmArgs args{};
+  args.k = k;
+  args.n = n;
+  args.packed = packed.const_data_ptr<int8_t>();
+  args.out_type = OutType::kI32;
+  args.c = out.mutable_data_ptr();
+  args.ldc = n;
+  const KernelTable& table = kernels();
+  run_linear(table, args, m, 4, false, [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
+    copy_into(rows, InputParams{}, table, panel, m0, m1, first);
+  });
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("int8_mm", &int8_mm);
+  m.impl("linear_dynamic", &linear_dynamic);
+  m.impl("linear_static", &linear_static);
+}
+
+}  // namespace
+}  // namespace torchquant

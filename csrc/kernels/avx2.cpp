@@ -1,0 +1,99 @@
+// AVX2 without saturation. vpmaddubsw(unsigned, signed) adds two products in 16 bits and saturates; with |a| as the
+// unsigned side and sign(w, a) as the signed one, |a| <= 128 and |w| <= 127 give at most 2 * 128 * 127 = 32,512: exact.
+// A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that hold one (layout.h's flag) take the widening path,
+// vpmovsxbw and vpmaddwd, exact for all bytes.
+#include "kernel_table.h"
+
+#if defined(TQ_X86)
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "layout.h"
+
+TQ_TARGET_BEGIN("avx2,fma,f16c")
+namespace torchquant {
+namespace avx2 {
+#include "vec_avx2.inc"
+#include "quantize.inc"
+#include "activation.inc"
+#include "epilogue.inc"
+
+constexpr int kRows = 4, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
+
+template <int R, int T>
+TQ_INLINE void micro_sign(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups,
+                          int32_t* acc, int64_t ld) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i c[R][2 * T];
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_setzero_si256();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    __m256i w[2 * T];
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t)
+      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + g * 64 + (t % 2) * 32));
+    TQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, a + r * lda + g * 4, 4);
+      const __m256i x = _mm256_set1_epi32(four), magnitude = _mm256_abs_epi8(x);
+      TQ_UNROLL
+      for (int t = 0; t < 2 * T; ++t) {
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w[t], x));
+        c[r][t] = _mm256_add_epi32(c[r][t], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * ld + t * 8), c[r][t]);
+  }
+}
+
+// One row, one tile: lo[h] and hi[h] hold the sums of (k0, k1) and (k2, k3) for 4 columns each.
+TQ_INLINE void micro_widen(const uint8_t* a, const int8_t* b, int64_t groups, int32_t* acc) {
+  __m256i c[4];
+  TQ_UNROLL
+  for (int q = 0; q < 4; ++q) c[q] = _mm256_setzero_si256();
+  for (int64_t g = 0; g < groups; ++g) {
+    int32_t four;
+    __builtin_memcpy(&four, a + g * 4, 4);
+    const __m256i x = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
+    TQ_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const __m256i w = _mm256_cvtepi8_epi16(load_128(b + g * 64 + q * 16));
+      c[q] = _mm256_add_epi32(c[q], _mm256_madd_epi16(x, w));
+    }
+  }
+  TQ_UNROLL
+  for (int h = 0; h < 2; ++h) {  // hadd interleaves the 128-bit halves; the permutation restores column order
+    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[2 * h], c[2 * h + 1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + h * 8), sums);
+  }
+}
+
+template <int R, int T>
+static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+                  int64_t ld, bool minus_128) {
+  if (!minus_128) return micro_sign<R, T>(a, lda, b, tile_stride, groups, acc, ld);
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) micro_widen(a + r * lda, b + t * tile_stride, groups, acc + r * ld + t * kTileN);
+}
+
+#include "gemm.inc"
+}  // namespace avx2
+
+const KernelTable& avx2_kernels() {
+  using namespace avx2;
+  static constexpr KernelTable table = {"avx2",    0,           kRows,         quantize_rows,
+                                        copy_rows, gemm_vector, quantize_span, dequantize_span};
+  return table;
+}
+}  // namespace torchquant
+TQ_TARGET_END
+#endif

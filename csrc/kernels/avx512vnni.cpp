@@ -1,0 +1,30 @@
+// AVX512-VNNI: vpdpbusd, 64 products an instruction, exact.
+#include "kernel_table.h"
+
+#if defined(TQ_X86)
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "layout.h"
+
+TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace torchquant {
+namespace avx512vnni {
+#include "vec_avx512.inc"
+#include "quantize.inc"
+#include "activation.inc"
+#include "epilogue.inc"
+#include "avx512_micro.inc"
+#include "gemm.inc"
+}  // namespace avx512vnni
+
+const KernelTable& avx512vnni_kernels() {
+  using namespace avx512vnni;
+  static constexpr KernelTable table = {"avx512_vnni", 128,         kRows,         quantize_rows,
+                                        copy_rows,     gemm_vector, quantize_span, dequantize_span};
+  return table;
+}
+}  // namespace torchquant
+TQ_TARGET_END
+#endif

@@ -1,0 +1,63 @@
+// AVX-VNNI (VEX encoding, 256 bit): vpdpbusd on processors without AVX-512.
+#include "kernel_table.h"
+
+#if defined(TQ_X86)
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "layout.h"
+
+TQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+namespace torchquant {
+namespace avxvnni {
+#include "vec_avx2.inc"
+#include "quantize.inc"
+#include "activation.inc"
+#include "epilogue.inc"
+
+constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
+
+// A weight tile is two registers wide; 6 rows x 2 = 12 of the 16 registers accumulate.
+template <int R, int T>
+static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+                  int64_t ld, bool /*minus_128*/) {
+  __m256i c[R][2 * T];
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_setzero_si256();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    __m256i w[2 * T];
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t)
+      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + g * 64 + (t % 2) * 32));
+    TQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, a + r * lda + g * 4, 4);
+      const __m256i x = _mm256_set1_epi32(four);
+      TQ_UNROLL
+      for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_dpbusd_avx_epi32(c[r][t], x, w[t]);
+    }
+  }
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TQ_UNROLL
+    for (int t = 0; t < 2 * T; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * ld + t * 8), c[r][t]);
+  }
+}
+
+#include "gemm.inc"
+}  // namespace avxvnni
+
+const KernelTable& avxvnni_kernels() {
+  using namespace avxvnni;
+  static constexpr KernelTable table = {"avx_vnni", 128,         kRows,         quantize_rows,
+                                        copy_rows,  gemm_vector, quantize_span, dequantize_span};
+  return table;
+}
+}  // namespace torchquant
+TQ_TARGET_END
+#endif

@@ -1,0 +1,35 @@
+// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu), gradients in
+// csrc/autograd, fake kernels in torchquant/ops.py, in this order.
+#include <torch/library.h>
+
+TORCH_LIBRARY(torchquant, m) {
+  // q = clamp(rint(input / scale) + zero_point, qmin, qmax). axis: scale is [C], one value per slice along it.
+  // group_size: scale is [..., ceil(K / group_size)] (per token: group_size = K). Neither: scale is [1].
+  // zero_point: int32, or float32 for a real-valued one; of scale's shape.
+  m.def(
+      "quantize(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None, ScalarType dtype=int8) -> Tensor");
+  m.def(
+      "dequantize(Tensor input, Tensor scale, Tensor? zero_point, int? axis=None, int? group_size=None, "
+      "ScalarType dtype=float) -> Tensor");
+  // Dynamic per-token parameters: int8 [..., K], float32 [..., 1], int32 [..., 1].
+  m.def("quantize_per_token(Tensor input, bool symmetric=True) -> (Tensor, Tensor, Tensor)");
+
+  // int8 [N, K] <-> the packed layout of csrc/kernels/layout.h, int8 [ceil(N / 16), tile bytes].
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
+
+  // Raw int32 accumulators [..., N] of int8 or uint8 input [..., K].
+  m.def("int8_mm(Tensor input, Tensor packed, int out_features) -> Tensor");
+  // Float input, quantized per token inside. output_dtype: input's unless given.
+  m.def(
+      "linear_dynamic(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "int out_features, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None) -> Tensor");
+  // int8 or uint8 input, or float input quantized inside to int8 in [input_qmin, input_qmax]. With output_scale the
+  // result is int8 or uint8 (output_dtype), clamped to [output_qmin, output_qmax].
+  m.def(
+      "linear_static(Tensor input, Tensor input_scale, Tensor? input_zero_point, Tensor packed, Tensor weight_scale, "
+      "Tensor? weight_zero_point, Tensor? bias, int out_features, str activation=\"none\", "
+      "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
+      "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
+}
