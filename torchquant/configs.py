@@ -1,0 +1,75 @@
+"""What to quantize how: frozen dataclasses, so that a wrong combination cannot be written.
+
+Class names follow torchao; the fields are torchquant's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationInt8WeightConfig:
+    """int8 weights, one scale per output channel; int8 activations, one scale per token, found at run time.
+
+    The default choice for Linear layers: no calibration data, and each token's range is its own, so a
+    token gives the same bits alone and in any batch.
+
+    Args:
+        activation_symmetric: activations in [-127, 127]; False: [-128, 127] with a zero point per
+            token, finer where values lean to one side (after GELU or ReLU, say), a little slower.
+        symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+
+    Example:
+        >>> Int8DynamicActivationInt8WeightConfig(activation_symmetric=False)
+        Int8DynamicActivationInt8WeightConfig(activation_symmetric=False, symmetric=True)
+    """
+
+    activation_symmetric: bool = True
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{type(self).__name__}: {field.name} must be True or False, got {value!r}"
+                )
+
+
+Config = Int8DynamicActivationInt8WeightConfig  # a union, once there is a second one
+
+_BY_NAME = {cls.__name__: cls for cls in (Int8DynamicActivationInt8WeightConfig,)}
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """A configuration as JSON-ready values; the key ``type`` names its class."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {"type": type(config).__name__, **values}
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that :func:`config_to_dict` wrote.
+
+    Raises:
+        ValueError: no class of that name, or fields that it does not have.
+
+    Example:
+        >>> config_from_dict(config_to_dict(Int8DynamicActivationInt8WeightConfig()))
+        Int8DynamicActivationInt8WeightConfig(activation_symmetric=True, symmetric=True)
+    """
+    values = dict(values)
+    name = values.pop("type", None)
+    if name not in _BY_NAME:
+        raise ValueError(
+            f"configuration type must be one of {', '.join(_BY_NAME)}, got {name!r}; the file may be "
+            "from a newer torchquant"
+        )
+    try:
+        return _BY_NAME[name](**values)
+    except TypeError as error:
+        raise ValueError(f"configuration {name} does not fit this torchquant: {error}") from None
+
+
+__all__ = ["Config", "Int8DynamicActivationInt8WeightConfig", "config_from_dict", "config_to_dict"]

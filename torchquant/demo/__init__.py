@@ -1,0 +1,181 @@
+"""What ``torchquant demo`` does: convert a real model, measure it, prove that its bits are exact.
+
+* `run_demo` measures and returns a `DemoResult`, plain numbers
+* :mod:`~torchquant.demo.exactness`: the proof
+* :mod:`~torchquant.demo.tables`: the result as tables
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchquant
+from torchquant import cpu
+from torchquant.demo.exactness import Check, check_file, check_layers, check_logits, torch_threads
+from torchquant.demo.steps import Listener, Steps
+from torchquant.models import load_digits_data, load_digits_model
+from torchquant.nn import QuantizedLinear
+from torchquant.quantize import QuantizationReport
+
+__all__ = ["Check", "DemoResult", "Latency", "run_demo"]
+
+LATENCY_BATCHES = (1, 64)
+LATENCY_SECONDS = 2.0  # per batch size
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of one forward pass over ``batch`` images."""
+
+    batch: int
+    float_ms: float
+    int8_ms: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo measured.
+
+    ``isa`` and ``threads`` are those of accuracy and latency; the proof of exactness goes over all
+    available instruction sets, and over one and ``compared_threads`` threads.
+    """
+
+    isa: str
+    threads: int
+    test_images: int
+    report: QuantizationReport
+    float_correct: int
+    int8_correct: int
+    same_answers: int
+    float_bytes: int
+    int8_bytes: int
+    latencies: list[Latency]
+    checks: list[Check]
+    compared_threads: int
+    seconds: float
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that did not pass."""
+        return [check for check in self.checks if not check.passed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready data: sizes in bytes, latencies in ms, accuracy from 0 to 1."""
+        return {
+            "torchquant": torchquant.__version__,
+            "torch": torch.__version__,
+            "isa": self.isa,
+            "threads": self.threads,
+            "layers": [
+                {"name": layer.name, "action": layer.action, "reason": layer.reason}
+                for layer in self.report.layers
+            ],
+            "test_images": self.test_images,
+            "accuracy": {
+                "float": self.float_correct / self.test_images,
+                "int8": self.int8_correct / self.test_images,
+                "same_answers": self.same_answers,
+            },
+            "bytes": {"float": self.float_bytes, "int8": self.int8_bytes},
+            "latency": [asdict(latency) for latency in self.latencies],
+            "checks": [asdict(check) for check in self.checks],
+            "exact": not self.failures,
+            "seconds": self.seconds,
+        }
+
+
+@torch.inference_mode()
+def run_demo(
+    *, isa: str | None = None, threads: int | None = None, on_step: Listener | None = None
+) -> DemoResult:
+    """Quantize the digits transformer and measure accuracy, size, latency and exactness.
+
+    Args:
+        isa: instruction set for accuracy and latency; None takes the active one.
+        threads: threads for accuracy and latency; None leaves torch's setting.
+        on_step: called with a description and the fraction done (0 to 1) as each step begins.
+
+    Raises:
+        ValueError: ``isa`` is not available here.
+
+    Example:
+        >>> from torchquant.demo import run_demo
+        >>> run_demo().failures  # doctest: +SKIP
+        []
+    """
+    start = time.perf_counter()
+    model, data = load_digits_model(), load_digits_data()
+    images, labels = data.test_images, data.test_labels
+    int8_model = copy.deepcopy(model)
+    report = torchquant.quantize_(int8_model, torchquant.Int8DynamicActivationInt8WeightConfig())
+    layers = sum(isinstance(module, QuantizedLinear) for module in int8_model.modules())
+    steps = Steps(2 + len(LATENCY_BATCHES) + len(cpu.available_isas()) + layers, on_step)
+    with (
+        nullcontext() if isa is None else cpu.use_isa(isa),
+        torch_threads(threads or torch.get_num_threads()),
+    ):
+        used_isa, used_threads = cpu.active_isa(), torch.get_num_threads()
+        steps.begin("accuracy")
+        answers, int8_answers = model(images).argmax(dim=1), int8_model(images).argmax(dim=1)
+        latencies = []
+        for batch in LATENCY_BATCHES:
+            steps.begin(f"latency, batch of {batch}")
+            latencies.append(measure_latency(model, int8_model, images[:batch], LATENCY_SECONDS))
+    compared_threads = max(2, used_threads)
+    checks = check_logits(int8_model, images, steps)
+    checks += check_layers(int8_model, images, compared_threads, steps)
+    checks += check_file(int8_model, images, steps)
+    return DemoResult(
+        isa=used_isa,
+        threads=used_threads,
+        test_images=len(images),
+        report=report,
+        float_correct=int((answers == labels).sum()),
+        int8_correct=int((int8_answers == labels).sum()),
+        same_answers=int((answers == int8_answers).sum()),
+        float_bytes=state_dict_bytes(model),
+        int8_bytes=state_dict_bytes(int8_model),
+        latencies=latencies,
+        checks=checks,
+        compared_threads=compared_threads,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def state_dict_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors in the model's state dict: what a file of it holds.
+
+    Example:
+        >>> import torch
+        >>> from torchquant.demo import state_dict_bytes
+        >>> state_dict_bytes(torch.nn.Linear(10, 2))
+        88
+    """
+    tensors = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure_latency(
+    float_model: nn.Module, int8_model: nn.Module, images: Tensor, seconds: float
+) -> Latency:
+    """Time both models for about ``seconds``, taking turns: a drifting clock hits both alike."""
+    times: dict[nn.Module, list[float]] = {float_model: [], int8_model: []}
+    for model in times:
+        for _ in range(5):
+            model(images)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(times[int8_model]) < 5:
+        for model, durations in times.items():
+            begin = time.perf_counter()
+            model(images)
+            durations.append(1e3 * (time.perf_counter() - begin))
+    medians = (statistics.median(durations) for durations in times.values())
+    return Latency(len(images), *medians)

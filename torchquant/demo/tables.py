@@ -1,0 +1,140 @@
+"""The demo's result as tables for a terminal of 80 columns or more."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from torchquant.demo import DemoResult
+from torchquant.demo.exactness import CHECKS, Check
+
+
+def render(result: DemoResult) -> RenderableType:
+    """All tables and the conclusion."""
+    return Group(
+        result.report,
+        Text(),
+        comparison_table(result),
+        Text(),
+        exactness_table(result),
+        Text(),
+        conclusion(result),
+    )
+
+
+def titled_table(title: str, caption: str) -> Table:
+    """An empty table in the style of all of them."""
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
+def comparison_table(result: DemoResult) -> Table:
+    """Accuracy, size and latency, float beside int8."""
+    count = result.test_images
+    table = titled_table(
+        f"Float and int8 on {count} test images of handwritten digits",
+        f"{result.isa}, {plural(result.threads, 'thread')}; "
+        "latency: median of runs that take turns",
+    )
+    table.add_column("")
+    table.add_column("float32", justify="right")
+    table.add_column("int8", justify="right")
+    table.add_column("")
+    table.add_row(
+        "Accuracy",
+        f"{result.float_correct / count:.2%}",
+        f"{result.int8_correct / count:.2%}",
+        f"same answer for {result.same_answers} of {count}",
+    )
+    table.add_row(
+        "Size of the weights",
+        f"{result.float_bytes / 1e6:.2f} MB",
+        f"{result.int8_bytes / 1e6:.2f} MB",
+        f"{result.float_bytes / result.int8_bytes:.1f} times smaller",
+    )
+    for latency in result.latencies:
+        table.add_row(
+            f"Latency, {plural(latency.batch, 'image')}",
+            f"{latency.float_ms:.2f} ms",
+            f"{latency.int8_ms:.2f} ms",
+            speed(latency.float_ms / latency.int8_ms),
+        )
+    return table
+
+
+def exactness_table(result: DemoResult) -> Table:
+    """One row per instruction set, one column per check, in each cell how much was compared."""
+    table = titled_table(
+        "Exactness: values compared, bit by bit",
+        f"Logits: all {result.test_images} images through the model. Other columns: the inputs "
+        "that the int8 layers get there.",
+    )
+    headers = {
+        "logits": "logits\n= scalar",
+        "layers": "layers\n= scalar",
+        "threads": f"1 thread\n= {result.compared_threads} threads",
+        "rows": "row alone\n= in batch",
+        "specification": "kernel =\nplain torch",
+    }
+    cells = {(check.name, check.isa): outcome(check) for check in result.checks}
+    table.add_column("Instruction\nset")
+    for header in headers.values():
+        table.add_column(header, justify="right")
+    for isa in dict.fromkeys(check.isa for check in result.checks):
+        table.add_row(isa, *(cells.get((name, isa), Text("-")) for name in headers))
+    return table
+
+
+def outcome(check: Check) -> Text:
+    """A cell of the exactness table."""
+    if check.passed:
+        return Text(f"{check.values:,}", style="green")
+    if check.values:
+        return Text(f"{check.differing:,} of\n{check.values:,}\nDIFFER", style="bold red")
+    return Text("NOTHING\nCOMPARED", style="bold red")
+
+
+def conclusion(result: DemoResult) -> Text:
+    """What was found, in one sentence per finding."""
+    file = next(check for check in result.checks if check.name == "file")
+    lines = []
+    if file.passed:
+        lines.append(f"Saved to a file and loaded again: all {file.values:,} logits the same.")
+    if result.failures:
+        lines.append(f"NOT EXACT ({result.seconds:.0f} s).")
+    else:
+        values = sum(check.values for check in result.checks)
+        lines.append(f"Exact: {values:,} values compared, none differs ({result.seconds:.0f} s).")
+    return Text("\n".join(lines), style="bold red" if result.failures else "bold green")
+
+
+def describe_failures(result: DemoResult) -> str:
+    """The failed checks, one a line; for the error output."""
+    return "\n".join(f"  {check.isa}: {describe(check)}" for check in result.failures)
+
+
+def describe(check: Check) -> str:
+    """A failed check in words."""
+    if not check.values:
+        return f"nothing was compared: {CHECKS[check.name]}"
+    return f"{check.differing:,} of {check.values:,} values differ: {CHECKS[check.name]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: ``1 thread``, ``2 threads``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def speed(ratio: float) -> str:
+    """How many times faster, or slower, in words."""
+    return f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"

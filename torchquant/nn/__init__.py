@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from torchquant.nn.linear import QuantizedLinear
+
+__all__ = ["QuantizedLinear"]

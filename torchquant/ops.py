@@ -1,0 +1,508 @@
+"""One Python wrapper per C++ operator, each followed by its fake kernel, in the order of csrc/ops.cpp.
+
+A wrapper adds names, defaults and documentation to ``torch.ops.torchquant.<name>``; the checks and the
+arithmetic are in C++. A fake kernel computes shape and dtype only: `torch.compile` and `torch.export`
+trace through it, so the operators stay opaque and keep their bits. The arithmetic every operator
+promises is written out in plain torch in :mod:`torchquant.functional`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant._extension import load
+from torchquant.scheme import Granularity, PerAxis, PerGroup, PerTensor, PerToken, quant_range
+
+_C = load()
+
+__all__ = [
+    "PackedWeight",
+    "dequantize",
+    "int8_mm",
+    "linear_dynamic",
+    "linear_static",
+    "pack_weight",
+    "quantize",
+    "quantize_per_token",
+    "quantized_linear",
+    "unpack_weight",
+]
+
+
+def _layout_arguments(granularity: Granularity, input: Tensor) -> dict[str, int]:
+    """A granularity as the operators' ``axis`` or ``group_size``."""
+    if isinstance(granularity, PerAxis):
+        return {"axis": granularity.axis}
+    if isinstance(granularity, PerGroup):
+        return {"group_size": granularity.group_size}
+    if isinstance(granularity, PerToken):
+        return {"group_size": max(1, input.size(-1))}
+    return {}
+
+
+def quantize(
+    input: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None = None,
+    *,
+    qmin: int = -128,
+    qmax: int = 127,
+    granularity: Granularity = PerTensor(),
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """Round a float tensor to integers: ``clamp(rint(input / scale) + zero_point, qmin, qmax)``.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[...]``; widened to float32 exactly.
+        scale: float32 of ``granularity``'s shape, or a number.
+        zero_point: int32 of scale's shape, or a number; float32 for a real-valued zero point
+            (``rint((input - zero_point) / scale)``); None is 0.
+        qmin, qmax: the integer range, within ``dtype``'s.
+        granularity: which elements share a scale.
+        dtype: int8 or uint8.
+
+    Returns:
+        ``dtype`` of input's shape. NaN becomes the zero point; infinities saturate.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018); the division is a multiplication by ``1 / scale``.
+
+    Example:
+        >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), 0.5)
+        tensor([-2,  1, 18], dtype=torch.int8)
+    """
+    scale, zero_point = _as_tensors(scale, zero_point, input)
+    return torch.ops.torchquant.quantize.default(  # type: ignore[no-any-return]
+        input,
+        scale,
+        zero_point,
+        qmin,
+        qmax,
+        **_layout_arguments(granularity, input),
+        dtype=dtype,
+    )
+
+
+@torch.library.register_fake("torchquant::quantize")
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def dequantize(
+    input: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None = None,
+    *,
+    granularity: Granularity = PerTensor(),
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The float values that integers stand for: ``(input - zero_point) * scale``.
+
+    Args:
+        input: int8 or uint8 ``[...]``.
+        scale, zero_point, granularity: as for :func:`quantize`; with a real-valued zero point the
+            result is ``input * scale + zero_point``.
+        dtype: float32, bfloat16 or float16; rounded once, from float32.
+
+    Returns:
+        ``dtype`` of input's shape.
+
+    Example:
+        >>> dequantize(torch.tensor([-2, 1, 18], dtype=torch.int8), 0.5)
+        tensor([-1.0000,  0.5000,  9.0000])
+    """
+    scale, zero_point = _as_tensors(scale, zero_point, input)
+    return torch.ops.torchquant.dequantize.default(  # type: ignore[no-any-return]
+        input, scale, zero_point, **_layout_arguments(granularity, input), dtype=dtype
+    )
+
+
+@torch.library.register_fake("torchquant::dequantize")
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize every row (token) to int8 with a range of its own.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        symmetric: range [-127, 127] with zero point 0; else [-128, 127] with a zero point.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A row that
+        holds NaN or an infinity has scale NaN and zeros for q.
+
+    Example:
+        >>> q, scale, zero_point = quantize_per_token(torch.tensor([[-2.0, 0.0, 1.0]]))
+        >>> q, scale.shape
+        (tensor([[-127,    0,   64]], dtype=torch.int8), torch.Size([1, 1]))
+    """
+    return torch.ops.torchquant.quantize_per_token.default(input, symmetric)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::quantize_per_token")
+def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    token = (*input.shape[:-1], 1)
+    return (
+        torch.empty(input.shape, dtype=torch.int8, device=input.device),
+        torch.empty(token, dtype=torch.float32, device=input.device),
+        torch.empty(token, dtype=torch.int32, device=input.device),
+    )
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Reorder an int8 weight for the kernels; the result is the same on every CPU.
+
+    Args:
+        weight: int8 ``[out_features, in_features]``, any strides.
+
+    Returns:
+        int8 ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/kernels/layout.h, with
+        in_features padded to 64 and the column sums beside the weights.
+
+    Example:
+        >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
+        torch.Size([2, 2176])
+    """
+    return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
+
+
+def packed_shape(out_features: Any, in_features: Any) -> tuple[Any, Any]:
+    """Shape of :func:`pack_weight`'s result; also for symbolic sizes."""
+    tiles = (out_features + 15) // 16
+    return tiles, (in_features + 63) // 64 * 64 * 16 + 128
+
+
+@torch.library.register_fake("torchquant::pack_weight")
+def _(weight: Tensor) -> Tensor:
+    return torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The int8 ``[out_features, in_features]`` weight that :func:`pack_weight` was given.
+
+    Example:
+        >>> w = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
+        >>> torch.equal(unpack_weight(pack_weight(w), 3, 4), w)
+        True
+    """
+    return torch.ops.torchquant.unpack_weight.default(packed, out_features, in_features)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::unpack_weight")
+def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return torch.empty((out_features, in_features), dtype=torch.int8, device=packed.device)
+
+
+def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """Raw int32 accumulators of an integer product: ``input @ weight.T``.
+
+    Args:
+        input: int8 or uint8 ``[..., K]``, K at most 65,793 (so that every sum fits int32).
+        packed: :func:`pack_weight` of the int8 ``[out_features, K]`` weight.
+        out_features: N.
+
+    Returns:
+        int32 ``[..., N]``, exact.
+
+    Example:
+        >>> x = torch.full((1, 3), 100, dtype=torch.int8)
+        >>> int8_mm(x, pack_weight(torch.full((2, 3), -128, dtype=torch.int8)), 2)
+        tensor([[-38400, -38400]], dtype=torch.int32)
+    """
+    return torch.ops.torchquant.int8_mm.default(input, packed, out_features)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::int8_mm")
+def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return torch.empty(
+        (*input.shape[:-1], out_features), dtype=torch.int32, device=input.device
+    )
+
+
+def linear_dynamic(
+    input: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    symmetric: bool = True,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer on float input that is quantized per token inside the call.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        packed: :func:`pack_weight` of the int8 ``[N, K]`` weight.
+        weight_scale: float32 ``[N]`` or ``[1]``.
+        weight_zero_point: int32 ``[N]`` or ``[1]``, or None.
+        bias: float32 ``[N]`` or None.
+        out_features: N.
+        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
+        activation: none, relu, gelu, gelu_tanh or silu, applied in float32.
+        output_dtype: float32, bfloat16 or float16; input's when None.
+
+    Returns:
+        ``[..., N]``; the bits of :func:`torchquant.functional.dynamic_linear`. A row with NaN or an
+        infinity gives NaN in all its outputs and leaves the other rows alone.
+
+    Gradients: to ``input`` (straight through) and ``bias``.
+
+    Example:
+        >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
+        >>> linear_dynamic(torch.ones(1, 2), pack_weight(w), torch.full((2,), 0.01), out_features=2)
+        tensor([[1.0000, 0.5000]])
+    """
+    return torch.ops.torchquant.linear_dynamic.default(  # type: ignore[no-any-return]
+        input,
+        packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        out_features,
+        symmetric,
+        activation,
+        output_dtype,
+    )
+
+
+@torch.library.register_fake("torchquant::linear_dynamic")
+def _(
+    input: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    symmetric: bool = True,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    shape = (*input.shape[:-1], out_features)
+    return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
+
+
+def linear_static(
+    input: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    output_scale: Tensor | None = None,
+    output_zero_point: int = 0,
+    output_qmin: int = -128,
+    output_qmax: int = 127,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+) -> Tensor:
+    """A linear layer whose activations have given scales: integer input, or float input quantized inside.
+
+    Args:
+        input: int8 or uint8 ``[..., K]``; or float32, bfloat16, float16, which is quantized per tensor to
+            int8 in ``[input_qmin, input_qmax]`` first.
+        input_scale: float32, one value or (integer input) one per row.
+        input_zero_point: int32 of the same count, or None.
+        packed, weight_scale, weight_zero_point, out_features, activation: see :func:`linear_dynamic`.
+        bias: float32 ``[N]``, or int32 ``[N]`` in units of ``input_scale * weight_scale``, or None.
+        output_dtype: float32, bfloat16, float16; with ``output_scale`` int8 or uint8.
+        output_scale: float32 of one value: the result is quantized with it, ``output_zero_point``,
+            ``output_qmin`` and ``output_qmax``.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
+
+    Example:
+        >>> x = torch.tensor([[10, 20]], dtype=torch.int8)
+        >>> w = pack_weight(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8))
+        >>> linear_static(x, torch.tensor([0.5]), None, w, torch.ones(2), out_features=2)
+        tensor([[25., 55.]])
+    """
+    return torch.ops.torchquant.linear_static.default(  # type: ignore[no-any-return]
+        input,
+        input_scale,
+        input_zero_point,
+        packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        out_features,
+        activation,
+        output_dtype,
+        output_scale,
+        output_zero_point,
+        output_qmin,
+        output_qmax,
+        input_qmin,
+        input_qmax,
+    )
+
+
+@torch.library.register_fake("torchquant::linear_static")
+def _(
+    input: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    output_scale: Tensor | None = None,
+    output_zero_point: int = 0,
+    output_qmin: int = -128,
+    output_qmax: int = 127,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+) -> Tensor:
+    shape = (*input.shape[:-1], out_features)
+    return torch.empty(shape, dtype=output_dtype, device=input.device)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A packed int8 weight and its size, for repeated calls of :func:`quantized_linear`.
+
+    Example:
+        >>> weight = PackedWeight.pack(torch.ones(8, 32, dtype=torch.int8))
+        >>> weight.out_features, weight.in_features, torch.equal(weight.unpack(), torch.ones(8, 32))
+        (8, 32, True)
+    """
+
+    packed: Tensor
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> PackedWeight:
+        """Pack an int8 ``[N, K]`` weight."""
+        return cls(pack_weight(weight), weight.shape[0], weight.shape[1])
+
+    def unpack(self) -> Tensor:
+        """The int8 ``[N, K]`` weight."""
+        return unpack_weight(self.packed, self.out_features, self.in_features)
+
+
+def quantized_linear(
+    input: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    input_scale: float | Tensor,
+    input_zero_point: int | Tensor = 0,
+    weight_scale: float | Tensor,
+    weight_zero_point: int | Tensor | None = None,
+    output_scale: float | Tensor | None = None,
+    output_zero_point: int = 0,
+    output_bits: int = 8,
+    output_dtype: torch.dtype = torch.float32,
+    activation: str = "none",
+) -> Tensor:
+    """int8 linear with int32 accumulation: integers in, float or integers out, on the C++ kernel.
+
+    ``y = activation((input - input_zero_point) @ (weight - weight_zero_point).T * input_scale *
+    weight_scale + bias)``; zero points are compensated from row and column sums, never by widening.
+
+    Args:
+        input: int8 or uint8 ``[..., K]``.
+        weight: int8 ``[N, K]``, packed on each call, or a :class:`PackedWeight`.
+        bias: int32 ``[N]`` in units of ``input_scale * weight_scale`` (without zero-point shift), float32
+            ``[N]``, or None.
+        input_scale, input_zero_point: one value, or a tensor with one per row of input.
+        weight_scale, weight_zero_point: one value, or a tensor ``[N]``.
+        output_scale: given, the result is quantized: int8, or uint8 where ``output_dtype`` says so.
+        output_zero_point, output_bits: of the quantized result, which is clamped to ``output_bits``.
+        output_dtype: float32, bfloat16 or float16 (int8 or uint8 with ``output_scale``).
+        activation: none, relu, gelu, gelu_tanh or silu.
+
+    Returns:
+        ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every CPU.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Source: Jacob et al. (2018), section 2.3, for the zero-point algebra.
+
+    Example:
+        >>> x = torch.tensor([[1, -2, 3]], dtype=torch.int8)
+        >>> w = torch.tensor([[1, 1, 1], [2, 0, -2]], dtype=torch.int8)
+        >>> quantized_linear(x, w, input_scale=0.5, input_zero_point=1, weight_scale=0.25)
+        tensor([[-0.1250, -0.5000]])
+    """
+    if isinstance(weight, Tensor):
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+            raise ValueError(
+                f"quantized_linear: weight must be int8 [N, K] with K = {input.shape[-1]}, got "
+                f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+            )
+        weight = PackedWeight.pack(weight)
+    scale, zero_point = _as_tensors(input_scale, input_zero_point, input)
+    weight_scale, weight_zero_point = _as_tensors(weight_scale, weight_zero_point, input)
+    qmin, qmax = 0, 0
+    if output_scale is not None:
+        output_scale, _ = _as_tensors(output_scale, None, input)
+        output_dtype = torch.int8 if output_dtype == torch.float32 else output_dtype
+        qmin, qmax = quant_range(output_bits, signed=output_dtype == torch.int8)
+    return linear_static(
+        input,
+        scale,
+        zero_point,
+        weight.packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        out_features=weight.out_features,
+        activation=activation,
+        output_dtype=output_dtype,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_qmin=qmin,
+        output_qmax=qmax,
+    )
+
+
+def _as_tensors(
+    scale: float | Tensor, zero_point: int | Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Numbers as one-element tensors of the operators' dtypes on ``like``'s device."""
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor([scale], dtype=torch.float32, device=like.device)
+    if isinstance(zero_point, int):
+        zero_point = torch.full(scale.shape, zero_point, dtype=torch.int32, device=like.device)
+    elif isinstance(zero_point, float):
+        zero_point = torch.full(scale.shape, zero_point, dtype=torch.float32, device=like.device)
+    return scale, zero_point
