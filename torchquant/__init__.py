@@ -1,6 +1,50 @@
-"""torchquant: quantization for PyTorch with exact integer kernels that are fast in eager mode."""
+"""torchquant: quantization for PyTorch with exact integer kernels that are fast in eager mode.
+
+The verbs are here; :mod:`torchquant.functional` is the specification in plain torch,
+:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` the choice
+of instruction set.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from torchquant import cpu, functional, nn, ops
 from torchquant.configs import Int8DynamicActivationInt8WeightConfig
+from torchquant.io import load, save
 from torchquant.ops import PackedWeight, quantized_linear
-from torchquant.scheme import PerAxis, PerGroup, PerTensor, PerToken, quant_range
+from torchquant.quantize import quantize_
+from torchquant.report import LayerReport, QuantizationReport
+from torchquant.scheme import (
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    quant_range,
+)
+
+try:
+    __version__ = version("torchquant")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Granularity",
+    "Int8DynamicActivationInt8WeightConfig",
+    "LayerReport",
+    "PackedWeight",
+    "PerAxis",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantizationReport",
+    "__version__",
+    "cpu",
+    "functional",
+    "load",
+    "nn",
+    "ops",
+    "quant_range",
+    "quantize_",
+    "quantized_linear",
+    "save",
+]

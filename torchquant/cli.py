@@ -125,11 +125,11 @@ def print_json(data: dict[str, Any]) -> None:
 @contextmanager
 def progress_bar(console: Console, *, shown: bool) -> Iterator[Listener]:
     """A bar that goes away when the block ends; yields what sets description and fraction."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+    columns = (  # the description last, so that the bar does not jump with its length
+        BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("starting", total=1.0)

@@ -65,6 +65,14 @@ at::Tensor activation_backward(const std::string& activation, const at::Tensor& 
 
 OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }
 
+bool present(const OptTensor& t) { return t && t->defined(); }
+
+// Autograd numbers the tensor arguments that are there, so the bias's number depends on the optional ones before it.
+bool bias_wants_gradient(AutogradContext* ctx) {
+  const int64_t edge = ctx->saved_data["bias_edge"].toInt();
+  return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
+}
+
 at::Tensor bias_gradient(const at::Tensor& grad) {  // summed over all but the last dimension
   return grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0);
 }
@@ -82,6 +90,7 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     ctx->saved_data["symmetric"] = symmetric;
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
+    ctx->saved_data["bias_edge"] = int64_t{present(bias) ? 3 + present(weight_zero_point) : -1};
     return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
                          output_dtype);
   }
@@ -103,7 +112,7 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
                                         ctx->saved_data["in_features"].toSymInt());
       grad_input = at::matmul(grad, w).to(input_dtype);
     }
-    if (ctx->needs_input_grad(4)) grad_bias = bias_gradient(grad);
+    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
     return {grad_input, Variable(), Variable(), Variable(), grad_bias, Variable(), Variable(), Variable(), Variable()};
   }
 };
@@ -118,6 +127,8 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
                             weight_zero_point.value_or(Variable()), bias.value_or(Variable())});
     ctx->saved_data["out_features"] = out_features;
     ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["bias_edge"] =
+        int64_t{present(bias) ? 4 + present(input_zero_point) + present(weight_zero_point) : -1};
     ctx->saved_data["input_qmin"] = input_qmin;
     ctx->saved_data["input_qmax"] = input_qmax;
     return static_below(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
@@ -147,7 +158,7 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
       const at::Tensor through = at::matmul(grad, w);
       grad_input = at::where(inside, through, at::zeros_like(through)).to(input.scalar_type());
     }
-    if (ctx->needs_input_grad(6)) grad_bias = bias_gradient(grad);
+    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
     return {grad_input, Variable(), Variable(), Variable(), Variable(), Variable(),
             grad_bias,  Variable(), Variable(), Variable(), Variable(), Variable()};
   }

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "cpu/gemm_driver.h"
+#include "cpu/output.h"
 
 namespace torchquant {
 namespace {
@@ -118,7 +119,7 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
                     dtype_name(out_dtype));
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
-  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(out_dtype));
+  at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(out_dtype));
   if (m == 0) return out;
   side.args.out_type = out_type_from(op, out_dtype);
   side.args.c = out.mutable_data_ptr();
@@ -218,7 +219,7 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
     side.args.out_hi = static_cast<float>(output_qmax - output_zero_point);
   }
 
-  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(output_dtype));
+  at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(output_dtype));
   if (m == 0) return out;
   side.args.c = out.mutable_data_ptr();
   side.args.ldc = n;
@@ -257,7 +258,7 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
                     " for sums that fit int32, got ", k, "; split the input along its last dimension and add in int64");
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
-  at::Tensor out = at::empty(output_sizes(input, n), input.options().dtype(at::kInt));
+  at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(at::kInt));
   if (m == 0) return out;
   GemmArgs args{};
   args.k = k;

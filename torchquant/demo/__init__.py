@@ -23,12 +23,11 @@ from torchquant.demo.exactness import Check, check_file, check_layers, check_log
 from torchquant.demo.steps import Listener, Steps
 from torchquant.models import load_digits_data, load_digits_model
 from torchquant.nn import QuantizedLinear
-from torchquant.quantize import QuantizationReport
+from torchquant.report import QuantizationReport
 
 __all__ = ["Check", "DemoResult", "Latency", "run_demo"]
 
 LATENCY_BATCHES = (1, 64)
-LATENCY_SECONDS = 2.0  # per batch size
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,18 @@ class DemoResult:
 
 @torch.inference_mode()
 def run_demo(
-    *, isa: str | None = None, threads: int | None = None, on_step: Listener | None = None
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+    latency_seconds: float = 2.0,
+    on_step: Listener | None = None,
 ) -> DemoResult:
     """Quantize the digits transformer and measure accuracy, size, latency and exactness.
 
     Args:
         isa: instruction set for accuracy and latency; None takes the active one.
         threads: threads for accuracy and latency; None leaves torch's setting.
+        latency_seconds: how long to time each batch size.
         on_step: called with a description and the fraction done (0 to 1) as each step begins.
 
     Raises:
@@ -108,8 +112,9 @@ def run_demo(
 
     Example:
         >>> from torchquant.demo import run_demo
-        >>> run_demo().failures  # doctest: +SKIP
-        []
+        >>> result = run_demo(latency_seconds=0.1)
+        >>> result.failures, result.float_bytes > 3 * result.int8_bytes
+        ([], True)
     """
     start = time.perf_counter()
     model, data = load_digits_model(), load_digits_data()
@@ -128,7 +133,7 @@ def run_demo(
         latencies = []
         for batch in LATENCY_BATCHES:
             steps.begin(f"latency, batch of {batch}")
-            latencies.append(measure_latency(model, int8_model, images[:batch], LATENCY_SECONDS))
+            latencies.append(measure_latency(model, int8_model, images[:batch], latency_seconds))
     compared_threads = max(2, used_threads)
     checks = check_logits(int8_model, images, steps)
     checks += check_layers(int8_model, images, compared_threads, steps)

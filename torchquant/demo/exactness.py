@@ -25,7 +25,7 @@ from torchquant.models import DigitsTransformer
 from torchquant.nn import QuantizedLinear
 
 ORACLE = "scalar"  # available everywhere
-SAMPLED_ROWS = 64  # of each layer, where a check goes row by row or through plain torch
+SAMPLED_ROWS = 128  # of each layer, where a check goes row by row or through plain torch
 
 CHECKS = {
     "logits": f"the logits of all test images, against those of {ORACLE}",
@@ -104,7 +104,8 @@ def check_layers(model: nn.Module, images: Tensor, threads: int, steps: Steps) -
         for check in one_thread:
             check.compare(output_on(check.isa, 1, layer, rows), outputs[check.isa])
         for check in alone:
-            single = [output_on(check.isa, threads, layer, rows[i : i + 1]) for i in sample]
+            with forced_isa(check.isa), torch_threads(threads):
+                single = [layer(row) for row in rows[sample].chunk(len(sample))]
             check.compare(torch.cat(single), outputs[check.isa][sample])
         for check in specified:
             check.compare(outputs[check.isa][sample], specification)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from torchquant.demo import DemoResult
 from torchquant.demo.exactness import CHECKS, Check
+from torchquant.report import human_bytes
 
 
 def render(result: DemoResult) -> RenderableType:
@@ -57,9 +58,9 @@ def comparison_table(result: DemoResult) -> Table:
         f"same answer for {result.same_answers} of {count}",
     )
     table.add_row(
-        "Size of the weights",
-        f"{result.float_bytes / 1e6:.2f} MB",
-        f"{result.int8_bytes / 1e6:.2f} MB",
+        "Size of the state dict",
+        human_bytes(result.float_bytes),
+        human_bytes(result.int8_bytes),
         f"{result.float_bytes / result.int8_bytes:.1f} times smaller",
     )
     for latency in result.latencies:

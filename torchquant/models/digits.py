@@ -194,11 +194,10 @@ def load_digits_model() -> DigitsTransformer:
     with safetensors.safe_open(_packaged(CHECKPOINT_FILE), framework="pt") as file:
         config = json.loads(file.metadata()[CONFIG_KEY])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # Built on the meta device: drawing initial weights would cost time and advance the caller's
-    # random number generator.
-    with torch.device("meta"):
+    # The initial weights are drawn for nothing; the caller's random numbers must not notice.
+    with torch.random.fork_rng(devices=[]):
         model = DigitsTransformer(**config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state)
     return model.eval()
 
 

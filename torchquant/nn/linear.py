@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(**channel))
         zero_point = None if self.config.symmetric else torch.zeros(**channel, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero_point)
-        self.bias = nn.Parameter(torch.zeros(**channel)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(**channel)) if bias else None)
 
     @classmethod
     def from_float(
