@@ -29,10 +29,18 @@ struct Panel {  // rows [0, rows) of quantized activations and what the epilogue
 };
 
 inline constexpr int64_t kPanelBytes = 1 << 20;          // half of a common second-level cache
-inline constexpr int64_t kSerialProducts = 1 << 18;      // m * n * k below which one thread is faster (measured)
+inline constexpr float kThreadingPays = 4500.0f;         // ns of work from which a second thread is faster
 inline constexpr int64_t kSerialQuantize = 1 << 15;      // elements below which one thread quantizes
 inline constexpr int64_t kSharedWeightBytes = 1 << 20;   // weights that every thread may read for itself
 inline constexpr int64_t kManyRows = 256;                // rows a thread that make up for reading all weights
+
+// One thread's time for the whole call, in ns, roughly: weights from the second-level cache, products, rows. Measured
+// at 1 to 128 rows; the constants are those of a 3 GHz server core, and only their order of magnitude matters.
+inline float estimated_ns(const KernelTable& table, int64_t m, int64_t n, int64_t k) {
+  const float rows = static_cast<float>(m), outputs = static_cast<float>(n), inputs = static_cast<float>(k);
+  return static_cast<float>(packed_bytes(n, k)) / 128.0f + rows * outputs * inputs / table.products_per_ns +
+         rows * (20.0f + 0.06f * (outputs + inputs));
+}
 
 inline Panel make_panel(Workspace& workspace, int64_t rows, int64_t k, bool want_term) {
   const int64_t stride = panel_stride(k), arrays = ceil_div(rows, 16) * 64;  // bytes of one 4-byte array, whole lines
@@ -75,7 +83,7 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
   };
 
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (threads == 1 || m * args.n * k < kSerialProducts) return rows_alone(0, m);
+  if (threads == 1 || estimated_ns(table, m, args.n, k) < kThreadingPays) return rows_alone(0, m);
 
   const int64_t row_blocks = ceil_div(m, block);
   const bool by_rows = row_blocks >= threads &&

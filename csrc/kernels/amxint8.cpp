@@ -169,7 +169,7 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8", 128,  kBlockRows,    quantize_rows,
+  static constexpr KernelTable table = {"amx_int8", 128,  kBlockRows,    1600.0f,       quantize_rows,
                                         copy_rows,  gemm, quantize_span, dequantize_span};
   return table;
 }

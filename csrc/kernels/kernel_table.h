@@ -83,6 +83,7 @@ struct KernelTable {
   const char* name;
   int32_t panel_offset;    // 128: the panel is read unsigned; 0: signed
   int64_t row_block;       // rows of a register tile (the unit in which threads share rows)
+  float products_per_ns;   // of one core in the middle of its range: decides when a second thread pays
   void (*quantize_rows)(const QuantizeRowsArgs&, int64_t m0, int64_t m1);
   void (*copy_rows)(const CopyRowsArgs&, int64_t m0, int64_t m1);
   void (*gemm)(const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
