@@ -19,12 +19,12 @@ const char* isa_name(Isa isa);
 std::optional<Isa> isa_from_name(const std::string& name);
 
 bool isa_built(Isa isa);
-bool isa_supported(Isa isa);      // by this CPU and operating system
-std::vector<Isa> built_isas();    // best first
-std::vector<Isa> usable_isas();   // built and supported, best first
+bool isa_supported(Isa isa);     // by this CPU and operating system
+std::vector<Isa> built_isas();   // best first
+std::vector<Isa> usable_isas();  // built and supported, best first
 
 Isa active_isa();
-void set_active_isa(Isa isa);     // throws std::invalid_argument where it is not usable
+void set_active_isa(Isa isa);  // throws std::invalid_argument where it is not usable
 
 std::string cpu_name();
 

@@ -28,11 +28,11 @@ struct Panel {  // rows [0, rows) of quantized activations and what the epilogue
   int32_t* row_term;  // null unless the weight has zero points
 };
 
-inline constexpr int64_t kPanelBytes = 1 << 20;          // half of a common second-level cache
-inline constexpr float kThreadingPays = 4500.0f;         // ns of work from which a second thread is faster
-inline constexpr int64_t kSerialQuantize = 1 << 15;      // elements below which one thread quantizes
-inline constexpr int64_t kSharedWeightBytes = 1 << 20;   // weights that every thread may read for itself
-inline constexpr int64_t kManyRows = 256;                // rows a thread that make up for reading all weights
+inline constexpr int64_t kPanelBytes = 1 << 20;         // half of a common second-level cache
+inline constexpr float kThreadingPays = 4500.0f;        // ns of work from which a second thread is faster
+inline constexpr int64_t kSerialQuantize = 1 << 15;     // elements below which one thread quantizes
+inline constexpr int64_t kSharedWeightBytes = 1 << 20;  // weights that every thread may read for itself
+inline constexpr int64_t kManyRows = 256;               // rows a thread that make up for reading all weights
 
 // One thread's time for the whole call, in ns, roughly: weights from the second-level cache, products, rows. Measured
 // at 1 to 128 rows; the constants are those of a 3 GHz server core, and only their order of magnitude matters.
@@ -68,7 +68,8 @@ inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t fir
 // `make_rows(panel, m0, m1, first)` writes rows m0 .. m1 of the input to panel rows m0 - first .. m1 - first.
 // `args` lacks only the panel; its output starts at args.c, c_bytes an element.
 template <class MakeRows>
-void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64_t c_bytes, bool want_term, const MakeRows& make_rows) {
+void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64_t c_bytes, bool want_term,
+                const MakeRows& make_rows) {
   const int64_t tiles = num_tiles(args.n), k = args.k;
   const int64_t block = table.row_block;
   const int64_t panel_rows = std::max(block, kPanelBytes / panel_stride(k) / block * block);
@@ -86,12 +87,11 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
   if (threads == 1 || estimated_ns(table, m, args.n, k) < kThreadingPays) return rows_alone(0, m);
 
   const int64_t row_blocks = ceil_div(m, block);
-  const bool by_rows = row_blocks >= threads &&
-                       (packed_bytes(args.n, k) <= kSharedWeightBytes || m >= kManyRows * threads);
+  const bool by_rows =
+      row_blocks >= threads && (packed_bytes(args.n, k) <= kSharedWeightBytes || m >= kManyRows * threads);
   if (by_rows) {
-    at::parallel_for(0, row_blocks, 1, [&](int64_t first, int64_t last) {
-      rows_alone(first * block, std::min(m, last * block));
-    });
+    at::parallel_for(0, row_blocks, 1,
+                     [&](int64_t first, int64_t last) { rows_alone(first * block, std::min(m, last * block)); });
     return;
   }
   for (int64_t first = 0; first < m; first += panel_rows) {

@@ -20,7 +20,7 @@ namespace amxint8 {
 #include "avx512_micro.inc"
 #include "gemm.inc"
 
-constexpr int64_t kVectorRows = 2;   // up to so many rows the vector micro-kernel is the faster one
+constexpr int64_t kVectorRows = 2;  // up to so many rows the vector micro-kernel is the faster one
 constexpr int64_t kTileRows = 16, kBlockRows = 2 * kTileRows;
 
 // Tiles 0-3 accumulate, 4 and 5 hold A (row tiles 0 and 1), 6 and 7 hold B.
@@ -61,7 +61,8 @@ TQ_INLINE void configure_one(int64_t rows) {
 }
 
 template <int T>  // weight tiles side by side, 1 or 2
-TQ_INLINE void two_row_tiles(const uint8_t* a, int64_t lda, const int8_t* b, int64_t stride, int64_t k64, int32_t* acc) {
+TQ_INLINE void two_row_tiles(const uint8_t* a, int64_t lda, const int8_t* b, int64_t stride, int64_t k64,
+                             int32_t* acc) {
   const uint8_t* a1 = a + kTileRows * lda;
   _tile_zero(0);
   _tile_zero(2);
@@ -169,7 +170,7 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8", 128,  kBlockRows,    1600.0f,       quantize_rows,
+  static constexpr KernelTable table = {"amx_int8", 128,  kBlockRows,    1600.0f,        quantize_rows,
                                         copy_rows,  gemm, quantize_span, dequantize_span};
   return table;
 }

@@ -90,7 +90,7 @@ static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_s
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {"avx2",    0,           kRows,         60.0f,        quantize_rows,
+  static constexpr KernelTable table = {"avx2",    0,           kRows,         60.0f,          quantize_rows,
                                         copy_rows, gemm_vector, quantize_span, dequantize_span};
   return table;
 }

@@ -54,7 +54,7 @@ static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_s
 
 const KernelTable& avxvnni_kernels() {
   using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni", 128,         kRows,         180.0f,        quantize_rows,
+  static constexpr KernelTable table = {"avx_vnni", 128,         kRows,         180.0f,         quantize_rows,
                                         copy_rows,  gemm_vector, quantize_span, dequantize_span};
   return table;
 }

@@ -2,6 +2,7 @@
 // travel through it. No torch header; pointers, sizes, strides.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "target.h"
@@ -16,25 +17,25 @@ enum class RowMode : int { kStatic, kSymmetric, kAsymmetric };
 // Rows of float activations -> rows of a panel. Byte = q + offset, where q is numerics.md's int8 value and the offset
 // is what the instruction set wants to read (128 for those that multiply unsigned by signed bytes).
 struct QuantizeRowsArgs {
-  const void* x;       // [m, k], rows x_stride elements apart, contiguous within a row
+  const void* x;  // [m, k], rows x_stride elements apart, contiguous within a row
   FloatType x_type;
   int64_t x_stride, k;
   RowMode mode;
-  float scale;         // static mode: the tensor's scale and zero point
+  float scale;  // static mode: the tensor's scale and zero point
   int32_t zero_point, qmin, qmax;
-  int32_t offset;      // added to every q
-  uint8_t* q;          // [m, q_stride]; bytes k .. fill_to are set to the offset (q = 0)
+  int32_t offset;  // added to every q
+  uint8_t* q;      // [m, q_stride]; bytes k .. fill_to are set to the offset (q = 0)
   int64_t q_stride, fill_to;
-  float* row_scale;    // [m]; NaN flags a row that must give NaN
-  int32_t* row_zero;   // [m]: zero point + offset, in units of the panel
-  int32_t* row_term;   // [m] or null: sum_k panel - k * row_zero, wanted only with weight zero points
+  float* row_scale;   // [m]; NaN flags a row that must give NaN
+  int32_t* row_zero;  // [m]: zero point + offset, in units of the panel
+  int32_t* row_term;  // [m] or null: sum_k panel - k * row_zero, wanted only with weight zero points
 };
 
 // Rows of int8 or uint8 -> rows of a panel; shift is added modulo 256.
 struct CopyRowsArgs {
   const uint8_t* x;
   int64_t x_stride, k;
-  bool x_signed;       // how x reads; the panel reads as x + shift
+  bool x_signed;  // how x reads; the panel reads as x + shift
   int32_t shift;
   uint8_t* q;
   int64_t q_stride, fill_to;
@@ -44,20 +45,20 @@ struct CopyRowsArgs {
 
 // C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale weight_scale + bias))
 struct GemmArgs {
-  const uint8_t* a;    // panel [m, lda]
+  const uint8_t* a;  // panel [m, lda]
   int64_t lda, k, n;
   const int8_t* packed;
-  const float* row_scale;       // [m]
-  const int32_t* row_zero;      // [m]
-  const int32_t* row_term;      // [m] or null
-  const float* weight_scale;    // [n]
-  const int32_t* weight_zero;   // [n] or null
-  const float* bias;            // [n] or null
-  const int32_t* bias_i32;      // [n] or null: makes the sum 64-bit
+  const float* row_scale;      // [m]
+  const int32_t* row_zero;     // [m]
+  const int32_t* row_term;     // [m] or null
+  const float* weight_scale;   // [n]
+  const int32_t* weight_zero;  // [n] or null
+  const float* bias;           // [n] or null
+  const int32_t* bias_i32;     // [n] or null: makes the sum 64-bit
   Activation activation;
   OutType out_type;
-  float inv_out_scale;          // int8 and uint8 output: q = clamp(rint(y * inv), lo, hi) + zero
-  float out_lo, out_hi;         // qmin - zero, qmax - zero
+  float inv_out_scale;   // int8 and uint8 output: q = clamp(rint(y * inv), lo, hi) + zero
+  float out_lo, out_hi;  // qmin - zero, qmax - zero
   int32_t out_zero;
   void* c;
   int64_t ldc;
@@ -69,10 +70,10 @@ struct SpanArgs {
   const void* in;
   void* out;
   int64_t n;
-  FloatType float_type;    // of x (quantize: in, dequantize: out)
-  bool q_signed;           // int8 or uint8
-  bool by_element;         // the five pointers below hold n values instead of 1
-  const float* scale;      // quantize: the reciprocal 1 / scale
+  FloatType float_type;  // of x (quantize: in, dequantize: out)
+  bool q_signed;         // int8 or uint8
+  bool by_element;       // the five pointers below hold n values instead of 1
+  const float* scale;    // quantize: the reciprocal 1 / scale
   const float* real_zero;
   const int32_t* zero;
   const float* lo;
@@ -81,9 +82,9 @@ struct SpanArgs {
 
 struct KernelTable {
   const char* name;
-  int32_t panel_offset;    // 128: the panel is read unsigned; 0: signed
-  int64_t row_block;       // rows of a register tile (the unit in which threads share rows)
-  float products_per_ns;   // of one core in the middle of its range: decides when a second thread pays
+  int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
+  int64_t row_block;      // rows of a register tile (the unit in which threads share rows)
+  float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   void (*quantize_rows)(const QuantizeRowsArgs&, int64_t m0, int64_t m1);
   void (*copy_rows)(const CopyRowsArgs&, int64_t m0, int64_t m1);
   void (*gemm)(const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
@@ -104,7 +105,7 @@ const KernelTable& kernels();  // the active one (isa.cpp)
 // int32 accumulators hold this many products of any unsigned by signed byte: 255 * 128 * 65,793 < 2^31. With zero
 // points on both sides the *final* value fits while 255 * 255 * K does (numerics.md, section 3).
 inline constexpr int64_t kMaxProductK = 65793;
-inline constexpr int64_t kMaxChunkK = 65728;   // a multiple of 64
+inline constexpr int64_t kMaxChunkK = 65728;  // a multiple of 64
 inline constexpr int64_t kMaxExactK = 33025;
 
 }  // namespace torchquant

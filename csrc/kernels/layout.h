@@ -32,11 +32,11 @@
 namespace torchquant {
 
 inline constexpr int kLayoutVersion = 1;
-inline constexpr int64_t kTileN = 16;      // output channels of a tile
-inline constexpr int64_t kGroupK = 4;      // k interleaved in a 32-bit lane
-inline constexpr int64_t kAlignK = 64;     // K is padded to this
+inline constexpr int64_t kTileN = 16;               // output channels of a tile
+inline constexpr int64_t kGroupK = 4;               // k interleaved in a 32-bit lane
+inline constexpr int64_t kAlignK = 64;              // K is padded to this
 inline constexpr int64_t kMaxK = int64_t{1} << 23;  // row and column sums stay below 2^31
-inline constexpr int64_t kTileTail = 128;  // column sums and flags
+inline constexpr int64_t kTileTail = 128;           // column sums and flags
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t padded_k(int64_t k) { return ceil_div(k, kAlignK) * kAlignK; }

@@ -37,8 +37,15 @@ static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_s
 }  // namespace scalar
 
 const KernelTable& scalar_kernels() {
-  static constexpr KernelTable table = {"scalar",           0, scalar::kRows, 5.0f, scalar::quantize_rows, scalar::copy_rows,
-                                        scalar::gemm_vector, scalar::quantize_span, scalar::dequantize_span};
+  static constexpr KernelTable table = {"scalar",
+                                        0,
+                                        scalar::kRows,
+                                        5.0f,
+                                        scalar::quantize_rows,
+                                        scalar::copy_rows,
+                                        scalar::gemm_vector,
+                                        scalar::quantize_span,
+                                        scalar::dequantize_span};
   return table;
 }
 

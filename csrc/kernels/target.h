@@ -12,7 +12,8 @@
 
 #define TQ_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define TQ_TARGET_BEGIN(features) TQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TQ_TARGET_BEGIN(features) \
+  TQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define TQ_TARGET_END TQ_PRAGMA(clang attribute pop)
 #define TQ_UNROLL TQ_PRAGMA(unroll)
 #elif defined(__GNUC__)
