@@ -15,6 +15,7 @@ from torchquant.report import human_bytes
 def render(result: DemoResult) -> RenderableType:
     """All tables and the conclusion."""
     return Group(
+        Text("A small transformer that reads handwritten digits, converted to int8", style="bold"),
         result.report,
         Text(),
         comparison_table(result),
