@@ -1,0 +1,47 @@
+"""What a peer must offer to be measured: load a layer, then hand out ways of calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+class LinearPeer:
+    """One library's int8 (or float) linear layer. Each instance lives alone in its own process.
+
+    Quantizing the activation belongs to the call; quantizing and packing the weight does not (it
+    happens once, in `load`).
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Take a float layer, fp32 weight `[N, K]` and bias `[N]`, and convert it."""
+        raise NotImplementedError
+
+    def calls(self, x: torch.Tensor) -> dict[str, Call]:
+        """Ways of applying the loaded layer to fp32 `x` `[M, K]`, by name; the fastest one counts
+        for the peer.
+
+        Each call returns `[M, N]` as a tensor or an array.
+        """
+        raise NotImplementedError
+
+    def about(self) -> dict[str, str]:
+        """What a reader of the results needs to know: version, engine, instruction set."""
+        raise NotImplementedError
+
+
+def float_linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
+    """An `nn.Linear` in evaluation mode that shares the given weight `[N, K]` and bias `[N]`."""
+    out_features, in_features = weight.shape
+    with torch.device("meta"):  # nothing to initialise: the parameters are replaced
+        linear = torch.nn.Linear(in_features, out_features)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return linear.eval()

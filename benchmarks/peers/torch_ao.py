@@ -1,0 +1,117 @@
+"""torch.ao's dynamic linear, the deprecated stack, on each of its engines; and oneDNN's operator.
+
+`torch.ao.nn.quantized.dynamic.Linear` is what `quantize_dynamic` puts into a model.
+"""
+
+# mypy: disable-error-code="no-untyped-call,assignment"
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from peers.base import Call, LinearPeer, float_linear
+
+
+class TorchAoDynamic(LinearPeer):
+    """Per-channel int8 weights, uint8 activations with one scale per tensor: all it offers."""
+
+    engine: str
+    layer: torch.nn.Module
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        warnings.filterwarnings("ignore")  # the whole stack announces its removal
+        engines = torch.backends.quantized.supported_engines
+        if self.engine not in engines:
+            raise RuntimeError(
+                f"this torch has no quantized engine {self.engine!r}, only {', '.join(engines)}"
+            )
+        torch.backends.quantized.engine = self.engine
+
+    def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        from torch.ao.nn.quantized.dynamic import Linear
+        from torch.ao.quantization import per_channel_dynamic_qconfig
+
+        linear = float_linear(weight, bias)
+        linear.qconfig = per_channel_dynamic_qconfig
+        self.layer = Linear.from_float(linear)
+
+    def calls(self, x: torch.Tensor) -> dict[str, Call]:
+        layer = self.layer
+        return {"module": lambda: layer(x)}
+
+    def about(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "engine": self.engine}
+
+
+class TorchAoX86(TorchAoDynamic):
+    """torch.ao's default on x86: picks oneDNN or FBGEMM by what it finds of the CPU."""
+
+    engine = "x86"
+
+
+class TorchAoOnednn(TorchAoDynamic):
+    """oneDNN, whatever the CPU."""
+
+    engine = "onednn"
+
+
+class TorchAoFbgemm(TorchAoDynamic):
+    """FBGEMM, whatever the CPU."""
+
+    engine = "fbgemm"
+
+
+class TorchAoQnnpack(TorchAoDynamic):
+    """QNNPACK, made for phones."""
+
+    engine = "qnnpack"
+
+
+class OnednnPointwise(LinearPeer):
+    """`torch.ops.onednn.qlinear_pointwise`, Inductor's int8 linear, with the cheapest eager
+    quantization before it.
+
+    The operator takes an activation that is already uint8 with one scale; choosing the scale and
+    quantizing is what makes it dynamic, so both are part of the call.
+    """
+
+    def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        warnings.filterwarnings("ignore")  # the quantized dtypes announce their removal
+        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        qweight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(qweight, None)
+        self.scale, self.bias = scale, bias
+        self.zero_point = torch.zeros(len(scale), dtype=torch.int32)
+
+    def calls(self, x: torch.Tensor) -> dict[str, Call]:
+        choose, quantize = torch._choose_qparams_per_tensor, torch.quantize_per_tensor
+        linear = torch.ops.onednn.qlinear_pointwise.default
+        packed, scale, zero_point, bias = self.packed, self.scale, self.zero_point, self.bias
+
+        def call() -> torch.Tensor:
+            x_scale, x_zero_point = choose(x)
+            qx = quantize(x, x_scale, x_zero_point, torch.quint8).int_repr()
+            result: torch.Tensor = linear(
+                qx,
+                x_scale,
+                x_zero_point,
+                packed,
+                scale,
+                zero_point,
+                bias,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
+            )
+            return result
+
+        return {"eager": call}
+
+    def about(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
