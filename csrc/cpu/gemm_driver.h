@@ -54,6 +54,13 @@ inline Panel make_panel(Workspace& workspace, int64_t rows, int64_t k, bool want
           want_term ? reinterpret_cast<int32_t*>(tail + 2 * arrays) : nullptr};
 }
 
+// Rows of a panel where `rows` are to be done: as few panels as fit the cache, all of about the same height, because
+// each of them reads the whole weight again.
+inline int64_t panel_height(int64_t rows, int64_t k, int64_t block) {
+  const int64_t most = std::max(block, kPanelBytes / panel_stride(k) / block * block);
+  return ceil_div(ceil_div(rows, ceil_div(rows, most)), block) * block;
+}
+
 inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t first_row, int64_t c_bytes) {
   GemmArgs g = args;
   g.a = panel.q;
@@ -72,9 +79,9 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
                 const MakeRows& make_rows) {
   const int64_t tiles = num_tiles(args.n), k = args.k;
   const int64_t block = table.row_block;
-  const int64_t panel_rows = std::max(block, kPanelBytes / panel_stride(k) / block * block);
 
   auto rows_alone = [&](int64_t m0, int64_t m1) {  // this thread, panel by panel
+    const int64_t panel_rows = panel_height(m1 - m0, k, block);
     for (int64_t first = m0; first < m1; first += panel_rows) {
       const int64_t last = std::min(m1, first + panel_rows);
       const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
@@ -94,6 +101,7 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
                      [&](int64_t first, int64_t last) { rows_alone(first * block, std::min(m, last * block)); });
     return;
   }
+  const int64_t panel_rows = panel_height(m, k, block);
   for (int64_t first = 0; first < m; first += panel_rows) {
     const int64_t last = std::min(m, first + panel_rows);
     const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
