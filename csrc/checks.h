@@ -44,17 +44,18 @@ inline FloatType float_type(at::ScalarType t) {
 }
 
 inline void check_float(const char* op, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_TYPE(is_float_input(t.scalar_type()), op, ": ", name,
-                    " must be float32, bfloat16 or float16, got ", describe(t), "; convert it with .to(torch.float32)");
+  TORCH_CHECK_TYPE(is_float_input(t.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, got ",
+                   describe(t), "; convert it with .to(torch.float32)");
 }
 
 inline void check_byte(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kChar || t.scalar_type() == at::kByte, op, ": ", name,
-                    " must be int8 or uint8, got ", describe(t), "; quantize it first (torchquant.ops.quantize)");
+                   " must be int8 or uint8, got ", describe(t), "; quantize it first (torchquant.ops.quantize)");
 }
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType want) {
-  TORCH_CHECK_TYPE(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", describe(t));
+  TORCH_CHECK_TYPE(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ", describe(t),
+                   "; convert it with .to(torch.", dtype_name(want), ")");
 }
 
 inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t at_least) {
@@ -65,32 +66,48 @@ inline void check_dim(const char* op, const char* name, const at::Tensor& t, int
 // A per-channel argument of n values (or, where `broadcast`, one value).
 inline void check_channels(const char* op, const char* name, const at::Tensor& t, at::ScalarType want, int64_t n,
                            bool broadcast) {
-  const bool shape_ok = t.dim() == 1 && (t.size(0) == n || (broadcast && t.size(0) == 1));
-  TORCH_CHECK_VALUE(t.scalar_type() == want && shape_ok, op, ": ", name, " must be ", dtype_name(want), " [", n, "]",
+  check_dtype(op, name, t, want);
+  const bool shape_ok = t.dim() == 1 ? t.size(0) == n || (broadcast && t.size(0) == 1) : broadcast && t.dim() == 0;
+  TORCH_CHECK_VALUE(shape_ok, op, ": ", name, " must be ", dtype_name(want), " [", n, "]",
                     broadcast && n != 1 ? " or [1]" : "", " with one value per output channel, got ", describe(t));
 }
 
-inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, " must be on the CPU like input, got ", t.device(),
-                    "; move the module or the tensor with .to(\"cpu\")");
+// Zero points outside the range of the integers that they belong to would let the 32-bit sums wrap.
+inline void check_zero_points(const char* op, const char* name, const int32_t* values, int64_t count, int64_t least,
+                              int64_t most) {
+  int32_t lowest = values[0], highest = values[0];
+  for (int64_t i = 1; i < count; ++i) {
+    lowest = values[i] < lowest ? values[i] : lowest;
+    highest = values[i] > highest ? values[i] : highest;
+  }
+  TORCH_CHECK_VALUE(least <= lowest && highest <= most, op, ": ", name, " must be from ", least, " to ", most, ", got ",
+                    lowest < least ? lowest : highest);
+}
+
+// NaN passes: what is computed with it becomes NaN and stays visible.
+inline void check_scale(const char* op, const char* name, float scale) {
+  TORCH_CHECK_VALUE(!(scale < 0x1p-126f || scale > 0x1.fffffep127f), op, ": ", name,
+                    " must be finite and at least 2^-126, got ", scale);
 }
 
 // The packed weight of an out_features x in_features layer; the tiles say themselves what they were made for.
 inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
-  check_cpu(op, "packed", packed);
   TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
   TORCH_CHECK_VALUE(n >= 1, op, ": out_features must be at least 1, got ", n);
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.dim() == 2 && packed.size(0) == num_tiles(n) &&
-                        packed.size(1) == tile_bytes(k) && packed.is_contiguous(),
-                    op, ": packed must be the int8 [", num_tiles(n), ", ", tile_bytes(k),
-                    "] result of pack_weight for out_features = ", n, " and in_features = ", k, ", got ",
-                    describe(packed), "; the last dimension of input must be in_features");
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kChar, op, ": packed must be the int8 result of pack_weight, got ",
+                   describe(packed));
+  TORCH_CHECK_VALUE(
+      packed.dim() == 2 && packed.size(0) == num_tiles(n) && packed.size(1) == tile_bytes(k) && packed.is_contiguous(),
+      op, ": packed must be the int8 [", num_tiles(n), ", ", tile_bytes(k),
+      "] result of pack_weight for out_features = ", n, " and in_features = ", k, ", got ", describe(packed),
+      "; the last dimension of input must be in_features");
   const int8_t* tile = packed.const_data_ptr<int8_t>();
-  TORCH_CHECK_VALUE(tile_version(tile, k) == kLayoutVersion && tile_in_features(tile, k) == k &&
-                        tile_out_features(tile, k) == n,
-                    op, ": packed was made for out_features = ", tile_out_features(tile, k), ", in_features = ",
-                    tile_in_features(tile, k), " (layout ", tile_version(tile, k), "), but this call has out_features = ",
-                    n, ", in_features = ", k, " (layout ", kLayoutVersion, "); pack the weight again with pack_weight");
+  TORCH_CHECK_VALUE(
+      tile_version(tile, k) == kLayoutVersion && tile_in_features(tile, k) == k && tile_out_features(tile, k) == n, op,
+      ": packed was made for out_features = ", tile_out_features(tile, k),
+      ", in_features = ", tile_in_features(tile, k), " (layout ", tile_version(tile, k),
+      "), but this call has out_features = ", n, ", in_features = ", k, " (layout ", kLayoutVersion,
+      "); pack the weight again with pack_weight");
 }
 
 inline Activation activation_from(const char* op, std::string_view name) {

@@ -337,8 +337,8 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
         (
             lambda: quantized_linear(X.float(), W, **SCALES),
             TypeError,
-            "quantized_linear: input must be int8 or uint8, got float32 [2, 6]; "
-            "convert it with .to()",
+            "quantized_linear: input must be int8 or uint8, got float32 [2, 6]; quantize it first "
+            "(quantize), or use static_linear or dynamic_linear, which take float input",
         ),
         (
             lambda: quantized_linear(X[0, 0], W, **SCALES),

@@ -41,7 +41,7 @@ def built_isas() -> tuple[str, ...]:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that are built and that this CPU and operating system support, best first."""
+    """Instruction sets that are built and that this CPU and system support, best first."""
     return tuple(_C.usable_isas())
 
 

@@ -1,9 +1,9 @@
-"""One Python wrapper per C++ operator, each followed by its fake kernel, in the order of csrc/ops.cpp.
+"""One Python wrapper per C++ operator, each followed by its fake kernel, in csrc/ops.cpp's order.
 
-A wrapper adds names, defaults and documentation to ``torch.ops.torchquant.<name>``; the checks and the
-arithmetic are in C++. A fake kernel computes shape and dtype only: `torch.compile` and `torch.export`
-trace through it, so the operators stay opaque and keep their bits. The arithmetic every operator
-promises is written out in plain torch in :mod:`torchquant.functional`.
+A wrapper adds names, defaults and documentation to ``torch.ops.torchquant.<name>``; the checks and
+the arithmetic are in C++. A fake kernel computes shape and dtype only: `torch.compile` and
+`torch.export` trace through it, so the operators stay opaque and keep their bits. The arithmetic
+every operator promises is written out in plain torch in :mod:`torchquant.functional`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.scheme import Granularity, PerAxis, PerGroup, PerTensor, PerToken, quant_range
+from torchquant.functional._checks import (
+    describe,
+    require_tensor,
+    scale_tensor,
+    zero_point_tensor,
+)
+from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
+from torchquant.scheme import (
+    PER_TENSOR,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 
 _C = load()
 
@@ -33,15 +47,53 @@ __all__ = [
 ]
 
 
-def _layout_arguments(granularity: Granularity, input: Tensor) -> dict[str, int]:
+def _layout_arguments(who: str, granularity: Granularity, input: Tensor) -> dict[str, int]:
     """A granularity as the operators' ``axis`` or ``group_size``."""
+    if isinstance(granularity, PerTensor):
+        return {}
     if isinstance(granularity, PerAxis):
-        return {"axis": granularity.axis}
+        return {"axis": granularity.normalized_axis(input.shape)}
     if isinstance(granularity, PerGroup):
         return {"group_size": granularity.group_size}
     if isinstance(granularity, PerToken):
-        return {"group_size": max(1, input.size(-1))}
-    return {}
+        granularity.scale_shape(input.shape)  # raises for a 0-dimensional input
+        return {"group_size": max(1, input.shape[-1])}
+    raise TypeError(
+        f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
+        f"PerToken(), got {describe(granularity)}"
+    )
+
+
+def _numbers_to_tensors(
+    who: str,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None,
+    input: Tensor,
+    low: int,
+    high: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Numbers as one-element tensors on input's device; tensors as they are, for C++ to check."""
+    if not isinstance(scale, Tensor):
+        scale = scale_tensor(who, "scale", scale, input.device, (1,))
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = zero_point_tensor(
+            who, "zero_point", zero_point, input.device, low, high, (1,), allow_real=True
+        )
+    return scale, zero_point
+
+
+def _require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors lie on input's device; for fake kernels.
+
+    The dispatcher prefers the meta device over the CPU: a CPU tensor among meta tensors arrives in
+    the fake kernel, and the result would be memory that nobody wrote.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{who}: {name} must be on the input's device {input.device}, got {tensor.device}; "
+                "move it with .to(device)"
+            )
 
 
 def quantize(
@@ -51,16 +103,16 @@ def quantize(
     *,
     qmin: int = -128,
     qmax: int = 127,
-    granularity: Granularity = PerTensor(),
+    granularity: Granularity = PER_TENSOR,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
     """Round a float tensor to integers: ``clamp(rint(input / scale) + zero_point, qmin, qmax)``.
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``; widened to float32 exactly.
-        scale: float32 of ``granularity``'s shape, or a number.
-        zero_point: int32 of scale's shape, or a number; float32 for a real-valued zero point
-            (``rint((input - zero_point) / scale)``); None is 0.
+        scale: float32 of ``granularity``'s shape, or a number for PerTensor.
+        zero_point: int32 of scale's shape or ``[1]``, within [-2^22, 2^22], or a number; float32
+            for a real-valued zero point (``rint((input - zero_point) / scale)``); None is 0.
         qmin, qmax: the integer range, within ``dtype``'s.
         granularity: which elements share a scale.
         dtype: int8 or uint8.
@@ -78,14 +130,15 @@ def quantize(
         >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), 0.5)
         tensor([-2,  1, 18], dtype=torch.int8)
     """
-    scale, zero_point = _as_tensors(scale, zero_point, input)
+    require_tensor("quantize", "input", input)
+    scale, zero_point = _numbers_to_tensors("quantize", scale, zero_point, input, qmin, qmax)
     return torch.ops.torchquant.quantize.default(  # type: ignore[no-any-return]
         input,
         scale,
         zero_point,
         qmin,
         qmax,
-        **_layout_arguments(granularity, input),
+        **_layout_arguments("quantize", granularity, input),
         dtype=dtype,
     )
 
@@ -101,6 +154,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
+    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -109,7 +163,7 @@ def dequantize(
     scale: float | Tensor,
     zero_point: int | Tensor | None = None,
     *,
-    granularity: Granularity = PerTensor(),
+    granularity: Granularity = PER_TENSOR,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The float values that integers stand for: ``(input - zero_point) * scale``.
@@ -127,9 +181,12 @@ def dequantize(
         >>> dequantize(torch.tensor([-2, 1, 18], dtype=torch.int8), 0.5)
         tensor([-1.0000,  0.5000,  9.0000])
     """
-    scale, zero_point = _as_tensors(scale, zero_point, input)
+    require_tensor("dequantize", "input", input)
+    limit = 2**22
+    scale, zero_point = _numbers_to_tensors("dequantize", scale, zero_point, input, -limit, limit)
+    layout = _layout_arguments("dequantize", granularity, input)
     return torch.ops.torchquant.dequantize.default(  # type: ignore[no-any-return]
-        input, scale, zero_point, **_layout_arguments(granularity, input), dtype=dtype
+        input, scale, zero_point, **layout, dtype=dtype
     )
 
 
@@ -142,6 +199,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
+    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -153,8 +211,8 @@ def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor
         symmetric: range [-127, 127] with zero point 0; else [-128, 127] with a zero point.
 
     Returns:
-        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A row that
-        holds NaN or an infinity has scale NaN and zeros for q.
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
+        row that holds NaN or an infinity has scale NaN and zeros for q.
 
     Example:
         >>> q, scale, zero_point = quantize_per_token(torch.tensor([[-2.0, 0.0, 1.0]]))
@@ -239,9 +297,8 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 @torch.library.register_fake("torchquant::int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    return torch.empty(
-        (*input.shape[:-1], out_features), dtype=torch.int32, device=input.device
-    )
+    _require_one_device("int8_mm", input, packed=packed)
+    return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
 def linear_dynamic(
@@ -305,6 +362,14 @@ def _(
     activation: str = "none",
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _require_one_device(
+        "linear_dynamic",
+        input,
+        packed=packed,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        bias=bias,
+    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
 
@@ -328,14 +393,15 @@ def linear_static(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    """A linear layer whose activations have given scales: integer input, or float input quantized inside.
+    """A linear layer on integers of given scale, or on float input quantized with it inside.
 
     Args:
-        input: int8 or uint8 ``[..., K]``; or float32, bfloat16, float16, which is quantized per tensor to
-            int8 in ``[input_qmin, input_qmax]`` first.
-        input_scale: float32, one value or (integer input) one per row.
-        input_zero_point: int32 of the same count, or None.
-        packed, weight_scale, weight_zero_point, out_features, activation: see :func:`linear_dynamic`.
+        input: int8 or uint8 ``[..., K]``; or float32, bfloat16, float16, which is quantized per
+            tensor to int8 in ``[input_qmin, input_qmax]`` first.
+        input_scale: float32, one value or (integer input) one per row, ``[..., 1]``.
+        input_zero_point: int32, one value or (integer input) one per row, or None.
+        packed, weight_scale, weight_zero_point, out_features, activation: as in
+            :func:`linear_dynamic`.
         bias: float32 ``[N]``, or int32 ``[N]`` in units of ``input_scale * weight_scale``, or None.
         output_dtype: float32, bfloat16, float16; with ``output_scale`` int8 or uint8.
         output_scale: float32 of one value: the result is quantized with it, ``output_zero_point``,
@@ -389,6 +455,17 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
+    _require_one_device(
+        "linear_static",
+        input,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+        packed=packed,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        bias=bias,
+        output_scale=output_scale,
+    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype, device=input.device)
 
@@ -427,7 +504,7 @@ def quantized_linear(
     weight_scale: float | Tensor,
     weight_zero_point: int | Tensor | None = None,
     output_scale: float | Tensor | None = None,
-    output_zero_point: int = 0,
+    output_zero_point: int | Tensor = 0,
     output_bits: int = 8,
     output_dtype: torch.dtype = torch.float32,
     activation: str = "none",
@@ -439,13 +516,13 @@ def quantized_linear(
 
     Args:
         input: int8 or uint8 ``[..., K]``.
-        weight: int8 ``[N, K]``, packed on each call, or a :class:`PackedWeight`.
-        bias: int32 ``[N]`` in units of ``input_scale * weight_scale`` (without zero-point shift), float32
-            ``[N]``, or None.
+        weight: int8 ``[N, K]``, N and K not 0, packed on each call; or a :class:`PackedWeight`.
+        bias: int32 ``[N]`` in units of ``input_scale * weight_scale`` (without zero-point
+            shift), float32 ``[N]``, or None.
         input_scale, input_zero_point: one value, or a tensor with one per row of input.
         weight_scale, weight_zero_point: one value, or a tensor ``[N]``.
         output_scale: given, the result is quantized: int8, or uint8 where ``output_dtype`` says so.
-        output_zero_point, output_bits: of the quantized result, which is clamped to ``output_bits``.
+        output_zero_point, output_bits: of the quantized result, clamped to ``output_bits``.
         output_dtype: float32, bfloat16 or float16 (int8 or uint8 with ``output_scale``).
         activation: none, relu, gelu, gelu_tanh or silu.
 
@@ -463,46 +540,44 @@ def quantized_linear(
         >>> quantized_linear(x, w, input_scale=0.5, input_zero_point=1, weight_scale=0.25)
         tensor([[-0.1250, -0.5000]])
     """
-    if isinstance(weight, Tensor):
-        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-            raise ValueError(
-                f"quantized_linear: weight must be int8 [N, K] with K = {input.shape[-1]}, got "
-                f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
-            )
+    who = "quantized_linear"
+    check_integer_input(who, input)
+    if not isinstance(weight, PackedWeight):
+        check_weight(who, input, weight)
         weight = PackedWeight.pack(weight)
-    scale, zero_point = _as_tensors(input_scale, input_zero_point, input)
-    weight_scale, weight_zero_point = _as_tensors(weight_scale, weight_zero_point, input)
-    qmin, qmax = 0, 0
-    if output_scale is not None:
-        output_scale, _ = _as_tensors(output_scale, None, input)
-        output_dtype = torch.int8 if output_dtype == torch.float32 else output_dtype
-        qmin, qmax = quant_range(output_bits, signed=output_dtype == torch.int8)
+    elif weight.in_features != input.shape[-1]:
+        raise ValueError(
+            f"{who}: weight must be packed from int8 [N, K] with K = {input.shape[-1]}, "
+            f"got [{weight.out_features}, {weight.in_features}]"
+        )
+    checked = check_quantized_linear(
+        who,
+        input,
+        weight.out_features,
+        bias,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_bits=output_bits,
+        output_dtype=output_dtype,
+        activation=activation,
+    )
     return linear_static(
         input,
-        scale,
-        zero_point,
+        checked.input_scale,
+        checked.input_zero_point,
         weight.packed,
-        weight_scale,
-        weight_zero_point,
+        checked.weight_scale,
+        None if weight_zero_point is None else checked.weight_zero_point,
         bias,
         out_features=weight.out_features,
         activation=activation,
-        output_dtype=output_dtype,
-        output_scale=output_scale,
-        output_zero_point=output_zero_point,
-        output_qmin=qmin,
-        output_qmax=qmax,
+        output_dtype=checked.output_dtype,
+        output_scale=checked.output_scale,
+        output_zero_point=int(output_zero_point),
+        output_qmin=checked.output_qmin,
+        output_qmax=checked.output_qmax,
     )
-
-
-def _as_tensors(
-    scale: float | Tensor, zero_point: int | Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Numbers as one-element tensors of the operators' dtypes on ``like``'s device."""
-    if not isinstance(scale, Tensor):
-        scale = torch.tensor([scale], dtype=torch.float32, device=like.device)
-    if isinstance(zero_point, int):
-        zero_point = torch.full(scale.shape, zero_point, dtype=torch.int32, device=like.device)
-    elif isinstance(zero_point, float):
-        zero_point = torch.full(scale.shape, zero_point, dtype=torch.float32, device=like.device)
-    return scale, zero_point

@@ -15,15 +15,16 @@ using torch::autograd::variable_list;
 using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor dynamic_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
-                         const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features, bool symmetric,
-                         std::string_view activation, std::optional<at::ScalarType> output_dtype) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::linear_dynamic", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
-                                         const OptTensor&, int64_t, bool, std::string_view,
-                                         std::optional<at::ScalarType>)>();
+                         const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
+                         bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torchquant::linear_dynamic", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&, const OptTensor&,
+                            int64_t, bool, std::string_view, std::optional<at::ScalarType>)>();
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation, output_dtype);
+  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
+                 output_dtype);
 }
 
 at::Tensor static_below(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
@@ -34,14 +35,25 @@ at::Tensor static_below(const at::Tensor& input, const at::Tensor& input_scale, 
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("torchquant::linear_static", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&, const at::Tensor&,
-                            const OptTensor&, const OptTensor&, int64_t, std::string_view, at::ScalarType,
-                            const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t)>();
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&,
+                            const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, std::string_view,
+                            at::ScalarType, const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t)>();
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias, out_features,
                  activation, output_dtype, output_scale, output_zero_point, output_qmin, output_qmax, input_qmin,
                  input_qmax);
 }
+
+at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
+                                   const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
+                                   bool symmetric, std::string_view activation,
+                                   std::optional<at::ScalarType> output_dtype);
+at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& input_scale,
+                                  const OptTensor& input_zero_point, const at::Tensor& packed,
+                                  const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
+                                  const OptTensor& bias, int64_t out_features, std::string_view activation,
+                                  at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
+                                  int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax);
 
 // The weight as the float values it stands for, fp32 [N, K].
 at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
@@ -50,8 +62,8 @@ at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale
                            .findSchemaOrThrow("torchquant::unpack_weight", "")
                            .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt)>();
   at::Tensor w = unpack.call(packed, n, k).to(at::kFloat);
-  if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).unsqueeze(1);
-  return w * weight_scale.unsqueeze(1);
+  if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).reshape({-1, 1});
+  return w * weight_scale.reshape({-1, 1});
 }
 
 // d activation / d x at `pre`, times grad.
@@ -59,7 +71,10 @@ at::Tensor activation_backward(const std::string& activation, const at::Tensor& 
   if (activation == "relu") return at::where(pre > 0, grad, at::zeros_like(grad));
   if (activation == "gelu") return at::gelu_backward(grad, pre, "none");
   if (activation == "gelu_tanh") return at::gelu_backward(grad, pre, "tanh");
-  if (activation == "silu") return at::silu_backward(grad, pre);
+  if (activation == "silu") {  // not at::silu_backward, which has no gradient of its own
+    const at::Tensor s = at::sigmoid(pre);
+    return grad * s * (1 + pre * (1 - s));
+  }
   return grad;
 }
 
@@ -84,7 +99,8 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
                           std::optional<at::ScalarType> output_dtype) {
     const bool needs_input = activation != "none";  // the pre-activation is computed again in backward
     ctx->save_for_backward({needs_input ? input : Variable(), packed, weight_scale,
-                            weight_zero_point.value_or(Variable()), needs_input ? bias.value_or(Variable()) : Variable()});
+                            weight_zero_point.value_or(Variable()),
+                            needs_input ? bias.value_or(Variable()) : Variable()});
     ctx->saved_data["out_features"] = out_features;
     ctx->saved_data["in_features"] = input.sym_size(-1);
     ctx->saved_data["symmetric"] = symmetric;
@@ -100,16 +116,17 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     const int64_t n = ctx->saved_data["out_features"].toInt();
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     at::Tensor grad = grads[0].to(at::kFloat);
-    if (activation != "none") {
-      const at::Tensor pre = dynamic_below(saved[0], saved[1], saved[2], optional_of(saved[3]), optional_of(saved[4]), n,
-                                           ctx->saved_data["symmetric"].toBool(), "none", at::kFloat);
+    if (activation != "none") {  // through autograd, for gradients of this gradient (create_graph=True)
+      const at::Tensor pre =
+          linear_dynamic_autograd(saved[0], saved[1], saved[2], optional_of(saved[3]), optional_of(saved[4]), n,
+                                  ctx->saved_data["symmetric"].toBool(), "none", at::kFloat);
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
     if (ctx->needs_input_grad(0)) {
       const auto input_dtype = static_cast<at::ScalarType>(ctx->saved_data["input_dtype"].toInt());
-      const at::Tensor w = float_weight(saved[1], saved[2], optional_of(saved[3]), n,
-                                        ctx->saved_data["in_features"].toSymInt());
+      const at::Tensor w =
+          float_weight(saved[1], saved[2], optional_of(saved[3]), n, ctx->saved_data["in_features"].toSymInt());
       grad_input = at::matmul(grad, w).to(input_dtype);
     }
     if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
@@ -144,16 +161,17 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {
-      const at::Tensor pre = static_below(input, scale, zero, saved[3], saved[4], weight_zero, optional_of(saved[6]), n,
-                                          "none", at::kFloat, std::nullopt, 0, -128, 127, qmin, qmax);
+      const at::Tensor pre =
+          linear_static_autograd(input, scale, zero, saved[3], saved[4], weight_zero, optional_of(saved[6]), n, "none",
+                                 at::kFloat, std::nullopt, 0, -128, 127, qmin, qmax);
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
     if (ctx->needs_input_grad(0)) {
       const at::Tensor w = float_weight(saved[3], saved[4], weight_zero, n, input.sym_size(-1));
       // Straight through where the rounded value lies in the range (numerics.md, section 6).
-      at::Tensor q = (input.to(at::kFloat) * scale.reciprocal()).round();
-      if (zero) q = q + zero->to(at::kFloat);
+      at::Tensor q = (input.to(at::kFloat) * scale.reshape({}).reciprocal()).round();
+      if (zero) q = q + zero->reshape({}).to(at::kFloat);
       const at::Tensor inside = (q >= qmin).logical_and(q <= qmax);
       const at::Tensor through = at::matmul(grad, w);
       grad_input = at::where(inside, through, at::zeros_like(through)).to(input.scalar_type());
@@ -165,8 +183,7 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
 };
 
 bool wants_gradient(const at::Tensor& input, const OptTensor& bias) {
-  return at::GradMode::is_enabled() &&
-         (input.requires_grad() || (bias && bias->defined() && bias->requires_grad()));
+  return at::GradMode::is_enabled() && (input.requires_grad() || (bias && bias->defined() && bias->requires_grad()));
 }
 
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -187,7 +204,7 @@ at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& inp
                                   at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
                                   int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
   const bool integer_output = output_scale && output_scale->defined();
-  if (!wants_gradient(input, bias) || integer_output || !is_float_input(input.scalar_type()))
+  if (!wants_gradient(input, bias) || integer_output)
     return static_below(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
                         out_features, activation, output_dtype, output_scale, output_zero_point, output_qmin,
                         output_qmax, input_qmin, input_qmax);

@@ -33,8 +33,11 @@ OutType out_type_from(const char* op, at::ScalarType type) {
     case at::kHalf: return OutType::kF16;
     case at::kChar: return OutType::kI8;
     case at::kByte: return OutType::kU8;
-    default: TORCH_CHECK_VALUE(false, op, ": output_dtype must be float32, bfloat16 or float16 (int8 or uint8 with "
-                               "output_scale), got ", dtype_name(type));
+    default:
+      TORCH_CHECK_TYPE(false, op,
+                       ": output_dtype must be float32, bfloat16 or float16 (int8 or uint8 with "
+                       "output_scale), got ",
+                       dtype_name(type));
   }
 }
 
@@ -56,7 +59,6 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
                        bool integer_bias_allowed, int64_t n, int64_t k, std::string_view activation) {
   check_packed(op, packed, n, k);
   check_channels(op, "weight_scale", weight_scale, at::kFloat, n, true);
-  check_cpu(op, "weight_scale", weight_scale);
   WeightSide side;
   side.keep.reserve(3);
   side.args.k = k;
@@ -65,13 +67,14 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
   side.args.weight_scale = contiguous_in(side, weight_scale, n).const_data_ptr<float>();
   if (weight_zero_point && weight_zero_point->defined()) {
     check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, n, true);
-    check_cpu(op, "weight_zero_point", *weight_zero_point);
     side.args.weight_zero = contiguous_in(side, *weight_zero_point, n).const_data_ptr<int32_t>();
+    check_zero_points(op, "weight_zero_point", side.args.weight_zero, n, -128, 127);
   }
   if (bias && bias->defined()) {
     const bool integer = integer_bias_allowed && bias->scalar_type() == at::kInt;
+    TORCH_CHECK_TYPE(integer || !integer_bias_allowed || bias->scalar_type() == at::kFloat, op,
+                     ": bias must be float32 or int32, got ", describe(*bias));
     check_channels(op, "bias", *bias, integer ? at::kInt : at::kFloat, n, false);
-    check_cpu(op, "bias", *bias);
     const at::Tensor& b = contiguous_in(side, *bias, n);
     if (integer) side.args.bias_i32 = b.const_data_ptr<int32_t>();
     else side.args.bias = b.const_data_ptr<float>();
@@ -115,8 +118,8 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, false, n, k, activation);
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
-  TORCH_CHECK_VALUE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
-                    dtype_name(out_dtype));
+  TORCH_CHECK_TYPE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
+                   dtype_name(out_dtype));
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(out_dtype));
@@ -140,18 +143,27 @@ struct InputParams {
 
 InputParams input_params(const char* op, const at::Tensor& input, int64_t m, const at::Tensor& scale,
                          const std::optional<at::Tensor>& zero_point, bool per_tensor_only) {
+  const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
+  auto is_per_row = [&](const at::Tensor& t) {  // of input's leading shape, or [..., 1]
+    const bool kept = t.dim() == input.dim() && t.size(-1) == 1;
+    return (kept ? t.sizes().slice(0, t.dim() - 1) : t.sizes()) == leading;
+  };
   auto check = [&](const char* name, const at::Tensor& t, at::ScalarType type) {
     check_dtype(op, name, t, type);
-    check_cpu(op, name, t);
-    TORCH_CHECK_VALUE(t.numel() == 1 || (!per_tensor_only && t.numel() == m), op, ": ", name, " must hold one value",
-                      per_tensor_only ? " (float input is quantized per tensor)" : " or one per row of input", ", got ",
-                      describe(t), " for input ", describe(input));
+    const bool one = t.numel() == 1 && t.dim() <= 1;
+    TORCH_CHECK_VALUE(one || (!per_tensor_only && is_per_row(t)), op, ": ", name, " must hold one value",
+                      per_tensor_only ? " (float input is quantized per tensor)" : ", or one per row of input [..., 1]",
+                      ", got ", describe(t), " for input ", describe(input));
   };
   check("input_scale", scale, at::kFloat);
   InputParams p{scale.contiguous(), {}};
   if (zero_point && zero_point->defined()) {
     check("input_zero_point", *zero_point, at::kInt);
     p.zero = zero_point->contiguous();
+    const bool is_unsigned = input.scalar_type() == at::kByte;
+    if (p.zero.numel() > 0)
+      check_zero_points(op, "input_zero_point", p.zero.const_data_ptr<int32_t>(), p.zero.numel(),
+                        is_unsigned ? 0 : -128, is_unsigned ? 255 : 127);
   }
   return p;
 }
@@ -190,8 +202,8 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
                          int64_t input_qmax) {
   const char* op = "linear_static";
   const bool float_input = is_float_input(input.scalar_type());
-  TORCH_CHECK_VALUE(float_input || input.scalar_type() == at::kChar || input.scalar_type() == at::kByte, op,
-                    ": input must be int8, uint8, float32, bfloat16 or float16, got ", describe(input));
+  TORCH_CHECK_TYPE(float_input || input.scalar_type() == at::kChar || input.scalar_type() == at::kByte, op,
+                   ": input must be int8, uint8, float32, bfloat16 or float16, got ", describe(input));
   check_dim(op, "input", input, 1);
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, true, n, k, activation);
@@ -201,22 +213,39 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
 
   const bool to_int = output_scale && output_scale->defined();
   const bool int_dtype = output_dtype == at::kChar || output_dtype == at::kByte;
-  TORCH_CHECK_VALUE(to_int == int_dtype, op, ": output_dtype must be int8 or uint8 exactly where output_scale is given, got ",
-                    dtype_name(output_dtype), to_int ? " with" : " without", " output_scale");
+  TORCH_CHECK_TYPE(to_int == int_dtype, op,
+                   ": output_dtype must be int8 or uint8 exactly where output_scale is given, got ",
+                   dtype_name(output_dtype), to_int ? " with" : " without", " output_scale");
   side.args.out_type = out_type_from(op, output_dtype);
   if (to_int) {
     check_dtype(op, "output_scale", *output_scale, at::kFloat);
-    check_cpu(op, "output_scale", *output_scale);
-    TORCH_CHECK_VALUE(output_scale->numel() == 1, op, ": output_scale must hold one value, got ", describe(*output_scale));
+    TORCH_CHECK_VALUE(output_scale->numel() == 1, op, ": output_scale must hold one value, got ",
+                      describe(*output_scale));
     const int64_t least = output_dtype == at::kChar ? -128 : 0, most = output_dtype == at::kChar ? 127 : 255;
     TORCH_CHECK_VALUE(least <= output_qmin && output_qmin < output_qmax && output_qmax <= most &&
                           output_qmin <= output_zero_point && output_zero_point <= output_qmax,
                       op, ": output_qmin <= output_zero_point <= output_qmax must lie within ", least, " .. ", most,
-                      " for ", dtype_name(output_dtype), ", got ", output_qmin, ", ", output_zero_point, ", ", output_qmax);
+                      " for ", dtype_name(output_dtype), ", got ", output_qmin, ", ", output_zero_point, ", ",
+                      output_qmax);
+    check_scale(op, "output_scale", *output_scale->const_data_ptr<float>());
     side.args.inv_out_scale = 1.0f / *output_scale->const_data_ptr<float>();
     side.args.out_zero = static_cast<int32_t>(output_zero_point);
     side.args.out_lo = static_cast<float>(output_qmin - output_zero_point);
     side.args.out_hi = static_cast<float>(output_qmax - output_zero_point);
+  }
+
+  QuantizeRowsArgs q{};
+  if (float_input) {
+    q = float_rows(rows, k, RowMode::kStatic);
+    q.scale = *params.scale.const_data_ptr<float>();
+    check_scale(op, "input_scale", q.scale);
+    q.zero_point = params.zero.defined() ? *params.zero.const_data_ptr<int32_t>() : 0;
+    TORCH_CHECK_VALUE(-128 <= input_qmin && input_qmin < input_qmax && input_qmax <= 127 &&
+                          input_qmin <= q.zero_point && q.zero_point <= input_qmax,
+                      op, ": input_qmin <= input_zero_point <= input_qmax must lie within -128 .. 127, got ",
+                      input_qmin, ", ", q.zero_point, ", ", input_qmax);
+    q.qmin = static_cast<int32_t>(input_qmin);
+    q.qmax = static_cast<int32_t>(input_qmax);
   }
 
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(output_dtype));
@@ -226,15 +255,6 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
   const KernelTable& table = kernels();
   const bool want_term = side.args.weight_zero != nullptr;
   if (float_input) {
-    QuantizeRowsArgs q = float_rows(rows, k, RowMode::kStatic);
-    q.scale = *params.scale.const_data_ptr<float>();
-    q.zero_point = params.zero.defined() ? *params.zero.const_data_ptr<int32_t>() : 0;
-    TORCH_CHECK_VALUE(-128 <= input_qmin && input_qmin < input_qmax && input_qmax <= 127 &&
-                          input_qmin <= q.zero_point && q.zero_point <= input_qmax,
-                      op, ": input_qmin <= input_zero_point <= input_qmax must lie within -128 .. 127, got ", input_qmin,
-                      ", ", q.zero_point, ", ", input_qmax);
-    q.qmin = static_cast<int32_t>(input_qmin);
-    q.qmax = static_cast<int32_t>(input_qmax);
     run_linear(table, side.args, m, out.element_size(), want_term,
                [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
                  quantize_into(q, table, panel, m0, m1, first);

@@ -13,9 +13,9 @@ constexpr int64_t kGrainBytes = 1 << 18;
 
 at::Tensor pack_weight_op(const at::Tensor& weight) {
   const char* op = "pack_weight";
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.dim() == 2, op,
-                    ": weight must be int8 [out_features, in_features], got ", describe(weight),
-                    "; quantize it first (torchquant.ops.quantize)");
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, op, ": weight must be int8 [out_features, in_features], got ",
+                   describe(weight), "; quantize it first (torchquant.ops.quantize)");
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be int8 [out_features, in_features], got ", describe(weight));
   const int64_t n = weight.size(0), k = weight.size(1);
   TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
                     kMaxK, " inputs, got ", describe(weight));
@@ -33,10 +33,9 @@ at::Tensor unpack_weight_op(const at::Tensor& packed, int64_t out_features, int6
   at::Tensor weight = at::empty({out_features, in_features}, packed.options());
   const int8_t* in = packed.const_data_ptr<int8_t>();
   int8_t* out = weight.mutable_data_ptr<int8_t>();
-  at::parallel_for(0, num_tiles(out_features), ceil_div(kGrainBytes, tile_bytes(in_features)),
-                   [&](int64_t first, int64_t last) {
-                     unpack_weight(in, out_features, in_features, first, last, out);
-                   });
+  at::parallel_for(
+      0, num_tiles(out_features), ceil_div(kGrainBytes, tile_bytes(in_features)),
+      [&](int64_t first, int64_t last) { unpack_weight(in, out_features, in_features, first, last, out); });
   return weight;
 }
 

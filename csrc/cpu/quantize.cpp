@@ -21,7 +21,7 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have at least
 
 struct Spans {
   bool by_element = false;
-  int64_t count = 1, length = 1;             // spans and elements in each (the last of a row may be shorter)
+  int64_t count = 1, length = 1;               // spans and elements in each (the last of a row may be shorter)
   int64_t per_row = 1, row = 1, channels = 1;  // spans in a row, elements of a row, scales along axis
 };
 
@@ -50,7 +50,9 @@ Spans make_spans(const char* op, const at::Tensor& input, const at::Tensor& scal
     s.length = std::max<int64_t>(1, std::min(*group_size, s.row));
     s.per_row = s.row ? ceil_div(s.row, s.length) : 0;
     std::vector<int64_t> want(input.sizes().begin(), input.sizes().end());
-    want.back() = s.row ? ceil_div(s.row, *group_size) : 0;
+    // Rows without elements have no groups; as tokens (a group each) they have a scale all the same.
+    const bool tokens = s.row == 0 && scale.dim() == input.dim() && scale.size(-1) == 1;
+    want.back() = tokens ? 1 : ceil_div(s.row, *group_size);
     TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef(want), op, ": scale must have shape ", at::IntArrayRef(want),
                       " (one value per group of ", *group_size, "), got ", describe(scale));
     s.count = s.row ? input.numel() / s.row * s.per_row : 0;
@@ -70,7 +72,6 @@ struct Params {
 Params make_params(const char* op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point, int64_t qmin,
                    int64_t qmax, bool inverse) {
   check_dtype(op, "scale", scale, at::kFloat);
-  check_cpu(op, "scale", scale);
   Params p;
   const int64_t n = scale.numel();
   p.scale = scale.contiguous();
@@ -82,15 +83,20 @@ Params make_params(const char* op, const at::Tensor& scale, const std::optional<
   std::fill_n(zero, n, 0);
   std::fill_n(real, n, 0.0f);
   if (zero_point && zero_point->defined()) {
-    check_cpu(op, "zero_point", *zero_point);
     const bool is_real = zero_point->scalar_type() == at::kFloat;
-    TORCH_CHECK_VALUE(is_real || zero_point->scalar_type() == at::kInt, op,
-                      ": zero_point must be int32, or float32 for a real-valued one, got ", describe(*zero_point));
-    TORCH_CHECK_VALUE(zero_point->sizes() == scale.sizes(), op, ": zero_point must have scale's shape ", scale.sizes(),
-                      ", got ", describe(*zero_point));
-    const at::Tensor z = zero_point->contiguous();
-    if (is_real) std::copy_n(z.const_data_ptr<float>(), n, real);
-    else std::copy_n(z.const_data_ptr<int32_t>(), n, zero);
+    TORCH_CHECK_TYPE(is_real || zero_point->scalar_type() == at::kInt, op,
+                     ": zero_point must be int32, or float32 for a real-valued one, got ", describe(*zero_point));
+    const bool one = zero_point->numel() == 1 && zero_point->dim() <= 1;
+    TORCH_CHECK_VALUE(one || zero_point->sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
+                      scale.sizes(), " or hold one value, got ", describe(*zero_point));
+    const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes()).contiguous();
+    if (is_real) {
+      std::copy_n(z.const_data_ptr<float>(), n, real);
+    } else if (n > 0) {  // so far fp32 holds every difference of integers exactly
+      constexpr int64_t kLimit = int64_t{1} << 22;
+      check_zero_points(op, "zero_point", z.const_data_ptr<int32_t>(), n, -kLimit, kLimit);
+      std::copy_n(z.const_data_ptr<int32_t>(), n, zero);
+    }
   }
   if (inverse) {
     p.inverse = at::empty({n}, floats);
@@ -100,8 +106,7 @@ Params make_params(const char* op, const at::Tensor& scale, const std::optional<
     float *inv = p.inverse.mutable_data_ptr<float>(), *lo = p.lo.mutable_data_ptr<float>(),
           *hi = p.hi.mutable_data_ptr<float>();
     for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK_VALUE(!(s[i] < 0x1p-126f || s[i] > 0x1.fffffep127f), op,
-                        ": scale must be finite and at least 2^-126, got ", s[i], " at index ", i);
+      check_scale(op, "scale", s[i]);
       inv[i] = 1.0f / s[i];
       lo[i] = static_cast<float>(qmin - zero[i]);
       hi[i] = static_cast<float>(qmax - zero[i]);
@@ -151,8 +156,8 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std:
                     at::ScalarType dtype) {
   const char* op = "quantize";
   check_float(op, "input", input);
-  TORCH_CHECK_VALUE(dtype == at::kChar || dtype == at::kByte, op, ": dtype must be int8 or uint8, got ",
-                    dtype_name(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kChar || dtype == at::kByte, op, ": dtype must be int8 or uint8, got ",
+                   dtype_name(dtype));
   const int64_t least = dtype == at::kChar ? -128 : 0, most = dtype == at::kChar ? 127 : 255;
   TORCH_CHECK_VALUE(least <= qmin && qmin < qmax && qmax <= most, op, ": qmin < qmax must lie within ", least, " .. ",
                     most, " for ", dtype_name(dtype), ", got ", qmin, " and ", qmax);
@@ -180,7 +185,7 @@ at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const st
                       std::optional<int64_t> axis, std::optional<int64_t> group_size, at::ScalarType dtype) {
   const char* op = "dequantize";
   check_byte(op, "input", input);
-  TORCH_CHECK_VALUE(is_float_input(dtype), op, ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  TORCH_CHECK_TYPE(is_float_input(dtype), op, ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   const Params p = make_params(op, scale, zero_point, 0, 0, false);
   const at::Tensor q = input.contiguous();

@@ -212,11 +212,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 def apply_activation(who: str, activation: str, input: Tensor) -> Tensor:
     """The activation named ``activation`` of an fp32 tensor; raises for an unknown name."""
+    require_activation(who, activation)
+    return ACTIVATIONS[activation](input)
+
+
+def require_activation(who: str, activation: str) -> None:
+    """Raise unless ``activation`` names one."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{who}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    return ACTIVATIONS[activation](input)
 
 
 def _max(limit: float, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ then the activation function in fp32, then one rounding to the output type, or
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ from torchquant.functional._checks import (
     dtype_name,
     require_device,
     require_dtype,
+    require_tensor,
     scale_tensor,
     zero_point_tensor,
 )
-from torchquant.functional.activations import apply_activation
+from torchquant.functional.activations import apply_activation, require_activation
 from torchquant.functional.affine import quantize, quantize_per_token
 from torchquant.scheme import quant_range
 
@@ -79,28 +82,37 @@ def quantized_linear(
         tensor([[  1.7500, 320.0000]])
     """
     who = "quantized_linear"
-    require_dtype(who, "input", input, (torch.int8, torch.uint8))
-    _check_weight(who, input, weight, bias, (torch.float32, torch.int32))
-    device, features = input.device, weight.shape[0]
-    rows = _row_shapes(input)
-    sx = _per_row(scale_tensor(who, "input_scale", input_scale, device, *rows), input)
-    limits = torch.iinfo(input.dtype)
-    zx = zero_point_tensor(
-        who, "input_zero_point", input_zero_point, device, limits.min, limits.max, *rows
+    check_integer_input(who, input)
+    check_weight(who, input, weight)
+    checked = check_quantized_linear(
+        who,
+        input,
+        weight.shape[0],
+        bias,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_bits=output_bits,
+        output_dtype=output_dtype,
+        activation=activation,
     )
-    channels = ((1,), (features,))
-    sw = scale_tensor(who, "weight_scale", weight_scale, device, *channels)
-    zw = zero_point_tensor(
-        who, "weight_zero_point", weight_zero_point, device, -128, 127, *channels
-    )
-    output_dtype = _output_dtype(who, output_scale, output_dtype)
-
-    acc = _accumulate(input, _per_row(zx, input), weight, zw)
-    y = _to_real(acc, sx * sw, bias)
+    zx = _per_row(checked.input_zero_point, input)
+    acc = _accumulate(input, zx, weight, checked.weight_zero_point)
+    y = _to_real(acc, _per_row(checked.input_scale, input) * checked.weight_scale, bias)
     y = apply_activation(who, activation, y)
-    if output_scale is None:
-        return y.to(output_dtype)
-    return _requantize(who, y, output_scale, output_zero_point, output_bits, output_dtype)
+    if checked.output_scale is None:
+        return y.to(checked.output_dtype)
+    return quantize(
+        y,
+        checked.output_scale,
+        checked.output_zero_point,
+        qmin=checked.output_qmin,
+        qmax=checked.output_qmax,
+        dtype=checked.output_dtype,
+    )
 
 
 def static_linear(
@@ -205,7 +217,8 @@ def dynamic_linear(
     """
     who = "dynamic_linear"
     _check_float_input(who, input)
-    _check_weight(who, input, weight, bias, (torch.float32,))
+    check_weight(who, input, weight)
+    _check_bias(who, bias, weight.shape[0], input.device, (torch.float32,))
     q, scale, zero_point = quantize_per_token(input, symmetric=symmetric)
     return quantized_linear(
         q,
@@ -301,32 +314,99 @@ def _check_float_input(who: str, input: Tensor) -> None:
         raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
 
 
-def _check_weight(
-    who: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bias_dtypes: tuple[torch.dtype, ...],
-) -> None:
+def check_integer_input(who: str, input: Tensor) -> None:
+    """Raise unless ``input`` is int8 or uint8 ``[..., K]``."""
+    require_tensor(who, "input", input)
+    if input.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(
+            f"{who}: input must be int8 or uint8, got {describe(input)}; quantize it first "
+            "(quantize), or use static_linear or dynamic_linear, which take float input"
+        )
     if input.dim() == 0:
         raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
+
+
+def check_weight(who: str, input: Tensor, weight: Tensor) -> None:
+    """Raise unless ``weight`` is int8 ``[N, K]`` for an input ``[..., K]``."""
     inner = input.shape[-1]
-    if (
-        not isinstance(weight, Tensor)
-        or weight.dtype != torch.int8
-        or weight.dim() != 2
-        or weight.shape[1] != inner
-    ):
-        error = ValueError if isinstance(weight, Tensor) and weight.dtype in _INT8 else TypeError
-        raise error(f"{who}: weight must be int8 [N, K] with K = {inner}, got {describe(weight)}")
+    wanted = f"{who}: weight must be int8 [N, K] with K = {inner}"
+    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
+        raise TypeError(f"{wanted}, got {describe(weight)}")
+    if weight.dim() != 2 or weight.shape[1] != inner:
+        raise ValueError(f"{wanted}, got {describe(weight)}")
     require_device(who, "weight", weight, input.device)
+
+
+class CheckedLinear(NamedTuple):
+    """:func:`quantized_linear`'s arguments, checked; numbers made tensors."""
+
+    input_scale: Tensor
+    input_zero_point: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    output_dtype: torch.dtype
+    output_scale: Tensor | None
+    output_zero_point: Tensor
+    output_qmin: int
+    output_qmax: int
+
+
+def check_quantized_linear(
+    who: str,
+    input: Tensor,
+    features: int,
+    bias: Tensor | None,
+    *,
+    input_scale: float | Tensor,
+    input_zero_point: int | Tensor,
+    weight_scale: float | Tensor,
+    weight_zero_point: int | Tensor | None,
+    output_scale: float | Tensor | None,
+    output_zero_point: int | Tensor,
+    output_bits: int,
+    output_dtype: torch.dtype,
+    activation: str,
+) -> CheckedLinear:
+    """The arguments of an integer linear layer with ``features`` outputs; raises for wrong ones.
+
+    One place for this specification and for the operator's wrapper: they refuse the same.
+    """
+    device = input.device
+    _check_bias(who, bias, features, device, (torch.float32, torch.int32))
+    rows, channels = _row_shapes(input), ((1,), (features,))
+    sx = scale_tensor(who, "input_scale", input_scale, device, *rows)
+    limits = torch.iinfo(input.dtype)
+    zx = zero_point_tensor(
+        who, "input_zero_point", input_zero_point, device, limits.min, limits.max, *rows
+    )
+    sw = scale_tensor(who, "weight_scale", weight_scale, device, *channels)
+    zw = zero_point_tensor(
+        who, "weight_zero_point", weight_zero_point, device, -128, 127, *channels
+    )
+    output_dtype = _output_dtype(who, output_scale, output_dtype)
+    require_activation(who, activation)
+    if output_scale is None:
+        return CheckedLinear(sx, zx, sw, zw, output_dtype, None, zx, 0, 0)
+    qmin, qmax = quant_range(output_bits, signed=output_dtype == torch.int8)
+    so = scale_tensor(who, "output_scale", output_scale, device, (1,))
+    zo = zero_point_tensor(who, "output_zero_point", output_zero_point, device, qmin, qmax, (1,))
+    return CheckedLinear(sx, zx, sw, zw, output_dtype, so, zo, qmin, qmax)
+
+
+def _check_bias(
+    who: str,
+    bias: Tensor | None,
+    features: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
     if bias is None:
         return
-    require_dtype(who, "bias", bias, bias_dtypes)
-    require_device(who, "bias", bias, input.device)
-    if bias.shape != weight.shape[:1]:
+    require_dtype(who, "bias", bias, dtypes)
+    require_device(who, "bias", bias, device)
+    if bias.shape != (features,):
         raise ValueError(
-            f"{who}: bias must have shape [N] with N = {weight.shape[0]}, got {list(bias.shape)}"
+            f"{who}: bias must have shape [N] with N = {features}, got {list(bias.shape)}"
         )
 
 
@@ -380,19 +460,3 @@ def _output_dtype(
             f"got {dtype_name(output_dtype)}; leave output_scale out for a float result"
         )
     return output_dtype
-
-
-def _requantize(
-    who: str,
-    y: Tensor,
-    output_scale: float | Tensor,
-    output_zero_point: int | Tensor,
-    output_bits: int,
-    output_dtype: torch.dtype,
-) -> Tensor:
-    qmin, qmax = quant_range(output_bits, signed=output_dtype == torch.int8)
-    scale = scale_tensor(who, "output_scale", output_scale, y.device, (1,))
-    zero_point = zero_point_tensor(
-        who, "output_zero_point", output_zero_point, y.device, qmin, qmax, (1,)
-    )
-    return quantize(y, scale, zero_point, qmin=qmin, qmax=qmax, dtype=output_dtype)

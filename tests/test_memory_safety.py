@@ -1,0 +1,237 @@
+"""No kernel reads or writes a byte outside its tensors.
+
+Every argument's memory ends exactly at an unmapped page (or begins right behind one), and the
+result's ends so too: one byte too far is a segmentation fault. So each run is a process of its own,
+and this file is also the script that it runs: ``python test_memory_safety.py <instruction set>``.
+"""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import integers, positive
+from torch import Tensor
+
+from torchquant import cpu, ops
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="uses Linux's mmap, mprotect and LD_PRELOAD"
+)
+
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+# The results' memory comes from torch's allocator, which calls posix_memalign and free: while the
+# guard is up, these give and take blocks that end at an unmapped page.
+ALLOCATOR = r"""
+#include <stddef.h>
+#include <sys/mman.h>
+
+extern void __libc_free(void*);
+extern void* __libc_memalign(size_t, size_t);
+
+enum { kPage = 4096, kBlocks = 1024 };
+static struct { char *user, *base; size_t bytes; } blocks[kBlocks];
+static int up = 0;
+
+void guard_results(int on) { up = on; }
+
+int posix_memalign(void** result, size_t alignment, size_t n) {
+  for (int i = 0; up && n > 0 && i < kBlocks; ++i) {
+    if (blocks[i].user) continue;
+    size_t bytes = (n + kPage - 1) / kPage * kPage + kPage;
+    char* base = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) return 12;
+    mprotect(base + bytes - kPage, kPage, PROT_NONE);
+    blocks[i].base = base, blocks[i].bytes = bytes;
+    *result = blocks[i].user = base + bytes - kPage - n;
+    return 0;
+  }
+  *result = __libc_memalign(alignment, n);
+  return *result ? 0 : 12;
+}
+
+void free(void* p) {
+  for (int i = 0; p && i < kBlocks; ++i) {
+    if (blocks[i].user != p) continue;
+    munmap(blocks[i].base, blocks[i].bytes);
+    blocks[i].user = 0;
+    return;
+  }
+  __libc_free(p);
+}
+"""
+
+
+# ---------------------------------------------------------------- in the process of its own
+
+
+def beside_a_hole(tensor: Tensor, before: bool = False) -> Tensor:
+    """The same values in memory that ends at an unmapped page, or begins behind one."""
+    if tensor.numel() == 0:
+        return tensor
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    room = -(-len(data) // PAGE) * PAGE
+    memory = mmap.mmap(-1, room + PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = PAGE if before else room - len(data)
+    memory[offset : offset + len(data)] = data
+    hole = address if before else address + room
+    assert LIBC.mprotect(ctypes.c_void_p(hole), ctypes.c_size_t(PAGE), 0) == 0
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return flat.view(tensor.shape)
+
+
+def rows_beside_a_hole(tensor: Tensor, before: bool) -> Tensor:
+    """The same with room between the rows, none of it behind the last one."""
+    rows, inputs = tensor.shape
+    wide = torch.zeros(rows * (inputs + 3) - 3, dtype=tensor.dtype)
+    wide.as_strided((rows, inputs), (inputs + 3, 1)).copy_(tensor)
+    return beside_a_hole(wide, before).as_strided((rows, inputs), (inputs + 3, 1))
+
+
+def check_layer(rows: int, outputs: int, inputs: int, before: bool) -> None:
+    def place(tensor: Tensor) -> Tensor:
+        return beside_a_hole(tensor, before)
+
+    weight = integers(outputs, inputs)
+    if (rows + outputs) % 2:
+        weight = weight.clamp(min=-127)  # the other path of AVX2
+    packed = place(ops.pack_weight(place(weight)))
+    assert torch.equal(ops.unpack_weight(packed, outputs, inputs), weight)
+    scale, bias = place(positive(outputs)), place(torch.randn(outputs))
+    zero = place(integers(outputs).to(torch.int32))
+    n = {"out_features": outputs}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(rows, inputs).to(dtype)
+        for placed in (place(x), rows_beside_a_hole(x, before)):
+            ops.linear_dynamic(placed, packed, scale, zero, bias, **n, symmetric=False)
+            ops.linear_dynamic(placed, packed, scale, **n)
+            ops.linear_static(placed, place(torch.ones(1)), None, packed, scale, None, bias, **n)
+            ops.quantize_per_token(placed, symmetric=False)
+    int_bias = place(integers(outputs, dtype=torch.int32))
+    row_scale = place(positive(rows, 1))
+    row_zero = place(torch.full((rows, 1), 5, dtype=torch.int32))
+    for dtype in (torch.int8, torch.uint8):
+        q = integers(rows, inputs, dtype=dtype)
+        for placed in (place(q), rows_beside_a_hole(q, before)):
+            ops.int8_mm(placed, packed, outputs)
+            args = (placed, row_scale, row_zero, packed, scale, zero)
+            for output in (torch.float32, torch.bfloat16, torch.float16):
+                ops.linear_static(*args, int_bias, **n, output_dtype=output)
+            for output, limits in ((torch.int8, (-128, 127)), (torch.uint8, (0, 255))):
+                ops.linear_static(
+                    *args,
+                    bias,
+                    **n,
+                    activation="gelu",
+                    output_dtype=output,
+                    output_scale=place(torch.ones(1)),
+                    output_qmin=limits[0],
+                    output_qmax=limits[1],
+                )
+
+
+def check_elements(rows: int, inputs: int, before: bool) -> None:
+    def place(tensor: Tensor) -> Tensor:
+        return beside_a_hole(tensor, before)
+
+    operators = torch.ops.torchquant
+    groups = -(-inputs // 5)
+    layouts = (
+        ((1,), {}),
+        ((rows,), {"axis": 0}),
+        ((inputs,), {"axis": 1}),
+        ((rows, groups), {"group_size": 5}),
+        ((rows, 1), {"group_size": inputs}),
+    )
+    for shape, layout in layouts:
+        scale = place(positive(*shape))
+        for zero in (place(torch.full(shape, 3, dtype=torch.int32)), place(torch.randn(shape))):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = place(torch.randn(rows, inputs).to(dtype))
+                for integer, limits in ((torch.int8, (-128, 127)), (torch.uint8, (0, 255))):
+                    q = operators.quantize(x, scale, zero, *limits, **layout, dtype=integer)
+                    operators.dequantize(place(q), scale, zero, **layout, dtype=dtype)
+
+
+TAILS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 130)
+
+
+def main(isa: str) -> None:
+    if isa == "reads too far":
+        x = beside_a_hole(torch.ones(3))
+        ctypes.string_at(x.data_ptr(), 13)
+        return
+    if isa == "reads before":
+        x = beside_a_hole(torch.ones(3), before=True)
+        ctypes.string_at(x.data_ptr() - 1, 1)
+        return
+    guard: Callable[[int], None] = LIBC.guard_results
+    guard(1)
+    if isa == "writes too far":
+        x = torch.empty(3)
+        ctypes.memset(x.data_ptr(), 0, 13)
+        return
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with cpu.use_isa(isa):
+        for before in (False, True):
+            for number, inputs in enumerate(TAILS):
+                for rows in (1, 3, (4, 6, 13, 17, 33)[number % 5]):
+                    for outputs in (1, 17, (8, 15, 16, 31, 33, 40, 64)[number % 7]):
+                        check_layer(rows, outputs, inputs, before)
+                    check_elements(rows, inputs, before)
+            check_layer(40, 100, 1030, before)
+            check_layer(2, 3, 33_026, before)
+            check_layer(1, 2, 65_790, before)
+    guard(0)
+    print("untouched")
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not hasattr(LIBC, "__libc_memalign"):
+        pytest.skip("needs a C compiler and glibc")
+    folder = tmp_path_factory.mktemp("allocator")
+    source, library = folder / "guard.c", folder / "guard.so"
+    source.write_text(ALLOCATOR)
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+def run_guarded(what: str, allocator: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, __file__, what],
+        env={**os.environ, "LD_PRELOAD": str(allocator)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("what", ["reads too far", "reads before", "writes too far"])
+def test_the_guard_guards(what, allocator):
+    assert run_guarded(what, allocator).returncode == -11  # SIGSEGV
+
+
+@pytest.mark.parametrize("name", cpu.available_isas())
+def test_nothing_outside_the_tensors_is_touched(name, allocator):
+    result = run_guarded(name, allocator)
+    assert result.stdout.strip() == "untouched", f"{result.returncode}\n{result.stderr}"
+    assert result.returncode == 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
