@@ -1,8 +1,8 @@
 """torchquant: quantization for PyTorch with exact integer kernels that are fast in eager mode.
 
 The verbs are here; :mod:`torchquant.functional` is the specification in plain torch,
-:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` the choice
-of instruction set.
+:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` the
+choice of instruction set.
 """
 
 from importlib.metadata import PackageNotFoundError, version

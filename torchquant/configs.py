@@ -11,10 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Int8DynamicActivationInt8WeightConfig:
-    """int8 weights, one scale per output channel; int8 activations, one scale per token, found at run time.
+    """int8 weights, one scale per output channel; int8 activations, one scale per token.
 
-    The default choice for Linear layers: no calibration data, and each token's range is its own, so a
-    token gives the same bits alone and in any batch.
+    The default choice for Linear layers: activation scales are found at run time, so there is no
+    calibration data, and each token's range is its own, so a token gives the same bits alone and in
+    any batch.
 
     Args:
         activation_symmetric: activations in [-127, 127]; False: [-128, 127] with a zero point per
@@ -43,8 +44,33 @@ Config = Int8DynamicActivationInt8WeightConfig  # a union, once there is a secon
 _BY_NAME = {cls.__name__: cls for cls in (Int8DynamicActivationInt8WeightConfig,)}
 
 
+def check_config(who: str, config: Config | None) -> Config:
+    """The configuration itself, the default one for None.
+
+    Raises:
+        TypeError: anything else; ``who`` starts the message.
+
+    Example:
+        >>> check_config("quantize_", None)
+        Int8DynamicActivationInt8WeightConfig(activation_symmetric=True, symmetric=True)
+    """
+    if config is None:
+        return Int8DynamicActivationInt8WeightConfig()
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{who}: config must be a torchquant configuration such as "
+            f"Int8DynamicActivationInt8WeightConfig(), got {config!r}"
+        )
+    return config
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """A configuration as JSON-ready values; the key ``type`` names its class."""
+    """A configuration as JSON-ready values; the key ``type`` names its class.
+
+    Example:
+        >>> config_to_dict(Int8DynamicActivationInt8WeightConfig())["symmetric"]
+        True
+    """
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {"type": type(config).__name__, **values}
 
@@ -63,8 +89,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     name = values.pop("type", None)
     if name not in _BY_NAME:
         raise ValueError(
-            f"configuration type must be one of {', '.join(_BY_NAME)}, got {name!r}; the file may be "
-            "from a newer torchquant"
+            f"configuration type must be one of {', '.join(_BY_NAME)}, got {name!r}; the file may "
+            "be from a newer torchquant"
         )
     try:
         return _BY_NAME[name](**values)
@@ -72,4 +98,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         raise ValueError(f"configuration {name} does not fit this torchquant: {error}") from None
 
 
-__all__ = ["Config", "Int8DynamicActivationInt8WeightConfig", "config_from_dict", "config_to_dict"]
+__all__ = [
+    "Config",
+    "Int8DynamicActivationInt8WeightConfig",
+    "check_config",
+    "config_from_dict",
+    "config_to_dict",
+]

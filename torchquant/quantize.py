@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from torchquant.configs import Config, Int8DynamicActivationInt8WeightConfig
-from torchquant.nn.linear import QuantizedLinear, refusal
+from torchquant.configs import Config, check_config
+from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
 from torchquant.report import LayerReport, QuantizationReport
 
 FilterFn = Callable[[nn.Module, str], bool]
 
-# Below these a layer stays in float. Fixed, and a function of the shape alone, so that a model converts
-# the same way on every machine: the packed weight is padded to 16 outputs and 64 inputs, so small layers
-# do not shrink, and a call costs more than its arithmetic.
+# Below these a layer stays in float. Fixed, and a function of the shape alone, so that a model
+# converts the same way on every machine: the packed weight is padded to 16 outputs and 64 inputs,
+# so small layers do not shrink, and a call costs more than its arithmetic.
 MIN_OUT_FEATURES = 16
 MIN_IN_FEATURES = 32
 MIN_WEIGHTS = 4096
 
+# All that calling a module consults. Hooks on its state dict stay behind: they know another state.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -30,6 +32,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -55,19 +58,24 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantize a model's linear layers, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear`. What stays in float is reported
-    with the reason: subclasses of ``nn.Linear``, layers whose weight is read by a fused fast path
-    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``), layers too small to gain. A weight shared
-    with an embedding is untied: the layer gets its own int8 copy. Memory never exceeds the float model
-    plus its largest layer.
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear`, its hooks included. What
+    stays in float is reported with the reason: subclasses of ``nn.Linear``, weights computed from
+    other tensors, layers whose weight is read by a fused fast path (``nn.MultiheadAttention``,
+    ``nn.TransformerEncoderLayer``), layers too small to gain. Layers that are quantized already are
+    reported and left alone. A weight shared with an embedding is untied: the layer gets its own
+    int8 copy.
+
+    Memory never exceeds the float model plus its largest layer. Should a conversion fail halfway
+    (out of memory), the layers before it are quantized, the others in float, and the model works.
 
     Args:
-        model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place: use
-            :meth:`torchquant.nn.QuantizedLinear.from_float`.
+        model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
+            use :meth:`torchquant.nn.QuantizedLinear.from_float`.
         config: :class:`torchquant.Int8DynamicActivationInt8WeightConfig` when None.
-        filter_fn: called with each linear-like layer and its name; True asks for it, also where it is
-            too small to gain. None asks for all but those.
-        strict: raise, before anything is changed, where a layer that was asked for cannot be quantized.
+        filter_fn: called with each linear-like layer and each of its names; true asks for it, also
+            where it is too small to gain. None asks for all but those.
+        strict: raise, before anything is changed, where a layer that was asked for cannot be
+            quantized.
 
     Returns:
         A report; ``print`` it for a table.
@@ -83,33 +91,56 @@ def quantize_(
         [('0', 'quantized', ''), ('2', 'skipped', 'too small to gain')]
     """
     config = _check_arguments(model, config, filter_fn)
-    plan = list(_plan(model, filter_fn))
+    plan = list(_plan(model, config, filter_fn))
     refused = [step for step in plan if step.asked and step.refusal]
     if strict and refused:
         listing = "; ".join(f"{step.name}: {step.refusal}" for step in refused)
         raise ValueError(
-            f"quantize_: strict=True and {len(refused)} of the layers asked for cannot be quantized "
-            f"({listing}); exclude them with filter_fn, or pass strict=False to leave them in float"
+            "quantize_: with strict=True every layer asked for must be quantizable, got "
+            f"{len(refused)} that cannot be quantized ({listing}); exclude them with filter_fn, or "
+            "pass strict=False to leave them in float"
         )
     bytes_before = tensor_bytes(model)
-    rows = [_carry_out(step, config) for step in plan]
-    notes = tuple(row.name for row in rows if "untied" in row.reason)
-    return QuantizationReport(
-        tuple(rows),
-        bytes_before,
-        tensor_bytes(model),
-        (f"untied from a shared weight (own int8 copy): {', '.join(notes)}",) if notes else (),
-    )
+    rows = tuple(_carry_out(step, config) for step in plan)
+    return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)))
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory, shared ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    """Bytes of a model's parameters and buffers in memory, shared ones once.
+
+    Example:
+        >>> tensor_bytes(nn.Linear(10, 10))
+        440
+    """
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if not is_lazy(t)]
+    return sum(t.numel() * t.element_size() for t in {memory_key(t): t for t in tensors}.values())
 
 
-def replace_module(owners: list[tuple[nn.Module, str]], new: nn.Module) -> None:
-    """Put ``new`` into every place that ``owners`` names (parent, attribute)."""
+def memory_key(tensor: torch.Tensor) -> Hashable:
+    """Equal where tensors are the same values in the same memory: a tie may be of two objects.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(4))
+        >>> memory_key(weight) == memory_key(weight.detach())
+        True
+    """
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), *layout
+
+
+def replace_module(
+    owners: list[tuple[nn.Module, str]], old: nn.Module, new: QuantizedLinear
+) -> None:
+    """Put ``new`` into ``old``'s places, the (parent, attribute) pairs of ``owners``.
+
+    Hooks go along, and the handles that remove them keep working: they hold the same dictionaries.
+    """
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    new.train(old.training)
     for parent, attribute in owners:
         parent._modules[attribute] = new
 
@@ -128,123 +159,134 @@ def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]
 class _Step:
     """One linear-like layer of the model and what is to become of it."""
 
-    name: str
+    names: list[str]
     module: nn.Module
     owners: list[tuple[nn.Module, str]]
-    asked: bool
-    refusal: str | None  # why it cannot be quantized
-    leave: str | None  # why it should not be, although it could
-    tied: bool
+    asked: bool = False
+    refusal: str | None = None  # why it cannot be quantized
+    leave: str | None = None  # why it should not be, although it could
+    tied: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def skip(self) -> str | None:
+        return self.leave or self.refusal
+
+    def remark(self) -> str:
+        """The report's last word on the layer."""
+        parts = [self.skip or ("untied" if self.tied else "")]
+        if len(self.names) > 1:
+            parts.append(f"also at {', '.join(self.names[1:])}")
+        return "; ".join(part for part in parts if part)
 
 
-def _check_arguments(
-    model: nn.Module, config: Config | None, filter_fn: FilterFn | None
-) -> Config:
+def _check_arguments(model: nn.Module, config: Config | None, filter_fn: FilterFn | None) -> Config:
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.Linear, QuantizedLinear)):
+    if isinstance(model, QuantizedLinear):
         raise ValueError(
-            f"quantize_: model must contain layers, got a bare {type(model).__name__}, which cannot be "
-            "replaced in place; use torchquant.nn.QuantizedLinear.from_float(linear, config)"
+            "quantize_: model must contain layers, got a bare QuantizedLinear, which is quantized "
+            "already; use it as it is"
         )
-    if config is None:
-        config = Int8DynamicActivationInt8WeightConfig()
-    if not isinstance(config, Int8DynamicActivationInt8WeightConfig):
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            f"quantize_: model must contain layers, got a bare {type(model).__name__}, which "
+            "cannot be replaced in place; use "
+            "torchquant.nn.QuantizedLinear.from_float(linear, config)"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "quantize_: config must be a torchquant configuration such as "
-            f"Int8DynamicActivationInt8WeightConfig(), got {config!r}"
+            "quantize_: model must be an nn.Module in Python, got a scripted one, whose layers are "
+            "compiled already; quantize the model that it was made from"
         )
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(
             f"quantize_: filter_fn must be a function of (module, name), got {filter_fn!r}"
         )
-    return config
+    return check_config("quantize_", config)
 
 
-def _plan(model: nn.Module, filter_fn: FilterFn | None) -> Iterator[_Step]:
+def _plan(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> Iterator[_Step]:
     owners = owners_by_module(model)
     uses = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+        memory_key(p)
+        for module in model.modules()
+        for p in module._parameters.values()
+        if p is not None
     )
     fused = _fast_path_layers(model)
-    for name, module in model.named_modules():
-        if not _linear_like(module) or isinstance(module, QuantizedLinear):
-            continue
-        asked = True if filter_fn is None else bool(filter_fn(module, name))
-        cannot = fused.get(id(module)) or _why_not(module)
-        leave = None
-        if not asked:
-            leave = "filter_fn"
-        elif filter_fn is None and cannot is None and too_small(*_features(module)):
-            leave = "too small to gain"
-        weight = module._parameters.get("weight")
-        tied = weight is not None and uses[id(weight)] > 1
-        yield _Step(name, module, owners.get(id(module), []), asked, cannot, leave, tied)
+    layers: dict[int, _Step] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear) or _linear_like(module):
+            step = _Step([], module, owners.get(id(module), []))
+            layers.setdefault(id(module), step).names.append(name)
+    for step in layers.values():
+        module = step.module
+        if isinstance(module, QuantizedLinear):
+            other = "" if module.config == config else ", with another configuration"
+            step.leave = f"already quantized{other}"
+        else:
+            step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
+            step.refusal = fused.get(id(module)) or refusal(module) or value_refusal(module)
+            weight = module._parameters.get("weight")
+            step.tied = weight is not None and uses[memory_key(weight)] > 1
+            if not step.asked:
+                step.leave = "filter_fn"
+            elif filter_fn is None and not step.refusal and too_small(*_features(module)):
+                step.leave = "too small to gain"
+        yield step
 
 
 def _linear_like(module: nn.Module) -> bool:
     """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D."""
     if isinstance(module, nn.Linear):
         return True
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
+    return weight is not None and weight.dim() == 2
 
 
 def _fast_path_layers(model: nn.Module) -> dict[int, str]:
-    """Linears whose weight another module's forward reads directly, with the reason to leave them."""
+    """Linears whose weight another module's forward reads, with the reason to leave them."""
     layers: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             layers[id(module.out_proj)] = "nn.MultiheadAttention reads its weight"
         if isinstance(module, nn.TransformerEncoderLayer):
-            for linear in (module.linear1, module.linear2):
+            for name in ("linear1", "linear2"):  # a subclass may have other ones
+                linear = getattr(module, name, None)
                 layers[id(linear)] = "nn.TransformerEncoderLayer's fast path reads its weight"
     return layers
 
 
-def _why_not(module: nn.Module) -> str | None:
-    reason = refusal(module)
-    if reason is not None:
-        return reason
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other tensors (weight_norm, pruning)"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if weight.is_meta:
-        return "on the meta device, without values"
-    if not weight.device.type == "cpu":
-        return f"on {weight.device}; move the model to the CPU to quantize it"
-    if not _all_finite(weight):
-        return "its weight holds NaN or infinity"
-    return None
-
-
-def _all_finite(weight: torch.Tensor) -> bool:
-    least, greatest = torch.aminmax(weight.detach())  # no temporary of the weight's size
-    return bool(torch.isfinite(least)) and bool(torch.isfinite(greatest))
-
-
 def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, QuantizedLinear)):
         return module.out_features, module.in_features
     rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
     return columns, rows  # Conv1D holds its weight transposed
 
 
 def _carry_out(step: _Step, config: Config) -> LayerReport:
-    before = tensor_bytes(step.module)
-    kind = type(step.module).__name__
-    skip = step.leave or step.refusal
-    if skip is not None:
-        return LayerReport(step.name, kind, "skipped", skip, *_features(step.module), before, before)
-    module = step.module
-    assert isinstance(module, nn.Linear)
-    new = QuantizedLinear.from_float(module, config)
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(module, hooks))
-    replace_module(step.owners, new)
+    old = step.module
+    kind, before = type(old).__name__, tensor_bytes(old)
+    if step.skip is not None:
+        features = _features(old)
+        return LayerReport(step.name, kind, "skipped", step.remark(), *features, before, before)
+    assert isinstance(old, nn.Linear)
+    new = QuantizedLinear.from_float(old, config)
+    replace_module(step.owners, old, new)
     step.module = new  # the float weights go now, not when the plan does
-    features = (new.out_features, new.in_features)
-    reason = "untied" if step.tied else ""
-    return LayerReport(step.name, kind, "quantized", reason, *features, before, tensor_bytes(new))
+    features, after = _features(new), tensor_bytes(new)
+    return LayerReport(step.name, kind, "quantized", step.remark(), *features, before, after)
+
+
+def _notes(plan: list[_Step]) -> Iterator[str]:
+    if not plan:
+        yield "The model has no linear layers; there was nothing to quantize."
+    untied = [step.name for step in plan if step.tied and not step.skip]
+    if untied:
+        yield f"Untied from a shared weight, with an int8 copy of their own: {', '.join(untied)}."

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import io
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 Action = Literal["quantized", "skipped"]
+
+_TABLE_WIDTH = 72  # a table of five columns is hard to read below
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One layer: what was done to it and why.
 
-    ``bytes_before`` and ``bytes_after`` count the layer's parameters and buffers as they lie in memory
-    (packed, padded), each layer for itself, also where a weight was shared.
+    ``bytes_before`` and ``bytes_after`` count the layer's parameters and buffers as they lie in
+    memory (packed, padded), each layer for itself, also where a weight was shared.
     """
 
     name: str
@@ -33,7 +38,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Result of :func:`torchquant.quantize_`; ``print`` it.
+    """Result of :func:`torchquant.quantize_`; ``print`` it, or give it to a rich console.
 
     ``bytes_before`` and ``bytes_after`` are of the whole model, shared tensors counted once.
     """
@@ -53,40 +58,57 @@ class QuantizationReport:
         """The layers that stayed as they were; ``reason`` says why."""
         return tuple(layer for layer in self.layers if layer.action == "skipped")
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < _TABLE_WIDTH:
+            yield from self._lines()
+        elif self.layers:
+            yield self._table()
+        # All as Text: a name may hold what looks like rich's markup ("[red]") or an emoji's name.
+        yield from (Text(line) for line in (self.summary(), *self.notes))
+
+    def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("layer", overflow="fold")
         table.add_column("out x in", justify="right", no_wrap=True)
-        table.add_column("action", no_wrap=True)
-        table.add_column("why", overflow="fold")
         table.add_column("before", justify="right", no_wrap=True)
         table.add_column("after", justify="right", no_wrap=True)
+        table.add_column("result", overflow="fold")
         for layer in self.layers:
-            table.add_row(
-                layer.name,
-                f"{layer.out_features} x {layer.in_features}" if layer.out_features else layer.kind,
-                layer.action,
-                layer.reason,
-                human_bytes(layer.bytes_before),
-                human_bytes(layer.bytes_after),
-                style=None if layer.action == "quantized" else "dim",
-            )
-        return Group(table, self.summary(), *self.notes)
+            table.add_row(*map(Text, _cells(layer)), style=_style(layer))
+        return table
+
+    def _lines(self) -> Iterator[Text]:
+        """For consoles too narrow for a table: two lines a layer."""
+        for layer in self.layers:
+            name, size, before, after, result = _cells(layer)
+            text = f"{name}\n  {size}, {before} -> {after}, {result}"
+            yield Text(text, style=_style(layer), overflow="fold")
 
     def summary(self) -> str:
         """One line: counts and bytes."""
         ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
         return (
             f"{len(self.quantized)} quantized, {len(self.skipped)} skipped; model "
-            f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)} ({ratio:.2f}x smaller)"
+            f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)} "
+            f"({ratio:.2f}x smaller)"
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self)
-        output = console.file
-        assert isinstance(output, io.StringIO)
-        return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+        """The table, as wide as the terminal; 110 columns where there is none."""
+        file = io.StringIO()
+        width = shutil.get_terminal_size((110, 0)).columns
+        Console(file=file, width=width, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _cells(layer: LayerReport) -> tuple[str, str, str, str, str]:
+    size = f"{layer.out_features} x {layer.in_features}"
+    result = f"{layer.action}: {layer.reason}" if layer.reason else layer.action
+    return layer.name, size, human_bytes(layer.bytes_before), human_bytes(layer.bytes_after), result
+
+
+def _style(layer: LayerReport) -> str:
+    return "" if layer.action == "quantized" else "dim"
 
 
 def human_bytes(count: int) -> str:

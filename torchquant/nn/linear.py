@@ -10,21 +10,27 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant._extension import load
-from torchquant.configs import Int8DynamicActivationInt8WeightConfig
-from torchquant.scheme import PerAxis
+from torchquant.configs import Int8DynamicActivationInt8WeightConfig, check_config
+from torchquant.scheme import PerAxis, quant_range
 
 _fast_linear_dynamic = load().linear_dynamic
 
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Weights quantized at a time, so that what conversion needs beside its result is small.
+_BLOCK_WEIGHTS = 1 << 18
+_TILE_ROWS = 16
+_MAX_IN_FEATURES = 1 << 23  # csrc/kernels/layout.h: sums of a row stay within int32
+
 
 class QuantizedLinear(nn.Module):
-    """``y = activation(x @ weight.T + bias)`` with an int8 weight and activations quantized per token.
+    """``y = activation(x @ weight.T + bias)``: int8 weight, activations quantized per token.
 
-    In memory the weight exists once, packed for the kernels; in a state dict it is the canonical int8
-    ``qweight`` ``[out_features, in_features]``, so that checkpoints do not depend on a CPU or a layout.
-    Pickling, ``copy.deepcopy`` and ``torch.save`` go through the canonical form too.
+    In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
+    int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not depend on a CPU or
+    a layout. Pickling, ``copy.deepcopy`` and ``torch.save`` go through the canonical form too.
 
-    State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point`` int32
-    ``[N]`` (absent when symmetric), ``bias`` float32 ``[N]`` (absent without bias).
+    State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point``
+    int32 ``[N]`` (absent when symmetric), ``bias`` float32 ``[N]`` (absent without bias).
 
     Scales and bias stay float32 under ``.to(torch.bfloat16)``; the output has the input's dtype, or
     autocast's inside an autocast region. Gradients reach the input (straight through the quantizer)
@@ -37,14 +43,17 @@ class QuantizedLinear(nn.Module):
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused behind the bias.
         device: of the (uninitialised) state; use :meth:`from_float` to get a filled layer.
 
+    Raises:
+        TypeError, ValueError: config, activation or a size is not what it must be.
+
     Example:
         >>> linear = nn.Linear(64, 32)
         >>> layer = QuantizedLinear.from_float(linear)
         >>> x = torch.randn(4, 64)
         >>> bool((layer(x) - linear(x)).abs().max() < 0.1)
         True
-        >>> layer
-        QuantizedLinear(in_features=64, out_features=32, bias=True, int8 per channel, activations int8 per token)
+        >>> print(layer.extra_repr())
+        in_features=64, out_features=32, bias=True, int8 per channel, activations int8 per token
     """
 
     packed: Tensor
@@ -62,23 +71,20 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if activation not in functional.ACTIVATIONS:
-            raise ValueError(
-                f"QuantizedLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.config = config if config is not None else Int8DynamicActivationInt8WeightConfig()
-        self.activation = activation
-        channel = {"size": (out_features,), "device": device}
-        qweight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.in_features = _size("in_features", in_features)
+        self.out_features = _size("out_features", out_features)
+        self.config = check_config("QuantizedLinear", config)
+        self.activation = _check_activation(activation)
         # Never a buffer called `weight`: tie_weights() of transformers would overwrite it.
-        self.register_buffer("packed", ops.pack_weight(qweight), persistent=False)
-        self.register_buffer("weight_scale", torch.ones(**channel))
-        zero_point = None if self.config.symmetric else torch.zeros(**channel, dtype=torch.int32)
-        self.register_buffer("weight_zero_point", zero_point)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(**channel)) if bias else None)
+        packed = _pack_zeros(out_features, in_features, device)
+        self.register_buffer("packed", packed, persistent=False)
+        # Dtypes are written out: people load models under another default dtype.
+        scale = torch.ones(out_features, dtype=torch.float32, device=device)
+        self.register_buffer("weight_scale", scale)
+        zero_point = torch.zeros(out_features, dtype=torch.int32, device=device)
+        self.register_buffer("weight_zero_point", None if self.config.symmetric else zero_point)
+        zeros = torch.zeros(out_features, dtype=torch.float32, device=device)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     @classmethod
     def from_float(
@@ -89,54 +95,46 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """Quantize a float layer; the float layer is left as it is.
 
+        Beside the result it needs memory for a block of rows only. Hooks stay with the float layer;
+        :func:`torchquant.quantize_` carries them over.
+
         Args:
-            linear: an nn.Linear with float32, bfloat16 or float16 weights.
+            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU.
             config: how; :class:`~torchquant.Int8DynamicActivationInt8WeightConfig` when None.
             activation: to fuse behind it.
 
         Raises:
-            TypeError: not exactly an nn.Linear, or not a float one.
-            ValueError: the weight holds NaN or infinities, or is on the meta device.
+            TypeError: not exactly an nn.Linear with a float weight of its own (subclasses,
+                parametrized or pruned weights), or config is not a configuration.
+            ValueError: the weight is empty, holds NaN or infinities, or is not on the CPU.
         """
+        config = check_config("QuantizedLinear.from_float", config)
+        _check_activation(activation)
         reason = refusal(linear)
         if reason is not None:
-            raise TypeError(f"QuantizedLinear.from_float: linear must be a plain nn.Linear, got {reason}")
-        if linear.weight.is_meta:
-            raise ValueError(
-                "QuantizedLinear.from_float: linear must hold values, got a layer on the meta device; "
-                "load its weights first, or torchquant.load a quantized checkpoint"
+            raise TypeError(
+                f"QuantizedLinear.from_float: linear must be a plain nn.Linear, got {reason}"
             )
-        weight = linear.weight.detach()
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                "QuantizedLinear.from_float: weight must be finite, got NaN or infinity; "
-                "check the checkpoint that it came from"
+        reason = value_refusal(linear)
+        if reason is not None:
+            raise ValueError(f"QuantizedLinear.from_float: linear cannot be quantized: {reason}")
+        weight, bias = linear.weight.detach(), linear.bias
+        out_features, in_features = weight.shape  # linear's own attributes may be out of date
+        layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
+        # Tensors born in inference mode could not take part in training an adapter later.
+        with torch.inference_mode(False), torch.no_grad():
+            layer.packed, layer.weight_scale, zero_point = _quantize_weight(
+                weight, config.symmetric
             )
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            config,
-            activation,
-            device="meta",  # nothing is allocated twice
-        )
-        scale, zero_point = functional.choose_qparams(
-            weight, symmetric=layer.config.symmetric, granularity=PerAxis(0)
-        )
-        qmin = -127 if layer.config.symmetric else -128
-        qweight = ops.quantize(weight, scale, zero_point, qmin=qmin, granularity=PerAxis(0))
-        layer.packed = ops.pack_weight(qweight)
-        layer.weight_scale = scale
-        if not layer.config.symmetric:
-            layer.weight_zero_point = zero_point
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(
-                linear.bias.detach().to(torch.float32, copy=True), linear.bias.requires_grad
-            )
+            if not config.symmetric:
+                layer.weight_zero_point = zero_point
+            if bias is not None:
+                values = bias.detach().to(torch.float32, copy=True)
+                layer.bias = nn.Parameter(values, bias.requires_grad)
         return layer.train(linear.training)
 
     def to_float(self) -> nn.Linear:
-        """A float32 nn.Linear with the values that the integers stand for (no activation behind it)."""
+        """A float32 nn.Linear with the values that the integers stand for, no activation behind."""
         weight = ops.dequantize(
             self.qweight, self.weight_scale, self.weight_zero_point, granularity=PerAxis(0)
         )
@@ -154,20 +152,36 @@ class QuantizedLinear(nn.Module):
         return ops.unpack_weight(self.packed, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Float ``[..., in_features]`` to ``[..., out_features]``."""
-        if type(input) is Tensor and not torch.compiler.is_compiling():
-            # Straight into the dispatcher, and past nn.Module.__getattr__: 4 us less a call.
-            buffers = self._buffers
-            return _fast_linear_dynamic(  # type: ignore[no-any-return]
-                input,
-                buffers["packed"],
-                buffers["weight_scale"],
-                buffers["weight_zero_point"],
-                self._parameters["bias"],
-                self.out_features,
-                self.config.activation_symmetric,
-                self.activation,
-            )
+        """Float ``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            TypeError: input is not float32, bfloat16 or float16.
+            ValueError: input's last dimension is not in_features, or it is on another device.
+        """
+        # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
+        buffers = self._buffers
+        packed = buffers["packed"]
+        if (
+            type(input) is Tensor
+            and input.is_cpu
+            and packed.is_cpu  # type: ignore[union-attr]
+            and not torch.compiler.is_dynamo_compiling()
+        ):
+            try:
+                return _fast_linear_dynamic(  # type: ignore[no-any-return]
+                    input,
+                    packed,
+                    buffers["weight_scale"],
+                    buffers["weight_zero_point"],
+                    self._parameters["bias"],
+                    self.out_features,
+                    self.config.activation_symmetric,
+                    self.activation,
+                )
+            except (ValueError, IndexError):
+                self._check_input(input)  # in the words of a layer, where its words fit
+                raise
+        self._check_input(input)
         return ops.linear_dynamic(
             input,
             self.packed,
@@ -180,11 +194,26 @@ class QuantizedLinear(nn.Module):
             output_dtype=_autocast_dtype(input),
         )
 
+    def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            if isinstance(input, torch.fx.Proxy):
+                return
+            raise TypeError(f"QuantizedLinear: input must be a tensor, got {type(input).__name__}")
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"QuantizedLinear: input must be [..., in_features] with in_features = "
+                f"{self.in_features}, got {list(input.shape)}"
+            )
+        if input.device != self.packed.device:
+            remedy = "load its weights first" if self.packed.is_meta else "move one of them"
+            raise ValueError(
+                f"QuantizedLinear: input must be on the layer's device {self.packed.device}, "
+                f"got one on {input.device}; {remedy}"
+            )
+
     def extra_repr(self) -> str:
         weight = "int8 per channel" + ("" if self.config.symmetric else " with zero point")
-        tokens = "int8 per token" + (
-            "" if self.config.activation_symmetric else " with zero point"
-        )
+        tokens = "int8 per token" + ("" if self.config.activation_symmetric else " with zero point")
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -198,14 +227,25 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        was_meta = self.packed.is_meta
         super()._apply(keep_dtype, recurse)
+        if was_meta and not self.packed.is_meta:  # to_empty(): no values, but a valid layout
+            self.packed = _pack_zeros(self.out_features, self.in_features, self.packed.device)
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        destination[prefix + "qweight"] = self.qweight
+        # Named one by one: whatever else was put on the layer (a tied `weight`) is not its state.
+        tensors = {
+            "qweight": self.qweight,
+            "weight_scale": self.weight_scale,
+            "weight_zero_point": self.weight_zero_point,
+            "bias": self.bias,
+        }
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
         self,
@@ -218,37 +258,56 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         rest = dict(state_dict)
-        key = prefix + "qweight"
-        qweight = rest.pop(key, None)
-        problem = None if qweight is None else self._qweight_problem(qweight)
-        if qweight is None and strict:
-            missing_keys.append(key)
-        if problem is not None:
-            error_msgs.append(f"{key} {problem}")
-            return
-        for name in ("weight_scale", "bias"):  # a bf16 checkpoint of ours does not exist, but may be made
+        for name in ("weight_scale", "bias"):  # somebody may have converted the file to bfloat16
             value = rest.get(prefix + name)
             if isinstance(value, Tensor) and value.is_floating_point():
-                rest[prefix + name] = _with_dtype(value, torch.float32)
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+                rest[prefix + name] = _as_float32(value)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        problems = self._state_problems(rest, prefix, assign)
+        if problems:  # all or nothing: scales of one layer on the integers of another are nonsense
+            error_msgs.extend(problems)
+            return
+        for name, other in self._parameters.items():  # a tied `weight`: it loads as itself
+            if name != "bias":
+                rest.setdefault(prefix + name, other)
+        qweight = rest.pop(prefix + "qweight", None)
+        if qweight is None and strict:
+            missing_keys.append(prefix + "qweight")
+        super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if qweight is not None:
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            device = qweight.device if assign or self.packed.is_meta else self.packed.device
-            if not (self.packed.is_meta and not assign):
-                self.packed = ops.pack_weight(qweight.to(device))
+        if qweight is None:
+            return
+        if assign:
+            self.packed = ops.pack_weight(qweight)
+        elif not self.packed.is_meta:  # torch has warned that copying into meta does nothing
+            with torch.no_grad():
+                self.packed.copy_(ops.pack_weight(qweight.to(self.packed.device)))
 
-    def _qweight_problem(self, qweight: Any) -> str | None:
-        wanted = [self.out_features, self.in_features]
-        if not isinstance(qweight, Tensor):
-            return f"must be a tensor, got {type(qweight).__name__}"
-        if qweight.dtype != torch.int8 or list(qweight.shape) != wanted:
-            return (
-                f"must be int8 {wanted}, got {str(qweight.dtype).removeprefix('torch.')} "
-                f"{list(qweight.shape)}"
-            )
-        return None
+    def _state_problems(self, state: Mapping[str, Any], prefix: str, assign: bool) -> list[str]:
+        """What is wrong with this layer's entries, in words; missing ones are torch's to report."""
+        channel = [self.out_features]
+        wanted = {
+            "qweight": (torch.int8, [self.out_features, self.in_features]),
+            "weight_scale": (torch.float32, channel),
+            "weight_zero_point": (torch.int32, channel),
+            "bias": (torch.float32, channel),
+        }
+        problems = []
+        for name, (dtype, shape) in wanted.items():
+            value = state.get(prefix + name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+            elif value.dtype != dtype or list(value.shape) != shape:
+                got = f"{_dtype_name(value.dtype)} {list(value.shape)}"
+            elif value.is_meta and not (assign or self.packed.is_meta):
+                got = "one on the meta device, without values"
+            else:
+                continue
+            problems.append(f"{prefix}{name} must be {_dtype_name(dtype)} {shape}, got {got}")
+        return problems
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -261,33 +320,111 @@ class QuantizedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         qweight = state.pop("_qweight")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         # In the order of __init__, so that copies print and iterate alike.
         self._buffers = {"packed": ops.pack_weight(qweight), **self._buffers}
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module cannot become a QuantizedLinear, in words; None where it can."""
+    """Why a module is not of the kind that can become a QuantizedLinear; None where it is."""
+    if getattr(module, "parametrizations", None):
+        return f"{type(module).__name__} (parametrized)"
     if type(module) is not nn.Linear:
         kind = "subclass of nn.Linear" if isinstance(module, nn.Linear) else "not an nn.Linear"
         return f"{type(module).__name__} ({kind})"
-    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"weight of dtype {str(module.weight.dtype).removeprefix('torch.')}"
-    if getattr(module, "parametrizations", None):
-        return "parametrized weight"
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"{name} computed from other tensors (weight_norm, spectral_norm, pruning)"
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter:
+        return f"weight of type {type(weight).__name__}"
+    if weight.dtype not in _FLOAT_DTYPES:
+        return f"weight of dtype {_dtype_name(weight.dtype)}"
+    if "forward" in module.__dict__:
+        return "forward replaced on the instance"
     return None
 
 
-def _with_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    if value.dtype == dtype:
+def value_refusal(module: nn.Module) -> str | None:
+    """Why a layer that :func:`refusal` accepts cannot be quantized all the same, or None."""
+    assert isinstance(module, nn.Linear)
+    weight = module.weight.detach()
+    if weight.is_meta:
+        return "on the meta device, without values; load its weights first"
+    if not weight.is_cpu:
+        return f"on {weight.device}; move it to the CPU first"
+    if weight.dim() != 2 or not 1 <= weight.shape[1] <= _MAX_IN_FEATURES or weight.shape[0] < 1:
+        return f"weight of shape {list(weight.shape)}"
+    least, greatest = torch.aminmax(weight)  # no temporary of the weight's size
+    if not (torch.isfinite(least) and torch.isfinite(greatest)):
+        return "its weight holds NaN or infinity; check the checkpoint that it came from"
+    return None
+
+
+def _quantize_weight(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed integers, scale and zero point per row; no temporary is of the weight's size."""
+    least, greatest = torch.aminmax(weight, dim=1)
+    qmin, qmax = quant_range(8, narrow_range=symmetric)
+    scale, zero_point = functional.qparams_from_range(
+        least.float(), greatest.float(), qmin=qmin, qmax=qmax, symmetric=symmetric
+    )
+    out_features, in_features = weight.shape
+    packed = _pack_zeros(out_features, in_features, weight.device)
+    block = max(1, _BLOCK_WEIGHTS // (in_features * _TILE_ROWS)) * _TILE_ROWS
+    for first in range(0, out_features, block):
+        rows = slice(first, first + block)
+        qweight = ops.quantize(
+            weight[rows],
+            scale[rows],
+            zero_point[rows],
+            qmin=qmin,
+            qmax=qmax,
+            granularity=PerAxis(0),
+        )
+        tiles = slice(first // _TILE_ROWS, (first + block) // _TILE_ROWS)
+        # A tile's last 60 bytes describe the whole weight, all before them its own 16 rows.
+        packed[tiles, :-60] = ops.pack_weight(qweight)[:, :-60]
+    return packed, scale, zero_point
+
+
+def _pack_zeros(out_features: int, in_features: int, device: torch.device | str | None) -> Tensor:
+    zero = torch.zeros((), dtype=torch.int8, device=device)
+    return ops.pack_weight(zero.expand(out_features, in_features))
+
+
+def _size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"QuantizedLinear: {name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _check_activation(activation: str) -> str:
+    if activation not in functional.ACTIVATIONS:
+        raise ValueError(
+            f"QuantizedLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
+    return activation
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _as_float32(value: Tensor) -> Tensor:
+    if value.dtype == torch.float32:
         return value
-    converted = value.detach().to(dtype)
-    return nn.Parameter(converted, value.requires_grad) if isinstance(value, nn.Parameter) else converted
+    converted = value.detach().to(torch.float32)
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(converted, value.requires_grad)
+    return converted
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What a linear returns for this input: autocast's dtype inside autocast, None for the input's own."""
+    """What a linear returns for this input: autocast's dtype where it is on, None for input's."""
+    if not isinstance(input, Tensor):
+        return None
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
