@@ -11,9 +11,9 @@ from torchquant import functional
 from torchquant.nn import QuantizedLinear
 
 CONFIGS = {
-    "symmetric": Config(),
-    "asymmetric_activation": Config(activation_symmetric=False),
-    "asymmetric_weight": Config(symmetric=False),
+    "default": Config(),
+    "symmetric": Config(activation_symmetric=True),
+    "asymmetric_weight": Config(activation_symmetric=True, symmetric=False),
     "asymmetric": Config(activation_symmetric=False, symmetric=False),
 }
 ASYMMETRIC = Config(activation_symmetric=False, symmetric=False)

@@ -14,8 +14,8 @@ from torchquant import Int8DynamicActivationInt8WeightConfig as Config
 from torchquant.configs import check_config, config_from_dict, config_to_dict
 
 
-def test_defaults_are_symmetric() -> None:
-    assert Config() == Config(activation_symmetric=True, symmetric=True)
+def test_defaults() -> None:
+    assert Config() == Config(activation_symmetric=False, symmetric=True)
     assert torchquant.Int8DynamicActivationInt8WeightConfig is Config
 
 

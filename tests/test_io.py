@@ -472,7 +472,7 @@ def test_the_format(path: Path) -> None:
                 "activation": "none",
                 "config": {
                     "type": "Int8DynamicActivationInt8WeightConfig",
-                    "activation_symmetric": True,
+                    "activation_symmetric": False,
                     "symmetric": True,
                 },
             }
@@ -726,7 +726,7 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
     "edit",
     [
         lambda header, tensors: header["layers"]["0"].update(activation="relu"),
-        lambda header, tensors: header["layers"]["0"]["config"].update(activation_symmetric=False),
+        lambda header, tensors: header["layers"]["0"]["config"].update(activation_symmetric=True),
         lambda header, tensors: header["aliases"].update({"0.weight_scale": "0.bias"}),
         lambda header, tensors: header.update(torchquant="9.9"),
         lambda header, tensors: tensors["0.qweight"][3, 5].add_(1),

@@ -158,7 +158,7 @@ def test_a_layer_made_in_inference_mode_can_be_trained_through() -> None:
     assert layer.bias.grad is not None
 
 
-@pytest.mark.parametrize("config", [Config(), ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("config", [Config(), ASYMMETRIC], ids=["default", "asymmetric"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_to_float_holds_the_values_of_the_integers(config: Config, bias: bool) -> None:
     linear = float_layer(33, 67, bias=bias)
@@ -184,7 +184,7 @@ def test_to_float_holds_the_values_of_the_integers(config: Config, bias: bool) -
         (
             QuantizedLinear(64, 32),
             "QuantizedLinear(in_features=64, out_features=32, bias=True, int8 per channel, "
-            "activations int8 per token)",
+            "activations int8 per token with zero point)",
         ),
         (
             QuantizedLinear(64, 32, bias=False, config=ASYMMETRIC, activation="gelu"),

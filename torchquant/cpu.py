@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torchquant._extension import load
 
@@ -36,27 +36,46 @@ __all__ = [
 
 
 def built_isas() -> tuple[str, ...]:
-    """Instruction sets that this build holds kernels for, best first."""
+    """Instruction sets that this build holds kernels for, best first.
+
+    Example:
+        >>> built_isas()[-1]
+        'scalar'
+    """
     return tuple(_C.built_isas())
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that are built and that this CPU and system support, best first."""
+    """Instruction sets that are built and that this CPU and system support, best first.
+
+    Example:
+        >>> set(available_isas()) <= set(built_isas())
+        True
+    """
     return tuple(_C.usable_isas())
 
 
 def active_isa() -> str:
-    """The instruction set that runs now."""
+    """The instruction set that runs now.
+
+    Example:
+        >>> active_isa() in available_isas()
+        True
+    """
     return str(_C.active_isa())
 
 
 def cpu_name() -> str:
-    """The processor's name, as it reports it."""
+    """The processor's name, as it reports it.
+
+    Example:
+        >>> len(cpu_name()) > 0
+        True
+    """
     return str(_C.cpu_name())
 
 
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
+def use_isa(name: str) -> AbstractContextManager[None]:
     """Run with another instruction set, in the whole process, until the block ends.
 
     Args:
@@ -64,8 +83,18 @@ def use_isa(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is unknown, or this CPU does not support it; lists the valid ones.
+
+    Example:
+        >>> with use_isa(available_isas()[-1]):
+        ...     active_isa()
+        'scalar'
     """
     check_isa("use_isa: name", name)
+    return _switched_to(name)
+
+
+@contextmanager
+def _switched_to(name: str) -> Iterator[None]:
     before = active_isa()
     _C.set_active_isa(name)
     try:
