@@ -1,0 +1,1 @@
+"""What the real-model examples share: text, one process per engine, tables and result files."""

