@@ -332,7 +332,7 @@ def test_bad_input(x: Any, error: type[Exception], text: str, grad: bool) -> Non
 
 
 def test_a_layer_without_values_is_refused() -> None:
-    """The operator's meta kernel would return memory that nobody wrote to."""
+    """Else the operator's meta kernel would return memory that nobody wrote to."""
     layer = layer_of().to("meta")
     with pytest.raises(ValueError, match="device meta, got one on cpu; load its weights first"):
         layer(floats(3, 64))

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -125,6 +125,15 @@ def test_within_a_model_in_bfloat16() -> None:
     assert model[1].weight_scale.dtype == torch.float32
 
 
+@pytest.fixture
+def _no_lucky_memory() -> Iterator[None]:
+    """torch.empty() is filled with numbers that are no packed weight."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_no_lucky_memory")
 def test_to_meta_and_back_by_to_empty() -> None:
     layer = layer_of(ASYMMETRIC)
     state, x = layer.state_dict(), floats(3, 64)

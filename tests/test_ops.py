@@ -878,6 +878,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "linear_dynamic: in_features must be between 1 and 8388608, got 0",
     ),
+    "linear_dynamic: rows too long": (
+        lambda: dynamic(X[:1, :1].expand(1, 2**23 + 1)),
+        ValueError,
+        "linear_dynamic: in_features must be between 1 and 8388608, got 8388609",
+    ),
     "linear_dynamic: no outputs": (
         lambda: dynamic(out_features=0),
         ValueError,

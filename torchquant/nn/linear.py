@@ -159,18 +159,12 @@ class QuantizedLinear(nn.Module):
             ValueError: input's last dimension is not in_features, or it is on another device.
         """
         # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
-        buffers = self._buffers
-        packed = buffers["packed"]
-        if (
-            type(input) is Tensor
-            and input.is_cpu
-            and packed.is_cpu  # type: ignore[union-attr]
-            and not torch.compiler.is_dynamo_compiling()
-        ):
+        if type(input) is Tensor and input.is_cpu and not torch.compiler.is_dynamo_compiling():
+            buffers = self._buffers
             try:
                 return _fast_linear_dynamic(  # type: ignore[no-any-return]
                     input,
-                    packed,
+                    buffers["packed"],
                     buffers["weight_scale"],
                     buffers["weight_zero_point"],
                     self._parameters["bias"],
