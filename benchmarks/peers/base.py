@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 Call = Callable[[], Any]
 
 
-class LinearPeer:
+class LinearPeer(ABC):
     """One library's int8 (or float) linear layer. Each instance lives alone in its own process.
 
     Quantizing the activation belongs to the call; quantizing and packing the weight does not (it
@@ -20,21 +21,21 @@ class LinearPeer:
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
+    @abstractmethod
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Take a float layer, fp32 weight `[N, K]` and bias `[N]`, and convert it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calls(self, x: torch.Tensor) -> dict[str, Call]:
         """Ways of applying the loaded layer to fp32 `x` `[M, K]`, by name; the fastest one counts
         for the peer.
 
         Each call returns `[M, N]` as a tensor or an array.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def about(self) -> dict[str, str]:
         """What a reader of the results needs to know: version, engine, instruction set."""
-        raise NotImplementedError
 
 
 def float_linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:

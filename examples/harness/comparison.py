@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from harness.workers import Answer, Worker, WorkerError
 REFERENCE = "fp32"  # what the others are compared with
 
 
-class Comparison:
+class Comparison(ABC):
     """All engines, and the figures that they have given so far.
 
     Args:
@@ -41,17 +42,17 @@ class Comparison:
         self.workers: dict[str, Worker] = {}
         self.reports: dict[str, str] = {}
 
+    @abstractmethod
     def prepare(self, names: Sequence[str]) -> Iterable[str]:
         """Write what the workers need into the folder; returns the engines that can go on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accuracy(self, worker: Worker) -> Row:
         """An engine's figures of accuracy, from the first requests that it gets."""
-        raise NotImplementedError
 
+    @abstractmethod
     def speed(self, workers: Iterable[Worker]) -> None:
         """Add every engine's figures of speed to its row."""
-        raise NotImplementedError
 
     def run(self) -> list[Row]:
         """Accuracy, then speed, then memory, of the engines that run."""

@@ -66,7 +66,7 @@ def show(
         columns: heading and format of each key that is shown.
         descriptions: by engine.
     """
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("engine", no_wrap=True)
     for heading, _ in columns.values():
         longest_word = max(len(word) for word in heading.split())
