@@ -613,3 +613,11 @@ def test_hooks_run() -> None:
     assert_same_bits(out.detach(), expected_output(layer, (2 * x).detach()) + 1)
     out.sum().backward()
     assert seen[1:] == ["backward"]
+
+
+def test_forward_mode_gradients_raise_instead_of_vanishing() -> None:
+    layer, x = layer_of(), floats(3, 64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+            layer(dual)

@@ -182,8 +182,10 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
   }
 };
 
+// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
 bool wants_gradient(const at::Tensor& input, const OptTensor& bias) {
-  return at::GradMode::is_enabled() && (input.requires_grad() || (bias && bias->defined() && bias->requires_grad()));
+  const auto follows = [](const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); };
+  return at::GradMode::is_enabled() && (follows(input) || (bias && bias->defined() && follows(*bias)));
 }
 
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
