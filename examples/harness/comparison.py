@@ -69,7 +69,14 @@ class Comparison(ABC):
 
     def start(self, name: str) -> Worker:
         """A process for the engine."""
-        return Worker(self.script, name, self.options.threads, "--folder", str(self.folder))
+        return Worker(
+            self.script,
+            name,
+            self.options.threads,
+            "--folder",
+            str(self.folder),
+            keep_freed_memory=self.options.allocator == "keep",
+        )
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say why an engine is not in the table."""
@@ -110,6 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser, engines: dict[str, Engine]) -
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="blocks per engine and measurement")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
+    parser.add_argument(
+        "--allocator",
+        choices=("keep", "default"),
+        default="keep",
+        help="whether freed memory stays with the process or goes back to the system, as glibc "
+        "does unless told otherwise (default keep; the same for every engine)",
+    )
     parser.add_argument("--output", type=Path, help="write the figures to this file, as JSON lines")
     parser.add_argument("--report", action="store_true", help="print what quantize_ reports")
     parser.add_argument("--smoke", action="store_true", help="as little as shows that it runs")

@@ -25,15 +25,39 @@ from typing import IO, Any
 
 Answer = dict[str, Any]
 
+# glibc gives large blocks back to the system when they are freed and takes new pages for the next
+# ones, which the kernel fills with zeros; with activations of 25 MB that takes as long as the
+# arithmetic. Who serves a model on CPUs keeps the pages, with these settings or with another
+# allocator, and so does every engine here. Other systems ignore them.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+
 
 class WorkerError(RuntimeError):
     """The engine could not do it; the message holds its own words."""
 
 
 class Worker:
-    """The script's handle on one engine's process."""
+    """The script's handle on one engine's process.
 
-    def __init__(self, script: str, engine: str, threads: int, *arguments: str) -> None:
+    Args:
+        script: starts the engine when called with `--worker` and its name.
+        engine: the name.
+        threads: for its computation.
+        arguments: more of the script's arguments.
+        keep_freed_memory: with `KEEP_FREED_MEMORY` in its environment.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        engine: str,
+        threads: int,
+        *arguments: str,
+        keep_freed_memory: bool = True,
+    ) -> None:
         self.engine = engine
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         command = [sys.executable, script, "--worker", engine, "--threads", str(threads)]
@@ -43,7 +67,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(threads)}
+            | (KEEP_FREED_MEMORY if keep_freed_memory else {}),
         )
 
     def ask(self, do: str, **arguments: Any) -> Answer:
