@@ -22,7 +22,7 @@ namespace torchquant {
 
 struct Panel {  // rows [0, rows) of quantized activations and what the epilogue needs to know of each
   uint8_t* q;
-  int64_t stride, fill_to;
+  int64_t block_rows;  // layout.h: panel_rows
   float* row_scale;
   int32_t* row_zero;
   int32_t* row_term;  // null unless the weight has zero points
@@ -42,29 +42,26 @@ inline float estimated_ns(const KernelTable& table, int64_t m, int64_t n, int64_
          rows * (20.0f + 0.06f * (outputs + inputs));
 }
 
-inline Panel make_panel(Workspace& workspace, int64_t rows, int64_t k, bool want_term) {
-  const int64_t stride = panel_stride(k), arrays = ceil_div(rows, 16) * 64;  // bytes of one 4-byte array, whole lines
-  uint8_t* base = workspace.get(rows * stride + 3 * arrays);
-  uint8_t* tail = base + rows * stride;
-  return {base,
-          stride,
-          padded_k(k),
-          reinterpret_cast<float*>(tail),
-          reinterpret_cast<int32_t*>(tail + arrays),
+inline Panel make_panel(const KernelTable& table, Workspace& workspace, int64_t rows, int64_t k, bool want_term) {
+  const int64_t block_rows = balanced(rows, table.panel_rows);
+  const int64_t bytes = panel_bytes(rows, k, block_rows), arrays = ceil_div(rows, 16) * 64;  // whole lines
+  uint8_t* base = workspace.get(bytes + 3 * arrays);
+  uint8_t* tail = base + bytes;
+  return {base, block_rows, reinterpret_cast<float*>(tail), reinterpret_cast<int32_t*>(tail + arrays),
           want_term ? reinterpret_cast<int32_t*>(tail + 2 * arrays) : nullptr};
 }
 
 // Rows of a panel where `rows` are to be done: as few panels as fit the cache, all of about the same height, because
 // each of them reads the whole weight again.
 inline int64_t panel_height(int64_t rows, int64_t k, int64_t block) {
-  const int64_t most = std::max(block, kPanelBytes / panel_stride(k) / block * block);
+  const int64_t most = std::max(block, kPanelBytes / padded_k(k) / block * block);
   return ceil_div(ceil_div(rows, ceil_div(rows, most)), block) * block;
 }
 
 inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t first_row, int64_t c_bytes) {
   GemmArgs g = args;
   g.a = panel.q;
-  g.lda = panel.stride;
+  g.panel_rows = panel.block_rows;
   g.row_scale = panel.row_scale;
   g.row_zero = panel.row_zero;
   g.row_term = panel.row_term;
@@ -84,7 +81,7 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
     const int64_t panel_rows = panel_height(m1 - m0, k, block);
     for (int64_t first = m0; first < m1; first += panel_rows) {
       const int64_t last = std::min(m1, first + panel_rows);
-      const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
+      const Panel panel = make_panel(table, Workspace::of_this_thread(), last - first, k, want_term);
       make_rows(panel, first, last, first);
       table.gemm(with_panel(args, panel, first, c_bytes), 0, last - first, 0, tiles);
     }
@@ -104,12 +101,12 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
   const int64_t panel_rows = panel_height(m, k, block);
   for (int64_t first = 0; first < m; first += panel_rows) {
     const int64_t last = std::min(m, first + panel_rows);
-    const Panel panel = make_panel(Workspace::of_this_thread(), last - first, k, want_term);
+    const Panel panel = make_panel(table, Workspace::of_this_thread(), last - first, k, want_term);
     if ((last - first) * k < kSerialQuantize) make_rows(panel, first, last, first);
     else at::parallel_for(first, last, 1, [&](int64_t m0, int64_t m1) { make_rows(panel, m0, m1, first); });
     const GemmArgs g = with_panel(args, panel, first, c_bytes);
-    at::parallel_for(0, ceil_div(tiles, 2), 1, [&](int64_t pair0, int64_t pair1) {
-      table.gemm(g, 0, last - first, 2 * pair0, std::min(tiles, 2 * pair1));
+    at::parallel_for(0, ceil_div(tiles, table.tile_block), 1, [&](int64_t block0, int64_t block1) {
+      table.gemm(g, 0, last - first, block0 * table.tile_block, std::min(tiles, block1 * table.tile_block));
     });
   }
 }

@@ -100,8 +100,7 @@ void quantize_into(QuantizeRowsArgs q, const KernelTable& table, const Panel& pa
   q.x = static_cast<const char*>(q.x) + first * q.x_stride * element;
   q.offset = table.panel_offset;
   q.q = panel.q;
-  q.q_stride = panel.stride;
-  q.fill_to = panel.fill_to;
+  q.panel_rows = panel.block_rows;
   q.row_scale = panel.row_scale;
   q.row_zero = panel.row_zero;
   q.row_term = panel.row_term;
@@ -179,8 +178,7 @@ void copy_into(const at::Tensor& rows, const InputParams& params, const KernelTa
   g.x_signed = is_signed;
   g.shift = is_signed ? table.panel_offset : table.panel_offset - 128;
   g.q = panel.q;
-  g.q_stride = panel.stride;
-  g.fill_to = panel.fill_to;
+  g.panel_rows = panel.block_rows;
   g.row_zero = panel.row_zero;
   g.row_term = panel.row_term;
   const float* scale = params.scale.defined() ? params.scale.const_data_ptr<float>() : nullptr;

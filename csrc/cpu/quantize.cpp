@@ -228,7 +228,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_per_token(const at::Tens
   g.x_stride = g.k = k;
   g.mode = symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric;
   g.q = static_cast<uint8_t*>(q.mutable_data_ptr());
-  g.q_stride = g.fill_to = k;
   g.row_scale = scale.mutable_data_ptr<float>();
   g.row_zero = zero.mutable_data_ptr<int32_t>();
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / k),

@@ -21,157 +21,174 @@ namespace amxint8 {
 #include "gemm.inc"
 
 constexpr int64_t kVectorRows = 2;  // up to so many rows the vector micro-kernel is the faster one
-constexpr int64_t kTileRows = 16, kBlockRows = 2 * kTileRows;
+constexpr int64_t kTileRows = 16, kPairTiles = 3, kSingleTiles = 6;
 
-// Tiles 0-3 accumulate, 4 and 5 hold A (row tiles 0 and 1), 6 and 7 hold B.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t colsb[16] = {};
   uint8_t rows[16] = {};
 };
 
-// Not _tile_loadconfig: GCC's version declares a read of 8 bytes, and the optimiser then drops the other stores.
-TQ_INLINE void load_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
-
-TQ_INLINE void set_tile(TileConfig& config, int tile, int64_t rows) {
-  config.rows[tile] = static_cast<uint8_t>(rows);
-  config.colsb[tile] = 64;
-}
-
-// Two row tiles (rows0, rows1) by two weight tiles.
-TQ_INLINE void configure_two(int64_t rows0, int64_t rows1) {
+// Tiles 0-5 accumulate, 6 holds A, 7 holds B. The last block of a panel may hold fewer rows than the others: its tiles
+// are multiplied whole, and what is in the missing rows is never looked at.
+TQ_INLINE void configure(int64_t panel_rows) {
   TileConfig config;
-  set_tile(config, 0, rows0);
-  set_tile(config, 1, rows0);
-  set_tile(config, 2, rows1);
-  set_tile(config, 3, rows1);
-  set_tile(config, 4, rows0);
-  set_tile(config, 5, rows1);
-  set_tile(config, 6, 16);
-  set_tile(config, 7, 16);
-  load_config(config);
+  for (int t = 0; t < 8; ++t) {
+    config.rows[t] = static_cast<uint8_t>(t < 7 ? panel_rows : 16);
+    config.colsb[t] = 64;
+  }
+  // Not _tile_loadconfig: GCC's version declares a read of 8 bytes, and the optimiser then drops the other stores.
+  __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
-// One row tile by up to four weight tiles.
-TQ_INLINE void configure_one(int64_t rows) {
-  TileConfig config;
-  for (int t = 0; t < 5; ++t) set_tile(config, t, rows);
-  for (int t = 5; t < 8; ++t) set_tile(config, t, 16);
-  load_config(config);
+// The next weight tiles, fetched into the second-level cache while the present ones are multiplied.
+struct Ahead {
+  const char* next;
+  const char* end;
+  int64_t lines;  // a step of K
+};
+TQ_INLINE void fetch(Ahead& ahead) {
+  for (int64_t i = 0; i < ahead.lines && ahead.next < ahead.end; ++i, ahead.next += 64)
+    _mm_prefetch(ahead.next, _MM_HINT_T1);
 }
 
-template <int T>  // weight tiles side by side, 1 or 2
-TQ_INLINE void two_row_tiles(const uint8_t* a, int64_t lda, const int8_t* b, int64_t stride, int64_t k64,
-                             int32_t* acc) {
-  const uint8_t* a1 = a + kTileRows * lda;
+// Two blocks of rows (a and a + next_block) by T weight tiles. Back and forth, so that each product but the first
+// finds one operand where the last one left it; with T = 3 that is 7 loads for 6 products, and 5 KB from the
+// second-level cache, whose bandwidth is the limit here, where two by two would need 6 KB.
+template <int T>
+TQ_INLINE void two_blocks(const uint8_t* a, int64_t next_block, int64_t step, const int8_t* b, int64_t stride,
+                          int64_t steps, Ahead& ahead, int32_t* acc) {
   _tile_zero(0);
-  _tile_zero(2);
-  if constexpr (T == 2) {
+  _tile_zero(3);
+  if constexpr (T > 1) {
     _tile_zero(1);
-    _tile_zero(3);
+    _tile_zero(4);
   }
-  for (int64_t k = 0; k < k64; k += 64) {
-    _tile_loadd(6, b + k * 16, 64);
-    _tile_loadd(4, a + k, lda);
-    _tile_dpbusd(0, 4, 6);
-    if constexpr (T == 2) {
-      _tile_loadd(7, b + stride + k * 16, 64);
-      _tile_dpbusd(1, 4, 7);
-    }
-    _tile_loadd(5, a1 + k, lda);
-    _tile_dpbusd(2, 5, 6);
-    if constexpr (T == 2) _tile_dpbusd(3, 5, 7);
+  if constexpr (T > 2) {
+    _tile_zero(2);
+    _tile_zero(5);
   }
-  constexpr int64_t ld = 2 * kTileN, row1 = kTileRows * ld;
-  _tile_stored(0, acc, ld * 4);
-  _tile_stored(2, acc + row1, ld * 4);
-  if constexpr (T == 2) {
-    _tile_stored(1, acc + kTileN, ld * 4);
-    _tile_stored(3, acc + row1 + kTileN, ld * 4);
-  }
-}
-
-template <int T>  // 1 to 4
-TQ_INLINE void one_row_tile(const uint8_t* a, int64_t lda, const int8_t* b, int64_t stride, int64_t k64, int32_t* acc) {
-  _tile_zero(0);
-  if constexpr (T > 1) _tile_zero(1);
-  if constexpr (T > 2) _tile_zero(2);
-  if constexpr (T > 3) _tile_zero(3);
-  for (int64_t k = 0; k < k64; k += 64) {
-    _tile_loadd(4, a + k, lda);
-    _tile_loadd(5, b + k * 16, 64);
-    _tile_dpbusd(0, 4, 5);
+  for (int64_t s = 0; s < steps; ++s, a += step, b += kAlignK * kTileN) {
+    fetch(ahead);
+    _tile_loadd(6, a, 64);
+    _tile_loadd(7, b, 64);
+    _tile_dpbusd(0, 6, 7);
     if constexpr (T > 1) {
-      _tile_loadd(6, b + stride + k * 16, 64);
-      _tile_dpbusd(1, 4, 6);
+      _tile_loadd(7, b + stride, 64);
+      _tile_dpbusd(1, 6, 7);
     }
     if constexpr (T > 2) {
-      _tile_loadd(7, b + 2 * stride + k * 16, 64);
-      _tile_dpbusd(2, 4, 7);
+      _tile_loadd(7, b + 2 * stride, 64);
+      _tile_dpbusd(2, 6, 7);
     }
-    if constexpr (T > 3) {
-      _tile_loadd(5, b + 3 * stride + k * 16, 64);
-      _tile_dpbusd(3, 4, 5);
+    _tile_loadd(6, a + next_block, 64);
+    if constexpr (T > 2) {
+      _tile_dpbusd(5, 6, 7);
+      _tile_loadd(7, b + stride, 64);
     }
+    if constexpr (T > 1) {
+      _tile_dpbusd(4, 6, 7);
+      _tile_loadd(7, b, 64);
+    }
+    _tile_dpbusd(3, 6, 7);
   }
-  constexpr int64_t ld = 4 * kTileN;
+  constexpr int64_t ld = T * kTileN;
+  int32_t* second = acc + kTileRows * ld;
   _tile_stored(0, acc, ld * 4);
-  if constexpr (T > 1) _tile_stored(1, acc + kTileN, ld * 4);
-  if constexpr (T > 2) _tile_stored(2, acc + 2 * kTileN, ld * 4);
-  if constexpr (T > 3) _tile_stored(3, acc + 3 * kTileN, ld * 4);
-}
-
-static void gemm_one_row_tile(const GemmArgs& g, EpilogueFn store, int64_t m, int64_t rows, int64_t tile0,
-                              int64_t tile1) {
-  alignas(64) int32_t acc[kTileRows * 4 * kTileN];
-  const int64_t stride = tile_bytes(g.k), k64 = padded_k(g.k);
-  const uint8_t* a = g.a + m * g.lda;
-  configure_one(rows);
-  for (int64_t tile = tile0; tile < tile1;) {
-    const int8_t* b = tile_at(g.packed, g.k, tile);
-    const int64_t left = tile1 - tile, count = left >= 4 ? 4 : left;
-    if (count == 4) one_row_tile<4>(a, g.lda, b, stride, k64, acc);
-    else if (count == 3) one_row_tile<3>(a, g.lda, b, stride, k64, acc);
-    else if (count == 2) one_row_tile<2>(a, g.lda, b, stride, k64, acc);
-    else one_row_tile<1>(a, g.lda, b, stride, k64, acc);
-    epilogue(store, g, acc, 4 * kTileN, m, rows, tile, count, sizeof(int32_t));
-    tile += count;
+  _tile_stored(3, second, ld * 4);
+  if constexpr (T > 1) {
+    _tile_stored(1, acc + kTileN, ld * 4);
+    _tile_stored(4, second + kTileN, ld * 4);
+  }
+  if constexpr (T > 2) {
+    _tile_stored(2, acc + 2 * kTileN, ld * 4);
+    _tile_stored(5, second + 2 * kTileN, ld * 4);
   }
 }
 
-static void gemm_blocks(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t rows, int64_t tile0,
-                        int64_t tile1) {  // [m0, m1) in blocks of `rows` (17 .. 32) rows
-  alignas(64) int32_t acc[kBlockRows * 2 * kTileN];
-  const int64_t stride = tile_bytes(g.k), k64 = padded_k(g.k);
-  configure_two(kTileRows, rows - kTileRows);
-  for (int64_t tile = tile0; tile < tile1; tile += 2) {
-    const int8_t* b = tile_at(g.packed, g.k, tile);
-    const int64_t count = tile1 - tile >= 2 ? 2 : 1;
-    for (int64_t m = m0; m < m1; m += rows) {
-      const uint8_t* a = g.a + m * g.lda;
-      if (count == 2) two_row_tiles<2>(a, g.lda, b, stride, k64, acc);
-      else two_row_tiles<1>(a, g.lda, b, stride, k64, acc);
-      epilogue(store, g, acc, 2 * kTileN, m, rows, tile, count, sizeof(int32_t));
-    }
+template <int T>  // one block of rows by T = 1 to 6 weight tiles
+TQ_INLINE void one_block(const uint8_t* a, int64_t step, const int8_t* b, int64_t stride, int64_t steps, int32_t* acc) {
+#define TQ_EACH(what)           \
+  what(0);                      \
+  if constexpr (T > 1) what(1); \
+  if constexpr (T > 2) what(2); \
+  if constexpr (T > 3) what(3); \
+  if constexpr (T > 4) what(4); \
+  if constexpr (T > 5) what(5);
+#define TQ_ZERO(t) _tile_zero(t)
+#define TQ_MULTIPLY(t)                  \
+  {                                     \
+    _tile_loadd(7, b + t * stride, 64); \
+    _tile_dpbusd(t, 6, 7);              \
+  }
+#define TQ_STORE(t) _tile_stored(t, acc + t * kTileN, T * kTileN * 4)
+  TQ_EACH(TQ_ZERO)
+  for (int64_t s = 0; s < steps; ++s, a += step, b += kAlignK * kTileN) {
+    _tile_loadd(6, a, 64);
+    TQ_EACH(TQ_MULTIPLY)
+  }
+  TQ_EACH(TQ_STORE)
+#undef TQ_EACH
+#undef TQ_ZERO
+#undef TQ_MULTIPLY
+#undef TQ_STORE
+}
+
+// Rows [m0, m1), an even number of blocks (the last may be short), by T weight tiles.
+template <int T>
+static void pairs_of_blocks(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t tile, int64_t tile1) {
+  alignas(64) int32_t acc[2 * kTileRows * T * kTileN];
+  const int64_t stride = tile_bytes(g.k), k64 = padded_k(g.k), step = g.panel_rows * kAlignK;
+  const int8_t* b = tile_at(g.packed, g.k, tile);
+  const int64_t pair = 2 * g.panel_rows, pairs = ceil_div(m1 - m0, pair);
+  const int64_t after = tile1 - tile - T < T ? tile1 - tile - T : T;  // weight tiles that follow
+  const char* next = reinterpret_cast<const char*>(b + T * stride);
+  // The first pair of rows would have to wait for all lines of new tiles, so they are fetched during the others.
+  Ahead ahead{next, next + (after > 0 && pairs > 1 ? after * stride : 0), ceil_div(T * 16, pairs)};
+  for (int64_t m = m0; m < m1; m += pair) {
+    const int64_t rows = m1 - m < pair ? m1 - m : pair, first = rows < g.panel_rows ? rows : g.panel_rows;
+    const uint8_t* a = g.a + panel_at(m, g.k, g.panel_rows);
+    two_blocks<T>(a, g.panel_rows * k64, step, b, stride, k64 / kAlignK, ahead, acc);
+    epilogue(store, g, acc, T * kTileN, m, first, tile, T, sizeof(int32_t));
+    epilogue(store, g, acc + kTileRows * T * kTileN, T * kTileN, m + first, rows - first, tile, T, sizeof(int32_t));
   }
 }
+
+template <int T>
+static void single_block(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t tile, int64_t /*tile1*/) {
+  alignas(64) int32_t acc[kTileRows * T * kTileN];
+  const int64_t k64 = padded_k(g.k);
+  one_block<T>(g.a + panel_at(m0, g.k, g.panel_rows), g.panel_rows * kAlignK, tile_at(g.packed, g.k, tile),
+               tile_bytes(g.k), k64 / kAlignK, acc);
+  epilogue(store, g, acc, T * kTileN, m0, m1 - m0, tile, T, sizeof(int32_t));
+}
+
+using BlocksFn = void (*)(const GemmArgs&, EpilogueFn, int64_t, int64_t, int64_t, int64_t);
 
 static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) {
   if (m0 >= m1 || tile0 >= tile1) return;
   if (is_wide(g) || m1 - m0 <= kVectorRows) return gemm_vector(g, m0, m1, tile0, tile1);
+  static constexpr BlocksFn kPairs[] = {nullptr, pairs_of_blocks<1>, pairs_of_blocks<2>, pairs_of_blocks<3>};
+  static constexpr BlocksFn kSingles[] = {nullptr,         single_block<1>, single_block<2>, single_block<3>,
+                                          single_block<4>, single_block<5>, single_block<6>};
   const EpilogueFn store = epilogue_for<false>(g);
-  const int64_t whole = (m1 - m0) / kBlockRows * kBlockRows, rest = m1 - m0 - whole;
-  if (whole) gemm_blocks(g, store, m0, m0 + whole, kBlockRows, tile0, tile1);
-  if (rest > kTileRows) gemm_blocks(g, store, m0 + whole, m1, rest, tile0, tile1);
-  else if (rest) gemm_one_row_tile(g, store, m0 + whole, rest, tile0, tile1);
+  configure(g.panel_rows);
+  const int64_t blocks = ceil_div(m1 - m0, g.panel_rows);
+  const int64_t paired = m0 + blocks / 2 * 2 * g.panel_rows, split = paired < m1 ? paired : m1;
+  if (split > m0)
+    for (int64_t tile = tile0; tile < tile1; tile += kPairTiles)
+      kPairs[tile1 - tile < kPairTiles ? tile1 - tile : kPairTiles](g, store, m0, split, tile, tile1);
+  if (split < m1)
+    for (int64_t tile = tile0; tile < tile1; tile += kSingleTiles)
+      kSingles[tile1 - tile < kSingleTiles ? tile1 - tile : kSingleTiles](g, store, split, m1, tile, tile1);
   _tile_release();
 }
 }  // namespace amxint8
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8", 128,  kBlockRows,    1600.0f,        quantize_rows,
-                                        copy_rows,  gemm, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {"amx_int8",    128,       kTileRows, 2 * kTileRows, kPairTiles,     1600.0f,
+                                        quantize_rows, copy_rows, gemm,      quantize_span, dequantize_span};
   return table;
 }
 }  // namespace torchquant

@@ -18,28 +18,23 @@ namespace avx2 {
 #include "quantize.inc"
 #include "activation.inc"
 #include "epilogue.inc"
+#include "avx2_sums.inc"
 
 constexpr int kRows = 4, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
 template <int R, int T>
-TQ_INLINE void micro_sign(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups,
-                          int32_t* acc, int64_t ld) {
+TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t groups,
+                            __m256i (&c)[R][2 * T]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i c[R][2 * T];
-  TQ_UNROLL
-  for (int r = 0; r < R; ++r) {
-    TQ_UNROLL
-    for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_setzero_si256();
-  }
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < groups; ++g, a += kGroupK, b += kTileN * kGroupK) {
     __m256i w[2 * T];
     TQ_UNROLL
     for (int t = 0; t < 2 * T; ++t)
-      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + g * 64 + (t % 2) * 32));
+      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + (t % 2) * 32));
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       int32_t four;
-      __builtin_memcpy(&four, a + r * lda + g * 4, 4);
+      __builtin_memcpy(&four, a + r * kAlignK, 4);
       const __m256i x = _mm256_set1_epi32(four), magnitude = _mm256_abs_epi8(x);
       TQ_UNROLL
       for (int t = 0; t < 2 * T; ++t) {
@@ -48,21 +43,26 @@ TQ_INLINE void micro_sign(const uint8_t* a, int64_t lda, const int8_t* b, int64_
       }
     }
   }
-  TQ_UNROLL
-  for (int r = 0; r < R; ++r) {
-    TQ_UNROLL
-    for (int t = 0; t < 2 * T; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * ld + t * 8), c[r][t]);
-  }
 }
 
-// One row, one tile: lo[h] and hi[h] hold the sums of (k0, k1) and (k2, k3) for 4 columns each.
-TQ_INLINE void micro_widen(const uint8_t* a, const int8_t* b, int64_t groups, int32_t* acc) {
+template <int R, int T>
+TQ_INLINE void micro_sign(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups,
+                          int32_t* acc, bool resume) {
+  __m256i c[R][2 * T];
+  load_sums<R, T>(acc, resume, c);
+  for (; groups >= 16; groups -= 16, a += step, b += kAlignK * kTileN) micro_groups<R, T>(a, b, tile_stride, 16, c);
+  micro_groups<R, T>(a, b, tile_stride, groups, c);
+  store_sums<R, T>(acc, c);
+}
+
+// One row, one tile: c[q] holds the sums of (k0, k1) and of (k2, k3) for 4 columns.
+TQ_INLINE void micro_widen(const uint8_t* a, int64_t step, const int8_t* b, int64_t groups, int32_t* acc, bool resume) {
   __m256i c[4];
   TQ_UNROLL
   for (int q = 0; q < 4; ++q) c[q] = _mm256_setzero_si256();
   for (int64_t g = 0; g < groups; ++g) {
     int32_t four;
-    __builtin_memcpy(&four, a + g * 4, 4);
+    __builtin_memcpy(&four, a + g / 16 * step + g % 16 * kGroupK, 4);
     const __m256i x = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
     TQ_UNROLL
     for (int q = 0; q < 4; ++q) {
@@ -72,17 +72,20 @@ TQ_INLINE void micro_widen(const uint8_t* a, const int8_t* b, int64_t groups, in
   }
   TQ_UNROLL
   for (int h = 0; h < 2; ++h) {  // hadd interleaves the 128-bit halves; the permutation restores column order
-    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[2 * h], c[2 * h + 1]), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + h * 8), sums);
+    __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[2 * h], c[2 * h + 1]), 0xd8);
+    __m256i* out = reinterpret_cast<__m256i*>(acc + h * 8);
+    if (resume) sums = _mm256_add_epi32(sums, _mm256_load_si256(out));
+    _mm256_store_si256(out, sums);
   }
 }
 
 template <int R, int T>
-static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
-                  int64_t ld, bool minus_128) {
-  if (!minus_128) return micro_sign<R, T>(a, lda, b, tile_stride, groups, acc, ld);
+static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+                  bool resume, bool minus_128) {
+  if (!minus_128) return micro_sign<R, T>(a, step, b, tile_stride, groups, acc, resume);
   for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) micro_widen(a + r * lda, b + t * tile_stride, groups, acc + r * ld + t * kTileN);
+    for (int t = 0; t < T; ++t)
+      micro_widen(a + r * kAlignK, step, b + t * tile_stride, groups, acc + (r * T + t) * kTileN, resume);
 }
 
 #include "gemm.inc"
@@ -90,8 +93,8 @@ static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_s
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {"avx2",    0,           kRows,         60.0f,          quantize_rows,
-                                        copy_rows, gemm_vector, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {"avx2",        0,         kRows,       kRows,         kTiles,         60.0f,
+                                        quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span};
   return table;
 }
 }  // namespace torchquant

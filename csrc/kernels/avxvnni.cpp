@@ -15,38 +15,38 @@ namespace avxvnni {
 #include "quantize.inc"
 #include "activation.inc"
 #include "epilogue.inc"
+#include "avx2_sums.inc"
 
 constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
 // A weight tile is two registers wide; 6 rows x 2 = 12 of the 16 registers accumulate.
 template <int R, int T>
-static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
-                  int64_t ld, bool /*minus_128*/) {
-  __m256i c[R][2 * T];
-  TQ_UNROLL
-  for (int r = 0; r < R; ++r) {
-    TQ_UNROLL
-    for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_setzero_si256();
-  }
-  for (int64_t g = 0; g < groups; ++g) {
+TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t groups,
+                            __m256i (&c)[R][2 * T]) {
+  for (int64_t g = 0; g < groups; ++g, a += kGroupK, b += kTileN * kGroupK) {
     __m256i w[2 * T];
     TQ_UNROLL
     for (int t = 0; t < 2 * T; ++t)
-      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + g * 64 + (t % 2) * 32));
+      w[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (t / 2) * tile_stride + (t % 2) * 32));
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       int32_t four;
-      __builtin_memcpy(&four, a + r * lda + g * 4, 4);
+      __builtin_memcpy(&four, a + r * kAlignK, 4);
       const __m256i x = _mm256_set1_epi32(four);
       TQ_UNROLL
       for (int t = 0; t < 2 * T; ++t) c[r][t] = _mm256_dpbusd_avx_epi32(c[r][t], x, w[t]);
     }
   }
-  TQ_UNROLL
-  for (int r = 0; r < R; ++r) {
-    TQ_UNROLL
-    for (int t = 0; t < 2 * T; ++t) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * ld + t * 8), c[r][t]);
-  }
+}
+
+template <int R, int T>
+static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+                  bool resume, bool /*minus_128*/) {
+  __m256i c[R][2 * T];
+  load_sums<R, T>(acc, resume, c);
+  for (; groups >= 16; groups -= 16, a += step, b += kAlignK * kTileN) micro_groups<R, T>(a, b, tile_stride, 16, c);
+  micro_groups<R, T>(a, b, tile_stride, groups, c);
+  store_sums<R, T>(acc, c);
 }
 
 #include "gemm.inc"
@@ -54,8 +54,8 @@ static void micro(const uint8_t* a, int64_t lda, const int8_t* b, int64_t tile_s
 
 const KernelTable& avxvnni_kernels() {
   using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni", 128,         kRows,         180.0f,         quantize_rows,
-                                        copy_rows,  gemm_vector, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {"avx_vnni",    128,       kRows,       kRows,         kTiles,         180.0f,
+                                        quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span};
   return table;
 }
 }  // namespace torchquant

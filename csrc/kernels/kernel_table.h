@@ -23,12 +23,12 @@ struct QuantizeRowsArgs {
   RowMode mode;
   float scale;  // static mode: the tensor's scale and zero point
   int32_t zero_point, qmin, qmax;
-  int32_t offset;  // added to every q
-  uint8_t* q;      // [m, q_stride]; bytes k .. fill_to are set to the offset (q = 0)
-  int64_t q_stride, fill_to;
-  float* row_scale;   // [m]; NaN flags a row that must give NaN
-  int32_t* row_zero;  // [m]: zero point + offset, in units of the panel
-  int32_t* row_term;  // [m] or null: sum_k panel - k * row_zero, wanted only with weight zero points
+  int32_t offset;      // added to every q
+  uint8_t* q;          // the panel (layout.h); from k on it is padded with the offset (q = 0)
+  int64_t panel_rows;  // 0: no panel but plain [m, k], not padded
+  float* row_scale;    // [m]; NaN flags a row that must give NaN
+  int32_t* row_zero;   // [m]: zero point + offset, in units of the panel
+  int32_t* row_term;   // [m] or null: sum_k panel - k * row_zero, wanted only with weight zero points
 };
 
 // Rows of int8 or uint8 -> rows of a panel; shift is added modulo 256.
@@ -37,19 +37,20 @@ struct CopyRowsArgs {
   int64_t x_stride, k;
   bool x_signed;  // how x reads; the panel reads as x + shift
   int32_t shift;
-  uint8_t* q;
-  int64_t q_stride, fill_to;
+  uint8_t* q;  // the panel, padded with zeros
+  int64_t panel_rows;
   const int32_t* row_zero;  // [m], in units of the panel
   int32_t* row_term;        // [m] or null
 };
 
 // C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale weight_scale + bias))
 struct GemmArgs {
-  const uint8_t* a;  // panel [m, lda]
-  int64_t lda, k, n;
+  const uint8_t* a;  // the panel
+  int64_t panel_rows, k, n;
   const int8_t* packed;
   const float* row_scale;      // [m]
   const int32_t* row_zero;     // [m]
+  bool same_row_zero;          // all of them are equal
   const int32_t* row_term;     // [m] or null
   const float* weight_scale;   // [n]
   const int32_t* weight_zero;  // [n] or null
@@ -83,7 +84,9 @@ struct SpanArgs {
 struct KernelTable {
   const char* name;
   int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
+  int64_t panel_rows;     // rows of a panel's block, at most
   int64_t row_block;      // rows of a register tile (the unit in which threads share rows)
+  int64_t tile_block;     // weight tiles of a register tile (the unit in which threads share columns)
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   void (*quantize_rows)(const QuantizeRowsArgs&, int64_t m0, int64_t m1);
   void (*copy_rows)(const CopyRowsArgs&, int64_t m0, int64_t m1);
