@@ -22,6 +22,7 @@ namespace amxint8 {
 
 constexpr int64_t kVectorRows = 2;  // up to so many rows the vector micro-kernel is the faster one
 constexpr int64_t kTileRows = 16, kPairTiles = 3, kSingleTiles = 6;
+constexpr int64_t kHalf = 2 * kTileRows * kPairTiles * kTileN;  // sums of a register tile
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -52,12 +53,41 @@ TQ_INLINE void fetch(Ahead& ahead) {
     _mm_prefetch(ahead.next, _MM_HINT_T1);
 }
 
+// Sums of a register tile that wait for their epilogue. It is done in pieces between the products of the next tile:
+// the tile unit and the vector units then work at the same time, and neither waits for the other's latency.
+struct Pending {
+  const GemmArgs* g;
+  EpilogueFn store;
+  const int32_t* acc;   // [2 * kTileRows, tiles * kTileN]; row kTileRows is the second block's first
+  int64_t m, rows;      // rows of C from m on
+  int64_t tile, tiles;  // weight tiles
+  int64_t pieces, done;
+};
+constexpr int64_t kPieceRows = kTileRows, kBlockPieces = kTileRows / kPieceRows;
+
+TQ_INLINE void finish_piece(Pending& p) {
+  const int64_t part = p.done / p.tiles, t = p.done % p.tiles, block = part / kBlockPieces;
+  ++p.done;
+  const int64_t block_rows = p.g->panel_rows, first = part % kBlockPieces * kPieceRows;  // within the block
+  const int64_t end = p.rows - block * block_rows < block_rows ? p.rows - block * block_rows : block_rows;
+  if (first >= end) return;
+  const int64_t ld = p.tiles * kTileN, rows = end - first < kPieceRows ? end - first : kPieceRows;
+  epilogue(p.store, *p.g, p.acc + (block * kTileRows + first) * ld + t * kTileN, ld, p.m + block * block_rows + first,
+           rows, p.tile + t, 1, sizeof(int32_t));
+}
+TQ_INLINE void finish_until(Pending& p, int64_t step, int64_t steps) {  // evenly over the steps
+  while (p.done < p.pieces && p.done * steps <= step * p.pieces) finish_piece(p);
+}
+TQ_INLINE void finish(Pending& p) {
+  while (p.done < p.pieces) finish_piece(p);
+}
+
 // Two blocks of rows (a and a + next_block) by T weight tiles. Back and forth, so that each product but the first
 // finds one operand where the last one left it; with T = 3 that is 7 loads for 6 products, and 5 KB from the
 // second-level cache, whose bandwidth is the limit here, where two by two would need 6 KB.
 template <int T>
 TQ_INLINE void two_blocks(const uint8_t* a, int64_t next_block, int64_t step, const int8_t* b, int64_t stride,
-                          int64_t steps, Ahead& ahead, int32_t* acc) {
+                          int64_t steps, Ahead& ahead, Pending& before, int32_t* acc) {
   _tile_zero(0);
   _tile_zero(3);
   if constexpr (T > 1) {
@@ -73,6 +103,7 @@ TQ_INLINE void two_blocks(const uint8_t* a, int64_t next_block, int64_t step, co
     _tile_loadd(6, a, 64);
     _tile_loadd(7, b, 64);
     _tile_dpbusd(0, 6, 7);
+    finish_until(before, s, steps);
     if constexpr (T > 1) {
       _tile_loadd(7, b + stride, 64);
       _tile_dpbusd(1, 6, 7);
@@ -134,10 +165,11 @@ TQ_INLINE void one_block(const uint8_t* a, int64_t step, const int8_t* b, int64_
 #undef TQ_STORE
 }
 
-// Rows [m0, m1), an even number of blocks (the last may be short), by T weight tiles.
+// Rows [m0, m1), an even number of blocks (the last may be short), by T weight tiles. `before` is left pending on one
+// half of acc, whose other half is free.
 template <int T>
-static void pairs_of_blocks(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t tile, int64_t tile1) {
-  alignas(64) int32_t acc[2 * kTileRows * T * kTileN];
+static void pairs_of_blocks(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile, int64_t tile1, Pending& before,
+                            int32_t* acc) {
   const int64_t stride = tile_bytes(g.k), k64 = padded_k(g.k), step = g.panel_rows * kAlignK;
   const int8_t* b = tile_at(g.packed, g.k, tile);
   const int64_t pair = 2 * g.panel_rows, pairs = ceil_div(m1 - m0, pair);
@@ -146,16 +178,22 @@ static void pairs_of_blocks(const GemmArgs& g, EpilogueFn store, int64_t m0, int
   // The first pair of rows would have to wait for all lines of new tiles, so they are fetched during the others.
   Ahead ahead{next, next + (after > 0 && pairs > 1 ? after * stride : 0), ceil_div(T * 16, pairs)};
   for (int64_t m = m0; m < m1; m += pair) {
-    const int64_t rows = m1 - m < pair ? m1 - m : pair, first = rows < g.panel_rows ? rows : g.panel_rows;
+    int32_t* sums = before.acc == acc ? acc + kHalf : acc;
     const uint8_t* a = g.a + panel_at(m, g.k, g.panel_rows);
-    two_blocks<T>(a, g.panel_rows * k64, step, b, stride, k64 / kAlignK, ahead, acc);
-    epilogue(store, g, acc, T * kTileN, m, first, tile, T, sizeof(int32_t));
-    epilogue(store, g, acc + kTileRows * T * kTileN, T * kTileN, m + first, rows - first, tile, T, sizeof(int32_t));
+    two_blocks<T>(a, g.panel_rows * k64, step, b, stride, k64 / kAlignK, ahead, before, sums);
+    finish(before);
+    before.acc = sums;
+    before.m = m;
+    before.rows = m1 - m < pair ? m1 - m : pair;
+    before.tile = tile;
+    before.tiles = T;
+    before.pieces = 2 * kBlockPieces * T;
+    before.done = 0;
   }
 }
 
 template <int T>
-static void single_block(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t tile, int64_t /*tile1*/) {
+static void single_block(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_t m1, int64_t tile) {
   alignas(64) int32_t acc[kTileRows * T * kTileN];
   const int64_t k64 = padded_k(g.k);
   one_block<T>(g.a + panel_at(m0, g.k, g.panel_rows), g.panel_rows * kAlignK, tile_at(g.packed, g.k, tile),
@@ -163,24 +201,29 @@ static void single_block(const GemmArgs& g, EpilogueFn store, int64_t m0, int64_
   epilogue(store, g, acc, T * kTileN, m0, m1 - m0, tile, T, sizeof(int32_t));
 }
 
-using BlocksFn = void (*)(const GemmArgs&, EpilogueFn, int64_t, int64_t, int64_t, int64_t);
+using PairsFn = void (*)(const GemmArgs&, int64_t, int64_t, int64_t, int64_t, Pending&, int32_t*);
+using SingleFn = void (*)(const GemmArgs&, EpilogueFn, int64_t, int64_t, int64_t);
 
 static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) {
   if (m0 >= m1 || tile0 >= tile1) return;
   if (is_wide(g) || m1 - m0 <= kVectorRows) return gemm_vector(g, m0, m1, tile0, tile1);
-  static constexpr BlocksFn kPairs[] = {nullptr, pairs_of_blocks<1>, pairs_of_blocks<2>, pairs_of_blocks<3>};
-  static constexpr BlocksFn kSingles[] = {nullptr,         single_block<1>, single_block<2>, single_block<3>,
+  static constexpr PairsFn kPairs[] = {nullptr, pairs_of_blocks<1>, pairs_of_blocks<2>, pairs_of_blocks<3>};
+  static constexpr SingleFn kSingles[] = {nullptr,         single_block<1>, single_block<2>, single_block<3>,
                                           single_block<4>, single_block<5>, single_block<6>};
   const EpilogueFn store = epilogue_for<false>(g);
   configure(g.panel_rows);
   const int64_t blocks = ceil_div(m1 - m0, g.panel_rows);
   const int64_t paired = m0 + blocks / 2 * 2 * g.panel_rows, split = paired < m1 ? paired : m1;
-  if (split > m0)
+  if (split > m0) {
+    alignas(64) int32_t acc[2 * kHalf];
+    Pending before{&g, store, nullptr, 0, 0, 0, 1, 0, 0};
     for (int64_t tile = tile0; tile < tile1; tile += kPairTiles)
-      kPairs[tile1 - tile < kPairTiles ? tile1 - tile : kPairTiles](g, store, m0, split, tile, tile1);
+      kPairs[tile1 - tile < kPairTiles ? tile1 - tile : kPairTiles](g, m0, split, tile, tile1, before, acc);
+    finish(before);
+  }
   if (split < m1)
     for (int64_t tile = tile0; tile < tile1; tile += kSingleTiles)
-      kSingles[tile1 - tile < kSingleTiles ? tile1 - tile : kSingleTiles](g, store, split, m1, tile, tile1);
+      kSingles[tile1 - tile < kSingleTiles ? tile1 - tile : kSingleTiles](g, store, split, m1, tile);
   _tile_release();
 }
 }  // namespace amxint8
