@@ -94,13 +94,13 @@ def rows_for(columns: int) -> int:
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> Tensor:
     """Every argument that a row or a column has a value of its own in."""
     outputs = len(weight)
-    side = dict(
-        weight_scale=positive(outputs),
-        weight_zero_point=integers(outputs).int(),
-        bias=floats(outputs),
-        out_features=outputs,
-        activation="silu",
-    )
+    side = {
+        "weight_scale": positive(outputs),
+        "weight_zero_point": integers(outputs).int(),
+        "bias": floats(outputs),
+        "out_features": outputs,
+        "activation": "silu",
+    }
     packed = ops.pack_weight(weight) if packed is None else packed
     if x.is_floating_point() and dtype.is_floating_point:
         return ops.linear_dynamic(x, packed, symmetric=False, output_dtype=dtype, **side)
