@@ -116,7 +116,10 @@ inline Activation activation_from(const char* op, std::string_view name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
-  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, gelu, gelu_tanh, silu, got '", name, "'");
+  if (name == "tanh") return Activation::kTanh;
+  if (name == "sigmoid") return Activation::kSigmoid;
+  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, got '",
+                    name, "'");
 }
 
 }  // namespace torchquant

@@ -31,6 +31,20 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
                  output_dtype);
 }
 
+at::Tensor activation(const at::Tensor& input, std::string_view activation) {  // the same for torchquant::activation
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::activation", "")
+                       .typed<at::Tensor(const at::Tensor&, std::string_view, std::optional<at::ScalarType>)>();
+  return op.call(input, activation, std::nullopt);
+}
+
+at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::gated_activation", "")
+                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, std::string_view)>();
+  return op.call(gate, up, activation);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -44,6 +58,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     torchquant::set_active_isa(*isa);
   });
   m.def("linear_dynamic", &linear_dynamic, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("activation", &activation, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("gated_activation", &gated_activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("cpu_name", &torchquant::cpu_name);
   m.def("tile_bytes", &torchquant::tile_bytes);
   m.attr("LAYOUT_VERSION") = torchquant::kLayoutVersion;

@@ -32,4 +32,8 @@ TORCH_LIBRARY(torchquant, m) {
       "Tensor? weight_zero_point, Tensor? bias, int out_features, str activation=\"none\", "
       "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
       "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
+
+  // Elementwise, in the epilogue's arithmetic; dtype: input's unless given. gated: activation(gate) * up.
+  m.def("activation(Tensor input, str activation, ScalarType? dtype=None) -> Tensor");
+  m.def("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
 }

@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DENORMAL = 2.0**-149
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 # Both zeros, ties, the ends of each float type and what lies beyond them.
 SPECIAL = (0.0, -0.0, 0.5, 1.5, -2.5, 126.5, 1.0, -1.0, 65504.0, -65520.0, 2.0**-126, -(2.0**-140))
 EXTREME = (FLT_MAX, -FLT_MAX, DENORMAL, -DENORMAL, 2.0**31, -(2.0**63))

@@ -788,7 +788,7 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (entry(in_features=[64]), "(out x in) in the file"),
         (entry(bias=False), "'0' has no bias only in the file"),
         (entry(bias="yes"), "bias"),
-        (entry(activation="tanh"), "activation must be one of none, relu, gelu, gelu_tanh, silu"),
+        (entry(activation="mish"), "activation must be one of none, relu, gelu, gelu_tanh, silu"),
         (entry(activation=None), "activation must be one of"),
         (entry(activation=[]), "the entry of layer '0' is not valid"),
         (entry(config=None), "the entry of layer '0' is not valid"),

@@ -449,7 +449,7 @@ def test_pruning_made_permanent_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, gelu"),
+        ({"activation": "mish"}, ValueError, "activation must be one of none, relu, gelu"),
         ({"config": "int8"}, TypeError, "config must be a torchquant configuration such as"),
     ],
 )

@@ -113,6 +113,23 @@ def samples() -> dict[str, list[Sample]]:
             sample(Q, IN_SCALE, None, PACKED, SCALE, None, leaf(BIAS), N),
             sample(leaf(X), IN_SCALE, None, PACKED, SCALE, None, None, N, **to_int8),
         ],
+        "activation": [
+            sample(X, "gelu"),
+            sample(bf16.t(), "tanh", torch.float32),
+            sample(X[:, 3:9], "sigmoid", torch.float16),
+            sample(X[:, :1].expand(6, 5), "relu"),
+            sample(leaf(X), "silu"),
+            sample(leaf(X), "gelu_tanh", torch.bfloat16),
+            sample(X[:0], "none"),
+        ],
+        "gated_activation": [
+            sample(X, X.flip(0), "silu"),
+            sample(X[:, :35], X[:, 35:], "gelu"),
+            sample(bf16.t(), bf16.t(), "gelu_tanh"),
+            sample(leaf(X), leaf(X), "sigmoid"),
+            sample(X, leaf(X), "silu"),
+            sample(X[:0], X[:0], "tanh"),
+        ],
     }
 
 
@@ -308,6 +325,8 @@ TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
     "silu": F.silu,
 }
 
@@ -977,7 +996,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "linear_dynamic: activation": (
         lambda: dynamic(activation="swish"),
         ValueError,
-        "linear_dynamic: activation must be one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
+        "linear_dynamic: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, "
+        "got 'swish'",
     ),
     "linear_dynamic: output_dtype": (
         lambda: dynamic(output_dtype=torch.int8),
@@ -1216,9 +1236,10 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "quantized_linear: output_zero_point must be from -8 to 7, got 8",
     ),
     "quantized_linear: activation": (
-        lambda: quantized_linear(Q, WEIGHT, **CALL, activation="tanh"),
+        lambda: quantized_linear(Q, WEIGHT, **CALL, activation="mish"),
         ValueError,
-        "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, got 'tanh'",
+        "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
+        "sigmoid, got 'mish'",
     ),
 }
 

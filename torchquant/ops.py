@@ -35,7 +35,9 @@ _C = load()
 
 __all__ = [
     "PackedWeight",
+    "activation",
     "dequantize",
+    "gated_activation",
     "int8_mm",
     "linear_dynamic",
     "linear_static",
@@ -323,7 +325,7 @@ def linear_dynamic(
         bias: float32 ``[N]`` or None.
         out_features: N.
         symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
-        activation: none, relu, gelu, gelu_tanh or silu, applied in float32.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid, applied in float32.
         output_dtype: float32, bfloat16 or float16; input's when None.
 
     Returns:
@@ -470,6 +472,66 @@ def _(
     return torch.empty(shape, dtype=output_dtype, device=input.device)
 
 
+def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """An activation function in one pass over memory, in the arithmetic of the fused ones.
+
+    Args:
+        input: float32, bfloat16 or float16 of any shape and strides; widened to float32 exactly.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        dtype: float32, bfloat16 or float16, rounded to once; input's when None.
+
+    Returns:
+        Of input's shape and, where it is dense in memory, its strides; the bits of
+        ``torchquant.functional.ACTIVATIONS[activation]``, the same on every CPU.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to ``input``, also of gradients.
+
+    Example:
+        >>> activation(torch.tensor([-1.0, 0.0, 1.0]), "gelu")
+        tensor([-0.1587,  0.0000,  0.8413])
+    """
+    return torch.ops.torchquant.activation.default(input, activation, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::activation")
+def _(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up`` in one pass: the middle of a gated feed-forward layer.
+
+    Args:
+        gate, up: float32, bfloat16 or float16 of one shape and dtype; halves of one tensor
+            (``x.chunk(2, dim=-1)``) are read in place.
+        activation: silu (SwiGLU), gelu or gelu_tanh (GEGLU), sigmoid (GLU), ...
+
+    Returns:
+        Of gate's shape and dtype. The product is taken in float32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to ``gate`` and ``up``, also of gradients.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> gated_activation(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 2.0]), "silu")
+        tensor([-0.5379,  1.4621])
+    """
+    return torch.ops.torchquant.gated_activation.default(gate, up, activation)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::gated_activation")
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    _require_one_device("gated_activation", gate, up=up)
+    return torch.empty_like(gate)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A packed int8 weight and its size, for repeated calls of :func:`quantized_linear`.
@@ -524,7 +586,7 @@ def quantized_linear(
         output_scale: given, the result is quantized: int8, or uint8 where ``output_dtype`` says so.
         output_zero_point, output_bits: of the quantized result, clamped to ``output_bits``.
         output_dtype: float32, bfloat16 or float16 (int8 or uint8 with ``output_scale``).
-        activation: none, relu, gelu, gelu_tanh or silu.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
 
     Returns:
         ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every CPU.

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/activation.h"
 #include "checks.h"
 
 namespace torchquant {
@@ -64,18 +65,6 @@ at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale
   at::Tensor w = unpack.call(packed, n, k).to(at::kFloat);
   if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).reshape({-1, 1});
   return w * weight_scale.reshape({-1, 1});
-}
-
-// d activation / d x at `pre`, times grad.
-at::Tensor activation_backward(const std::string& activation, const at::Tensor& grad, const at::Tensor& pre) {
-  if (activation == "relu") return at::where(pre > 0, grad, at::zeros_like(grad));
-  if (activation == "gelu") return at::gelu_backward(grad, pre, "none");
-  if (activation == "gelu_tanh") return at::gelu_backward(grad, pre, "tanh");
-  if (activation == "silu") {  // not at::silu_backward, which has no gradient of its own
-    const at::Tensor s = at::sigmoid(pre);
-    return grad * s * (1 + pre * (1 - s));
-  }
-  return grad;
 }
 
 OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }

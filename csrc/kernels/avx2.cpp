@@ -93,8 +93,9 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {"avx2",        0,         kRows,       kRows,         kTiles,         60.0f,
-                                        quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {
+      "avx2",        0,         kRows,       kRows,         kTiles,          60.0f,
+      quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span};
   return table;
 }
 }  // namespace torchquant

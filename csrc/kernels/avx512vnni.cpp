@@ -21,8 +21,9 @@ namespace avx512vnni {
 
 const KernelTable& avx512vnni_kernels() {
   using namespace avx512vnni;
-  static constexpr KernelTable table = {"avx512_vnni", 128,       kRows,       kRows,         kTiles,         300.0f,
-                                        quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {"avx512_vnni", 128,           kRows,           kRows,
+                                        kTiles,        300.0f,        quantize_rows,   copy_rows,
+                                        gemm_vector,   quantize_span, dequantize_span, activate_span};
   return table;
 }
 }  // namespace torchquant

@@ -54,8 +54,9 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avxvnni_kernels() {
   using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni",    128,       kRows,       kRows,         kTiles,         180.0f,
-                                        quantize_rows, copy_rows, gemm_vector, quantize_span, dequantize_span};
+  static constexpr KernelTable table = {"avx_vnni",  128,           kRows,           kRows,
+                                        kTiles,      180.0f,        quantize_rows,   copy_rows,
+                                        gemm_vector, quantize_span, dequantize_span, activate_span};
   return table;
 }
 }  // namespace torchquant

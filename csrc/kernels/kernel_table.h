@@ -11,7 +11,7 @@ namespace torchquant {
 
 enum class FloatType : int { kF32, kBF16, kF16 };
 enum class OutType : int { kF32, kBF16, kF16, kI8, kU8, kI32 };
-enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
 enum class RowMode : int { kStatic, kSymmetric, kAsymmetric };
 
 // Rows of float activations -> rows of a panel. Byte = q + offset, where q is numerics.md's int8 value and the offset
@@ -81,6 +81,16 @@ struct SpanArgs {
   const float* hi;
 };
 
+// A run of elements: out = activation(x), or activation(x) * up.
+struct ActivationArgs {
+  const void* x;
+  const void* up;  // of x's type (then so is out), or null
+  void* out;
+  int64_t n;
+  FloatType in_type, out_type;
+  Activation activation;
+};
+
 struct KernelTable {
   const char* name;
   int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
@@ -93,6 +103,7 @@ struct KernelTable {
   void (*gemm)(const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
   void (*quantize_span)(const SpanArgs&);
   void (*dequantize_span)(const SpanArgs&);
+  void (*activate_span)(const ActivationArgs&);
 };
 
 const KernelTable& scalar_kernels();

@@ -49,7 +49,8 @@ const KernelTable& scalar_kernels() {
                                         scalar::copy_rows,
                                         scalar::gemm_vector,
                                         scalar::quantize_span,
-                                        scalar::dequantize_span};
+                                        scalar::dequantize_span,
+                                        scalar::activate_span};
   return table;
 }
 

@@ -6,12 +6,21 @@ compare with ``torch.equal``. What each function promises stands in its module:
 * :mod:`~torchquant.functional.affine`: quantize, dequantize, fake-quantize, per-token rows
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
 * :mod:`~torchquant.functional.linear`: the integer linear layer
-* :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu as fixed fp32 sequences
+* :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
+  fixed fp32 sequences
 * :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch
 """
 
 from torchquant.functional._arithmetic import fmaf
-from torchquant.functional.activations import ACTIVATIONS, gelu, gelu_tanh, relu, silu
+from torchquant.functional.activations import (
+    ACTIVATIONS,
+    gelu,
+    gelu_tanh,
+    relu,
+    sigmoid,
+    silu,
+    tanh,
+)
 from torchquant.functional.affine import dequantize, fake_quantize, quantize, quantize_per_token
 from torchquant.functional.linear import (
     dynamic_linear,
@@ -38,6 +47,8 @@ __all__ = [
     "quantized_linear",
     "relu",
     "shift_bias",
+    "sigmoid",
     "silu",
     "static_linear",
+    "tanh",
 ]

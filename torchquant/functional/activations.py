@@ -14,11 +14,14 @@ function   relative, in units in the last place            absolute
 silu       2.5 for x >= -87                                1.3e-7 * max(1, abs(x))
 gelu       5 for x >= -13                                  1e-7 * max(1, abs(x))
 gelu_tanh  3 for x >= -1; grows to 256 towards x = -10     1.3e-7 * max(1, abs(x))
+tanh       3 everywhere                                    1e-7
+sigmoid    2.5 for x >= -87                                1e-7
 =========  ==============================================  ================================
 
 Further out on the negative side the result is a constant of magnitude below 2e-36, also for -inf,
-instead of a denormal: the bits must not depend on whether a thread flushes denormals. +inf gives
-+inf, NaN gives NaN, -0.0 gives -0.0.
+instead of a denormal: the bits must not depend on whether a thread flushes denormals. For silu and
+the two gelus +inf gives +inf; tanh is odd and reaches 1 exactly, sigmoid reaches 1 at +inf. NaN
+gives NaN, and -0.0 gives -0.0 (sigmoid: 0.5).
 
 The polynomials were fitted for this library (least maximum of the relative error, coefficients
 rounded to fp32 one after the other and the rest fitted again).
@@ -57,6 +60,9 @@ _SILU_LIMIT = 87.0  # exp(-87) and exp(87) are normal numbers
 _GELU_TANH_LIMIT = 10.0  # where 2u = 87.3
 _GELU_TANH_LINEAR = float.fromhex("0x1.988454p+0")  # 2 * sqrt(2 / pi)
 _GELU_TANH_CUBIC = float.fromhex("0x1.2444f2p-4")  # 2 * sqrt(2 / pi) * 0.044715
+
+_TANH_LIMIT = 10.0  # tanh(x) rounds to 1 from x = 9.011 on
+_SIGMOID_LIMIT = 87.0  # as for silu
 
 _GELU_LIMIT = 13.0  # exp(-13^2 / 2), times what multiplies it, is a normal number
 _GELU_SLOPE = float.fromhex("0x1.60902ep-2")
@@ -189,6 +195,66 @@ def gelu(input: Tensor) -> Tensor:
     return m - q
 
 
+def tanh(input: Tensor) -> Tensor:
+    """Hyperbolic tangent, ``t / (t + 2)`` with ``t = exp(2 abs(x)) - 1``, and the sign of x.
+
+    t must not be computed as a difference, which would cancel near 0. With ``2 abs(x) = n ln 2 +
+    r``, ``t = 2^n (exp(r) - 1) + (2^n - 1)``: the polynomial gives ``exp(r) - 1`` directly, and for
+    n = 0, where t is small, the second term is exactly 0. An error in a large t hardly counts,
+    because the quotient is near 1.
+
+    Args:
+        input: fp32 tensor of any shape.
+
+    Returns:
+        fp32 tensor of the same shape, within [-1, 1]; -1 or 1 for abs(x) > 9.02; x itself for
+        abs(x) < 2^-25, denormals included.
+
+    Raises:
+        TypeError: ``input`` is not float32.
+
+    Example:
+        >>> tanh(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.7616,  0.0000,  0.7616])
+    """
+    require_dtype("tanh", "input", input, (torch.float32,))
+    a = _min(_TANH_LIMIT, input.abs())
+    y = a + a
+    r, power = _reduce_exp(y)
+    h = r * r
+    p = _horner(_EXP[:-2], r)
+    q = fmaf(h, p, r)
+    c = power - 1.0
+    t = fmaf(power, q, c)
+    d = t + 2.0
+    m = t / d
+    return torch.copysign(m, input)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """Logistic function, ``1 / (1 + exp(-x))``, in a fixed sequence of fp32 operations.
+
+    Args:
+        input: fp32 tensor of any shape.
+
+    Returns:
+        fp32 tensor of the same shape, within [0, 1]; 1.65e-38 for every x <= -87.
+
+    Raises:
+        TypeError: ``input`` is not float32.
+
+    Example:
+        >>> sigmoid(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.2689, 0.5000, 0.7311])
+    """
+    require_dtype("sigmoid", "input", input, (torch.float32,))
+    a = _max(-_SIGMOID_LIMIT, input)
+    g = _min(_SIGMOID_LIMIT, a)
+    e = _exp(-g)
+    d = e + 1.0
+    return torch.true_divide(torch.ones_like(d), d)
+
+
 def identity(input: Tensor) -> Tensor:
     """No activation.
 
@@ -206,7 +272,15 @@ def identity(input: Tensor) -> Tensor:
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"none": identity, "relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+    {
+        "none": identity,
+        "relu": relu,
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "silu": silu,
+        "tanh": tanh,
+        "sigmoid": sigmoid,
+    }
 )
 
 
@@ -240,8 +314,8 @@ def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return p
 
 
-def _exp(x: Tensor, x_low: Tensor | None = None) -> Tensor:
-    """``exp(x + x_low)`` for |x| <= 88 or NaN.
+def _reduce_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """r and 2^n with ``x = n ln 2 + r`` and ``|r| <= ln(2) / 2``, for |x| <= 88 or NaN.
 
     ``z`` holds n = rint(x * log2(e)) in its low bits, so 2^n is built by shifting them into the
     exponent field: no float-to-integer conversion, which NaN would make undefined in C++.
@@ -250,11 +324,16 @@ def _exp(x: Tensor, x_low: Tensor | None = None) -> Tensor:
     n = z - _MAGIC
     r = fmaf(n, _MINUS_LN2_HIGH, x)
     r = fmaf(n, _MINUS_LN2_LOW, r)
-    if x_low is not None:
-        r = r + x_low
-    p = _horner(_EXP, r)
     # int64 keeps the shift free of overflow; the magic number's own bits leave at the top.
     bits = ((z.view(torch.int32).to(torch.int64) << 23) + 0x3F800000) & 0xFFFFFFFF
     bits = torch.where(bits >= 2**31, bits - 2**32, bits)
-    power = bits.to(torch.int32).view(torch.float32)
+    return r, bits.to(torch.int32).view(torch.float32)
+
+
+def _exp(x: Tensor, x_low: Tensor | None = None) -> Tensor:
+    """``exp(x + x_low)`` for |x| <= 88 or NaN."""
+    r, power = _reduce_exp(x)
+    if x_low is not None:
+        r = r + x_low
+    p = _horner(_EXP, r)
     return p * power

@@ -67,7 +67,7 @@ def quantized_linear(
         output_bits: 2 to 8; range of an integer result.
         output_dtype: float32, bfloat16, float16; with output_scale int8 (float32, the default, then
             stands for int8) or uint8.
-        activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
 
     Returns:
         ``[..., N]`` of ``output_dtype``. NaN before an integer output becomes its zero point.

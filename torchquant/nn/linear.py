@@ -40,7 +40,8 @@ class QuantizedLinear(nn.Module):
         in_features, out_features: K and N.
         bias: whether there is one.
         config: how activations and weights are quantized.
-        activation: "none", "relu", "gelu", "gelu_tanh" or "silu", fused behind the bias.
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid", fused behind
+            the bias.
         device: of the (uninitialised) state; use :meth:`from_float` to get a filled layer.
 
     Raises:
