@@ -420,8 +420,8 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
         (
             lambda: quantized_linear(X, W, **SCALES, activation="swish"),
             ValueError,
-            "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, "
-            "got 'swish'",
+            "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
+            "sigmoid, got 'swish'",
         ),
         (
             lambda: dynamic_linear(X, W, weight_scale=1.0),
