@@ -19,6 +19,7 @@ LAYERS = (
     ("ops",),
     ("configs", "report"),
     ("nn",),
+    ("fuse",),
     ("quantize",),
     ("io",),
     ("models",),
