@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from torchquant import LayerReport, QuantizationReport, quantize_
+from torchquant import FusionReport, LayerReport, QuantizationReport, quantize_
 from torchquant.report import human_bytes
 
 
@@ -45,6 +45,7 @@ def test_str_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "0 256 x 64 65.00 KiB 20.00 KiB quantized",
         "2 10 x 256 10.04 KiB 10.04 KiB skipped: too small to gain",
         "1 quantized, 1 skipped; model 75.04 KiB -> 30.04 KiB (2.50x smaller)",
+        "fused: 0 with 1 (relu)",
     ]
     assert not any(line != line.rstrip() for line in str(report).splitlines())
 
@@ -126,6 +127,21 @@ def test_notes_and_an_empty_report() -> None:
     assert text.splitlines() == [
         "0 quantized, 0 skipped; model 0 B -> 0 B (1.00x smaller)",
         "The model has no linear layers; there was nothing to quantize.",
+    ]
+
+
+def test_fusions_that_differ_in_numbers_are_one_line() -> None:
+    fusions = tuple(
+        FusionReport("activation", (f"layers.{i}.fc1",), f"layers.{i}.act2 (gelu)", "fused", "")
+        for i in (0, 1, 12)
+    )
+    alone = FusionReport("activation", ("head.1",), "", "not fused", "a reason")
+    report = QuantizationReport((), 0, 0, ("A note.",), (*fusions, alone))
+    assert str(report).splitlines() == [
+        "0 quantized, 0 skipped; model 0 B -> 0 B (1.00x smaller)",
+        "fused: layers.*.fc1 with layers.*.act2 (gelu) (3 times)",
+        "not fused: head.1: a reason",
+        "A note.",
     ]
 
 

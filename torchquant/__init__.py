@@ -8,11 +8,11 @@ choice of instruction set.
 from importlib.metadata import PackageNotFoundError, version
 
 from torchquant import cpu, functional, nn, ops
-from torchquant.configs import Int8DynamicActivationInt8WeightConfig
+from torchquant.configs import Fusion, Int8DynamicActivationInt8WeightConfig
 from torchquant.io import load, save
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.quantize import quantize_
-from torchquant.report import LayerReport, QuantizationReport
+from torchquant.report import FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import (
     Granularity,
     PerAxis,
@@ -28,6 +28,8 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "Fusion",
+    "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
     "LayerReport",

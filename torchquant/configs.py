@@ -32,12 +32,39 @@ class Int8DynamicActivationInt8WeightConfig:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool):
-                raise TypeError(
-                    f"{type(self).__name__}: {field.name} must be True or False, got {value!r}"
-                )
+        _require_booleans(self)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What :func:`torchquant.quantize_` may compute together with the layers that it quantizes.
+
+    On by default is only what leaves a model's results as they are, but for rounding.
+
+    Args:
+        activations: an activation module behind a layer becomes part of it: computed on the sums
+            while they are in registers. Results change by rounding: the library's own polynomials
+            instead of torch's (errors in :mod:`torchquant.functional.activations`), and in a
+            bfloat16 or float16 model one rounding less, for between the two values stay fp32.
+
+    Example:
+        >>> Fusion(activations=False)
+        Fusion(activations=False)
+    """
+
+    activations: bool = True
+
+    def __post_init__(self) -> None:
+        _require_booleans(self)
+
+
+def _require_booleans(config: Config | Fusion) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{type(config).__name__}: {field.name} must be True or False, got {value!r}"
+            )
 
 
 Config = Int8DynamicActivationInt8WeightConfig  # a union, once there is a second one
@@ -63,6 +90,23 @@ def check_config(who: str, config: Config | None) -> Config:
             f"Int8DynamicActivationInt8WeightConfig(), got {config!r}"
         )
     return config
+
+
+def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
+    """The value itself, the default one for None.
+
+    Raises:
+        TypeError: anything else; ``who`` starts the message.
+
+    Example:
+        >>> check_fusion("quantize_", None) == Fusion()
+        True
+    """
+    if fusion is None:
+        return Fusion()
+    if not isinstance(fusion, Fusion):
+        raise TypeError(f"{who}: fusion must be a torchquant.Fusion(), got {fusion!r}")
+    return fusion
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -101,8 +145,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 __all__ = [
     "Config",
+    "Fusion",
     "Int8DynamicActivationInt8WeightConfig",
     "check_config",
+    "check_fusion",
     "config_from_dict",
     "config_to_dict",
 ]

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchquant.configs import Config, check_config
+from torchquant.configs import Config, Fusion, check_config, check_fusion
+from torchquant.fuse.activations import fuse_activations
+from torchquant.fuse.dataflow import Dataflow
 from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
-from torchquant.report import LayerReport, QuantizationReport
+from torchquant.report import FusionReport, LayerReport, QuantizationReport
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -55,6 +57,8 @@ def quantize_(
     config: Config | None = None,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
+    *,
+    fusion: Fusion | None = None,
 ) -> QuantizationReport:
     """Quantize a model's linear layers, in place.
 
@@ -76,12 +80,16 @@ def quantize_(
             where it is too small to gain. None asks for all but those.
         strict: raise, before anything is changed, where a layer that was asked for cannot be
             quantized.
+        fusion: what may be computed together with the quantized layers;
+            :class:`torchquant.Fusion` when None, which fuses what changes results by rounding
+            alone. An activation that became part of the layer before it leaves a
+            :class:`torchquant.nn.FusedActivation` in its place.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
-        TypeError: model, config or filter_fn is not what it must be.
+        TypeError: model, config, filter_fn or fusion is not what it must be.
         ValueError: the model is a bare linear layer; or, with ``strict``, the layers and reasons.
 
     Example:
@@ -89,8 +97,11 @@ def quantize_(
         >>> report = quantize_(model)
         >>> [(layer.name, layer.action, layer.reason) for layer in report.layers]
         [('0', 'quantized', ''), ('2', 'skipped', 'too small to gain')]
+        >>> print(report.fusions[0])
+        fused: 0 with 1 (relu)
     """
     config = _check_arguments(model, config, filter_fn)
+    fusion = check_fusion("quantize_", fusion)
     plan = list(_plan(model, config, filter_fn))
     refused = [step for step in plan if step.asked and step.refusal]
     if strict and refused:
@@ -102,7 +113,8 @@ def quantize_(
         )
     bytes_before = tensor_bytes(model)
     rows = tuple(_carry_out(step, config) for step in plan)
-    return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)))
+    fusions = tuple(_fuse(model, plan, fusion))
+    return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)), fusions)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -166,6 +178,7 @@ class _Step:
     refusal: str | None = None  # why it cannot be quantized
     leave: str | None = None  # why it should not be, although it could
     tied: bool = False
+    dtype: torch.dtype = torch.float32  # of the float weight
 
     @property
     def name(self) -> str:
@@ -279,9 +292,22 @@ def _carry_out(step: _Step, config: Config) -> LayerReport:
     assert isinstance(old, nn.Linear)
     new = QuantizedLinear.from_float(old, config)
     replace_module(step.owners, old, new)
+    step.dtype = old.weight.dtype
     step.module = new  # the float weights go now, not when the plan does
     features, after = _features(new), tensor_bytes(new)
     return LayerReport(step.name, kind, "quantized", step.remark(), *features, before, after)
+
+
+def _fuse(model: nn.Module, plan: list[_Step], fusion: Fusion) -> Iterator[FusionReport]:
+    layers = [
+        (step.module, step.dtype)
+        for step in plan
+        if step.skip is None and isinstance(step.module, QuantizedLinear)
+    ]
+    if not layers or not fusion.activations:
+        return
+    flow = Dataflow(model, [layer for layer, _ in layers])
+    yield from fuse_activations(flow, layers, owners_by_module(model))
 
 
 def _notes(plan: list[_Step]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 Action = Literal["quantized", "skipped"]
+FusionKind = Literal["activation", "projections"]
+FusionAction = Literal["fused", "not fused"]
 
+_NUMBER = re.compile(r"(?<![\w])\d+(?![\w])")  # a block's number in a layer's name
 _TABLE_WIDTH = 72  # a table of five columns is hard to read below
 
 
@@ -37,16 +41,39 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class FusionReport:
+    """Layers that could be computed together with something, and whether they are.
+
+    ``layers`` are the quantized layers, ``what`` is what became part of them, where that is a
+    module of its own: its name and what it computes.
+    """
+
+    kind: FusionKind
+    layers: tuple[str, ...]
+    what: str
+    action: FusionAction
+    reason: str
+
+    def __str__(self) -> str:
+        into = f" with {self.what}" if self.what else ""
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.action}: {', '.join(self.layers)}{into}{why}"
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """Result of :func:`torchquant.quantize_`; ``print`` it, or give it to a rich console.
 
     ``bytes_before`` and ``bytes_after`` are of the whole model, shared tensors counted once.
+    ``fusions`` has a line for everything that was fused or could not be; in print, lines that
+    differ in numbers only, as those of a model's blocks do, are one.
     """
 
     layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
     notes: tuple[str, ...] = field(default=())
+    fusions: tuple[FusionReport, ...] = field(default=())
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -64,7 +91,15 @@ class QuantizationReport:
         elif self.layers:
             yield self._table()
         # All as Text: a name may hold what looks like rich's markup ("[red]") or an emoji's name.
-        yield from (Text(line) for line in (self.summary(), *self.notes))
+        yield from (Text(line) for line in (self.summary(), *self._fusions(), *self.notes))
+
+    def _fusions(self) -> Iterator[str]:
+        alike: dict[str, list[str]] = {}
+        for fusion in self.fusions:
+            line = str(fusion)
+            alike.setdefault(_NUMBER.sub("*", line), []).append(line)
+        for pattern, lines in alike.items():
+            yield lines[0] if len(lines) == 1 else f"{pattern} ({len(lines)} times)"
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,0 +1,131 @@
+"""Which activation a module computes: by what it does, whatever its class is called.
+
+Libraries have their own (``GELUActivation``, ``SiLUActivation``) and so do people, with the same
+function inside, or another one under the same name. So a module is run on a grid, in both modes and
+in every dtype that it takes, values and gradients, and compared with the functions in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchquant.functional import ACTIVATIONS
+
+_REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+# Of the fp32 result, for all but ReLU, which is exact: times max(1, abs(x)). Formulas as people
+# write them in fp32 reach 2e-7; functions that are not the same one differ by 1e-4 and more.
+_TOLERANCE = 4e-7
+_GRADIENT_TOLERANCE = 1e-4
+_LOW_PRECISION_TOLERANCE = 8  # in eps: one rounding for each operation of such a formula
+_EDGES = (0.0, 1e-30, 1e-10, 1e-4, 40.0, 87.0, 100.0, 1e3, 1e4, 1e38)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name of the activation that a module computes, or None where it is none of them.
+
+    The module is run on copies, so it stays as it is. Modules with parameters or buffers are none.
+
+    Example:
+        >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU()), activation_of(nn.Dropout())
+        ('silu', None, None)
+    """
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    try:
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            grid, own = _grid(), copy.deepcopy(module)
+            for name, reference in _REFERENCES.items():
+                if name in ACTIVATIONS and _computes(own, name, reference, grid):
+                    return name
+    except Exception:  # not a function of one tensor
+        return None
+    return None
+
+
+def _grid() -> Tensor:
+    """Float32 [125, 16], small values and large ones mixed; so few that torch takes one thread."""
+    edges = torch.tensor(_EDGES, dtype=torch.float32)
+    inner = torch.linspace(-30, 30, 2000 - 2 * len(_EDGES), dtype=torch.float32)
+    values = torch.cat([inner, edges, -edges])
+    order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0))
+    return values[order].reshape(-1, 16)
+
+
+def _computes(
+    module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], grid: Tensor
+) -> bool:
+    if not _close(module, name, reference, grid[:8]):  # most are told apart here
+        return False
+    for training in (False, True):
+        module.train(training)
+        shaped = grid.reshape(5, 25, 16)
+        if not _close(module, name, reference, grid) or not _close(module, name, reference, shaped):
+            return False
+        if not _same_gradient(module, reference, grid):
+            return False
+        for dtype in (torch.bfloat16, torch.float16):
+            if not _close_in(dtype, module, reference, grid):
+                return False
+        nan: Tensor = module(torch.full_like(grid[:1], torch.nan))
+        if not nan.isnan().all():
+            return False
+    return True
+
+
+def _close(module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    got = module(x.clone())
+    if type(got) is not Tensor or got.dtype != torch.float32 or got.shape != x.shape:
+        return False
+    if name == "relu":
+        return torch.equal(got, reference(x))
+    allowed = _TOLERANCE * x.double().abs().clamp(min=1)
+    return bool(((got.double() - reference(x.double())).abs() <= allowed).all())
+
+
+def _same_gradient(module: nn.Module, reference: Callable[[Tensor], Tensor], grid: Tensor) -> bool:
+    inside = grid[(grid.abs() <= 30) & (grid != 0)]  # at ReLU's kink opinions differ
+    gradients = []
+    for function, dtype in ((module, torch.float32), (reference, torch.float64)):
+        x = inside.to(dtype).requires_grad_()
+        y = function(x * 1)  # not a leaf: it may work in place
+        if not y.requires_grad:
+            return False
+        gradients.append(torch.autograd.grad(y.sum(), x)[0].double())
+    return bool(((gradients[0] - gradients[1]).abs() <= _GRADIENT_TOLERANCE).all())
+
+
+def _close_in(
+    dtype: torch.dtype, module: nn.Module, reference: Callable[[Tensor], Tensor], grid: Tensor
+) -> bool:
+    x = grid[(grid.abs() <= 30).all(1)].to(dtype)
+    try:
+        got = module(x.clone())
+    except (RuntimeError, TypeError):  # it does not take this dtype, so no model gives it that
+        return True
+    if got.dtype != dtype:
+        return False
+    allowed = _LOW_PRECISION_TOLERANCE * torch.finfo(dtype).eps * x.double().abs().clamp(min=1)
+    return bool(((got.double() - reference(x.double())).abs() <= allowed).all())
+
+
+__all__ = ["activation_of"]
