@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchquant
+from torchquant import Fusion, cpu, load, quantize_, save
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import cpu, load, quantize_, save
 from torchquant import io as tq_io
-from torchquant.nn import QuantizedLinear
+from torchquant.nn import FusedActivation, QuantizedLinear
 
 
 class LanguageModel(nn.Module):
@@ -64,9 +64,11 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
 
 
-def saved_small(path: Path, config: Config | None = None) -> nn.Sequential:
+def saved_small(
+    path: Path, config: Config | None = None, fusion: Fusion | None = None
+) -> nn.Sequential:
     model = small()
-    quantize_(model, config)
+    quantize_(model, config, fusion=fusion)
     save(model, path)
     return model
 
@@ -452,23 +454,65 @@ def test_the_model_does_not_hang_on_the_file(path: Path) -> None:
     assert all(t.data_ptr() % 64 == 0 for t in other.parameters()), "and is aligned as torch's"
 
 
+# ---------------------------------------------------------------- fused activations
+
+
+@pytest.mark.parametrize("there", ["float", "fused", "unfused", "meta"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused_file", "plain_file"])
+def test_a_file_fits_a_model_in_any_state(path: Path, fused: bool, there: str) -> None:
+    saved = saved_small(path, fusion=Fusion(activations=fused))
+    model = other_small()
+    if there in ("fused", "unfused"):
+        quantize_(model, fusion=Fusion(activations=there == "fused"))
+    elif there == "meta":
+        model.to("meta")
+    load(path, model)
+    assert [type(m) for m in model] == [type(m) for m in saved]
+    assert_same_state(model, saved)
+    assert (model[0].activation, type(model[1])) == (
+        ("relu", FusedActivation) if fused else ("none", nn.ReLU)
+    )
+    x = floats(5, 64)
+    assert_same_bits(model(x), saved(x))
+
+
+def test_a_fused_model_of_another_activation_is_loaded_as_the_file_says(path: Path) -> None:
+    saved = saved_small(path)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    quantize_(model)
+    assert "GELU in the model" in refused(path, model)
+    model[1] = FusedActivation("gelu", nn.ReLU())
+    load(path, model)
+    assert (model[0].activation, model[1].activation) == ("relu", "relu")
+    assert_same_state(model, saved)
+
+
+def test_an_activation_that_is_shared_in_the_model_alone_is_refused(path: Path) -> None:
+    saved_small(path)
+    model = other_small()
+    model[2].act = model[1]
+    assert "'2.act' is a module of its own in the file" in refused(path, model)
+
+
 # ---------------------------------------------------------------- the file
 
 
-def test_the_format(path: Path) -> None:
-    saved_small(path)
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_format(path: Path, fused: bool) -> None:
+    saved_small(path, fusion=Fusion(activations=fused))
     header = metadata_of(path)
     sha256 = header.pop("sha256")
     assert len(bytes.fromhex(sha256)) == 32
     assert header == {
-        "format": 1,
+        "format": 2 if fused else 1,
+        **({"absorbed": {"1": "relu"}} if fused else {}),
         "torchquant": torchquant.__version__,
         "layers": {
             "0": {
                 "in_features": 64,
                 "out_features": 64,
                 "bias": True,
-                "activation": "none",
+                "activation": "relu" if fused else "none",
                 "config": {
                     "type": "Int8DynamicActivationInt8WeightConfig",
                     "activation_symmetric": False,
@@ -686,9 +730,14 @@ def deeply_nested() -> dict[str, Any]:
         (setting("format", True), DAMAGED),
         (setting("format", [1]), DAMAGED),
         (
-            setting("format", 2),
-            "has format 2, this torchquant reads format 1; install a newer torchquant",
+            setting("format", 3),
+            "has format 3, this torchquant reads formats 1 to 2; install a newer torchquant",
         ),
+        (setting("format", 1), DAMAGED),  # which has no "absorbed"
+        (setting("format", 0), "has format 0, this torchquant reads formats 1 to 2"),
+        (setting("absorbed", None), DAMAGED),
+        (setting("absorbed", ["1"]), DAMAGED),
+        (setting("absorbed", "1"), DAMAGED),
         (lambda header, tensors: header.pop("layers"), DAMAGED),
         (setting("layers", []), DAMAGED),
         (setting("layers", "0"), DAMAGED),
@@ -724,7 +773,9 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda header, tensors: header["layers"]["0"].update(activation="relu"),
+        lambda header, tensors: header["layers"]["0"].update(activation="gelu"),
+        lambda header, tensors: header["absorbed"].update({"1": "gelu"}),
+        lambda header, tensors: header.pop("absorbed"),
         lambda header, tensors: header["layers"]["0"]["config"].update(activation_symmetric=True),
         lambda header, tensors: header["aliases"].update({"0.weight_scale": "0.bias"}),
         lambda header, tensors: header.update(torchquant="9.9"),
@@ -737,6 +788,8 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
     ],
     ids=[
         "activation",
+        "absorbed",
+        "not_absorbed",
         "config",
         "alias",
         "version",
@@ -806,6 +859,13 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (named("__class__"), "at '__class__' in the file, nothing in the model"),
         (named("\0"), "in the file, nothing in the model"),
         (named("2"), "'2' is 64 x 64 (out x in) in the file, 8 x 64 in the model"),
+        (setting("absorbed", {"1": "gelu"}), "'gelu' that the layer before it computes at '1'"),
+        (setting("absorbed", {"1": 3}), "activation 3 that the layer before it computes at '1'"),
+        (setting("absorbed", {"1": None}), "computes at '1' in the file, ReLU in the model"),
+        (setting("absorbed", {"1": []}), "computes at '1' in the file, ReLU in the model"),
+        (setting("absorbed", {"0": "relu"}), "computes at '0' in the file"),
+        (setting("absorbed", {"9": "relu"}), "computes at '9' in the file, nothing in the model"),
+        (setting("absorbed", {"": "relu"}), "computes at '' in the file, Sequential in the model"),
         (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.weight_scale"),
     ],
 )

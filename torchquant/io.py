@@ -2,16 +2,20 @@
 
 A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a JSON object::
 
-    {"format": 1, "torchquant": "0.1.0",
+    {"format": 2, "torchquant": "0.1.0",
      "layers": {"encoder.0": {"in_features": 384, "out_features": 1536, "bias": true,
                               "activation": "none", "config": {"type": ..., ...}}},
+     "absorbed": {"encoder.1": "gelu"},
      "aliases": {"head.weight": "embedding.weight"},
      "sha256": "..."}
 
-``layers`` names the quantized layers; ``aliases`` the keys that share another key's tensor, which
-is stored once; ``sha256`` is over the rest of this object and over every tensor's name, dtype,
-shape and bytes, so that a damaged or edited file is found out (it is no signature: whoever edits a
-file can write a new one). A reader MUST refuse a ``format`` that it does not know.
+``layers`` names the quantized layers; ``absorbed`` the activation modules that became part of a
+layer before them (of its ``activation``) and are identities since; ``aliases`` the keys that share
+another key's tensor, which is stored once; ``sha256`` is over the rest of this object and over
+every tensor's name, dtype, shape and bytes, so that a damaged or edited file is found out (it is no
+signature: whoever edits a file can write a new one). Format 1 has no ``absorbed``, and a model in
+which nothing is absorbed is written as format 1. A reader MUST refuse a ``format`` that it
+does not know.
 """
 
 from __future__ import annotations
@@ -32,10 +36,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchquant.configs import config_from_dict, config_to_dict
+from torchquant.fuse.recognize import activation_of
+from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.quantize import memory_key, owners_by_module, replace_module
 
-FORMAT = 1
+FORMAT = 2
+_PLAIN_FORMAT = 1  # what a model without absorbed modules is written as, for older readers
 _KEY = "torchquant"
 
 
@@ -74,10 +81,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedLinear)
     }
+    absorbed = {
+        name: module.activation
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, FusedActivation)
+    }
     header = {
-        "format": FORMAT,
+        "format": FORMAT if absorbed else _PLAIN_FORMAT,
         "torchquant": torchquant.__version__,
         "layers": layers,
+        **({"absorbed": absorbed} if absorbed else {}),
         "aliases": aliases,
     }
     header["sha256"] = _digest(header, tensors)
@@ -93,8 +106,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: the file.
-        model: the architecture, in float or already quantized; also on the meta device, which
-            skips the work of initialising weights that are replaced.
+        model: the architecture, in float or already quantized, fused or not; also on the meta
+            device, which skips the work of initialising weights that are replaced.
 
     Returns:
         ``model``, changed in place: tensors of the file's dtypes, on the CPU; ``requires_grad``,
@@ -127,6 +140,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         owners = owners_by_module(model)
         for old, new in _new_layers(header, model):
             replace_module(owners[id(old)], old, new)
+        for place, other in _activation_places(header.get("absorbed", {}), model):
+            for parent, attribute in owners[id(place)]:
+                parent._modules[attribute] = other.train(place.training)
         current = _current_tensors(model)
         _check_fit(state, current)
         ready = _as_tied(state, current, header["layers"])
@@ -274,14 +290,16 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         raise ValueError(damaged) from None
     if not isinstance(header, dict) or type(header.get("format")) is not int:
         raise ValueError(damaged)
-    if header["format"] != FORMAT:
+    if not _PLAIN_FORMAT <= header["format"] <= FORMAT:
         raise ValueError(
-            f"load: {str(path)!r} has format {header['format']}, this torchquant reads format "
-            f"{FORMAT}; install a newer torchquant"
+            f"load: {str(path)!r} has format {header['format']}, this torchquant reads formats "
+            f"{_PLAIN_FORMAT} to {FORMAT}; install a newer torchquant"
         )
     aliases = header.get("aliases")
     if not (
         isinstance(header.get("layers"), dict)
+        and isinstance(header.get("absorbed", {}), dict)
+        and (header["format"] > _PLAIN_FORMAT or "absorbed" not in header)
         and isinstance(header.get("sha256"), str)
         and isinstance(aliases, dict)
         and all(isinstance(source, str) and source in tensors for source in aliases.values())
@@ -356,6 +374,33 @@ def _new_layers(
         elif entries[id(old)] != entry:
             raise _Misfit(f"{name!r} is a layer of its own in the file, a shared one in the model")
     return made
+
+
+def _activation_places(
+    absorbed: Mapping[str, Any], model: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:
+    """(module of the model, module to put there), where an activation is absorbed or no more."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for name, activation in absorbed.items():
+        old = modules.get(name)
+        if isinstance(old, FusedActivation) and old.activation == activation:
+            continue
+        original = old.original if isinstance(old, FusedActivation) else old
+        found = None if original is None else activation_of(original)
+        if old is None or original is None or found is None or found != activation or name == "":
+            kind = "nothing" if original is None else type(original).__name__
+            raise _Misfit(
+                f"an activation {activation!r} that the layer before it computes at {name!r} in "
+                f"the file, {kind} in the model"
+            )
+        places[id(old)] = (old, FusedActivation(activation, original))
+    for name, old in modules.items():
+        if id(old) in places and name not in absorbed:
+            raise _Misfit(f"{name!r} is a module of its own in the file, a shared one in the model")
+        if isinstance(old, FusedActivation) and name not in absorbed:
+            places[id(old)] = (old, old.original)
+    return list(places.values())
 
 
 def _new_layer(name: str, entry: Any, old: nn.Linear | QuantizedLinear) -> QuantizedLinear:
