@@ -2,6 +2,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/extension.h>
 
+#include "bench/call_cost.h"
 #include "isa.h"
 #include "kernels/layout.h"
 
@@ -60,6 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_dynamic", &linear_dynamic, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("activation", &activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("gated_activation", &gated_activation, pybind11::call_guard<pybind11::gil_scoped_release>());
+  torchquant::bench::bind(m);
   m.def("cpu_name", &torchquant::cpu_name);
   m.def("tile_bytes", &torchquant::tile_bytes);
   m.attr("LAYOUT_VERSION") = torchquant::kLayoutVersion;

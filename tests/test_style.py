@@ -23,7 +23,7 @@ LAYERS = (
     ("quantize",),
     ("io",),
     ("models",),
-    ("info", "demo"),
+    ("info", "demo", "bench"),
     ("cli",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

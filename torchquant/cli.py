@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import torchquant
-from torchquant import cpu, info
+from torchquant import info
+from torchquant.bench.cli import app as bench_app
+from torchquant.bench.cli import check_isa
 from torchquant.demo import run_demo
 from torchquant.demo.steps import Listener
 from torchquant.demo.tables import describe_failures
@@ -32,21 +34,14 @@ app = typer.Typer(
 )
 
 
+app.add_typer(bench_app)
+
+
 def print_version(wanted: bool) -> None:
     """Callback of ``--version``."""
     if wanted:
         typer.echo(f"torchquant {torchquant.__version__}")
         raise typer.Exit
-
-
-def check_isa(name: str | None) -> str | None:
-    """Callback of ``--isa``: refuse what cannot run here; the message lists what can."""
-    if name is not None:
-        try:
-            cpu.check_isa("the name", name)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return name
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from peers.base import Call, LinearPeer, float_linear
+from torchquant.bench.peers.base import Call, LinearPeer, float_linear, quantize_weight
 
 
 class TorchAoDynamic(LinearPeer):
@@ -80,8 +80,7 @@ class OnednnPointwise(LinearPeer):
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         warnings.filterwarnings("ignore")  # the quantized dtypes announce their removal
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        qweight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        qweight, scale = quantize_weight(weight)
         self.packed = torch.ops.onednn.qlinear_prepack(qweight, None)
         self.scale, self.bias = scale, bias
         self.zero_point = torch.zeros(len(scale), dtype=torch.int32)

@@ -14,8 +14,11 @@ Call = Callable[[], Any]
 class LinearPeer(ABC):
     """One library's int8 (or float) linear layer. Each instance lives alone in its own process.
 
-    Quantizing the activation belongs to the call; quantizing and packing the weight does not (it
-    happens once, in `load`).
+    Quantizing and packing the weight does not belong to the call, it happens once, in `load`.
+    Quantizing the activation belongs to the call in the dynamic suite; a prequantized peer does it
+    in `calls`, outside of the functions that it returns.
+
+    Modules of peers import their libraries inside functions: the package is whole without them.
     """
 
     def __init__(self, threads: int) -> None:
@@ -36,6 +39,23 @@ class LinearPeer(ABC):
     @abstractmethod
     def about(self) -> dict[str, str]:
         """What a reader of the results needs to know: version, engine, instruction set."""
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 `[N, K]` in [-127, 127] and fp32 scale `[N]`, for peers that have no converter."""
+    scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_input(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """int8 `[M, K]` in [-127, 127] and one scale, as a model calibrated on `x` would have them."""
+    scale = max(float(x.abs().max()), 1e-12) / 127
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def as_uint8(q: torch.Tensor) -> torch.Tensor:
+    """The same integers for those who want them unsigned: the zero point becomes 128."""
+    return (q.to(torch.int16) + 128).to(torch.uint8)
 
 
 def float_linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:

@@ -9,7 +9,7 @@ runs with the defaults that its users get, which helps short calls.
 The protocol is one JSON object per line, over the worker's standard input and output:
 
     {"do": "load", "n": 384, "k": 384}      -> {}
-    {"do": "input", "m": 16}                -> {"error": 0.008, "seconds": {"run": 1e-5, ...}}
+    {"do": "input", "m": 16}                -> {"error": 0.008, "seconds": {"run": 2e-5, ...}}
     {"do": "block", "seconds": 0.05}        -> {"seconds": {"run": 1e-5, "io_binding": 8e-6}}
     {"do": "about"}                         -> {"torch": "2.13.0", ...}
 
@@ -24,14 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from timing import seconds_per_call
+from torchquant.bench.timing import seconds_per_call
 
 if TYPE_CHECKING:
     import torch
-    from peers.base import LinearPeer
+
+    from torchquant.bench.peers.base import LinearPeer
 
 Answer = dict[str, Any]
 CHECKED_ROWS = 4
@@ -44,10 +46,12 @@ class WorkerError(RuntimeError):
 class Worker:
     """The parent's handle on one peer's process."""
 
-    def __init__(self, peer: str, threads: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, suite: str, peer: str, threads: int, environment: dict[str, str] | None = None
+    ) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), peer, str(threads)],
+            [sys.executable, "-m", "torchquant.bench.workers", suite, peer, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -156,9 +160,9 @@ class _Server:
         x = torch.randn(m, self.weight.shape[1], generator=torch.Generator().manual_seed(m))
         with torch.inference_mode():
             self.calls = self.peer.calls(x)
-            return {
-                "error": max(self._error(x, call()) for call in self.calls.values())
-            } | self.block(0.01)
+            error = max(self._error(x, call()) for call in self.calls.values())
+            seconds = {name: _seconds_once(call) for name, call in self.calls.items()}
+        return {"error": error, "seconds": seconds}
 
     def block(self, seconds: float) -> Answer:
         import torch
@@ -186,11 +190,19 @@ class _Server:
             raise ValueError(
                 f"the result must be {[len(x), len(self.weight)]}, got {list(result.shape)}"
             )
+        if result.is_quantized:
+            result = result.dequantize()
         expected = torch.nn.functional.linear(x[:CHECKED_ROWS], self.weight, self.bias)
         return float((result[:CHECKED_ROWS].float() - expected).norm() / expected.norm())
 
 
-def serve(peer_name: str, threads: int) -> None:
+def _seconds_once(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def serve(suite: str, peer_name: str, threads: int) -> None:
     """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not talk into the protocol
@@ -200,10 +212,11 @@ def serve(peer_name: str, threads: int) -> None:
         try:
             if server is None:
                 import torch
-                from peers import make_linear_peer
+
+                from torchquant.bench.peers import make_linear_peer
 
                 torch.set_num_threads(threads)
-                server = _Server(make_linear_peer(peer_name, threads))
+                server = _Server(make_linear_peer(suite, peer_name, threads))
             answer = getattr(server, request.pop("do"))(**request)
         except Exception as error:  # whatever a peer raises is that peer's result
             answer = {
@@ -214,4 +227,4 @@ def serve(peer_name: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -16,9 +16,12 @@ def seconds_per_call(call: Callable[[], Any], seconds: float, min_batches: int =
 
     Short calls are timed in batches, so that the clock itself is not measured; a batch is one call
     when that takes longer than `BATCH_SECONDS`. The first fifth of the time is warm-up and not
-    counted: caches hold the neighbour's weights, threads sleep, clocks are low.
+    counted: caches hold the neighbour's weights, threads sleep, clocks are low. A call that alone
+    takes longer than `seconds` is timed once.
     """
-    batch = _calls_per_batch(call, seconds / 5)
+    batch, shortest = _warm_up(call, seconds / 5)
+    if shortest > seconds:
+        min_batches = 1
     times: list[float] = []
     stop = time.perf_counter() + seconds
     while len(times) < min_batches or time.perf_counter() < stop:
@@ -29,15 +32,15 @@ def seconds_per_call(call: Callable[[], Any], seconds: float, min_batches: int =
     return statistics.median(times)
 
 
-def _calls_per_batch(call: Callable[[], Any], seconds: float) -> int:
-    """Warm up for `seconds` (at least one call), and say how many calls fill `BATCH_SECONDS`."""
+def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
+    """Call for `seconds`, at least once; how many calls fill `BATCH_SECONDS`, and the shortest."""
     shortest = math.inf
     stop = time.perf_counter() + seconds
     while math.isinf(shortest) or time.perf_counter() < stop:
         start = time.perf_counter()
         call()
         shortest = min(shortest, time.perf_counter() - start)
-    return max(1, math.ceil(BATCH_SECONDS / shortest))
+    return max(1, math.ceil(BATCH_SECONDS / shortest)), shortest
 
 
 def geometric_mean(values: Iterable[float]) -> float:

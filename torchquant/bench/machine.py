@@ -11,7 +11,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torchquant", "torch", "torchao", "onnxruntime", "onnx", "numpy")
+PACKAGES = ("torchquant", "torch", "torchao", "onnxruntime", "onnx", "openvino", "numpy")
 
 
 def cpu_name() -> str:
@@ -40,8 +40,15 @@ def installed_versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command as typed, absolute paths cut to their last part: they say nothing to others."""
-    arguments = [re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in sys.argv]
-    return " ".join(["python", *arguments])
+    program, *arguments = [re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in sys.argv]
+    return " ".join(["python", program] if program.endswith(".py") else [program]) + "".join(
+        f" {argument}" for argument in arguments
+    )
+
+
+def load_average() -> float | None:
+    """Processes that wanted a CPU over the last minute; None where it cannot be told."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def today() -> str:
@@ -100,4 +107,5 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": installed_versions(),
         "command": command_line(),
+        "load": load_average(),
     }

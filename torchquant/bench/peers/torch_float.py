@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peers.base import Call, LinearPeer, float_linear
+from torchquant.bench.peers.base import Call, LinearPeer, float_linear
 
 
 class TorchFloat(LinearPeer):

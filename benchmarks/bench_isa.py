@@ -1,0 +1,8 @@
+"""`torchquant bench isa` from a checkout: `python benchmarks/bench_isa.py --help`."""
+
+import typer
+
+from torchquant.bench.cli import isa_command
+
+if __name__ == "__main__":
+    typer.run(isa_command)

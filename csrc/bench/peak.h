@@ -1,0 +1,26 @@
+// What this machine can do at most: the roofline under which every benchmark's figures are read.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace torchquant::bench {
+
+// Names that measure_peak() knows and this CPU can run, best first: the instruction sets of isa.h that multiply bytes
+// ("amx_int8", "avx512_vnni", "avx_vnni", "avx2"), "avx2_saturating", "fp32_fma_512", "fp32_fma_256".
+std::vector<std::string> peak_names();
+
+// Billions of operations per second (a multiply-add counts as two) over all threads, the best of several windows that
+// take `seconds` together. Throws std::invalid_argument for a name that is not in peak_names().
+double measure_peak(const std::string& name, int threads, double seconds);
+
+// GB/s at which `threads` threads together read `bytes` bytes again and again, each its own share; huge pages where the
+// system gives them. 0 where this build has no reader (not x86).
+double measure_bandwidth(int64_t bytes, int threads, double seconds);
+
+// Seconds that the textbook's triple loop takes for int8 [m, k] x int8 [n, k] -> int32 [m, n], on one thread.
+// vectorised: with what the compiler's -O3 makes of it for any x86-64, else as written.
+double naive_product_seconds(int64_t m, int64_t n, int64_t k, bool vectorised);
+
+}  // namespace torchquant::bench

@@ -1,0 +1,287 @@
+"""A linear benchmark's results: what is kept of a shape, of a run, and the summary of both."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torchquant.bench.peers import OURS, SUITES
+from torchquant.bench.roofline import Limit, Roofline
+from torchquant.bench.shapes import LinearShape
+from torchquant.bench.timing import geometric_mean
+
+SMALL_ROWS = 16  # up to here a call is memory and overhead, beyond it arithmetic
+BEHIND = 0.95  # a ratio below this is no measuring error any more
+STREAM_BYTES = 32 << 20  # weights from here on come from the outermost cache or memory
+
+
+@dataclass
+class ShapeResult:
+    """Times of one shape.
+
+    `blocks` holds, by peer and by way of calling it, the median seconds per call of each block.
+    """
+
+    shape: LinearShape
+    blocks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    limit: Limit | None = None
+    beside: frozenset[str] = frozenset()  # other ways of using torchquant: not compared with
+
+    def add(self, peer: str, seconds: dict[str, float]) -> None:
+        """Take one block's figures, by way of calling."""
+        for variant, value in seconds.items():
+            self.blocks.setdefault(peer, {}).setdefault(variant, []).append(value)
+
+    def variant(self, peer: str) -> str:
+        """The peer's fastest way of being called here."""
+        return min(self.blocks[peer], key=lambda name: statistics.median(self.blocks[peer][name]))
+
+    def seconds(self, peer: str) -> float | None:
+        """Median over blocks of the peer's fastest way; None if it did not run."""
+        if peer not in self.blocks:
+            return None
+        return statistics.median(self.blocks[peer][self.variant(peer)])
+
+    def shortest_block(self, peer: str) -> float:
+        """The least of the peer's blocks: a first guess that a disturbance does not spoil."""
+        return min(min(values) for values in self.blocks[peer].values())
+
+    def best_peer(self) -> str | None:
+        """The fastest of the others."""
+        others = {
+            name: self.seconds(name) or 0.0
+            for name in self.blocks
+            if name != OURS and name not in self.beside
+        }
+        return min(others, key=lambda name: others[name]) if others else None
+
+    def ratio(self) -> float | None:
+        """Best peer's time over ours: above 1, ours is faster."""
+        ours, best = self.seconds(OURS), self.best_peer()
+        best_seconds = self.seconds(best) if best else None
+        return best_seconds / ours if ours and best_seconds else None
+
+    def gops(self, peer: str = OURS) -> float | None:
+        """Billions of operations per second."""
+        seconds = self.seconds(peer)
+        return self.shape.operations / seconds / 1e9 if seconds else None
+
+    def limit_share(self) -> float | None:
+        """The least possible time, as measured on this machine, over ours."""
+        ours = self.seconds(OURS)
+        return self.limit.seconds / ours if self.limit and ours else None
+
+    def record(self) -> dict[str, Any]:
+        """The shape's line of the results file."""
+        return {
+            "kind": "shape",
+            "n": self.shape.n,
+            "k": self.shape.k,
+            "m": self.shape.m,
+            "us": {name: _microseconds(self.seconds(name)) for name in self.blocks},
+            "variant": {
+                name: self.variant(name) for name, ways in self.blocks.items() if len(ways) > 1
+            },
+            "best_peer": self.best_peer(),
+            "ratio": _rounded(self.ratio(), 3),
+            "gops": _rounded(self.gops(), 1),
+            "limit_us": _microseconds(self.limit.seconds if self.limit else None),
+            "bound_by": self.limit.bound_by if self.limit else None,
+            "of_limit": _rounded(self.limit_share(), 3),
+            "blocks_us": {
+                name: {
+                    way: [_microseconds(value) for value in values] for way, values in ways.items()
+                }
+                for name, ways in self.blocks.items()
+            },
+            "failures": self.failures,
+        }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e6, 2)
+
+
+def summarise(results: list[ShapeResult]) -> dict[str, Any]:
+    """The few numbers that the shapes come down to. Ratios are best peer's time over ours."""
+    ratios = {result.shape: ratio for result in results if (ratio := result.ratio())}
+    if not ratios:
+        return {"kind": "summary", "shapes": len(results)}
+    small = [ratio for shape, ratio in ratios.items() if shape.m <= SMALL_ROWS]
+    large = [ratio for shape, ratio in ratios.items() if shape.m > SMALL_ROWS]
+    lowest = min(ratios, key=lambda shape: ratios[shape])
+    return {
+        "kind": "summary",
+        "shapes": len(results),
+        "geometric_mean": round(geometric_mean(ratios.values()), 3),
+        "geometric_mean_few_rows": round(geometric_mean(small), 3) if small else None,
+        "geometric_mean_many_rows": round(geometric_mean(large), 3) if large else None,
+        "lowest": round(ratios[lowest], 3),
+        "lowest_shape": str(lowest),
+        "slower_than_best_peer": sum(ratio < 1 for ratio in ratios.values()),
+        "below_0.95": [str(shape) for shape, ratio in ratios.items() if ratio < BEHIND],
+        "best_peer_counts": _counts(result.best_peer() for result in results),
+    }
+
+
+def _counts(names: Iterable[str | None]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        if name:
+            counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary in words."""
+    if "lowest" not in summary:
+        return [
+            f"{summary['shapes']} shapes; no ratio, since either {OURS} or every peer is missing"
+        ]
+
+    def times(name: str) -> str:
+        return "-" if summary[name] is None else f"{summary[name]:.2f}x"
+
+    counts = ", ".join(f"{name} {count}" for name, count in summary["best_peer_counts"].items())
+    return [
+        f"geometric mean of best peer's time / ours over {summary['shapes']} shapes: "
+        f"{times('geometric_mean')}; M <= {SMALL_ROWS}: {times('geometric_mean_few_rows')}, "
+        f"M > {SMALL_ROWS}: {times('geometric_mean_many_rows')}",
+        f"lowest: {times('lowest')} at {summary['lowest_shape']}; slower than the best peer on "
+        f"{summary['slower_than_best_peer']} shapes, under {BEHIND}x on "
+        f"{len(summary['below_0.95'])}{': ' if summary['below_0.95'] else ''}"
+        f"{', '.join(summary['below_0.95'])}",
+        f"best peer, number of shapes: {counts}",
+    ]
+
+
+@dataclass
+class Run:
+    """One suite on one number of threads: header, shapes, and the limits of that very run."""
+
+    suite: str
+    threads: int
+    isa: str
+    header: dict[str, Any]
+    results: list[ShapeResult]
+    roofline: Roofline
+
+    @property
+    def peak_gops(self) -> float | None:
+        """The measured peak of the instruction set that ours ran on."""
+        return self.roofline.gops.get(self.isa)
+
+    @property
+    def title(self) -> str:
+        """What and where, on one line."""
+        return (
+            f"{self.suite} int8 linear, {self.header['cpu']}, {_threads(self.threads)}, "
+            f"{self.isa}, {self.header['date']}"
+        )
+
+    def columns(self) -> list[str]:
+        """Who ran, in the suite's order."""
+        ran = {name for result in self.results for name in result.blocks}
+        return [name for name in SUITES[self.suite] if name in ran]
+
+    def summary(self) -> dict[str, Any]:
+        """Ratios to the best peer, and fractions of the machine's limits."""
+        return {
+            **summarise(self.results),
+            "suite": self.suite,
+            "threads": self.threads,
+            "isa": self.isa,
+            "limits": self.limit_summary(),
+        }
+
+    def limit_summary(self) -> dict[str, Any]:
+        """How near to the limits: what is large against arithmetic, few rows against bandwidth.
+
+        `of_vpdpbusd` divides by the peak of vpdpbusd whatever the instruction set, so that a matrix
+        unit shows as more than 1.
+        """
+        large = [r for r in self.results if r.shape.is_large and r.gops()]
+        streamed = [r for r in self.results if r.shape.weight_bytes >= STREAM_BYTES and r.gops()]
+        one = [r for r in streamed if r.shape.m == 1]
+        few = [r for r in streamed if 1 < r.shape.m <= SMALL_ROWS]
+        vpdpbusd = self.roofline.vpdpbusd()
+        found: dict[str, Any] = {
+            "large_of_peak": _spread(large, lambda r: _over(r.gops(), self.peak_gops)),
+            "large_of_vpdpbusd": _spread(large, lambda r: _over(r.gops(), vpdpbusd)),
+            "one_row_of_bandwidth": _spread(one, self._bandwidth_share),
+            "few_rows_of_limit": _spread(few, lambda r: r.limit_share()),
+        }
+        for name in ("torchquant-fp32-in", "torchquant-bf16-in"):
+            ran = [r for r in large if name in r.blocks]
+            found[f"{name}_large_of_vpdpbusd"] = _spread(ran, partial(_peer_share, name, vpdpbusd))
+        both = [r for r in large if {"torchquant-fp32-in", "torchquant-bf16-in"} <= set(r.blocks)]
+        found["fp32_time_over_bf16_time"] = _spread(
+            both, lambda r: _over(r.seconds("torchquant-fp32-in"), r.seconds("torchquant-bf16-in"))
+        )
+        return {name: spread for name, spread in found.items() if spread}
+
+    def _bandwidth_share(self, result: ShapeResult) -> float | None:
+        bandwidth = self.roofline.bandwidth(result.shape.weight_bytes)
+        seconds = result.seconds(OURS)
+        if bandwidth is None or seconds is None:
+            return None
+        return result.shape.weight_bytes / bandwidth / 1e9 / seconds
+
+    def lines(self) -> list[str]:
+        """Summary and limits in words."""
+        lines = summary_lines(summarise(self.results))
+        limits = self.limit_summary()
+        for name, words in LIMIT_WORDS.items():
+            if name in limits:
+                spread = limits[name]
+                lines.append(
+                    f"{words.format(isa=self.isa)}: {spread['least']:.2f} to {spread['most']:.2f}, "
+                    f"least at {spread['least_shape']}"
+                )
+        return lines
+
+
+LIMIT_WORDS = {
+    "large_of_peak": "all dimensions >= 1024, fraction of the measured {isa} peak",
+    "large_of_vpdpbusd": "all dimensions >= 1024, fraction of the measured vpdpbusd peak",
+    "torchquant-fp32-in_large_of_vpdpbusd": "the same from fp32 input (dynamic)",
+    "torchquant-bf16-in_large_of_vpdpbusd": "the same from bf16 input (dynamic)",
+    "fp32_time_over_bf16_time": "time with fp32 input over time with bf16 input",
+    "one_row_of_bandwidth": "one row, weights >= 32 MiB, fraction of the read bandwidth",
+    "few_rows_of_limit": "2 to 16 rows, weights >= 32 MiB, fraction of the limit that binds",
+}
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def _peer_share(name: str, peak: float | None, result: ShapeResult) -> float | None:
+    return _over(result.gops(name), peak)
+
+
+def _spread(
+    results: list[ShapeResult], value: Callable[[ShapeResult], float | None]
+) -> dict[str, Any] | None:
+    """Least and most of a figure over shapes, and where the least is; None without figures."""
+    figures = {str(result.shape): found for result in results if (found := value(result))}
+    if not figures:
+        return None
+    least = min(figures, key=lambda shape: figures[shape])
+    return {
+        "least": round(figures[least], 3),
+        "most": round(max(figures.values()), 3),
+        "least_shape": least,
+    }

@@ -1,0 +1,122 @@
+"""The machine's own limits, measured beside every benchmark: arithmetic and read bandwidth.
+
+The loops are part of the C++ library (`csrc/bench/peak.cpp`), so nothing is compiled at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchquant._extension import load
+
+ARITHMETIC, BANDWIDTH = "arithmetic", "bandwidth"
+VPDPBUSD = ("avx512_vnni", "avx_vnni")  # the instruction sets whose peak is that of vpdpbusd
+FMA = ("fp32_fma_512", "fp32_fma_256")
+# Below this a buffer's bandwidth is measured at the nearest power of sqrt(2); above, exactly.
+EXACT_MEBIBYTES = 4.0
+# What `torchquant bench roofline` reads: the caches' sizes, and two layers of a language model.
+DEFAULT_MEBIBYTES = (0.03125, 0.25, 1.0, 2.0, 4.0, 16.0, 43.0, 256.0)
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least possible seconds of a product, and what sets them: arithmetic or bandwidth."""
+
+    seconds: float
+    bound_by: str
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a number of threads can do together at most.
+
+    `gops` by instruction set, in 10^9 operations per second (a multiply-add counts as two); `read`
+    in GB/s, by the MiB that are read again and again.
+    """
+
+    threads: int
+    gops: dict[str, float]
+    read: dict[float, float]
+
+    def best_of(self, other: Roofline | None) -> Roofline:
+        """The larger figure of each: neighbours and clocks only ever lower a peak."""
+        if other is None:
+            return self
+        return Roofline(
+            self.threads,
+            {name: max(value, other.gops.get(name, 0)) for name, value in self.gops.items()},
+            {size: max(value, other.read.get(size, 0)) for size, value in self.read.items()},
+        )
+
+    def bandwidth(self, size: int) -> float | None:
+        """GB/s at the measured size that is nearest to `size` bytes; None where none is."""
+        if not self.read:
+            return None
+        mebibytes = max(size, 1) / MEBIBYTE
+        nearest = min(self.read, key=lambda measured: abs(math.log(measured / mebibytes)))
+        return self.read[nearest] or None
+
+    def limit(self, operations: int, weight_bytes: int, isa: str) -> Limit | None:
+        """No int8 product can be faster: the multipliers' time, or the weights' way to them.
+
+        Quantization, the traffic of activations and result and the call itself come on top. None
+        where the instruction set or the bandwidth was not measured.
+        """
+        bandwidth = self.bandwidth(weight_bytes)
+        if isa not in self.gops or bandwidth is None:
+            return None
+        arithmetic = operations / self.gops[isa] / 1e9
+        memory = weight_bytes / bandwidth / 1e9
+        return Limit(max(arithmetic, memory), ARITHMETIC if arithmetic > memory else BANDWIDTH)
+
+    def vpdpbusd(self) -> float | None:
+        """The peak of `vpdpbusd` at the widest registers there are."""
+        return next((self.gops[name] for name in VPDPBUSD if name in self.gops), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, rounded to what the measurement is good for."""
+        data = asdict(self)
+        data["gops"] = {name: round(value, 1) for name, value in self.gops.items()}
+        data["read"] = {str(size): round(value, 1) for size, value in self.read.items()}
+        return data
+
+
+def measured_mebibytes(sizes: Iterable[int]) -> list[float]:
+    """The buffer sizes in MiB at which layers of so many bytes want their bandwidth.
+
+    Layers of nearly the same size share one.
+
+    >>> measured_mebibytes([2**20, 2**20 + 1000, 11008 * 4096])
+    [1.0, 43.0]
+    """
+    wanted = set()
+    for size in sizes:
+        mebibytes = size / MEBIBYTE
+        if mebibytes < EXACT_MEBIBYTES:
+            mebibytes = max(2**-8, 2 ** (round(2 * math.log2(mebibytes)) / 2))
+        wanted.add(round(mebibytes, 4))
+    return sorted(wanted)
+
+
+def measure_roofline(
+    threads: int, sizes: Iterable[int] = (), seconds: float = 0.1, names: Iterable[str] = ()
+) -> Roofline:
+    """Measure for `seconds` each: the arithmetic peaks, and the bandwidth at `sizes` bytes.
+
+    Args:
+        names: of the peaks, as `_C.peak_names()` lists them; all of these without.
+    """
+    library = load()
+    gops = {
+        name: library.measure_peak(name, threads, seconds)
+        for name in list(names) or library.peak_names()
+    }
+    read = {
+        size: library.measure_bandwidth(round(size * MEBIBYTE), threads, seconds)
+        for size in measured_mebibytes(sizes)
+    }
+    return Roofline(threads, gops, {size: value for size, value in read.items() if value > 0})

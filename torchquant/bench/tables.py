@@ -1,0 +1,163 @@
+"""Tables and files of linear runs: for the terminal, for a page, for a program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from torchquant.bench.results import Run, ShapeResult
+from torchquant.bench.roofline import Roofline
+
+LEFT_ALIGNED = ("M x N x K", "best peer", "bound by")
+
+
+def rows(run: Run) -> list[list[str]]:
+    """The table's cells, heading first."""
+    peers = run.columns()
+    peak = run.peak_gops
+    heading = ["M x N x K", *peers, "best peer", "ratio", "GOPS", "of peak", "of limit", "bound by"]
+    lines = [heading]
+    for result in run.results:
+        gops = result.gops()
+        lines.append(
+            [
+                str(result.shape),
+                *(short_microseconds(result.seconds(name)) for name in peers),
+                result.best_peer() or "-",
+                number(result.ratio(), ".2f"),
+                number(gops, ".0f"),
+                number(gops / peak if gops and peak else None, ".0%"),
+                number(result.limit_share(), ".0%"),
+                result.limit.bound_by if result.limit else "-",
+            ]
+        )
+    return lines
+
+
+def rich_table(run: Run) -> Table:
+    """Microseconds per call, for the terminal: red where a peer is faster."""
+    heading, *body = rows(run)
+    table = Table(
+        title=f"{run.title}\nmicroseconds per call; ratio = best peer's time / ours",
+        title_justify="left",
+    )
+    for name in heading:
+        left = name in LEFT_ALIGNED
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for index, (result, line) in enumerate(zip(run.results, body, strict=True)):
+        ratio = result.ratio()
+        style = None if ratio is None or ratio >= 1 else "red"
+        table.add_row(*line, style=style, end_section=_ends_layer(run.results, index))
+    return table
+
+
+def _ends_layer(results: list[ShapeResult], index: int) -> bool:
+    if index + 1 == len(results):
+        return True
+    layer, following = results[index].shape.layer, results[index + 1].shape.layer
+    alone = index == 0 or results[index - 1].shape.layer != layer
+    return layer != following and not alone  # no line behind each of the random shapes
+
+
+def roofline_tables(before: Roofline, after: Roofline | None = None) -> list[Table]:
+    """Arithmetic peaks and bandwidths; with `after`, both measurements side by side."""
+    both = [before] if after is None else [before, after]
+    when = [""] if after is None else [" before", " after"]
+    threads = f"{before.threads} thread" + ("s" if before.threads > 1 else "")
+    peaks = Table(title=f"arithmetic peak, {threads}", title_justify="left")
+    peaks.add_column("instructions")
+    reads = Table(title=f"read bandwidth, {threads}", title_justify="left")
+    reads.add_column("MiB", justify="right")
+    for text in when:
+        peaks.add_column(f"GOPS{text}", justify="right")
+        reads.add_column(f"GB/s{text}", justify="right")
+    for name in before.gops:
+        peaks.add_row(name, *(number(measured.gops.get(name), ".0f") for measured in both))
+    for size in before.read:
+        reads.add_row(f"{size:g}", *(number(measured.read.get(size), ".1f") for measured in both))
+    return [peaks, reads]
+
+
+def markdown(runs: list[Run]) -> str:
+    """The same tables with everything a reader needs to judge them."""
+    lines: list[str] = []
+    for run in runs:
+        lines += _markdown_of(run)
+    return "\n".join(lines)
+
+
+def _markdown_of(run: Run) -> list[str]:
+    header = run.header
+    heading, *body = rows(run)
+    versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items())
+    peaks = ", ".join(f"{name} {value:.0f}" for name, value in run.roofline.gops.items())
+    reads = ", ".join(f"{size:g} MiB {value:.0f}" for size, value in run.roofline.read.items())
+    missing = ", ".join(f"{name} ({why})" for name, why in header["missing"].items())
+    return [
+        f"# {run.title}",
+        "",
+        f"- CPU: {header['cpu']}, {header['cpus']} CPUs, {header['threads']} threads",
+        f"- instruction set of torchquant: {run.isa}",
+        f"- measured peaks, GOPS: {peaks or 'none'}",
+        f"- measured read bandwidth, GB/s: {reads or 'none'}",
+        f"- versions: {versions}",
+        f"- command: `{header['command']}`",
+        f"- others on the machine used {header['busy_before']} % of its CPUs before the run and "
+        f"{header['busy_during']} % during it; the hypervisor gave away {header['steal']} %; "
+        f"load {header['load']} at the start; {header['seconds']} s",
+        *([f"- without: {missing}"] if missing else []),
+        *(f"- {name}, {count} shapes: {why}" for name, why, count in grouped_failures(run)),
+        *(f"- {line}" for line in run.lines()),
+        "",
+        f"Microseconds per call, {INPUTS[run.suite]}, weights cache-warm. Ratio: best peer's time "
+        "over ours. Of peak: GOPS over the measured peak of the instruction set. Of limit: the "
+        "least possible time, from that peak and from the bandwidth measured on a buffer of the "
+        "weights' size, over ours; then which of the two it is.",
+        "",
+        "| " + " | ".join(heading) + " |",
+        "|---" * len(heading) + "|",
+        *("| " + " | ".join(line) + " |" for line in body),
+        "",
+    ]
+
+
+INPUTS = {
+    "dynamic": "fp32 in and out (bf16: bf16 in and out)",
+    "prequantized": "int8 or uint8 in, fp32 out (torch.ao: uint8 out; columns *-in: that type in)",
+}
+
+
+def grouped_failures(run: Run) -> list[tuple[str, str, int]]:
+    """(peer, reason, number of shapes), so that one reason is one line."""
+    counts: dict[tuple[str, str], int] = {}
+    for result in run.results:
+        for name, reason in result.failures.items():
+            counts[name, reason] = counts.get((name, reason), 0) + 1
+    return [(name, reason, count) for (name, reason), count in counts.items()]
+
+
+def records(run: Run) -> list[dict[str, Any]]:
+    """The header, one record per shape, the summary."""
+    return [run.header, *(result.record() for result in run.results), run.summary()]
+
+
+def write_json_lines(path: Path, runs: list[Run]) -> None:
+    """All runs' records, a line each."""
+    lines = [json.dumps(record) + "\n" for run in runs for record in records(run)]
+    path.write_text("".join(lines))
+
+
+def number(value: float | None, form: str) -> str:
+    """Formatted, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def short_microseconds(seconds: float | None) -> str:
+    """Microseconds, a decimal below 100."""
+    if seconds is None:
+        return "-"
+    value = seconds * 1e6
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
