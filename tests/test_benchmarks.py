@@ -1,75 +1,96 @@
-"""The benchmarks' arithmetic and processes. Whole commands run in `test_docs.py` (`--smoke`)."""
+"""The linear benchmark's arithmetic and processes. Whole commands run in `test_docs.py`."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("shapes", "timing", "results", "peers", "peak", "machine", "workers")
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark's modules, importable by their short names for one test."""
-    import importlib
-    from types import SimpleNamespace
-
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    yield modules
-    for name in MODULES:
-        sys.modules.pop(name, None)
+from torchquant.bench import machine, tables, timing, workers
+from torchquant.bench.linear import Bench, Entry, Options, Pace
+from torchquant.bench.peers import OURS, SUITES, PeerInfo, make_linear_peer
+from torchquant.bench.results import Run, ShapeResult, summarise, summary_lines
+from torchquant.bench.roofline import Limit, Roofline
+from torchquant.bench.shapes import (
+    LinearShape,
+    linear_shapes,
+    named_shapes,
+    prequantized_shapes,
+    random_shapes,
+    select,
+)
 
 
-def test_the_shapes_are_those_of_the_readme_and_come_layer_by_layer(bench: Any) -> None:
-    shapes = bench.shapes.linear_shapes()
+def test_the_shapes_are_those_of_the_readme_and_come_layer_by_layer() -> None:
+    shapes = named_shapes()
     assert {shape.m for shape in shapes} == {1, 4, 16, 64, 128, 256, 1024}
     assert {(11008, 4096), (384, 1536), (129, 257)} <= {(shape.n, shape.k) for shape in shapes}
     layers = [shape.layer for shape in shapes]
     assert sum(a != b for a, b in pairwise(layers)) == len(set(layers)) - 1
 
 
-def test_shape_patterns_select_and_an_unknown_one_is_refused(bench: Any) -> None:
-    shapes = bench.shapes.linear_shapes()
-    selected = bench.shapes.select(shapes, ["1x*", "*x768x768"])
+def test_random_shapes_are_the_same_every_time_and_odd_ones_are_among_them() -> None:
+    shapes = random_shapes()
+    assert len(set(shapes)) == 40
+    assert shapes == random_shapes()
+    assert all(1 <= s.m <= 2048 and min(s.n, s.k) >= 32 and max(s.n, s.k) <= 8192 for s in shapes)
+    assert sum(s.n % 2 or s.k % 2 for s in shapes) > 10
+    assert sum(s.m <= 16 for s in shapes) > 5
+    assert linear_shapes() == named_shapes() + shapes
+
+
+def test_the_prequantized_suite_holds_what_is_judged_by_the_limits() -> None:
+    shapes = prequantized_shapes()
+    assert sum(shape.is_large for shape in shapes) >= 5
+    for m in (1, 2, 4, 8, 16):
+        assert {LinearShape(n=11008, k=4096, m=m), LinearShape(n=4096, k=11008, m=m)} < set(shapes)
+
+
+def test_a_shape_of_ones_own_is_taken_by_every_suite_a_pattern_only_where_it_matches() -> None:
+    options = Options(shapes=("7x500x300", "16x4096x11008"))
+    own, streamed = LinearShape(n=500, k=300, m=7), LinearShape(n=4096, k=11008, m=16)
+    assert options.selected() == {"dynamic": [own, streamed], "prequantized": [own, streamed]}
+    only = Options(shapes=("*x384x384",)).selected()
+    assert list(only) == ["dynamic"]
+    assert len(only["dynamic"]) == 7
+
+
+def test_shape_patterns_select_and_an_unknown_one_is_refused() -> None:
+    shapes = named_shapes()
+    selected = select(shapes, ["1x*", "*x768x768"])
     assert {str(shape) for shape in selected} >= {"1x384x384", "1024x768x768"}
     assert all(shape.m == 1 or shape.layer == "768x768" for shape in selected)
     with pytest.raises(ValueError, match=r"--shapes: '2x\*' matches no MxNxK .* try '1x\*'"):
-        bench.shapes.select(shapes, ["2x*"])
+        select(shapes, ["2x*"])
 
 
-def test_geometric_mean_lets_double_and_half_cancel(bench: Any) -> None:
-    assert bench.timing.geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
-    assert bench.timing.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
-    assert math.isnan(bench.timing.geometric_mean([]))
+def test_geometric_mean_lets_double_and_half_cancel() -> None:
+    assert timing.geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
+    assert timing.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isnan(timing.geometric_mean([]))
 
 
-def test_seconds_per_call_is_per_call_even_in_batches(bench: Any) -> None:
-    import time
-
-    assert bench.timing.seconds_per_call(lambda: None, 0.002) < 5e-6
-    assert bench.timing.seconds_per_call(lambda: time.sleep(0.002), 0.01) >= 0.002
+def test_seconds_per_call_is_per_call_even_in_batches() -> None:
+    assert timing.seconds_per_call(lambda: None, 0.002) < 5e-6
+    assert timing.seconds_per_call(lambda: time.sleep(0.002), 0.01) >= 0.002
 
 
-def _result(bench: Any, m: int, **microseconds: list[float]) -> Any:
-    result = bench.results.ShapeResult(bench.shapes.LinearShape(n=100, k=50, m=m))
+def _result(m: int, **microseconds: list[float]) -> Any:
+    result = ShapeResult(LinearShape(n=100, k=50, m=m))
     for peer, blocks in microseconds.items():
         for value in blocks:
             result.add(peer, {"module": value * 1e-6})
     return result
 
 
-def test_a_result_compares_ours_with_the_best_way_of_the_best_peer(bench: Any) -> None:
-    result = _result(bench, 4, torchquant=[9, 10, 90], fp32=[40, 40, 40])
+def test_a_result_compares_ours_with_the_best_way_of_the_best_peer() -> None:
+    result = _result(4, torchquant=[9, 10, 90], fp32=[40, 40, 40])
     for value in (30e-6, 20e-6, 25e-6):
         result.add("onnxruntime", {"run": value, "io_binding": value / 2})
     assert result.best_peer() == "onnxruntime"
@@ -81,78 +102,216 @@ def test_a_result_compares_ours_with_the_best_way_of_the_best_peer(bench: Any) -
     assert record["variant"] == {"onnxruntime": "io_binding"}
 
 
-def test_the_summary_separates_few_rows_from_many_and_names_the_lowest(bench: Any) -> None:
+def test_the_summary_separates_few_rows_from_many_and_names_the_lowest() -> None:
     results = [
-        _result(bench, 1, torchquant=[10], fp32=[40]),
-        _result(bench, 64, torchquant=[10], fp32=[9], bf16=[30]),
-        _result(bench, 128, torchquant=[10]),
+        _result(1, torchquant=[10], fp32=[40]),
+        _result(64, torchquant=[10], fp32=[9], bf16=[30]),
+        _result(128, torchquant=[10]),
     ]
-    summary = bench.results.summarise(results)
+    summary = summarise(results)
     assert summary["geometric_mean_few_rows"] == 4.0
     assert summary["geometric_mean_many_rows"] == 0.9
     assert (summary["lowest"], summary["lowest_shape"]) == (0.9, "64x100x50")
     assert summary["slower_than_best_peer"] == 1
     assert summary["best_peer_counts"] == {"fp32": 2}
-    assert "lowest: 0.90x at 64x100x50" in "\n".join(bench.results.summary_lines(summary))
+    assert "lowest: 0.90x at 64x100x50" in "\n".join(summary_lines(summary))
 
 
-def test_without_ours_there_is_a_table_but_no_ratio(bench: Any) -> None:
-    results = [_result(bench, 1, fp32=[40])]
-    assert "no ratio" in bench.results.summary_lines(bench.results.summarise(results))[0]
-    heading, row = bench.results.rows(results, None)
-    assert dict(zip(heading, row, strict=True))["fp32"] == "40.0"
+def _run(results: list[ShapeResult], isa: str = "avx512_vnni", suite: str = "dynamic") -> Run:
+    facts = {
+        "missing": {"openvino": "not installed; pip install openvino"},
+        "seconds": 1.0,
+        "busy_before": 0.0,
+        "busy_during": 0.0,
+        "steal": 0.0,
+    }
+    header = {"kind": "run", **machine.describe(), "threads": 2, **facts}
+    roofline = Roofline(2, {"avx512_vnni": 1000.0, "avx2": 200.0}, {1.0: 100.0, 64.0: 50.0})
+    for result in results:
+        shape = result.shape
+        result.limit = roofline.limit(shape.operations, shape.weight_bytes, isa)
+    return Run(suite, 2, isa, header, results, roofline)
 
 
-def test_the_limit_is_the_longer_of_arithmetic_and_memory(bench: Any) -> None:
-    peaks = bench.peak.Peaks(gops={"avx2": 100.0}, read={1.0: 50.0, 16.0: 10.0})
-    assert peaks.seconds(10**9, 1 << 20, "avx2") == pytest.approx(0.01)
-    assert peaks.seconds(1, 16 << 20, "avx2") == pytest.approx((16 << 20) / 10e9)
-    assert peaks.seconds(1, 1, "scalar") is None
-    again = bench.peak.Peaks(gops={"avx2": 90.0}, read={1.0: 60.0, 16.0: 10.0})
-    assert peaks.best_of(again) == bench.peak.Peaks({"avx2": 100.0}, {1.0: 60.0, 16.0: 10.0})
-    assert peaks.best_of(None) == peaks
+def test_without_ours_there_is_a_table_but_no_ratio() -> None:
+    results = [_result(1, fp32=[40])]
+    assert "no ratio" in summary_lines(summarise(results))[0]
+    heading, row = tables.rows(_run(results))
+    cells = dict(zip(heading, row, strict=True))
+    assert (cells["fp32"], cells["ratio"], cells["bound by"]) == ("40.0", "-", "bandwidth")
 
 
-def test_the_header_cuts_absolute_paths_from_the_command(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_way_of_using_torchquant_is_no_peer() -> None:
+    result = _result(4, torchquant=[10], fp32=[40])
+    result.add("torchquant-bf16-in", {"module": 1e-6})
+    result.beside = frozenset({"torchquant-bf16-in"})
+    assert result.best_peer() == "fp32"
+
+
+def test_limits_are_answered_for_the_shapes_they_are_about() -> None:
+    large = ShapeResult(LinearShape(n=2048, k=1024, m=1024))
+    large.add(OURS, {"op": large.shape.operations / 500e9})  # half of the peak
+    one, few = (ShapeResult(LinearShape(n=8192, k=8192, m=m)) for m in (1, 16))
+    one.add(OURS, {"op": one.shape.weight_bytes / 40e9})
+    few.add(OURS, {"op": few.shape.operations / 800e9})
+    small = _result(1, torchquant=[1000])
+    run = _run([large, one, few, small], suite="prequantized")
+    limits = run.limit_summary()
+    assert limits["large_of_peak"] == {"least": 0.5, "most": 0.5, "least_shape": str(large.shape)}
+    assert limits["large_of_vpdpbusd"]["least"] == 0.5
+    assert limits["one_row_of_bandwidth"]["least"] == 0.8
+    assert few.limit == Limit(few.shape.operations / 1e12, "arithmetic")
+    assert limits["few_rows_of_limit"]["least"] == 0.8
+    assert any("0.80 to 0.80, least at 1x8192x8192" in line for line in run.lines())
+    assert run.summary()["limits"] == limits
+
+
+def test_a_page_names_limits_and_who_was_missing_and_a_reason_only_once() -> None:
+    results = [_result(m, torchquant=[10], fp32=[5]) for m in (1, 4)]
+    for result in results:
+        result.failures["torchao"] = "broken"
+    run = _run(results)
+    page = tables.markdown([run])
+    assert "without: openvino (not installed; pip install openvino)" in page
+    assert page.count("torchao, 2 shapes: broken") == 1
+    assert "measured peaks, GOPS: avx512_vnni 1000, avx2 200" in page
+    assert "under 0.95x on 2: 1x100x50, 4x100x50" in page
+    assert [record["kind"] for record in tables.records(run)] == [
+        "run",
+        "shape",
+        "shape",
+        "summary",
+    ]
+
+
+def test_the_header_cuts_absolute_paths_from_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "argv", ["benchmarks/bench_linear.py", "--figure", "/home/me/a.png", "--output=/x/b"]
     )
-    assert bench.machine.command_line() == (
-        "python benchmarks/bench_linear.py --figure a.png --output=b"
-    )
+    assert machine.command_line() == ("python benchmarks/bench_linear.py --figure a.png --output=b")
 
 
-def test_a_worker_measures_and_reports_failure_in_its_peers_words(bench: Any) -> None:
-    worker = bench.workers.Worker("fp32", 1)
+def test_a_worker_measures_and_reports_failure_in_its_peers_words() -> None:
+    worker = workers.Worker("dynamic", "fp32", 1)
     try:
         worker.ask(do="load", n=8, k=4)
         answer = worker.ask(do="input", m=2)
         assert answer["error"] < 1e-6
         assert worker.ask(do="block", seconds=0.001)["seconds"]["module"] > 0
         assert worker.wait_until_asleep(timeout=10)
-        with pytest.raises(bench.workers.WorkerError, match=r"AttributeError: .*'nothing'"):
+        with pytest.raises(workers.WorkerError, match=r"AttributeError: .*'nothing'"):
             worker.ask(do="nothing")
     finally:
         worker.close()
 
 
-def test_a_peer_that_cannot_be_made_or_that_dies_says_so(bench: Any) -> None:
-    worker = bench.workers.Worker("no-such-peer", 1)
+def test_a_peer_that_cannot_be_made_or_that_dies_says_so() -> None:
+    worker = workers.Worker("dynamic", "no-such-peer", 1)
     try:
-        with pytest.raises(bench.workers.WorkerError, match=r"KeyError: 'no-such-peer'"):
+        with pytest.raises(workers.WorkerError, match=r"KeyError: 'no-such-peer'"):
             worker.ask(do="about")
         worker._process.kill()
-        with pytest.raises(bench.workers.WorkerError, match=r"process ended with status -9"):
+        with pytest.raises(workers.WorkerError, match=r"process ended with status -9"):
             worker.ask(do="about")
     finally:
         worker.close()
 
 
-def test_packages_that_are_missing_are_named(bench: Any) -> None:
-    info = bench.peers.PeerInfo("x:Y", ("json", "no_such_package"), "")
+def test_packages_that_are_missing_are_named() -> None:
+    info = PeerInfo("x:Y", ("json", "no_such_package"), "")
     assert info.missing() == ["no_such_package"]
+    assert info.how_to_install() == "pip install no_such_package"
     assert all(
-        " " not in name and info.description for name, info in bench.peers.LINEAR_PEERS.items()
+        " " not in name and info.description
+        for peers in SUITES.values()
+        for name, info in peers.items()
     )
+
+
+ALL_PEERS = [(suite, name) for suite, peers in SUITES.items() for name in peers]
+
+
+@pytest.mark.parametrize(("suite", "name"), ALL_PEERS, ids=["-".join(peer) for peer in ALL_PEERS])
+def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
+    info = SUITES[suite][name]
+    if info.missing():
+        pytest.skip(f"needs {', '.join(info.missing())}")
+    if name == "torchao-compiled":
+        pytest.skip("compiles for seconds; torchao itself is tested")
+    engine = torch.backends.quantized.engine
+    try:
+        server = workers._Server(make_linear_peer(suite, name, 1))
+        server.load(n=48, k=80)
+        answer = server.input(m=3)
+    finally:
+        torch.backends.quantized.engine = engine
+    assert answer["error"] < 0.05
+    assert answer["seconds"]
+    assert server.about()
+
+
+def test_a_peer_that_computes_something_else_is_found_out() -> None:
+    peer = make_linear_peer("dynamic", "fp32", 1)
+    server = workers._Server(peer)
+    server.load(n=8, k=4)
+    peer.layer.weight = torch.nn.Parameter(peer.layer.weight * 1.2)  # type: ignore[attr-defined]
+    assert server.input(m=2)["error"] > 0.05
+
+
+class FakeWorker:
+    """Answers at once: `first` seconds for the first call, `block` for every block."""
+
+    def __init__(self, first: float, block: float, error: float = 0.01) -> None:
+        self.first, self.block, self.error = first, block, error
+        self.blocks = 0
+
+    def send(self, **request: Any) -> None:
+        pass
+
+    def receive(self) -> dict[str, Any]:
+        return {}
+
+    def ask(self, do: str, **rest: Any) -> dict[str, Any]:
+        if do == "input":
+            return {"error": self.error, "seconds": {"way": self.first}}
+        self.blocks += 1
+        return {"seconds": {"way": self.block}}
+
+    def wait_until_asleep(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def _bench_of(fakes: dict[str, FakeWorker], minutes: float | None = None) -> Bench:
+    from rich.console import Console
+
+    entries = {name: Entry("dynamic", name) for name in fakes}
+    bench = Bench(entries, 1, Options(), Console(quiet=True), Pace(minutes, 1))
+    bench.workers = fakes  # type: ignore[assignment]
+    bench.run([LinearShape(n=8, k=4, m=2)], lambda shape: None)
+    return bench
+
+
+def test_the_slow_sit_out_and_the_hopeless_do_not_start() -> None:
+    fakes = {
+        OURS: FakeWorker(1e-3, 9e-3),  # slowest of all in its blocks, and yet measured to the end
+        "fp32": FakeWorker(1e-3, 1e-3),
+        "bf16": FakeWorker(1e-3, 2e-3),
+        "onednn": FakeWorker(1e-3, 4e-3),
+        "torchao": FakeWorker(1.0, 1.0),
+        "openvino": FakeWorker(1e-3, 1e-4, error=0.2),
+    }
+    (result,) = _bench_of(fakes).results
+    counts = {name: fake.blocks for name, fake in fakes.items()}
+    assert counts == {OURS: 5, "fp32": 5, "bf16": 2, "onednn": 1, "torchao": 0, "openvino": 0}
+    assert result.seconds("torchao") == 1.0
+    assert result.failures == {"openvino": "relative error 0.200 against float"}
+    assert result.best_peer() == "fp32"
+
+
+def test_where_time_is_up_every_shape_still_gets_two_rounds() -> None:
+    fakes = {OURS: FakeWorker(1e-3, 1e-3), "fp32": FakeWorker(1e-3, 1e-3)}
+    _bench_of(fakes, minutes=0.0)
+    assert [fake.blocks for fake in fakes.values()] == [2, 2]
