@@ -36,10 +36,11 @@ double least_seconds(const Call& call, double seconds) {
 // The operator's two kernels on one thread. Everything that is not theirs (checks, allocation, threads) is left out.
 double kernel_seconds(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                       const at::Tensor& bias, int64_t n, double seconds) {
-  const int64_t m = input.size(0), k = input.size(1), stride = panel_stride(k);
-  const at::Tensor panel = at::empty({m * stride + 128}, at::kByte), out = at::empty({m, n}, at::kFloat);
-  const at::Tensor row_scale = at::empty({m}, at::kFloat), row_zero = at::empty({m}, at::kInt);
   const KernelTable& table = kernels();
+  const int64_t m = input.size(0), k = input.size(1), panel_rows = balanced(m, table.panel_rows);
+  const at::Tensor panel = at::empty({panel_bytes(m, k, panel_rows) + 128}, at::kByte);
+  const at::Tensor out = at::empty({m, n}, at::kFloat);
+  const at::Tensor row_scale = at::empty({m}, at::kFloat), row_zero = at::empty({m}, at::kInt);
   QuantizeRowsArgs rows{};
   rows.x = input.const_data_ptr();
   rows.x_type = FloatType::kF32;
@@ -48,13 +49,12 @@ double kernel_seconds(const at::Tensor& input, const at::Tensor& packed, const a
   rows.offset = table.panel_offset;
   rows.q = panel.mutable_data_ptr<uint8_t>();
   rows.q += (64 - reinterpret_cast<uintptr_t>(rows.q) % 64) % 64;
-  rows.q_stride = stride;
-  rows.fill_to = padded_k(k);
+  rows.panel_rows = panel_rows;
   rows.row_scale = row_scale.mutable_data_ptr<float>();
   rows.row_zero = row_zero.mutable_data_ptr<int32_t>();
   GemmArgs product{};
   product.a = rows.q;
-  product.lda = stride;
+  product.panel_rows = panel_rows;
   product.k = k;
   product.n = n;
   product.packed = packed.const_data_ptr<int8_t>();
