@@ -110,6 +110,16 @@ inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, in
       "); pack the weight again with pack_weight");
 }
 
+// linear_dynamic_split: how many outputs and which activation each member has.
+inline void check_split(const char* op, at::IntArrayRef out_features, size_t activations) {
+  TORCH_CHECK_VALUE(!out_features.empty(), op, ": out_features must name at least one layer, got none");
+  for (int64_t n : out_features)
+    TORCH_CHECK_VALUE(n >= 1, op, ": out_features must each be at least 1, got ", out_features);
+  TORCH_CHECK_VALUE(activations == 0 || activations == out_features.size(), op,
+                    ": activations must be empty or one name for each of the ", out_features.size(), " layers, got ",
+                    activations, " names");
+}
+
 inline Activation activation_from(const char* op, std::string_view name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;

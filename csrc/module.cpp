@@ -32,6 +32,26 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
                  output_dtype);
 }
 
+// The same for torchquant::linear_dynamic_split.
+std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::Tensor& packed,
+                                             const at::Tensor& weight_scale,
+                                             const std::optional<at::Tensor>& weight_zero_point,
+                                             const std::optional<at::Tensor>& bias,
+                                             const std::vector<int64_t>& out_features, bool symmetric,
+                                             const std::vector<std::string>& activations) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::linear_dynamic_split", "")
+                       .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                      const std::optional<at::Tensor>&,
+                                                      const std::optional<at::Tensor>&, at::IntArrayRef, bool,
+                                                      const c10::List<std::string>&, std::optional<at::ScalarType>)>();
+  std::optional<at::ScalarType> output_dtype;
+  const at::DeviceType device = input.device().type();
+  if (at::autocast::is_autocast_enabled(device)) output_dtype = at::autocast::get_autocast_dtype(device);
+  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric,
+                 c10::List<std::string>(activations), output_dtype);
+}
+
 at::Tensor activation(const at::Tensor& input, std::string_view activation) {  // the same for torchquant::activation
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("torchquant::activation", "")
@@ -59,6 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     torchquant::set_active_isa(*isa);
   });
   m.def("linear_dynamic", &linear_dynamic, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("linear_dynamic_split", &linear_dynamic_split, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("activation", &activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("gated_activation", &gated_activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   torchquant::bench::bind(m);

@@ -25,6 +25,11 @@ TORCH_LIBRARY(torchquant, m) {
   m.def(
       "linear_dynamic(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
       "int out_features, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None) -> Tensor");
+  // Several linears on one input, which is quantized once. packed: their packed weights, concatenated along dimension
+  // 0; weight_scale, weight_zero_point, bias: [sum of out_features]. activations: none, or one name for each.
+  m.def(
+      "linear_dynamic_split(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "int[] out_features, bool symmetric, str[] activations, ScalarType? output_dtype=None) -> Tensor[]");
   // int8 or uint8 input, or float input quantized inside to int8 in [input_qmin, input_qmax]. With output_scale the
   // result is int8 or uint8 (output_dtype), clamped to [output_qmin, output_qmax].
   m.def(

@@ -8,6 +8,7 @@ every operator promises is written out in plain torch in :mod:`torchquant.functi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "gated_activation",
     "int8_mm",
     "linear_dynamic",
+    "linear_dynamic_split",
     "linear_static",
     "pack_weight",
     "quantize",
@@ -374,6 +376,84 @@ def _(
     )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
+
+
+def linear_dynamic_split(
+    input: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_features: Sequence[int],
+    symmetric: bool = True,
+    activations: Sequence[str] = (),
+    output_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Several linear layers on one input, which is quantized once: query, key and value, say.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        packed: what :func:`pack_weight` returned for each ``[N, K]`` weight, concatenated along
+            dimension 0.
+        weight_scale: float32, all layers' values in one tensor ``[sum of N]``.
+        weight_zero_point: int32, likewise, or None.
+        bias: float32, likewise, or None.
+        out_features: N of each layer.
+        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
+        activations: empty, or the name of each layer's activation.
+        output_dtype: float32, bfloat16 or float16; input's when None.
+
+    Returns:
+        A tensor ``[..., N]`` for each layer; the bits of :func:`linear_dynamic`.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_dynamic`; packed is not of these layers.
+
+    Example:
+        >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
+        >>> both = torch.cat([pack_weight(w), pack_weight(w[:1])])
+        >>> scale = torch.full((3,), 0.01)
+        >>> linear_dynamic_split(torch.ones(1, 2), both, scale, out_features=[2, 1])
+        [tensor([[1.0000, 0.5000]]), tensor([[1.]])]
+    """
+    return torch.ops.torchquant.linear_dynamic_split.default(  # type: ignore[no-any-return]
+        input,
+        packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        out_features,
+        symmetric,
+        activations,
+        output_dtype,
+    )
+
+
+@torch.library.register_fake("torchquant::linear_dynamic_split")
+def _(
+    input: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: Sequence[int],
+    symmetric: bool,
+    activations: Sequence[str],
+    output_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    _require_one_device(
+        "linear_dynamic_split",
+        input,
+        packed=packed,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        bias=bias,
+    )
+    dtype = output_dtype or input.dtype
+    return [
+        torch.empty((*input.shape[:-1], n), dtype=dtype, device=input.device) for n in out_features
+    ]
 
 
 def linear_static(

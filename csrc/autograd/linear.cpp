@@ -6,6 +6,7 @@
 
 #include "autograd/activation.h"
 #include "checks.h"
+#include "kernels/layout.h"
 
 namespace torchquant {
 namespace {
@@ -203,7 +204,49 @@ at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& inp
                              out_features, activation, output_dtype, input_qmin, input_qmax);
 }
 
+std::vector<at::Tensor> split_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
+                                    const OptTensor& weight_zero_point, const OptTensor& bias,
+                                    at::IntArrayRef out_features, bool symmetric,
+                                    const c10::List<std::string>& activations,
+                                    std::optional<at::ScalarType> output_dtype) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::linear_dynamic_split", "")
+                       .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                      const OptTensor&, const OptTensor&, at::IntArrayRef, bool,
+                                                      const c10::List<std::string>&, std::optional<at::ScalarType>)>();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
+                 output_dtype);
+}
+
+// With gradients it is what it stands for: the layers one by one.
+std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, const at::Tensor& packed,
+                                                      const at::Tensor& weight_scale,
+                                                      const OptTensor& weight_zero_point, const OptTensor& bias,
+                                                      at::IntArrayRef out_features, bool symmetric,
+                                                      const c10::List<std::string>& activations,
+                                                      std::optional<at::ScalarType> output_dtype) {
+  if (!wants_gradient(input, bias))
+    return split_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
+                       output_dtype);
+  check_split("linear_dynamic_split", out_features, activations.size());
+  std::vector<at::Tensor> outputs;
+  int64_t first = 0, tile = 0;
+  for (size_t i = 0; i < out_features.size(); ++i) {
+    const int64_t n = out_features[i], tiles = num_tiles(n);
+    const auto part = [&](const OptTensor& t) { return present(t) ? OptTensor(t->narrow(0, first, n)) : std::nullopt; };
+    const std::string activation = activations.empty() ? "none" : activations.get(i);
+    outputs.push_back(linear_dynamic_autograd(input, packed.narrow(0, tile, tiles), weight_scale.narrow(0, first, n),
+                                              part(weight_zero_point), part(bias), n, symmetric, activation,
+                                              output_dtype));
+    first += n;
+    tile += tiles;
+  }
+  return outputs;
+}
+
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
+  m.impl("linear_dynamic_split", &linear_dynamic_split_autograd);
   m.impl("linear_dynamic", &linear_dynamic_autograd);
   m.impl("linear_static", &linear_static_autograd);
 }

@@ -58,6 +58,20 @@ inline int64_t panel_height(int64_t rows, int64_t k, int64_t block) {
   return ceil_div(ceil_div(rows, ceil_div(rows, most)), block) * block;
 }
 
+// The linears of one call: usually one, more where several share their input. Their weight tiles are numbered through.
+using Parts = c10::ArrayRef<GemmArgs>;
+
+inline int64_t outputs_of(Parts parts) {
+  int64_t n = 0;
+  for (const GemmArgs& part : parts) n += part.n;
+  return n;
+}
+inline int64_t tiles_of(Parts parts) {
+  int64_t tiles = 0;
+  for (const GemmArgs& part : parts) tiles += num_tiles(part.n);
+  return tiles;
+}
+
 inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t first_row, int64_t c_bytes) {
   GemmArgs g = args;
   g.a = panel.q;
@@ -69,12 +83,24 @@ inline GemmArgs with_panel(const GemmArgs& args, const Panel& panel, int64_t fir
   return g;
 }
 
+// A panel of rows times the weight tiles [tile0, tile1).
+inline void multiply(const KernelTable& table, Parts parts, const Panel& panel, int64_t first_row, int64_t rows,
+                     int64_t c_bytes, int64_t tile0, int64_t tile1) {
+  for (const GemmArgs& part : parts) {
+    const int64_t tiles = num_tiles(part.n);
+    const int64_t begin = std::max<int64_t>(0, tile0), end = std::min(tiles, tile1);
+    if (begin < end) table.gemm(with_panel(part, panel, first_row, c_bytes), 0, rows, begin, end);
+    tile0 -= tiles;
+    tile1 -= tiles;
+  }
+}
+
 // `make_rows(panel, m0, m1, first)` writes rows m0 .. m1 of the input to panel rows m0 - first .. m1 - first.
-// `args` lacks only the panel; its output starts at args.c, c_bytes an element.
+// A part lacks only the panel; its output starts at part.c, c_bytes an element. All have the same k.
 template <class MakeRows>
-void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64_t c_bytes, bool want_term,
+void run_linear(const KernelTable& table, Parts parts, int64_t m, int64_t c_bytes, bool want_term,
                 const MakeRows& make_rows) {
-  const int64_t tiles = num_tiles(args.n), k = args.k;
+  const int64_t tiles = tiles_of(parts), n = outputs_of(parts), k = parts[0].k;
   const int64_t block = table.row_block;
 
   auto rows_alone = [&](int64_t m0, int64_t m1) {  // this thread, panel by panel
@@ -83,16 +109,16 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
       const int64_t last = std::min(m1, first + panel_rows);
       const Panel panel = make_panel(table, Workspace::of_this_thread(), last - first, k, want_term);
       make_rows(panel, first, last, first);
-      table.gemm(with_panel(args, panel, first, c_bytes), 0, last - first, 0, tiles);
+      multiply(table, parts, panel, first, last - first, c_bytes, 0, tiles);
     }
   };
 
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (threads == 1 || estimated_ns(table, m, args.n, k) < kThreadingPays) return rows_alone(0, m);
+  if (threads == 1 || estimated_ns(table, m, n, k) < kThreadingPays) return rows_alone(0, m);
 
   const int64_t row_blocks = ceil_div(m, block);
   const bool by_rows =
-      row_blocks >= threads && (packed_bytes(args.n, k) <= kSharedWeightBytes || m >= kManyRows * threads);
+      row_blocks >= threads && (tiles * tile_bytes(k) <= kSharedWeightBytes || m >= kManyRows * threads);
   if (by_rows) {
     at::parallel_for(0, row_blocks, 1,
                      [&](int64_t first, int64_t last) { rows_alone(first * block, std::min(m, last * block)); });
@@ -104,9 +130,8 @@ void run_linear(const KernelTable& table, const GemmArgs& args, int64_t m, int64
     const Panel panel = make_panel(table, Workspace::of_this_thread(), last - first, k, want_term);
     if ((last - first) * k < kSerialQuantize) make_rows(panel, first, last, first);
     else at::parallel_for(first, last, 1, [&](int64_t m0, int64_t m1) { make_rows(panel, m0, m1, first); });
-    const GemmArgs g = with_panel(args, panel, first, c_bytes);
     at::parallel_for(0, ceil_div(tiles, table.tile_block), 1, [&](int64_t block0, int64_t block1) {
-      table.gemm(g, 0, last - first, block0 * table.tile_block, std::min(tiles, block1 * table.tile_block));
+      multiply(table, parts, panel, first, last - first, c_bytes, block0 * table.tile_block, block1 * table.tile_block);
     });
   }
 }

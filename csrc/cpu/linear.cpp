@@ -126,6 +126,7 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
   side.args.out_type = out_type_from(op, out_dtype);
   side.args.c = out.mutable_data_ptr();
   side.args.ldc = n;
+  side.args.same_row_zero = symmetric;
   const KernelTable& table = kernels();
   const QuantizeRowsArgs q = float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
   run_linear(table, side.args, m, out.element_size(), side.args.weight_zero != nullptr,
@@ -133,6 +134,68 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
                quantize_into(q, table, panel, m0, m1, first);
              });
   return out;
+}
+
+// linear_dynamic for several weights, one after the other in `packed`: the input is quantized once.
+std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::Tensor& packed,
+                                             const at::Tensor& weight_scale,
+                                             const std::optional<at::Tensor>& weight_zero_point,
+                                             const std::optional<at::Tensor>& bias, at::IntArrayRef out_features,
+                                             bool symmetric, const c10::List<std::string>& activations,
+                                             std::optional<at::ScalarType> output_dtype) {
+  const char* op = "linear_dynamic_split";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_split(op, out_features, activations.size());
+  const int64_t k = input.size(-1);
+  int64_t total = 0, tiles = 0;
+  for (int64_t n : out_features) {
+    total += n;
+    tiles += num_tiles(n);
+  }
+  TORCH_CHECK_VALUE(k >= 1 && packed.dim() == 2 && packed.size(0) == tiles, op, ": packed must hold ", tiles,
+                    " tiles of 16 outputs for out_features ", out_features, ", got ", describe(packed),
+                    "; concatenate what torchquant.ops.pack_weight returned for each weight");
+  const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
+  TORCH_CHECK_TYPE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
+                   dtype_name(out_dtype));
+  check_channels(op, "weight_scale", weight_scale, at::kFloat, total, false);
+  if (weight_zero_point && weight_zero_point->defined())
+    check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, total, false);
+  if (bias && bias->defined()) check_channels(op, "bias", *bias, at::kFloat, total, false);
+
+  const at::Tensor rows = as_rows(input);
+  const int64_t m = rows.numel() / k;
+  const std::vector<std::string> names = activations.vec();
+  std::vector<at::Tensor> outputs;
+  std::vector<WeightSide> sides;
+  c10::SmallVector<GemmArgs, 4> parts;
+  const auto part_of = [](const std::optional<at::Tensor>& t, int64_t first, int64_t n) -> std::optional<at::Tensor> {
+    return t && t->defined() ? std::optional<at::Tensor>(t->narrow(0, first, n)) : std::nullopt;
+  };
+  int64_t first = 0, tile = 0;
+  for (size_t i = 0; i < out_features.size(); ++i) {
+    const int64_t n = out_features[i];
+    sides.push_back(weight_side(op, packed.narrow(0, tile, num_tiles(n)), weight_scale.narrow(0, first, n),
+                                part_of(weight_zero_point, first, n), part_of(bias, first, n), false, n, k,
+                                activations.empty() ? std::string_view("none") : std::string_view(names[i])));
+    outputs.push_back(empty_output(output_sizes(input, n), input.options().dtype(out_dtype)));
+    GemmArgs args = sides.back().args;
+    args.out_type = out_type_from(op, out_dtype);
+    args.c = outputs.back().mutable_data_ptr();
+    args.ldc = n;
+    args.same_row_zero = symmetric;
+    parts.push_back(args);
+    first += n;
+    tile += num_tiles(n);
+  }
+  if (m == 0) return outputs;
+  const KernelTable& table = kernels();
+  const QuantizeRowsArgs q = float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
+  run_linear(
+      table, parts, m, c10::elementSize(out_dtype), parts[0].weight_zero != nullptr,
+      [&](const Panel& panel, int64_t m0, int64_t m1, int64_t row0) { quantize_into(q, table, panel, m0, m1, row0); });
+  return outputs;
 }
 
 // Zero points and scales of int8 or uint8 input, per tensor or per row.
@@ -250,6 +313,7 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
   if (m == 0) return out;
   side.args.c = out.mutable_data_ptr();
   side.args.ldc = n;
+  side.args.same_row_zero = !params.zero.defined() || params.zero.numel() == 1;
   const KernelTable& table = kernels();
   const bool want_term = side.args.weight_zero != nullptr;
   if (float_input) {
@@ -285,6 +349,7 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
   args.out_type = OutType::kI32;
   args.c = out.mutable_data_ptr();
   args.ldc = n;
+  args.same_row_zero = true;
   const KernelTable& table = kernels();
   run_linear(table, args, m, 4, false, [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
     copy_into(rows, InputParams{}, table, panel, m0, m1, first);
@@ -295,6 +360,7 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   m.impl("int8_mm", &int8_mm);
   m.impl("linear_dynamic", &linear_dynamic);
+  m.impl("linear_dynamic_split", &linear_dynamic_split);
   m.impl("linear_static", &linear_static);
 }
 
