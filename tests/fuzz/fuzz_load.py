@@ -5,8 +5,8 @@
 With atheris installed (``pip install atheris``) mutations are guided by the coverage of
 torchquant's own code, else they are drawn at random; the last line says which, and how many cases
 ran. Each case must end in one of two ways: the model is loaded and can be called, or ``load``
-raises a ValueError that begins with ``load:`` (or an OSError) and the model is as it was. Never in a
-crash, another exception, more than ten seconds, or memory far beyond the file's size.
+raises a ValueError that begins with ``load:`` (or an OSError) and the model is as it was. Never in
+a crash, another exception, more than ten seconds, or memory far beyond the file's size.
 
 A case that fails is written to ``--artifacts`` and replayed with ``--replay FILE``.
 """

@@ -16,8 +16,9 @@ using torchquant::KernelTable;
 using torchquant::OutType;
 using torchquant::RowMode;
 
-inline constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu,
-                                              Activation::kGeluTanh, Activation::kSilu};
+inline constexpr Activation kActivations[] = {Activation::kNone,     Activation::kRelu, Activation::kGelu,
+                                              Activation::kGeluTanh, Activation::kSilu, Activation::kTanh,
+                                              Activation::kSigmoid};
 inline constexpr int kNumActivations = sizeof(kActivations) / sizeof(kActivations[0]);
 
 // A linear layer's call in plain terms.
@@ -30,7 +31,7 @@ struct Linear {
   RowMode mode = RowMode::kSymmetric;
   float scale = 1.0f;  // static mode
   int32_t zero_point = 0, qmin = -128, qmax = 127;
-  bool x_signed = true;             // integer input, and its scales and zero points by row
+  bool x_signed = true;  // integer input, and its scales and zero points by row
   const float* in_scale = nullptr;
   const int32_t* in_zero = nullptr;
 
@@ -54,38 +55,50 @@ struct Panel {
   int32_t *row_zero, *row_term;  // row_term: null without weight zero points
 };
 
-inline int64_t panel_size(const KernelTable&, int64_t m, int64_t k) { return m * torchquant::panel_stride(k); }
-// Rows of a panel that may be shared out: a share begins at a multiple of this.
-inline int64_t row_unit(const KernelTable&, int64_t) { return 1; }
-inline int64_t tile_unit(const KernelTable&) { return 1; }
+inline int64_t panel_rows(const KernelTable& table, int64_t m) { return torchquant::balanced(m, table.panel_rows); }
+inline int64_t panel_size(const KernelTable& table, int64_t m, int64_t k) {
+  return torchquant::panel_bytes(m, k, panel_rows(table, m));
+}
+inline int64_t tile_unit(const KernelTable& table) { return table.tile_block; }  // in which tiles are shared out
 // q as numerics.md means it, of a panel that was filled from floats.
-inline int32_t panel_value(const KernelTable& table, const Linear& l, const Panel& p, int64_t row, int64_t k) {
-  const uint8_t byte = p.q[row * torchquant::panel_stride(l.k) + k];
+inline int32_t as_value(const KernelTable& table, uint8_t byte) {
   return table.panel_offset ? static_cast<int32_t>(byte) - table.panel_offset : static_cast<int8_t>(byte);
+}
+inline int32_t panel_value(const KernelTable& table, const Linear& l, const Panel& p, int64_t row, int64_t k) {
+  const int64_t rows = panel_rows(table, l.m);
+  return as_value(table, p.q[torchquant::panel_at(row, l.k, rows) + k / 64 * rows * 64 + k % 64]);
+}
+
+inline torchquant::QuantizeRowsArgs rows_of(const KernelTable& table, const Linear& l, const Panel& p) {
+  torchquant::QuantizeRowsArgs a{};
+  a.x = l.x;
+  a.x_type = l.x_type;
+  a.x_stride = l.x_stride;
+  a.k = l.k;
+  a.mode = l.mode;
+  a.scale = l.scale;
+  a.zero_point = l.zero_point;
+  a.qmin = l.qmin;
+  a.qmax = l.qmax;
+  a.offset = table.panel_offset;
+  a.q = p.q;
+  a.panel_rows = panel_rows(table, l.m);
+  a.row_scale = p.row_scale;
+  a.row_zero = p.row_zero;
+  a.row_term = p.row_term;
+  return a;
+}
+
+// Per token, to plain int8 [m, k]: p.q is no panel.
+inline void make_plain_rows(const KernelTable& table, const Linear& l, const Panel& p, int64_t m0, int64_t m1) {
+  torchquant::QuantizeRowsArgs a = rows_of(table, l, p);
+  a.offset = 0;
+  a.panel_rows = 0;
+  table.quantize_rows(a, m0, m1);
 }
 
 inline void make_rows(const KernelTable& table, const Linear& l, const Panel& p, int64_t m0, int64_t m1) {
-  if (l.float_input) {
-    torchquant::QuantizeRowsArgs a{};
-    a.x = l.x;
-    a.x_type = l.x_type;
-    a.x_stride = l.x_stride;
-    a.k = l.k;
-    a.mode = l.mode;
-    a.scale = l.scale;
-    a.zero_point = l.zero_point;
-    a.qmin = l.qmin;
-    a.qmax = l.qmax;
-    a.offset = table.panel_offset;
-    a.q = p.q;
-    a.q_stride = torchquant::panel_stride(l.k);
-    a.fill_to = torchquant::padded_k(l.k);
-    a.row_scale = p.row_scale;
-    a.row_zero = p.row_zero;
-    a.row_term = p.row_term;
-    table.quantize_rows(a, m0, m1);
-    return;
-  }
+  if (l.float_input) return table.quantize_rows(rows_of(table, l, p), m0, m1);
   torchquant::CopyRowsArgs a{};
   a.x = static_cast<const uint8_t*>(l.x);
   a.x_stride = l.x_stride;
@@ -93,8 +106,7 @@ inline void make_rows(const KernelTable& table, const Linear& l, const Panel& p,
   a.x_signed = l.x_signed;
   a.shift = l.x_signed ? table.panel_offset : table.panel_offset - 128;
   a.q = p.q;
-  a.q_stride = torchquant::panel_stride(l.k);
-  a.fill_to = torchquant::padded_k(l.k);
+  a.panel_rows = panel_rows(table, l.m);
   a.row_zero = p.row_zero;
   a.row_term = p.row_term;
   for (int64_t m = m0; m < m1; ++m) {
@@ -104,16 +116,18 @@ inline void make_rows(const KernelTable& table, const Linear& l, const Panel& p,
   table.copy_rows(a, m0, m1);
 }
 
-inline void multiply(const KernelTable& table, const Linear& l, const Panel& p, int64_t m0, int64_t m1, int64_t tile0,
-                     int64_t tile1) {
+// All rows of the panel by some of the weight tiles.
+inline void multiply(const KernelTable& table, const Linear& l, const Panel& p, int64_t tile0, int64_t tile1) {
   torchquant::GemmArgs a{};
   a.a = p.q;
-  a.lda = torchquant::panel_stride(l.k);
+  a.panel_rows = panel_rows(table, l.m);
   a.k = l.k;
   a.n = l.n;
   a.packed = l.packed;
   a.row_scale = p.row_scale;
   a.row_zero = p.row_zero;
+  a.same_row_zero = true;
+  for (int64_t m = 1; m < l.m; ++m) a.same_row_zero &= p.row_zero[m] == p.row_zero[0];
   a.row_term = p.row_term;
   a.weight_scale = l.weight_scale;
   a.weight_zero = l.weight_zero;
@@ -127,7 +141,7 @@ inline void multiply(const KernelTable& table, const Linear& l, const Panel& p, 
   a.out_zero = l.out_zero;
   a.c = l.c;
   a.ldc = l.ldc;
-  table.gemm(a, m0, m1, tile0, tile1);
+  table.gemm(a, 0, l.m, tile0, tile1);
 }
 
 // Of an instruction set by name, without making it the active one.

@@ -20,7 +20,7 @@ class Random {  // splitmix64
   int64_t below(int64_t limit) { return static_cast<int64_t>(next() % static_cast<uint64_t>(limit)); }
   bool one_in(int64_t n) { return below(n) == 0; }
   float unit() { return static_cast<float>(next() >> 40) * 0x1p-24f; }  // [0, 1)
-  float normal() {  // near enough
+  float normal() {                                                      // near enough
     float sum = 0.0f;
     for (int i = 0; i < 4; ++i) sum += unit();
     return (sum - 2.0f) * 1.7320508f;

@@ -28,7 +28,8 @@ std::vector<uint8_t> next_input(native::Random& random, std::vector<std::vector<
   } else {
     input = kept[static_cast<size_t>(random.below(static_cast<int64_t>(kept.size())))];
     for (int64_t i = random.below(4); i >= 0; --i)
-      input[static_cast<size_t>(random.below(static_cast<int64_t>(input.size())))] = static_cast<uint8_t>(random.next());
+      input[static_cast<size_t>(random.below(static_cast<int64_t>(input.size())))] =
+          static_cast<uint8_t>(random.next());
   }
   if (kept.size() < 256) kept.push_back(input);
   else kept[static_cast<size_t>(random.below(256))] = input;
@@ -51,7 +52,8 @@ int main(int argc, char** argv) {
   long cases = 0;
   for (; cases != static_cast<long>(runs) && std::chrono::steady_clock::now() < until; ++cases) {
     const std::vector<uint8_t> input = next_input(random, kept);
-    std::ofstream("last-input", std::ios::binary).write(reinterpret_cast<const char*>(input.data()), long(input.size()));
+    std::ofstream("last-input", std::ios::binary)
+        .write(reinterpret_cast<const char*>(input.data()), long(input.size()));
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
   std::printf("Done %ld runs, drawn at random\n", cases);

@@ -9,7 +9,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Draw draw(data, size);
   const uint32_t kind = draw.byte();
   if (kind % 4 == 3) {
-    check_span(draw, span_inputs, scratch);
+    if (kind % 8 == 3) check_span(draw, span_inputs, scratch);
+    else check_activation(draw, span_inputs, scratch);
     return 0;
   }
   Case c = draw_case(draw, memory);

@@ -26,7 +26,7 @@ inline int64_t draw_size(Draw& draw, int64_t most) {
 }
 
 inline Shape draw_shape(Draw& draw) {
-  Shape s{draw_size(draw, 70), draw_size(draw, 130), draw_size(draw, 600)};
+  Shape s{draw_size(draw, 110), draw_size(draw, 130), draw_size(draw, 700)};
   if (draw.one_in(64)) s = {1 + draw.below(3), 1 + draw.below(20), 33020 + draw.below(10)};  // sums of 32 and 64 bits
   if (draw.one_in(256)) s = {1 + draw.below(2), 1 + draw.below(4), 65720 + draw.below(80)};
   return s;
@@ -56,7 +56,8 @@ inline void fill_input(Linear& l, Memory& memory, Random& random, int flavour) {
   const int64_t count = (l.m - 1) * l.x_stride + l.k;
   if (!l.float_input) {
     uint8_t* x = memory.take<uint8_t>(count);
-    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint8_t>(random.one_in(8) ? 128 - random.below(2) : random.next());
+    for (int64_t i = 0; i < count; ++i)
+      x[i] = static_cast<uint8_t>(random.one_in(8) ? 128 - random.below(2) : random.next());
     l.x = x;
   } else if (l.x_type == FloatType::kF32) {
     float* x = memory.take<float>(count);
@@ -153,7 +154,8 @@ inline Case draw_case(Draw& draw, Memory& memory, const Shape* fixed = nullptr) 
   l.out_qmax = l.out_qmin + 1 + static_cast<int32_t>(draw.below(least + 255 - l.out_qmin));
   l.out_zero = l.out_qmin + static_cast<int32_t>(draw.below(l.out_qmax - l.out_qmin + 1));
   c.text = std::to_string(l.m) + " x " + std::to_string(l.n) + " x " + std::to_string(l.k);
-  c.text += l.float_input ? " float " + std::to_string(int(l.x_type)) + " mode " + std::to_string(int(l.mode)) : " bytes";
+  c.text +=
+      l.float_input ? " float " + std::to_string(int(l.x_type)) + " mode " + std::to_string(int(l.mode)) : " bytes";
   c.text += " values " + std::to_string(flavour) + " activation " + std::to_string(int(l.activation)) + " out " +
             std::to_string(int(l.out_type)) + (weight_zero ? " weight zero" : "") + (integer_bias ? " int bias" : "");
 
@@ -229,24 +231,37 @@ inline void run(const KernelTable& table, Linear& l, Scratch& scratch, Place pla
   panel.row_zero = memory.take<int32_t>(l.m);
   panel.row_term = l.weight_zero ? memory.take<int32_t>(l.m) : nullptr;
   l.c = memory.take<uint8_t>(((l.m - 1) * l.ldc + l.n) * element_bytes(l.out_type));
-  const auto split = [&](int64_t count, int64_t unit) { return random.below((count + unit - 1) / unit + 1) * unit; };
-  const int64_t unit = row_unit(table, l.m), tiles = torchquant::num_tiles(l.n);
-  const int64_t made = std::min(l.m, split(l.m, 1)), rows = std::min(l.m, split(l.m, unit));
-  const int64_t half = std::min(tiles, split(tiles, tile_unit(table)));
+  const int64_t unit = tile_unit(table), tiles = torchquant::num_tiles(l.n);
+  const int64_t made = random.below(l.m + 1),
+                half = std::min(tiles, random.below((tiles + unit - 1) / unit + 1) * unit);
   make_rows(table, l, panel, made, l.m);
   make_rows(table, l, panel, 0, made);
-  multiply(table, l, panel, 0, rows, 0, half);
-  multiply(table, l, panel, rows, l.m, half, tiles);
-  multiply(table, l, panel, 0, rows, half, tiles);
-  multiply(table, l, panel, rows, l.m, 0, half);
+  multiply(table, l, panel, half, tiles);
+  multiply(table, l, panel, 0, half);
+}
+
+// The same rows once more, without a panel: what quantize_per_token writes.
+inline void check_plain_rows(const Case& c, const KernelTable& table, Scratch& scratch, const Expected& e) {
+  const Linear& l = c.l;
+  if (!l.float_input || l.mode == RowMode::kStatic) return;
+  Memory& memory = scratch.memory;
+  memory.begin(c.place);
+  const Panel p{memory.take<uint8_t>(l.m * l.k), memory.take<float>(l.m), memory.take<int32_t>(l.m), nullptr};
+  make_plain_rows(table, l, p, 0, l.m);
+  for (int64_t i = 0; i < l.m * l.k; ++i)
+    CHECK(static_cast<int8_t>(p.q[i]) == e.q[static_cast<size_t>(i)], "%s, %s: plain q[%ld]", table.name,
+          c.text.c_str(), long(i));
+  for (int64_t m = 0; m < l.m; ++m)
+    CHECK(p.row_zero[m] == e.rows[static_cast<size_t>(m)].zero, "%s, %s: zero point of row %ld is %d", table.name,
+          c.text.c_str(), long(m), p.row_zero[m]);
 }
 
 inline void check_rows(const Case& c, const KernelTable& table, const Panel& panel, const Expected& e) {
   const Linear& l = c.l;
   for (int64_t m = 0; l.float_input && m < l.m; ++m) {
     const RowQuantization& r = e.rows[static_cast<size_t>(m)];
-    CHECK(r.bad ? std::isnan(panel.row_scale[m]) : panel.row_scale[m] == r.scale, "%s, %s: scale of row %ld: %a, not %a",
-          table.name, c.text.c_str(), long(m), panel.row_scale[m], r.scale);
+    CHECK(r.bad ? std::isnan(panel.row_scale[m]) : panel.row_scale[m] == r.scale,
+          "%s, %s: scale of row %ld: %a, not %a", table.name, c.text.c_str(), long(m), panel.row_scale[m], r.scale);
     for (int64_t k = 0; k < l.k; ++k) {
       const int32_t got = panel_value(table, l, panel, m, k), want = e.q[static_cast<size_t>(m * l.k + k)];
       CHECK(got == want, "%s, %s: q[%ld, %ld] is %d, not %d", table.name, c.text.c_str(), long(m), long(k), got, want);
@@ -254,9 +269,7 @@ inline void check_rows(const Case& c, const KernelTable& table, const Panel& pan
   }
 }
 
-inline bool same_float(float a, float b) {
-  return (std::isnan(a) && std::isnan(b)) || !std::memcmp(&a, &b, 4);
-}
+inline bool same_float(float a, float b) { return (std::isnan(a) && std::isnan(b)) || !std::memcmp(&a, &b, 4); }
 
 inline void check_output(const Case& c, const KernelTable& table, const Expected& e) {
   const Linear& l = c.l;
@@ -309,10 +322,8 @@ inline void apply_activation(Case& c, Scratch& scratch, Expected& e) {
   const float* got = static_cast<const float*>(in_floats.c);
   for (size_t i = 0; i < e.y.size(); ++i) {
     const double x = e.y[i], want = true_activation(l.activation, x);
-    const bool fine = std::isnan(x) ? std::isnan(got[i])
-                      : std::isinf(x) ? (x > 0 ? got[i] == x : std::fabs(got[i]) < 1e-30)
-                                      : std::fabs(got[i] - want) <= activation_tolerance(x);
-    CHECK(fine, "%s: activation of %a is %a", c.text.c_str(), x, double(got[i]));
+    CHECK(close_to_activation(l.activation, x, got[i]), "%s: activation of %a is %a, not %a", c.text.c_str(), x,
+          double(got[i]), want);
     e.y[i] = got[i];
   }
 }
@@ -326,6 +337,7 @@ inline void check_case(Case& c, Scratch& scratch, uint64_t cut) {
     run(table, c.l, scratch, c.place, cut, panel);
     check_rows(c, table, panel, expected);
     check_output(c, table, expected);
+    check_plain_rows(c, table, scratch, expected);
   }
 }
 

@@ -40,7 +40,8 @@ inline uint16_t narrow(float v, int exponent, int mantissa) {
   if (v != 0.0f) e = std::max(e, std::ilogb(v));
   const double units = std::nearbyint(std::ldexp(std::fabs(static_cast<double>(v)), mantissa - e));
   const int whole = 1 << mantissa;  // units: whole .. 2 whole for normal numbers; the carry falls into the exponent
-  const int bits = units < whole ? static_cast<int>(units) : ((e + bias) << mantissa) + (static_cast<int>(units) - whole);
+  const int bits =
+      units < whole ? static_cast<int>(units) : ((e + bias) << mantissa) + (static_cast<int>(units) - whole);
   return static_cast<uint16_t>(sign | (bits >= infinity ? infinity : bits));
 }
 
@@ -131,9 +132,17 @@ inline double true_activation(Activation a, double x) {
       return x / (1.0 + std::exp(-2.0 * u));
     }
     case Activation::kSilu: return x / (1.0 + std::exp(-x));
+    case Activation::kTanh: return std::tanh(x);
+    case Activation::kSigmoid: return 1.0 / (1.0 + std::exp(-x));
     default: std::abort();
   }
 }
-inline double activation_tolerance(double x) { return 1.5e-7 * std::fmax(1.0, std::fabs(x)); }
+inline bool close_to_activation(Activation a, double x, float got) {
+  if (std::isnan(x)) return std::isnan(got);
+  const bool bounded = a == Activation::kTanh || a == Activation::kSigmoid;
+  if (std::isinf(x) && !bounded) return x > 0 ? static_cast<double>(got) == x : std::fabs(got) < 1e-30f;
+  const double tolerance = 1.5e-7 * (bounded ? 1.0 : std::fmax(1.0, std::fabs(x)));
+  return std::fabs(static_cast<double>(got) - true_activation(a, x)) <= tolerance;
+}
 
 }  // namespace native

@@ -5,6 +5,11 @@
 
 namespace native {
 
+inline float rounded_to(FloatType type, float y) {
+  if (type == FloatType::kBF16) return widen(narrow(y, 8, 7), 8, 7);
+  return type == FloatType::kF16 ? widen(narrow(y, 5, 10), 5, 10) : y;
+}
+
 inline void check_span(Draw& draw, Scratch& inputs, Scratch& outputs) {
   const Place place = draw.pick({Place::kBeforeHole, Place::kBehindHole, Place::kHeap});
   const int64_t n = draw_size(draw, 300);
@@ -52,11 +57,55 @@ inline void check_span(Draw& draw, Scratch& inputs, Scratch& outputs) {
       const int32_t code = q_signed ? static_cast<int8_t>(bytes[i]) : bytes[i];
       const float y = static_cast<float>(code - zero[s]) * scale[s] + real_zero[s];
       const float back = load(x, type, i);
-      const float rounded = type == FloatType::kF32    ? y
-                            : type == FloatType::kBF16 ? widen(narrow(y, 8, 7), 8, 7)
-                                                       : widen(narrow(y, 5, 10), 5, 10);
+      const float rounded = rounded_to(type, y);
       CHECK(same_float(back, rounded), "%s: dequantize_span of %ld, type %d: [%ld] is %a, not %a", table.name, long(n),
             int(type), long(i), back, rounded);
+    }
+  }
+}
+
+// activation(x), or activation(x) * up: within its bound of the true function on the scalar path, and the same bits on
+// the others.
+inline void check_activation(Draw& draw, Scratch& inputs, Scratch& outputs) {
+  const Place place = draw.pick({Place::kBeforeHole, Place::kBehindHole, Place::kHeap});
+  const int64_t n = draw_size(draw, 300);
+  const auto in = draw.pick({FloatType::kF32, FloatType::kBF16, FloatType::kF16});
+  const bool gated = draw.one_in(3);
+  const auto out = gated ? in : draw.pick({FloatType::kF32, FloatType::kBF16, FloatType::kF16});
+  const Activation activation = kActivations[draw.below(kNumActivations)];
+  const int flavour = static_cast<int>(draw.below(7));
+  Random random(draw.seed());
+  Memory& memory = inputs.memory;
+  memory.begin(place);
+  Linear l, up;
+  l.m = up.m = 1, l.k = up.k = l.x_stride = up.x_stride = n, l.x_type = up.x_type = in;
+  fill_input(l, memory, random, flavour);
+  if (gated) fill_input(up, memory, random, 0);
+  const auto result_of = [&](const KernelTable& table, FloatType type) {
+    const void* result = outputs.memory.take<uint8_t>(n * (type == FloatType::kF32 ? 4 : 2));
+    table.activate_span({l.x, gated ? up.x : nullptr, const_cast<void*>(result), n, in, type, activation});
+    return result;
+  };
+  // The scalar path in fp32, element by element where x and up can be widened first.
+  std::vector<float> wide(static_cast<size_t>(n)), y(wide.size());
+  for (int64_t i = 0; i < n; ++i) wide[static_cast<size_t>(i)] = load(l.x, in, i);
+  torchquant::scalar_kernels().activate_span(
+      {wide.data(), nullptr, y.data(), n, FloatType::kF32, FloatType::kF32, activation});
+  for (size_t i = 0; i < y.size(); ++i) {
+    CHECK(close_to_activation(activation, wide[i], y[i]), "activation %d of %a is %a", int(activation), double(wide[i]),
+          double(y[i]));
+    if (gated) y[i] *= load(up.x, in, static_cast<int64_t>(i));
+  }
+  for (torchquant::Isa isa : torchquant::usable_isas()) {
+    const KernelTable& table = table_of(isa);
+    outputs.memory.begin(place);
+    const void* result = result_of(table, out);
+    for (int64_t i = 0; i < n; ++i) {
+      const float got = load(result, out, i), want = rounded_to(out, y[static_cast<size_t>(i)]);
+      CHECK(same_float(got, want),
+            "%s: activate_span of %ld, activation %d, type %d to %d%s: [%ld] of %a is %a, not %a", table.name, long(n),
+            int(activation), int(in), int(out), gated ? ", gated" : "", long(i), double(wide[static_cast<size_t>(i)]),
+            double(got), double(want));
     }
   }
 }

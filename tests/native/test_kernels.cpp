@@ -33,6 +33,8 @@ std::vector<Shape> shapes(int64_t times) {
     for (int64_t tiles : {1, 2, 3, 4, 5, 7, 8, 9}) all.push_back({rows, 16 * tiles - rows % 3, 67});  // register tiles
   std::vector<Shape> repeated;
   for (int64_t i = 0; i < times; ++i) repeated.insert(repeated.end(), all.begin(), all.end());
+  for (int64_t rows : {1, 2, 5, 13, 25, 33, 49, 50, 100})  // more than one slice of K, chunk of rows, pair of blocks
+    for (int64_t inputs : {511, 512, 513, 1025, 1600}) repeated.push_back({rows, 16 + rows, inputs});
   for (Shape deep : {Shape{2, 3, 33024}, {3, 2, 33025}, {2, 17, 33026}, {1, 5, 65728}, {2, 2, 65729}, {1, 1, 65793}})
     repeated.push_back(deep);
   return repeated;
@@ -59,7 +61,8 @@ int main(int argc, char** argv) {
   for (; spans < 2000 * times; ++spans) {
     const auto bytes = decisions(random);
     Draw draw(bytes.data(), bytes.size());
-    check_span(draw, span_inputs, scratch);
+    if (spans % 2) check_span(draw, span_inputs, scratch);
+    else check_activation(draw, span_inputs, scratch);
   }
   std::printf("%ld linear cases and %ld spans, each on%s\n", long(cases), long(spans), names.c_str());
   return 0;

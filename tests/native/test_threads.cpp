@@ -43,7 +43,8 @@ int main(int argc, char** argv) {
     // One output and one panel for all: two threads make the rows, then all multiply their own tiles.
     Scratch common;
     Case c = shared;
-    const KernelTable& table = table_of(torchquant::usable_isas()[static_cast<size_t>(round) % torchquant::usable_isas().size()]);
+    const KernelTable& table =
+        table_of(torchquant::usable_isas()[static_cast<size_t>(round) % torchquant::usable_isas().size()]);
     Panel panel;
     run(table, c.l, common, c.place, 0, panel);  // allocates
     const int64_t tiles = torchquant::num_tiles(c.l.n), unit = tile_unit(table), half = std::min(c.l.m, c.l.m / 2);
@@ -52,7 +53,7 @@ int main(int argc, char** argv) {
     rows.join();
     std::vector<std::thread> columns;
     for (int64_t tile = 0; tile < tiles; tile += unit)
-      columns.emplace_back([&, tile] { multiply(table, c.l, panel, 0, c.l.m, tile, std::min(tiles, tile + unit)); });
+      columns.emplace_back([&, tile] { multiply(table, c.l, panel, tile, std::min(tiles, tile + unit)); });
     for (std::thread& thread : columns) thread.join();
     check_output(c, table, expected);
     for (std::thread& thread : threads) thread.join();
