@@ -1,0 +1,30 @@
+"""No arguments crash an operator: tests/fuzz/fuzz_ops.py, which .ci/run runs for longer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import torchquant.ops  # noqa: F401  (registers the operators)
+
+FUZZ = Path(__file__).parent / "fuzz" / "fuzz_ops.py"
+
+
+def test_any_arguments(tmp_path: Path) -> None:
+    """A fixed sequence of calls, of every operator."""
+    trace = tmp_path / "trace.txt"
+    result = subprocess.run(
+        [sys.executable, FUZZ, "--cases", "2000", "--seconds", "300", "--trace", trace],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, f"{result.returncode}\n{result.stderr}\n{trace.read_text()}"
+    assert result.stdout.startswith("fuzz_ops: 2000 calls of")
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, operator = name.partition("::")
+        if space == "torchquant":  # some calls get through, some do not
+            assert f"{operator} computed" in result.stdout
+            assert f"{operator} refused" in result.stdout
+    print(result.stdout)
