@@ -139,6 +139,7 @@ inline double true_activation(Activation a, double x) {
 }
 inline bool close_to_activation(Activation a, double x, float got) {
   if (std::isnan(x)) return std::isnan(got);
+  if (a == Activation::kNone || a == Activation::kRelu) return static_cast<double>(got) == true_activation(a, x);
   const bool bounded = a == Activation::kTanh || a == Activation::kSigmoid;
   if (std::isinf(x) && !bounded) return x > 0 ? static_cast<double>(got) == x : std::fabs(got) < 1e-30f;
   const double tolerance = 1.5e-7 * (bounded ? 1.0 : std::fmax(1.0, std::fabs(x)));
