@@ -151,7 +151,7 @@ def soak(seconds: float, workers: int) -> int:
 
 
 def test_many_threads_at_once() -> None:
-    print(f"{soak(6.0, 6)} calls")
+    print(f"{soak(5.0, 6)} calls")
 
 
 @pytest.mark.slow
@@ -367,8 +367,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 @needs_fork
-@pytest.mark.parametrize("count", [0, 2], ids=["its_own_setting", "two_threads"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [("fork", 0), ("fork", 2), ("spawn", 0), ("forkserver", 2)],
+    ids=["fork", "fork_two_threads", "spawn", "forkserver_two_threads"],
+)
 def test_workers_of_a_data_loader(method: str, count: int, tmp_path: Path) -> None:
     (tmp_path / "dataset.py").write_text(DATASET)
     (tmp_path / "main.py").write_text(
@@ -462,10 +465,8 @@ def test_openmp_s_environment() -> None:
         print("same")
     """
     for environment in (  # each seconds: a new process that imports torch
-        {"OMP_NUM_THREADS": "1"},
         {"OMP_NUM_THREADS": "3", "OMP_DYNAMIC": "true"},
         {"OMP_THREAD_LIMIT": "1"},
-        {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive"},
-        {"OMP_SCHEDULE": "dynamic", "OMP_MAX_ACTIVE_LEVELS": "3"},
+        {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive", "OMP_MAX_ACTIVE_LEVELS": "3"},
     ):
         assert run_script(code, **environment) == "same", environment
