@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
+from torchquant.nn.fused import FusedActivation
 
 
 class Decisions:
@@ -73,7 +74,16 @@ def _half() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"plain": _plain, "tied": Tied, "half": _half}
+def _active() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": _plain,
+    "tied": Tied,
+    "half": _half,
+    "active": _active,
+}
 CONFIGS = (Config(), Config(symmetric=False))
 
 
@@ -85,14 +95,18 @@ def model_of(number: int, quantized: bool) -> nn.Module:
 
 
 def quantize(model: nn.Module, config: Config) -> None:
-    """All linear layers that nothing else shares, however small they are."""
+    """All linear layers that nothing else shares, however small; a GELU goes into the first one."""
+    fused = next((module for module in model.modules() if type(module) is nn.GELU), None)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "head":
-            layer = torchquant.nn.QuantizedLinear.from_float(module, config)
+            activation = "gelu" if fused and name == "0" else "none"
+            layer = torchquant.nn.QuantizedLinear.from_float(module, config, activation)
             for parent in model.modules():
                 for key, child in list(parent._modules.items()):
                     if child is module:
                         setattr(parent, key, layer)
+    if fused is not None:
+        model.add_module("1", FusedActivation("gelu", fused))
 
 
 @cache
@@ -315,7 +329,7 @@ ODD_TEXTS = (
 def file_of(data: bytes) -> tuple[bytes, nn.Module]:
     """A case's file, and a model to load it into."""
     decide = Decisions(data)
-    number, kind = decide.below(6), decide.byte()
+    number, kind = decide.below(8), decide.byte()
     quantized, into_quantized = kind % 8 != 0, kind % 16 > 12
     model = model_of(number, into_quantized)
     content = seed_file(number, quantized)
