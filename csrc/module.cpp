@@ -66,6 +66,23 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
   return op.call(gate, up, activation);
 }
 
+at::Tensor rms_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight, double eps,
+                    bool cast_before_weight) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::rms_norm", "")
+                       .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, double, bool)>();
+  return op.call(input, weight, eps, cast_before_weight);
+}
+
+at::Tensor layer_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, double eps, const std::optional<at::Tensor>& residual) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::layer_norm", "")
+                       .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&,
+                                         const std::optional<at::Tensor>&, double, const std::optional<at::Tensor>&)>();
+  return op.call(input, weight, bias, eps, residual);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -83,6 +100,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("activation", &activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("gated_activation", &gated_activation, pybind11::call_guard<pybind11::gil_scoped_release>());
   torchquant::bench::bind(m);
+  m.def("rms_norm", &rms_norm, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("layer_norm", &layer_norm, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("cpu_name", &torchquant::cpu_name);
   m.def("tile_bytes", &torchquant::tile_bytes);
   m.attr("LAYOUT_VERSION") = torchquant::kLayoutVersion;

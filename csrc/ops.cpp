@@ -41,4 +41,9 @@ TORCH_LIBRARY(torchquant, m) {
   // Elementwise, in the epilogue's arithmetic; dtype: input's unless given. gated: activation(gate) * up.
   m.def("activation(Tensor input, str activation, ScalarType? dtype=None) -> Tensor");
   m.def("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
+
+  // Over the last dimension, fp32 inside. cast_before_weight: x / rms is rounded to input's type before the weight
+  // multiplies. residual: the norm of input + residual.
+  m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
+  m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
 }

@@ -11,10 +11,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "checks.h"
 #include "cpu/output.h"
+#include "cpu/rows.h"
 
 namespace torchquant {
 namespace {
@@ -23,20 +23,6 @@ constexpr int64_t kBlock = 64;                  // elements: threads share whole
 constexpr int64_t kThreadedElements = 1 << 14;  // from here a second thread pays
 
 bool is_dense(const at::Tensor& t) { return t.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false(); }
-
-// The distance of the rows of a tensor that is contiguous but for it; none: it is not.
-std::optional<int64_t> row_stride(const at::Tensor& t) {
-  if (t.dim() < 2 || (t.size(-1) != 1 && t.stride(-1) != 1)) return std::nullopt;
-  std::optional<int64_t> stride;  // of the last dimension before the rows that has more than one index
-  int64_t expected = 0;
-  for (int64_t d = t.dim() - 2; d >= 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (!stride) stride = expected = t.stride(d);
-    else if (t.stride(d) != expected) return std::nullopt;
-    expected *= t.size(d);
-  }
-  return stride.value_or(t.size(-1));
-}
 
 // Uninitialised, with torch's rule for elementwise results: the input's strides where it is dense, else their order.
 at::Tensor empty_elementwise(const at::Tensor& input, at::ScalarType dtype) {

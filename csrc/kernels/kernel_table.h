@@ -91,6 +91,20 @@ struct ActivationArgs {
   Activation activation;
 };
 
+// Rows over their root mean square, or (centered) over their standard deviation about their mean.
+struct NormArgs {
+  const void* x;         // [m, k], rows x_stride elements apart
+  const void* residual;  // added to x first, or null
+  const void* weight;    // [k] or null
+  const void* bias;      // [k] or null
+  void* out;             // [m, k], contiguous
+  int64_t x_stride, residual_stride, k;
+  FloatType type;  // of x, residual and out
+  FloatType weight_type, bias_type;
+  float eps;
+  bool centered, cast_before_weight;  // cast: to the type of x, before the weight multiplies
+};
+
 struct KernelTable {
   const char* name;
   int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
@@ -104,6 +118,7 @@ struct KernelTable {
   void (*quantize_span)(const SpanArgs&);
   void (*dequantize_span)(const SpanArgs&);
   void (*activate_span)(const ActivationArgs&);
+  void (*normalize_rows)(const NormArgs&, int64_t m0, int64_t m1);
 };
 
 const KernelTable& scalar_kernels();

@@ -9,6 +9,7 @@ namespace scalar {
 #include "vec_scalar.inc"
 #include "quantize.inc"
 #include "activation.inc"
+#include "norm.inc"
 #include "epilogue.inc"
 
 constexpr int kRows = 4, kTiles = 1, kFewTiles = 1, kFourRowTiles = 1;
@@ -50,7 +51,8 @@ const KernelTable& scalar_kernels() {
                                         scalar::gemm_vector,
                                         scalar::quantize_span,
                                         scalar::dequantize_span,
-                                        scalar::activate_span};
+                                        scalar::activate_span,
+                                        scalar::normalize_rows};
   return table;
 }
 
