@@ -130,6 +130,21 @@ def samples() -> dict[str, list[Sample]]:
             sample(X, leaf(X), "silu"),
             sample(X[:0], X[:0], "tanh"),
         ],
+        "rms_norm": [
+            sample(X, None, 1e-6),
+            sample(bf16.reshape(2, 3, K), positive(K), 1e-6, True),
+            sample(leaf(X), leaf(positive(K)), 1e-6),
+            sample(X[:, 3:40], leaf(positive(37).bfloat16()), 0.0),
+            sample(X[:0], None, 1e-6),
+        ],
+        "layer_norm": [
+            sample(X, None, None, 1e-5),
+            sample(bf16, positive(K), positive(K).half(), 1e-5, bf16.flip(0)),
+            sample(leaf(X), leaf(positive(K)), leaf(positive(K)), 1e-5),
+            sample(X, None, None, 1e-5, leaf(X)),
+            sample(X, positive(K), leaf(positive(K)), 1e-5, X),
+            sample(X[:0], None, None, 1e-5),
+        ],
     }
 
 
@@ -996,8 +1011,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "linear_dynamic: activation": (
         lambda: dynamic(activation="swish"),
         ValueError,
-        "linear_dynamic: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, "
-        "got 'swish'",
+        "linear_dynamic: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
+        "sigmoid, got 'swish'",
     ),
     "linear_dynamic: output_dtype": (
         lambda: dynamic(output_dtype=torch.int8),

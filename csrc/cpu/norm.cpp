@@ -39,7 +39,7 @@ at::Tensor norm(const char* op, NormArgs args, const at::Tensor& input, const Op
                       ", got ", describe(*residual));
     r = row_stride(*residual) ? *residual : residual->contiguous();
     args.residual = r.const_data_ptr();
-    args.residual_stride = row_stride(r).value();
+    args.residual_stride = row_stride(r).value_or(r.size(-1));
   }
   at::Tensor out = empty_output(input.sizes(), input.options());
   if (out.numel() == 0) return out;

@@ -8,6 +8,7 @@ compare with ``torch.equal``. What each function promises stands in its module:
 * :mod:`~torchquant.functional.linear`: the integer linear layer
 * :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
   fixed fp32 sequences
+* :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch
 """
 
@@ -29,6 +30,7 @@ from torchquant.functional.linear import (
     shift_bias,
     static_linear,
 )
+from torchquant.functional.norms import layer_norm, rms_norm
 from torchquant.functional.qparams import choose_qparams, qparams_from_range
 
 __all__ = [
@@ -40,12 +42,14 @@ __all__ = [
     "fmaf",
     "gelu",
     "gelu_tanh",
+    "layer_norm",
     "qparams_from_range",
     "quantize",
     "quantize_bias",
     "quantize_per_token",
     "quantized_linear",
     "relu",
+    "rms_norm",
     "shift_bias",
     "sigmoid",
     "silu",

@@ -1,6 +1,8 @@
 """Drop-in modules."""
 
+from torchquant.nn.activation import Activation
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["FusedActivation", "QuantizedLinear"]
+__all__ = ["Activation", "FusedActivation", "LayerNorm", "QuantizedLinear", "RMSNorm"]

@@ -1,0 +1,233 @@
+"""RMSNorm and LayerNorm on the kernels; drop-ins with the float modules' state dicts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant import ops
+from torchquant._extension import load
+
+_C = load()
+_fast_rms_norm, _fast_layer_norm = _C.rms_norm, _C.layer_norm
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PROBE_ERROR = 2e-6  # relative; two ways to sum thousands of float32 squares differ by less
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    Args:
+        size: K, the length of the last dimension.
+        eps: added to the mean square.
+        elementwise_affine: whether there is a weight.
+        cast_before_weight: the order of rounding for bfloat16 and float16 input, see
+            :func:`torchquant.ops.rms_norm`; False is torch's, True that of transformers' Llama.
+        device, dtype: of the weight.
+
+    State dict: ``weight`` ``[K]``, as in ``torch.nn.RMSNorm`` and in transformers.
+
+    Example:
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.8485, 1.1314]], grad_fn=<...>)
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        cast_before_weight: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+        self.cast_before_weight = cast_before_weight
+        ones = torch.ones(size, device=device, dtype=dtype) if elementwise_affine else None
+        self.register_parameter("weight", None if ones is None else nn.Parameter(ones))
+
+    @classmethod
+    def from_float(cls, norm: nn.Module) -> RMSNorm:
+        """An RMSNorm that shares the weight of a float one.
+
+        Args:
+            norm: ``torch.nn.RMSNorm`` over one dimension, or any module with a ``weight`` ``[K]``
+                and ``variance_epsilon`` or ``eps`` that computes the same: its output on probes
+                (large and tiny numbers, float32 and bfloat16) is compared with ours, which also
+                decides the order of rounding.
+
+        Raises:
+            TypeError: norm lacks these attributes.
+            ValueError: norm computes something else (a weight of ``1 + w``, a mean that is
+                subtracted), or has no values yet (meta device).
+        """
+        if type(norm) is nn.RMSNorm:
+            if len(norm.normalized_shape) != 1:
+                raise ValueError(
+                    "RMSNorm.from_float: norm must normalize one dimension, got "
+                    f"{list(norm.normalized_shape)}"
+                )
+            weight: Any = norm.weight
+            eps = norm.eps
+            if eps is None:
+                eps = torch.finfo(torch.float32).eps
+            size = norm.normalized_shape[0]
+        else:
+            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            weight = getattr(norm, "weight", None)
+            if not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
+                raise TypeError(
+                    "RMSNorm.from_float: norm must be torch.nn.RMSNorm or have a weight and "
+                    f"variance_epsilon or eps, got {type(norm).__name__}"
+                )
+            size = weight.shape[-1] if weight.dim() else 0
+        _check_weight("RMSNorm.from_float", weight, size)
+        result = cls(size, eps, False)
+        result.weight = weight
+        if type(norm) is not nn.RMSNorm:
+            result.cast_before_weight = _rounds_before_weight(norm, result)
+        return result.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32, bfloat16 or float16 ``[..., K]`` to the same."""
+        weight = self._parameters["weight"]
+        if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
+            return _fast_rms_norm(input, weight, self.eps, self.cast_before_weight)  # type: ignore[no-any-return]
+        return ops.rms_norm(input, weight, self.eps, cast_before_weight=self.cast_before_weight)
+
+    def extra_repr(self) -> str:
+        cast = ", cast_before_weight=True" if self.cast_before_weight else ""
+        return f"{self.size}, eps={self.eps}, weight={self.weight is not None}{cast}"
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension.
+
+    ``forward(input, residual)`` normalizes ``input + residual`` in the same pass.
+
+    Args:
+        size: K, the length of the last dimension.
+        eps: added to the variance.
+        elementwise_affine: whether there is a weight.
+        bias: whether there is a bias beside the weight.
+        device, dtype: of weight and bias.
+
+    State dict: ``weight`` and ``bias`` ``[K]``, as in ``torch.nn.LayerNorm``.
+
+    Example:
+        >>> LayerNorm(2, eps=0.0)(torch.tensor([[1.0, 3.0]]))
+        tensor([[-1.,  1.]], grad_fn=<...>)
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+        weight = offset = None
+        if elementwise_affine:
+            weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+            if bias:
+                offset = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", offset)
+
+    @classmethod
+    def from_float(cls, norm: nn.LayerNorm) -> LayerNorm:
+        """A LayerNorm that shares weight and bias of a float one.
+
+        Args:
+            norm: a ``torch.nn.LayerNorm`` (no subclass) over one dimension.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it normalizes several dimensions.
+        """
+        if type(norm) is not nn.LayerNorm:
+            raise TypeError(
+                "LayerNorm.from_float: norm must be a torch.nn.LayerNorm, "
+                f"got {type(norm).__name__}"
+            )
+        if len(norm.normalized_shape) != 1:
+            raise ValueError(
+                "LayerNorm.from_float: norm must normalize one dimension, got "
+                f"{list(norm.normalized_shape)}"
+            )
+        size = norm.normalized_shape[0]
+        _check_weight("LayerNorm.from_float", norm.weight, size)
+        result = cls(size, norm.eps, False)
+        result.weight, result.bias = norm.weight, norm.bias
+        return result.train(norm.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """float32, bfloat16 or float16 ``[..., K]`` to the same."""
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
+            return _fast_layer_norm(input, weight, bias, self.eps, residual)  # type: ignore[no-any-return]
+        return ops.layer_norm(input, weight, bias, self.eps, residual)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.size}, eps={self.eps}, weight={self.weight is not None}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _check_weight(who: str, weight: Any, size: int) -> None:
+    if weight is None:
+        return
+    if list(weight.shape) != [size] or weight.dtype not in _FLOAT_DTYPES:
+        raise ValueError(
+            f"{who}: weight must be float [{size}], got {weight.dtype} {list(weight.shape)}"
+        )
+    if not weight.is_cpu:
+        raise ValueError(f"{who}: weight must be on the CPU, got one on {weight.device}")
+
+
+def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
+    """Whether ``norm`` rounds before its weight; raises where it computes something else."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, ours.size, generator=generator)
+    probe *= torch.tensor([[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]])
+    probe[1] += 50.0  # a mean, for those that subtract it
+    dtype = torch.float32 if ours.weight is None else ours.weight.dtype
+    half = probe.to(torch.bfloat16)
+    with torch.inference_mode():
+        theirs, expected = norm(probe), ops.rms_norm(probe, ours.weight, ours.eps)
+        bound = max(_PROBE_ERROR, 0.0 if dtype == torch.float32 else 2.0**-7)
+        scale = expected.float().abs().amax().clamp(min=1e-30)
+        same = theirs.shape == expected.shape
+        if not same or ((theirs.float() - expected.float()).abs() / scale).amax() > bound:
+            raise ValueError(
+                "RMSNorm.from_float: norm must compute x / sqrt(mean(x^2) + eps) * weight, but "
+                f"{type(norm).__name__} gives something else on a probe"
+            )
+        theirs = norm(half)
+        distances = [
+            (theirs.double() - _half_precision(half, ours, cast).double()).abs().sum()
+            for cast in (False, True)
+        ]
+    return bool(distances[1] < distances[0])
+
+
+def _half_precision(probe: Tensor, ours: RMSNorm, cast: bool) -> Tensor:
+    return ops.rms_norm(probe, ours.weight, ours.eps, cast_before_weight=cast)
