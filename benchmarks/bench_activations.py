@@ -53,16 +53,16 @@ class Case(NamedTuple):
 def cases(size: int, dtype: torch.dtype) -> list[Case]:
     """Every function on one tensor, two for the gated ones."""
     x, up = torch.randn(size).mul(3).to(dtype), torch.randn(size).to(dtype)
-    ops = torchquant.ops
 
     def plain(name: str) -> Case:
-        return Case(name, lambda: TORCH[name](x), lambda: ops.activation(x, name), x.clone, 1)
+        module = torchquant.nn.Activation(name)
+        return Case(name, lambda: TORCH[name](x), lambda: module(x), x.clone, 1)
 
     def gated(name: str) -> Case:
         return Case(
             f"{name} gated",
             lambda: TORCH[name](x) * up,
-            lambda: ops.gated_activation(x, up, name),
+            lambda: torchquant.ops.gated_activation(x, up, name),
             lambda: x + up,
             2,
         )

@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
             size = weight.shape[-1] if weight.dim() else 0
         _check_weight("RMSNorm.from_float", weight, size)
         result = cls(size, eps, False)
-        result.weight = weight
+        result.register_parameter("weight", weight)
         if type(norm) is not nn.RMSNorm:
             result.cast_before_weight = _rounds_before_weight(norm, result)
         return result.train(norm.training)
