@@ -18,14 +18,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from machine import cpu_name
 from rich.console import Console
 from rich.table import Table
-from timing import seconds_per_call
 from torch import Tensor
 from torch.nn import functional as F
 
 import torchquant
+from torchquant.bench.machine import cpu_name
+from torchquant.bench.timing import seconds_per_call
 
 Call = Callable[[], Tensor]
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
