@@ -738,6 +738,11 @@ def deeply_nested() -> dict[str, Any]:
         (setting("absorbed", None), DAMAGED),
         (setting("absorbed", ["1"]), DAMAGED),
         (setting("absorbed", "1"), DAMAGED),
+        (setting("projections", None), DAMAGED),
+        (setting("projections", {"0": "2"}), DAMAGED),
+        (setting("projections", ["02"]), DAMAGED),
+        (setting("projections", [["0", 2]]), DAMAGED),
+        (setting("projections", [["0", "2"], [], ["9"], ["", "0"]]), None),  # a reader may ignore
         (lambda header, tensors: header.pop("layers"), DAMAGED),
         (setting("layers", []), DAMAGED),
         (setting("layers", "0"), DAMAGED),

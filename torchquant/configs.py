@@ -46,13 +46,17 @@ class Fusion:
             while they are in registers. Results change by rounding: the library's own polynomials
             instead of torch's (errors in :mod:`torchquant.functional.activations`), and in a
             bfloat16 or float16 model one rounding less, for between the two values stay fp32.
+        projections: layers applied to one tensor (query, key and value; gate and up) are computed
+            together, which quantizes it once. Results stay the same bits. In effect where gradients
+            are off (``torch.no_grad``, ``torch.inference_mode``) and autocast is.
 
     Example:
         >>> Fusion(activations=False)
-        Fusion(activations=False)
+        Fusion(activations=False, projections=True)
     """
 
     activations: bool = True
+    projections: bool = True
 
     def __post_init__(self) -> None:
         _require_booleans(self)

@@ -6,16 +6,18 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
      "layers": {"encoder.0": {"in_features": 384, "out_features": 1536, "bias": true,
                               "activation": "none", "config": {"type": ..., ...}}},
      "absorbed": {"encoder.1": "gelu"},
+     "projections": [["attention.q", "attention.k", "attention.v"]],
      "aliases": {"head.weight": "embedding.weight"},
      "sha256": "..."}
 
 ``layers`` names the quantized layers; ``absorbed`` the activation modules that became part of a
-layer before them (of its ``activation``) and are identities since; ``aliases`` the keys that share
-another key's tensor, which is stored once; ``sha256`` is over the rest of this object and over
-every tensor's name, dtype, shape and bytes, so that a damaged or edited file is found out (it is no
-signature: whoever edits a file can write a new one). Format 1 has no ``absorbed``, and a model in
-which nothing is absorbed is written as format 1. A reader MUST refuse a ``format`` that it
-does not know.
+layer before them (of its ``activation``) and are identities since; ``projections`` the layers that
+are computed together, in the order of their calls, which a reader MAY ignore; ``aliases`` the keys
+that share another key's tensor, which is stored once; ``sha256`` is over the rest of this object
+and over every tensor's name, dtype, shape and bytes, so that a damaged or edited file is found out
+(it is no signature: whoever edits a file can write a new one). Format 1 has neither ``absorbed``
+nor ``projections``, and a model that needs neither is written as format 1. A reader MUST refuse a
+``format`` that it does not know.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchquant.configs import config_from_dict, config_to_dict
+from torchquant.fuse.dataflow import owners_by_module
+from torchquant.fuse.projections import group_again, groups_of
 from torchquant.fuse.recognize import activation_of
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear
-from torchquant.quantize import memory_key, owners_by_module, replace_module
+from torchquant.quantize import memory_key, replace_module
 
 FORMAT = 2
 _PLAIN_FORMAT = 1  # what a model without absorbed modules is written as, for older readers
@@ -86,11 +90,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, FusedActivation)
     }
+    projections = groups_of(model)
     header = {
-        "format": FORMAT if absorbed else _PLAIN_FORMAT,
+        "format": FORMAT if absorbed or projections else _PLAIN_FORMAT,
         "torchquant": torchquant.__version__,
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),
+        **({"projections": projections} if projections else {}),
         "aliases": aliases,
     }
     header["sha256"] = _digest(header, tensors)
@@ -147,6 +153,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _check_fit(state, current)
         ready = _as_tied(state, current, header["layers"])
         model.load_state_dict(ready, strict=True, assign=True)
+    group_again(model, header.get("projections", []))
     _warn_of_missing_buffers(model)
     return model
 
@@ -299,7 +306,8 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
     if not (
         isinstance(header.get("layers"), dict)
         and isinstance(header.get("absorbed", {}), dict)
-        and (header["format"] > _PLAIN_FORMAT or "absorbed" not in header)
+        and _is_list_of_lists_of_names(header.get("projections", []))
+        and (header["format"] > _PLAIN_FORMAT or not header.keys() & {"absorbed", "projections"})
         and isinstance(header.get("sha256"), str)
         and isinstance(aliases, dict)
         and all(isinstance(source, str) and source in tensors for source in aliases.values())
@@ -316,6 +324,12 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
             "save the model again"
         )
     return header
+
+
+def _is_list_of_lists_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value
+    )
 
 
 class _Misfit(Exception):

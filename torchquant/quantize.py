@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from torchquant.configs import Config, Fusion, check_config, check_fusion
 from torchquant.fuse.activations import fuse_activations
-from torchquant.fuse.dataflow import Dataflow
+from torchquant.fuse.dataflow import Dataflow, owners_by_module
+from torchquant.fuse.projections import group_projections
 from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 
@@ -157,16 +158,6 @@ def replace_module(
         parent._modules[attribute] = new
 
 
-def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """For each submodule's id, every (parent, attribute) under which it is registered."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                owners.setdefault(id(child), []).append((parent, attribute))
-    return owners
-
-
 @dataclass
 class _Step:
     """One linear-like layer of the model and what is to become of it."""
@@ -304,10 +295,14 @@ def _fuse(model: nn.Module, plan: list[_Step], fusion: Fusion) -> Iterator[Fusio
         for step in plan
         if step.skip is None and isinstance(step.module, QuantizedLinear)
     ]
-    if not layers or not fusion.activations:
+    if not layers or not (fusion.activations or fusion.projections):
         return
-    flow = Dataflow(model, [layer for layer, _ in layers])
-    yield from fuse_activations(flow, layers, owners_by_module(model))
+    only = [layer for layer, _ in layers]
+    flow = Dataflow(model, only)
+    if fusion.activations:
+        yield from fuse_activations(flow, layers, owners_by_module(model))
+    if fusion.projections:
+        yield from group_projections(flow, only, owners_by_module(model))
 
 
 def _notes(plan: list[_Step]) -> Iterator[str]:

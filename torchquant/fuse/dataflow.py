@@ -74,6 +74,16 @@ class Dataflow:
         return None
 
 
+def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """For each submodule's id, every (parent, attribute) under which it is registered."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                owners.setdefault(id(child), []).append((parent, attribute))
+    return owners
+
+
 def held_by(module: nn.Module) -> list[nn.Module]:
     """A module's children, and those in its lists and dictionaries of modules."""
     held: list[nn.Module] = []

@@ -17,7 +17,7 @@ import operator
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, MethodType
 from typing import Any
@@ -31,16 +31,18 @@ _MAX_BOOLEANS = 3  # arguments that are True or False by default; each doubles t
 
 @dataclass
 class Trace:
-    """One run of a module's forward on proxies.
+    """One run of a module's forward on proxies, with gradients in training mode, else without.
 
-    ``modules`` gives the module behind each call of one, ``code`` the code that made the call. With
-    a ``failure`` the graph holds what came before it.
+    ``modules`` gives the module behind each call of one, ``code`` the code that made the call,
+    ``modes`` what torch was set to (gradients, inference mode, autocast). With a ``failure`` the
+    graph holds what came before it.
     """
 
     root: nn.Module
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[fx.Node, nn.Module] = field(default_factory=dict)
     code: dict[fx.Node, CodeType] = field(default_factory=dict)
+    modes: dict[fx.Node, tuple[bool, ...]] = field(default_factory=dict)
     failure: str | None = None
 
 
@@ -131,7 +133,13 @@ def _trace(
         shell = tracer.shell(module)
         shell.training = training
         # What a forward does beside computing (random numbers, warnings) is not to be seen.
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(not training),
+            torch.set_grad_enabled(training),
+            torch.autocast("cpu", enabled=False),
+        ):
             warnings.simplefilter("ignore")
             result = type(module).forward(shell, *args, **kwargs)
         trace.graph.output(tracer.create_arg(result))
@@ -163,7 +171,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         # `(*x.shape[:-1], -1)`: how many sizes there are does not change who calls whom.
-        if _is_shape(obj.node):
+        if is_shape(obj.node):
             return iter((operator.getitem(obj, 0),))
         return super().iter(obj)
 
@@ -172,6 +180,11 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self.trace.modules[proxy.node] = module
         self.trace.code[proxy.node] = code
+        self.trace.modes[proxy.node] = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        )
         return proxy
 
     def wrap(self, module: nn.Module) -> Any:
@@ -216,11 +229,33 @@ class _Proxy(fx.Proxy):
         raise TypeError("a proxy's length is not known")  # what list() and * take for "unknown"
 
 
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    target = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+# torch's own proxies have no `+=`, so that Python makes an out-of-place addition of it.
+for _name in (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class _Attribute(fx.proxy.Attribute):
     def __getattr__(self, k: str) -> Any:
         return _Attribute(self, k)
 
     __len__ = _Proxy.__len__
+
+    def __iadd__(self, other: Any) -> Any:  # x.data += 1
+        raise TypeError("an attribute is not changed in place")
+
+    __isub__ = __imul__ = __itruediv__ = __iadd__
 
 
 class _Stub:
@@ -263,7 +298,8 @@ class _Stub:
         return bool(self.__dict__["_module"])
 
 
-def _is_shape(node: fx.Node) -> bool:
+def is_shape(node: fx.Node) -> bool:
+    """Whether a node stands for sizes, not values: ``x.shape``, ``x.size()``, parts of them."""
     while node.op == "call_function" and node.target is operator.getitem:
         node = node.args[0]  # type: ignore[assignment]
     if node.op == "call_function" and node.target is getattr:

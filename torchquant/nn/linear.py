@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant._extension import load
 from torchquant.configs import Int8DynamicActivationInt8WeightConfig, check_config
+from torchquant.nn.projections import ProjectionGroup
 from torchquant.scheme import PerAxis, quant_range
 
 _fast_linear_dynamic = load().linear_dynamic
@@ -61,6 +62,9 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: nn.Parameter | None
+    # Layers that are computed together with this one, and its place among them.
+    _group: ProjectionGroup | None = None
+    _group_index: int = 0
 
     def __init__(
         self,
@@ -161,6 +165,10 @@ class QuantizedLinear(nn.Module):
         """
         # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
         if type(input) is Tensor and input.is_cpu and not torch.compiler.is_dynamo_compiling():
+            if self._group is not None:
+                shared = self._group.output(self._group_index, input)
+                if shared is not None:
+                    return shared
             buffers = self._buffers
             try:
                 return _fast_linear_dynamic(  # type: ignore[no-any-return]
@@ -222,8 +230,10 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        was_meta = self.packed.is_meta
+        packed, was_meta = self.packed, self.packed.is_meta
         super()._apply(keep_dtype, recurse)
+        if self._group is not None and self.packed is not packed:
+            self._group.dissolve()
         if was_meta and not self.packed.is_meta:  # to_empty(): no values, but a valid layout
             self.packed = _pack_zeros(self.out_features, self.in_features, self.packed.device)
         return self
@@ -274,6 +284,8 @@ class QuantizedLinear(nn.Module):
         if qweight is None:
             return
         if assign:
+            if self._group is not None:
+                self._group.dissolve()
             self.packed = ops.pack_weight(qweight)
         elif not self.packed.is_meta:  # torch has warned that copying into meta does nothing
             with torch.no_grad():
@@ -318,6 +330,9 @@ class QuantizedLinear(nn.Module):
         super().__setstate__(state)
         # In the order of __init__, so that copies print and iterate alike.
         self._buffers = {"packed": ops.pack_weight(qweight), **self._buffers}
+        group = self.__dict__.pop("_group", None)
+        if group is not None:  # copied with its group: they are together again once all are copied
+            group.join(self._group_index, self)
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -1,0 +1,280 @@
+"""ProjectionGroup: quantized layers that are applied to one tensor, computed in one go.
+
+Query, key and value, gate and up: the layers read the same rows. Computed together the rows are
+quantized once, and one parallel region does the work of two or three. The forward around the layers
+is not rewritten: the first layer called computes all, keeps the other outputs for a moment, and the
+others find theirs.
+
+What makes this exact, at every call:
+
+- Only a trace of the forward forms a group (:mod:`torchquant.fuse.projections`): it shows that the
+  layers are called in one order, and that what runs between the first and the last of them cannot
+  change the tensor in place, nor the mode that torch is in.
+- A layer takes part only when called by that very code (its frame's code object), not by a hook, a
+  wrapper or somebody's own loop; otherwise it computes its own output as always.
+- An output is kept for that tensor object, in that thread, for the next layer in the order.
+- The first layer looks at every member: is its weight still the group's, are its values there?
+
+Rejected: comparing the tensor's version counter (there is none in inference mode, and ``.data``
+goes past it); comparing bytes with a copy (a third of what sharing saves, for long inputs);
+rewriting the forward (it is not ours).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchquant._extension import load
+
+if TYPE_CHECKING:
+    from torchquant.nn.linear import QuantizedLinear
+
+
+_library = load()
+_peek_functorch = torch._C._functorch.peek_interpreter_stack
+
+# output() <- QuantizedLinear.forward <- _call_impl <- _wrapped_call_impl <- who called the layer
+_CALLER = 4
+# Calls in a row whose outputs nobody came for, until a group gives up (cross-attention).
+_PATIENCE = 3
+_TILE = 16
+
+
+def _each_for_itself(
+    input: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: list[int],
+    symmetric: bool,
+    activations: list[str],
+) -> list[Tensor]:
+    """What the operator for several layers computes, one after the other."""
+    outputs, first = [], 0
+    for features, activation in zip(out_features, activations, strict=True):
+        rows = slice(first, first + features)
+        outputs.append(
+            _library.linear_dynamic(
+                input,
+                packed[rows.start // _TILE : rows.stop // _TILE],
+                weight_scale[rows],
+                None if weight_zero_point is None else weight_zero_point[rows],
+                None if bias is None else bias[rows],
+                features,
+                symmetric,
+                activation,
+            )
+        )
+        first = rows.stop
+    return outputs
+
+
+_split = getattr(_library, "linear_dynamic_split", _each_for_itself)
+
+
+class _Kept:
+    """The outputs that one call computed for the members after the first."""
+
+    __slots__ = ("input", "next", "outputs")
+
+    def __init__(self, input: Tensor, outputs: list[Any]) -> None:
+        self.outputs = outputs
+        self.next = 1
+        self.input = weakref.ref(input, self._drop)  # nobody can ask any more once it is gone
+
+    def _drop(self, reference: object) -> None:
+        self.outputs = []
+
+
+class _Slot(threading.local):
+    kept: _Kept | None = None
+
+
+class ProjectionGroup:
+    """Layers computed together; :func:`torchquant.quantize_` makes them.
+
+    The members' packed weights, scales and biases become views of one tensor each, so the memory is
+    what it was. A copy of a whole model has groups of its own; a copy of one member, and a model
+    that was pickled, compute each layer for itself.
+
+    Args:
+        codes: the code that calls each member, in the order of the calls. The members join.
+
+    Example:
+        >>> group = ProjectionGroup([])
+        >>> group.active
+        False
+    """
+
+    packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, codes: Sequence[CodeType]) -> None:
+        self.codes = tuple(codes)
+        self.members: list[weakref.ref[QuantizedLinear] | None] = [None] * len(self.codes)
+        self.active = False
+        self._misses = 0
+        self._slot = _Slot()
+        # Of each member its __dict__, and what of the group must still be in it.
+        self._parts: list[tuple[dict[str, Any], str, Tensor, Tensor, Tensor | None, Any, int]] = []
+
+    @staticmethod
+    def obstacle(members: Sequence[QuantizedLinear]) -> str | None:
+        """Why layers cannot be computed together, or None where they can."""
+        first = members[0]
+        if any(member.in_features != first.in_features for member in members):
+            return "their in_features differ"
+        if any(member.config != first.config for member in members):
+            return "their configurations differ"
+        if any(member.out_features % _TILE for member in members):
+            return f"out_features must be a multiple of {_TILE}"
+        if any(not member.packed.is_cpu for member in members):
+            return "they are not on the CPU"
+        return None
+
+    def join(self, index: int, member: QuantizedLinear) -> None:
+        """Take a layer in at its place in the order; with the last one the group is active."""
+        if self.active or self.members[index] is not None:
+            return
+        self.members[index] = weakref.ref(member)
+        present = [layer for ref in self.members if ref is not None and (layer := ref())]
+        if len(present) == len(self.codes) and self.obstacle(present) is None:
+            self._form(present)
+
+    def dissolve(self) -> None:
+        """From now on the members compute for themselves."""
+        self.active = False
+        self._slot = _Slot()
+        self._parts = []
+        for reference in self.members:
+            member = None if reference is None else reference()
+            if member is not None and member.__dict__.get("_group") is self:
+                member.__dict__["_group"] = None
+
+    def output(self, index: int, input: Tensor) -> Tensor | None:
+        """A member's output, or None where it has to compute its own; its forward calls this."""
+        try:
+            if sys._getframe(_CALLER).f_code is not self.codes[index]:
+                return None
+        except ValueError:  # so few frames there are not
+            return None
+        if index == 0:
+            return self._lead(input)
+        kept = self._slot.kept
+        if kept is None or kept.next != index or kept.input() is not input:
+            return None
+        output: Tensor = kept.outputs[index]
+        index += 1
+        if index < len(self.codes):
+            kept.outputs[index - 1] = None
+            kept.next = index
+        else:
+            self._slot.kept = None
+            self._misses = 0
+        return output
+
+    def _lead(self, input: Tensor) -> Tensor | None:
+        if self._slot.kept is not None:
+            self._slot.kept = None
+            self._misses += 1
+            if self._misses >= _PATIENCE:
+                self.dissolve()
+        if (
+            not self.active
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or _peek_functorch() is not None
+            or not self._intact()
+        ):
+            return None
+        try:
+            outputs: list[Any] = _split(
+                input,
+                self.packed,
+                self.weight_scale,
+                self.weight_zero_point,
+                self.bias,
+                self._out_features,
+                self._symmetric,
+                self._activations,
+            )
+        except (ValueError, TypeError, IndexError):
+            return None  # the layer says in its own words what is wrong with the input
+        self._slot.kept = _Kept(input, outputs)
+        output: Tensor = outputs[0]
+        outputs[0] = None
+        return output
+
+    def _intact(self) -> bool:
+        """Whether every member still is what the group was made of."""
+        bias_at = 0 if self.bias is None else self.bias.data_ptr()
+        for state, activation, packed, scale, zero_point, bias, offset in self._parts:
+            buffers = state["_buffers"]
+            if (
+                buffers["packed"] is not packed
+                or buffers["weight_scale"] is not scale
+                or buffers["weight_zero_point"] is not zero_point
+                or state["_parameters"]["bias"] is not bias
+                or state["activation"] is not activation
+                or (bias is not None and bias.data_ptr() != bias_at + offset)
+            ):
+                return False
+        return True
+
+    # Tensors born in inference mode could not be changed in place later, or trained.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _form(self, members: list[QuantizedLinear]) -> None:
+        self._out_features = [member.out_features for member in members]
+        self._symmetric = members[0].config.activation_symmetric
+        self._activations = [member.activation for member in members]
+        self.packed = torch.cat([member.packed for member in members])
+        self.weight_scale = torch.cat([member.weight_scale for member in members])
+        zero_points = [m.weight_zero_point for m in members if m.weight_zero_point is not None]
+        self.weight_zero_point = torch.cat(zero_points) if zero_points else None
+        self.bias = None
+        if any(member.bias is not None for member in members):
+            # A member without one adds -0.0, which leaves every float as it is, +0.0 and -0.0 too.
+            self.bias = torch.cat(
+                [
+                    torch.full_like(member.weight_scale, -0.0)
+                    if member.bias is None
+                    else member.bias.detach()
+                    for member in members
+                ]
+            )
+        self._parts = []
+        tile = first = 0
+        for index, member in enumerate(members):
+            rows = slice(first, first + member.out_features)
+            tiles = slice(tile, tile + member.packed.shape[0])
+            member.packed = self.packed[tiles]
+            member.weight_scale = self.weight_scale[rows]
+            if self.weight_zero_point is not None:
+                member.weight_zero_point = self.weight_zero_point[rows]
+            if member.bias is not None and self.bias is not None:
+                member.bias.data = self.bias[rows]  # the parameter stays the object that it is
+            state = member.__dict__
+            tensors = (member.packed, member.weight_scale, member.weight_zero_point, member.bias)
+            self._parts.append((state, member.activation, *tensors, 4 * first))
+            state["_group"], state["_group_index"] = self, index
+            tile, first = tiles.stop, rows.stop
+        self.active = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:
+        copy = memo[id(self)] = ProjectionGroup(self.codes)  # the members' copies join
+        return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # code cannot be pickled
