@@ -117,12 +117,12 @@ def test_saved_files_are_named_by_date_cpu_and_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench_cli.result_stem("isa").parent == Path()
+    assert bench_cli.result_file(".jsonl", "isa").parent == Path()
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    stem = bench_cli.result_stem("linear", "2threads", None)
-    assert stem.parent == Path("benchmarks/results")
-    assert stem.name.startswith("linear-")
-    assert stem.name.endswith("-2threads")
+    path = bench_cli.result_file(".md", "linear", "2threads", None)
+    assert path.parent == Path("benchmarks/results")
+    assert path.name.startswith("linear-")
+    assert path.name.endswith("-2threads.md")
 
 
 def test_roofline_as_json() -> None:

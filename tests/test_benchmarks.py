@@ -205,6 +205,27 @@ def test_a_worker_measures_and_reports_failure_in_its_peers_words() -> None:
         worker.close()
 
 
+def test_a_peer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.01)
+    worker = workers.Worker("dynamic", "fp32", 1)
+    try:
+        with pytest.raises(workers.WorkerError, match=r"no answer within 0 s"):
+            worker.ask(do="about")
+        with pytest.raises(workers.WorkerError):
+            worker.ask(do="about")
+    finally:
+        worker.close()
+
+
+def test_a_slow_way_of_calling_is_measured_once_only() -> None:
+    server = workers._Server(make_linear_peer("dynamic", "fp32", 1))
+    server.load(n=8, k=4)
+    server.input(m=2)
+    server.calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.001)}
+    assert server.block(0.002)["seconds"].keys() == {"fast", "slow"}
+    assert server.block(0.002)["seconds"].keys() == {"fast"}
+
+
 def test_a_peer_that_cannot_be_made_or_that_dies_says_so() -> None:
     worker = workers.Worker("dynamic", "no-such-peer", 1)
     try:
@@ -298,7 +319,7 @@ def test_the_slow_sit_out_and_the_hopeless_do_not_start() -> None:
     fakes = {
         OURS: FakeWorker(1e-3, 9e-3),  # slowest of all in its blocks, and yet measured to the end
         "fp32": FakeWorker(1e-3, 1e-3),
-        "bf16": FakeWorker(1e-3, 2e-3),
+        "bf16": FakeWorker(1e-3, 1.5e-3),
         "onednn": FakeWorker(1e-3, 4e-3),
         "torchao": FakeWorker(1.0, 1.0),
         "openvino": FakeWorker(1e-3, 1e-4, error=0.2),

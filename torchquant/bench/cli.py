@@ -168,8 +168,18 @@ def linear_command(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
     errors = error_console()
+
+    def write(runs: list[Run], drawn: bool = False) -> None:
+        write_files(runs, output, markdown, figure if drawn else None, errors)
+        for number in options.threads if save else ():
+            mine = [run for run in runs if run.threads == number]
+            parts = ("linear", f"{number}thread{'s' if number > 1 else ''}", isa)
+            lines, page, picture = (result_file(end, *parts) for end in (".jsonl", ".md", ".png"))
+            if mine:
+                write_files(mine, lines, page, picture if drawn else None, errors)
+
     with progress_bar(errors, shown=progress) as on_step:
-        runs = run_linear(options, errors, on_step)
+        runs = run_linear(options, errors, on_step, on_run=write)
     if as_json:
         print_json([record for run in runs for record in tables.records(run)])
     else:
@@ -177,15 +187,7 @@ def linear_command(
     for run in runs:
         for name, reason, count in tables.grouped_failures(run):
             complain(errors, f"{name}, {run.suite}, {count} shapes", reason)
-    write_files(runs, output, markdown, figure, errors)
-    if save:
-        for number in options.threads:
-            mine = [run for run in runs if run.threads == number]
-            stem = result_stem("linear", f"{number}thread{'s' if number > 1 else ''}", isa)
-            lines, page, picture = (
-                stem.with_name(stem.name + e) for e in (".jsonl", ".md", ".png")
-            )
-            write_files(mine, lines, page, picture, errors)
+    write(runs, drawn=True)
     if smoke:  # the writers must not go stale either
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -264,7 +266,7 @@ def isa_command(
                 output_console().print(f"{words}: {value:.2f}")
     write_lines(output, records)
     if save:
-        write_lines(result_stem("isa").with_suffix(".jsonl"), records)
+        write_lines(result_file(".jsonl", "isa"), records)
 
 
 @app.command("overhead")
@@ -283,7 +285,7 @@ def overhead_command(
         print_table(output_console(), overhead_table(result))
     write_lines(output, [result])
     if save:
-        write_lines(result_stem("overhead").with_suffix(".jsonl"), [result])
+        write_lines(result_file(".jsonl", "overhead"), [result])
 
 
 def print_runs(runs: list[Run]) -> None:
@@ -337,10 +339,11 @@ def write_lines(path: Path | None, records: list[dict[str, Any]]) -> None:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def result_stem(kind: str, *parts: str | None) -> Path:
+def result_file(ending: str, kind: str, *parts: str | None) -> Path:
     """Where `--save` writes: the repository's folder of results where it is there, else here."""
     folder = REPOSITORY_RESULTS if REPOSITORY_RESULTS.is_dir() else Path()
-    return folder / "-".join([kind, machine.today(), machine.cpu_slug(), *filter(None, parts)])
+    stem = "-".join([kind, machine.today(), machine.cpu_slug(), *filter(None, parts)])
+    return folder / f"{stem}{ending}"
 
 
 def complain(errors: Console, what: str, why: str) -> None:

@@ -29,7 +29,7 @@ MAX_ERROR = 0.05  # relative to float; 8-bit layers stay near 0.02
 BUSY_PERCENT = 10  # others using more than this of the machine make the figures doubtful
 SMOKE_PEERS = (OURS, "fp32", "ao-x86", "onednn", "onnxruntime")
 # After so many rounds a peer that is so many times slower than the best sits out the others.
-SIT_OUT = {1: 3.0, 2: 1.5}
+SIT_OUT = {1: 2.0, 2: 1.3}
 # A first call that takes this many times the best one's, and longer than a block, is all there is.
 SCREENED = 4.0
 LEAST_ROUNDS = 2  # whatever the time that is left
@@ -257,16 +257,23 @@ class Bench:
         return self.all_to_the_end or self.entries[name].peer == OURS or name in self.beside
 
 
-def run_linear(options: Options, console: Console, on_step: Progress) -> list[Run]:
+def run_linear(
+    options: Options,
+    console: Console,
+    on_step: Progress,
+    on_run: Callable[[list[Run]], None] = lambda runs: None,
+) -> list[Run]:
     """Every suite on every number of threads.
 
     Args:
         console: for what is missing, failed or doubtful; not for results.
         on_step: called with a description and the fraction done.
+        on_run: called with the runs so far whenever one is complete, to write them down.
     """
     selected = options.selected()
     total = len(options.threads) * sum(len(shapes) for shapes in selected.values())
-    pace, done, runs = Pace(options.minutes, total), 0, []
+    pace, done = Pace(options.minutes, total), 0
+    runs: list[Run] = []
     for threads in options.threads:
         for suite, shapes in selected.items():
 
@@ -276,6 +283,7 @@ def run_linear(options: Options, console: Console, on_step: Progress) -> list[Ru
                 done += 1
 
             runs.append(_run_suite(options, suite, shapes, threads, pace, console, on_shape))
+            on_run(runs)
     return runs
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Answer = dict[str, Any]
 CHECKED_ROWS = 4
+ANSWER_SECONDS = 300.0  # a peer that takes longer has hung
+SLOWER_WAY = 1.3  # a way of calling that is so many times slower than the best is dropped
 
 
 class WorkerError(RuntimeError):
@@ -75,6 +78,10 @@ class Worker:
             WorkerError: the peer failed; the message holds its own words.
         """
         assert self._process.stdout is not None
+        # Nothing is buffered: an answer is one line, and no request follows before it is read.
+        if not select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
+            self._process.kill()
+            raise WorkerError(f"no answer within {ANSWER_SECONDS:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
@@ -168,11 +175,10 @@ class _Server:
         import torch
 
         with torch.inference_mode():
-            return {
-                "seconds": {
-                    name: seconds_per_call(call, seconds) for name, call in self.calls.items()
-                }
-            }
+            found = {name: seconds_per_call(call, seconds) for name, call in self.calls.items()}
+        limit = SLOWER_WAY * min(found.values())
+        self.calls = {name: call for name, call in self.calls.items() if found[name] <= limit}
+        return {"seconds": found}
 
     def about(self) -> Answer:
         return self.peer.about()
