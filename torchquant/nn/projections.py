@@ -48,37 +48,7 @@ _PATIENCE = 3
 _TILE = 16
 
 
-def _each_for_itself(
-    input: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    out_features: list[int],
-    symmetric: bool,
-    activations: list[str],
-) -> list[Tensor]:
-    """What the operator for several layers computes, one after the other."""
-    outputs, first = [], 0
-    for features, activation in zip(out_features, activations, strict=True):
-        rows = slice(first, first + features)
-        outputs.append(
-            _library.linear_dynamic(
-                input,
-                packed[rows.start // _TILE : rows.stop // _TILE],
-                weight_scale[rows],
-                None if weight_zero_point is None else weight_zero_point[rows],
-                None if bias is None else bias[rows],
-                features,
-                symmetric,
-                activation,
-            )
-        )
-        first = rows.stop
-    return outputs
-
-
-_split = getattr(_library, "linear_dynamic_split", _each_for_itself)
+_split = _library.linear_dynamic_split
 
 
 class _Kept:
