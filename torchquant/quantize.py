@@ -144,9 +144,7 @@ def memory_key(tensor: torch.Tensor) -> Hashable:
     return tensor.device, tensor.data_ptr(), *layout
 
 
-def replace_module(
-    owners: list[tuple[nn.Module, str]], old: nn.Module, new: QuantizedLinear
-) -> None:
+def replace_module(owners: list[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` into ``old``'s places, the (parent, attribute) pairs of ``owners``.
 
     Hooks go along, and the handles that remove them keep working: they hold the same dictionaries.

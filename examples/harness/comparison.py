@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, engines: dict[str, Engine]) -
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="blocks per engine and measurement")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
+    parser.add_argument("--seconds", type=float, default=0.4, help="length of a block")
     parser.add_argument(
         "--allocator",
         choices=("keep", "default"),
