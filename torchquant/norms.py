@@ -7,6 +7,7 @@ probe, not by its name.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from torchquant.nn.norm import LayerNorm, RMSNorm
-from torchquant.quantize import owners_by_module, replace_module
+from torchquant.quantize import HOOKS, owners_by_module, replace_module
 
 _NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")  # a block's number in a norm's name
 
@@ -144,6 +145,9 @@ def _own(module: nn.Module) -> nn.Module | str:
         return "forward replaced on the instance"
     if any(p is not None and p.is_meta for p in module._parameters.values()):
         return "on the meta device, without values; load its weights first"
+    module = copy.copy(module)  # the same parameters, but no hook shall see the probe
+    for hooks in HOOKS:
+        setattr(module, hooks, type(getattr(module, hooks))())
     with torch.inference_mode(False), torch.no_grad():
         try:
             if type(module) is nn.LayerNorm:

@@ -27,7 +27,7 @@ MIN_IN_FEATURES = 32
 MIN_WEIGHTS = 4096
 
 # All that calling a module consults. Hooks on its state dict stay behind: they know another state.
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -149,7 +149,7 @@ def replace_module(owners: list[tuple[nn.Module, str]], old: nn.Module, new: nn.
 
     Hooks go along, and the handles that remove them keep working: they hold the same dictionaries.
     """
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     new.train(old.training)
     for parent, attribute in owners:
