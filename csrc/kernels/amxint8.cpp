@@ -218,8 +218,12 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
   if (split > m0) {
     alignas(64) int32_t acc[2 * kHalf];
     Pending before{&g, store, nullptr, 0, 0, 0, 1, 0, 0};
-    for (int64_t tile = tile0; tile < tile1; tile += kPairTiles)
-      kPairs[tile1 - tile < kPairTiles ? tile1 - tile : kPairTiles](g, m0, split, tile, tile1, before, acc);
+    const int64_t pair = 2 * g.panel_rows;
+    const int64_t height = (tile1 - tile0) * tile_bytes(g.k) <= kResidentBytes ? pair : split - m0;
+    for (int64_t m = m0; m < split; m += height)
+      for (int64_t tile = tile0; tile < tile1; tile += kPairTiles)
+        kPairs[tile1 - tile < kPairTiles ? tile1 - tile : kPairTiles](g, m, m + height < split ? m + height : split,
+                                                                      tile, tile1, before, acc);
     finish(before);
   }
   if (split < m1)
