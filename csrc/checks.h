@@ -13,6 +13,8 @@
 
 namespace torchquant {
 
+constexpr int64_t kMaxSplitN = int64_t{1} << 40;  // a member's outputs: their sum cannot overflow
+
 inline std::string dtype_name(at::ScalarType type) {
   switch (type) {
     case at::kChar: return "int8";
@@ -67,7 +69,8 @@ inline void check_dim(const char* op, const char* name, const at::Tensor& t, int
 inline void check_channels(const char* op, const char* name, const at::Tensor& t, at::ScalarType want, int64_t n,
                            bool broadcast) {
   check_dtype(op, name, t, want);
-  const bool shape_ok = t.dim() == 1 ? t.size(0) == n || (broadcast && t.size(0) == 1) : broadcast && t.dim() == 0;
+  const auto size_is = [&](int64_t want) { return t.sym_size(0) == want; };  // also while sizes are traced as symbols
+  const bool shape_ok = t.dim() == 1 ? size_is(n) || (broadcast && size_is(1)) : broadcast && t.dim() == 0;
   TORCH_CHECK_VALUE(shape_ok, op, ": ", name, " must be ", dtype_name(want), " [", n, "]",
                     broadcast && n != 1 ? " or [1]" : "", " with one value per output channel, got ", describe(t));
 }
@@ -110,14 +113,33 @@ inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, in
       "); pack the weight again with pack_weight");
 }
 
-// linear_dynamic_split: how many outputs and which activation each member has.
-inline void check_split(const char* op, at::IntArrayRef out_features, size_t activations) {
+// linear_dynamic_split: what the members' own checks cannot see, because they are given parts of these tensors.
+inline void check_split(const char* op, const at::Tensor& input, const at::Tensor& packed,
+                        const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
+                        const std::optional<at::Tensor>& bias, at::IntArrayRef out_features, size_t activations) {
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  TORCH_CHECK_VALUE(input.sym_size(-1) >= 1, op, ": in_features must be between 1 and ", kMaxK, ", got 0");
   TORCH_CHECK_VALUE(!out_features.empty(), op, ": out_features must name at least one layer, got none");
-  for (int64_t n : out_features)
-    TORCH_CHECK_VALUE(n >= 1, op, ": out_features must each be at least 1, got ", out_features);
+  int64_t total = 0, tiles = 0;
+  for (int64_t n : out_features) {
+    TORCH_CHECK_VALUE(n >= 1 && n <= kMaxSplitN, op, ": out_features must each be between 1 and ", kMaxSplitN, ", got ",
+                      out_features);
+    total += n;
+    tiles += num_tiles(n);
+  }
   TORCH_CHECK_VALUE(activations == 0 || activations == out_features.size(), op,
                     ": activations must be empty or one name for each of the ", out_features.size(), " layers, got ",
-                    activations, " names");
+                    activations, activations == 1 ? " name" : " names");
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kChar, op, ": packed must be the int8 result of pack_weight, got ",
+                   describe(packed));
+  TORCH_CHECK_VALUE(packed.dim() == 2 && packed.sym_size(0) == tiles, op, ": packed must hold ", tiles,
+                    " tiles of 16 outputs for out_features ", out_features, ", got ", describe(packed),
+                    "; concatenate what torchquant.ops.pack_weight returned for each weight");
+  check_channels(op, "weight_scale", weight_scale, at::kFloat, total, false);
+  if (weight_zero_point && weight_zero_point->defined())
+    check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, total, false);
+  if (bias && bias->defined()) check_channels(op, "bias", *bias, at::kFloat, total, false);
 }
 
 inline Activation activation_from(const char* op, std::string_view name) {

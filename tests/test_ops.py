@@ -36,6 +36,9 @@ PACKED = ops.pack_weight(WEIGHT)
 SCALE, ZERO = positive(N, seed=2), integers(N, seed=3).to(torch.int32)
 BIAS, INT_BIAS = floats(N, seed=4), integers(N, seed=5, dtype=torch.int32)
 X, Q = floats(6, K, seed=6), integers(6, K, seed=7)
+# Two layers on one input: the one above, and its first 16 outputs.
+BOTH = torch.cat([PACKED, ops.pack_weight(WEIGHT[:16])])
+SCALES, ZEROS, BIASES = (torch.cat([t, t[:16]]) for t in (SCALE, ZERO, BIAS))
 IN_SCALE, IN_ZERO = torch.tensor([0.02]), torch.tensor([-7], dtype=torch.int32)
 
 
@@ -101,6 +104,16 @@ def samples() -> dict[str, list[Sample]]:
             sample(leaf(X).bfloat16(), PACKED, SCALE, ZERO, BIAS, N, True, "gelu_tanh"),
             sample(X[:0], PACKED, SCALE, None, None, N),
             sample(X[0], PACKED, SCALE[:1], None, None, N),
+        ],
+        "linear_dynamic_split": [
+            sample(X, PACKED, SCALE, None, None, [N]),
+            sample(bf16, BOTH, SCALES, ZEROS, BIASES, [N, 16], False, ["gelu", "none"]),
+            sample(X.reshape(2, 3, K), BOTH, SCALES, None, None, [N, 16], True, [], torch.half),
+            sample(leaf(X), BOTH, SCALES, None, None, [N, 16]),
+            sample(leaf(X), BOTH, SCALES, ZEROS, leaf(BIASES), [N, 16], True, ["none", "silu"]),
+            sample(X, BOTH, SCALES, None, leaf(BIASES), [N, 16], False),
+            sample(X[:0], BOTH, SCALES, None, BIASES, [N, 16]),
+            sample(X[0], BOTH, SCALES, None, None, [N, 16]),
         ],
         "linear_static": [
             sample(Q, IN_SCALE, None, PACKED, SCALE, None, None, N),

@@ -229,7 +229,8 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
   if (!wants_gradient(input, bias))
     return split_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
                        output_dtype);
-  check_split("linear_dynamic_split", out_features, activations.size());
+  check_split("linear_dynamic_split", input, packed, weight_scale, weight_zero_point, bias, out_features,
+              activations.size());
   std::vector<at::Tensor> outputs;
   int64_t first = 0, tile = 0;
   for (size_t i = 0; i < out_features.size(); ++i) {

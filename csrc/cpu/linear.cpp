@@ -144,26 +144,11 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
                                              bool symmetric, const c10::List<std::string>& activations,
                                              std::optional<at::ScalarType> output_dtype) {
   const char* op = "linear_dynamic_split";
-  check_float(op, "input", input);
-  check_dim(op, "input", input, 1);
-  check_split(op, out_features, activations.size());
+  check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   const int64_t k = input.size(-1);
-  int64_t total = 0, tiles = 0;
-  for (int64_t n : out_features) {
-    total += n;
-    tiles += num_tiles(n);
-  }
-  TORCH_CHECK_VALUE(k >= 1 && packed.dim() == 2 && packed.size(0) == tiles, op, ": packed must hold ", tiles,
-                    " tiles of 16 outputs for out_features ", out_features, ", got ", describe(packed),
-                    "; concatenate what torchquant.ops.pack_weight returned for each weight");
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
   TORCH_CHECK_TYPE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
                    dtype_name(out_dtype));
-  check_channels(op, "weight_scale", weight_scale, at::kFloat, total, false);
-  if (weight_zero_point && weight_zero_point->defined())
-    check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, total, false);
-  if (bias && bias->defined()) check_channels(op, "bias", *bias, at::kFloat, total, false);
-
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
   const std::vector<std::string> names = activations.vec();
