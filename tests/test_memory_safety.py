@@ -114,6 +114,15 @@ def check_layer(rows: int, outputs: int, inputs: int, before: bool) -> None:
         for placed in (place(x), rows_beside_a_hole(x, before)):
             ops.linear_dynamic(placed, packed, scale, zero, bias, **n, symmetric=False)
             ops.linear_dynamic(placed, packed, scale, **n)
+            ops.linear_dynamic_split(
+                placed,
+                place(torch.cat([packed, packed])),
+                place(torch.cat([scale, scale])),
+                place(torch.cat([zero, zero])),
+                out_features=[outputs, outputs],
+                symmetric=False,
+                activations=["none", "silu"],
+            )
             ops.linear_static(placed, place(torch.ones(1)), None, packed, scale, None, bias, **n)
             ops.quantize_per_token(placed, symmetric=False)
     int_bias = place(integers(outputs, dtype=torch.int32))
@@ -162,6 +171,20 @@ def check_elements(rows: int, inputs: int, before: bool) -> None:
                     operators.dequantize(place(q), scale, zero, **layout, dtype=dtype)
 
 
+def check_functions(rows: int, inputs: int, before: bool) -> None:
+    """Activations and norms, also from rows with room between them."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(rows, inputs).to(dtype)
+        weight, bias = (beside_a_hole(torch.randn(inputs).to(dtype), before) for _ in range(2))
+        for placed in (beside_a_hole(x, before), rows_beside_a_hole(x, before)):
+            for name in ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"):
+                ops.activation(placed, name, dtype=torch.float32)
+                ops.gated_activation(placed, placed, name)
+            ops.rms_norm(placed, weight, 1e-6, cast_before_weight=True)
+            ops.layer_norm(placed, weight, bias, 1e-5, placed)
+            ops.layer_norm(placed, None, None, 1e-5)
+
+
 TAILS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 130)
 
 
@@ -189,6 +212,7 @@ def main(isa: str) -> None:
                     for outputs in (1, 17, (8, 15, 16, 31, 33, 40, 64)[number % 7]):
                         check_layer(rows, outputs, inputs, before)
                     check_elements(rows, inputs, before)
+                    check_functions(rows, inputs, before)
             check_layer(40, 100, 1030, before)
             check_layer(2, 3, 33_026, before)
             check_layer(1, 2, 65_790, before)
