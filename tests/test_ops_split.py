@@ -372,6 +372,7 @@ def test_gradients_of_gradients():
     assert_same_bits(second(case.together), second(case.alone))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it sets this up
 def test_forward_mode_gradients_raise():
     case, x = layers((20, 16), 70), floats(6, 70)
     with (
