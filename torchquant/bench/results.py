@@ -14,6 +14,7 @@ from torchquant.bench.shapes import LinearShape
 from torchquant.bench.timing import geometric_mean
 
 SMALL_ROWS = 16  # up to here a call is memory and overhead, beyond it arithmetic
+FLOAT_PEERS = ("fp32", "bf16")
 BEHIND = 0.95  # a ratio below this is no measuring error any more
 STREAM_BYTES = 32 << 20  # weights from here on come from the outermost cache or memory
 
@@ -50,18 +51,18 @@ class ShapeResult:
         """The least of the peer's blocks: a first guess that a disturbance does not spoil."""
         return min(min(values) for values in self.blocks[peer].values())
 
-    def best_peer(self) -> str | None:
+    def best_peer(self, without: tuple[str, ...] = ()) -> str | None:
         """The fastest of the others."""
         others = {
             name: self.seconds(name) or 0.0
             for name in self.blocks
-            if name != OURS and name not in self.beside
+            if name != OURS and name not in self.beside and name not in without
         }
         return min(others, key=lambda name: others[name]) if others else None
 
-    def ratio(self) -> float | None:
+    def ratio(self, without: tuple[str, ...] = ()) -> float | None:
         """Best peer's time over ours: above 1, ours is faster."""
-        ours, best = self.seconds(OURS), self.best_peer()
+        ours, best = self.seconds(OURS), self.best_peer(without)
         best_seconds = self.seconds(best) if best else None
         return best_seconds / ours if ours and best_seconds else None
 
@@ -118,6 +119,16 @@ def summarise(results: list[ShapeResult]) -> dict[str, Any]:
     small = [ratio for shape, ratio in ratios.items() if shape.m <= SMALL_ROWS]
     large = [ratio for shape, ratio in ratios.items() if shape.m > SMALL_ROWS]
     lowest = min(ratios, key=lambda shape: ratios[shape])
+    int8 = {result.shape: ratio for result in results if (ratio := result.ratio(FLOAT_PEERS))}
+    int8_small = [ratio for shape, ratio in int8.items() if shape.m <= SMALL_ROWS]
+    int8_lowest = min(int8, key=lambda shape: int8[shape]) if int8 else None
+    against_int8 = {
+        "geometric_mean": round(geometric_mean(int8.values()), 3) if int8 else None,
+        "geometric_mean_few_rows": round(geometric_mean(int8_small), 3) if int8_small else None,
+        "lowest": round(int8[int8_lowest], 3) if int8_lowest else None,
+        "lowest_shape": str(int8_lowest),
+        "below_0.95": [str(shape) for shape, ratio in int8.items() if ratio < BEHIND],
+    }
     return {
         "kind": "summary",
         "shapes": len(results),
@@ -128,6 +139,7 @@ def summarise(results: list[ShapeResult]) -> dict[str, Any]:
         "lowest_shape": str(lowest),
         "slower_than_best_peer": sum(ratio < 1 for ratio in ratios.values()),
         "below_0.95": [str(shape) for shape, ratio in ratios.items() if ratio < BEHIND],
+        "against_int8_peers": against_int8,
         "best_peer_counts": _counts(result.best_peer() for result in results),
     }
 
@@ -150,6 +162,17 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     def times(name: str) -> str:
         return "-" if summary[name] is None else f"{summary[name]:.2f}x"
 
+    int8 = summary["against_int8_peers"]
+    against_int8 = "no int8 peer"
+    if int8["lowest"] is not None:
+        few = int8["geometric_mean_few_rows"]
+        against_int8 = (
+            f"int8 peers alone (without fp32 and bf16): geometric mean "
+            f"{int8['geometric_mean']:.2f}x, M <= {SMALL_ROWS} "
+            f"{'-' if few is None else f'{few:.2f}x'}; lowest {int8['lowest']:.2f}x at "
+            f"{int8['lowest_shape']}; under {BEHIND}x on {len(int8['below_0.95'])}"
+            f"{': ' if int8['below_0.95'] else ''}{', '.join(int8['below_0.95'])}"
+        )
     counts = ", ".join(f"{name} {count}" for name, count in summary["best_peer_counts"].items())
     return [
         f"geometric mean of best peer's time / ours over {summary['shapes']} shapes: "
@@ -159,6 +182,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['slower_than_best_peer']} shapes, under {BEHIND}x on "
         f"{len(summary['below_0.95'])}{': ' if summary['below_0.95'] else ''}"
         f"{', '.join(summary['below_0.95'])}",
+        against_int8,
         f"best peer, number of shapes: {counts}",
     ]
 
