@@ -184,7 +184,7 @@ def run(operator: Any, draw: random.Random, trace: Path) -> str:
     results = result if isinstance(result, tuple | list) else (result,)
     for tensor in results:  # every byte is there to be read
         if tensor.device.type == "cpu":
-            tensor.detach().clone().view(-1).view(torch.uint8).sum()
+            tensor.detach().clone().reshape(-1).view(torch.uint8).sum()
     return "computed"
 
 
