@@ -6,6 +6,7 @@
 #include "checks.h"
 #include "cpu/gemm_driver.h"
 #include "cpu/output.h"
+#include "cpu/rows.h"
 
 namespace torchquant {
 namespace {
@@ -16,15 +17,11 @@ std::vector<int64_t> output_sizes(const at::Tensor& input, int64_t out_features)
   return sizes;
 }
 
-// The last dimension contiguous and the others one row stride apart, else a copy.
+// The tensor itself where its rows lie a fixed distance apart, else a copy.
 at::Tensor as_rows(const at::Tensor& input) {
-  if (input.is_contiguous()) return input;
-  if (input.dim() == 2 && input.stride(1) == 1 && input.stride(0) >= input.size(1)) return input;
-  return input.contiguous();
+  return input.is_contiguous() || row_stride(input) ? input : input.contiguous();
 }
-int64_t row_stride(const at::Tensor& rows) {
-  return rows.dim() == 2 && !rows.is_contiguous() ? rows.stride(0) : rows.size(-1);
-}
+int64_t distance(const at::Tensor& rows) { return row_stride(rows).value_or(rows.size(-1)); }  // none: no rows at all
 
 OutType out_type_from(const char* op, at::ScalarType type) {
   switch (type) {
@@ -87,7 +84,7 @@ QuantizeRowsArgs float_rows(const at::Tensor& rows, int64_t k, RowMode mode) {
   QuantizeRowsArgs q{};
   q.x = rows.const_data_ptr();
   q.x_type = float_type(rows.scalar_type());
-  q.x_stride = row_stride(rows);
+  q.x_stride = distance(rows);
   q.k = k;
   q.mode = mode;
   return q;
@@ -218,7 +215,7 @@ InputParams input_params(const char* op, const at::Tensor& input, int64_t m, con
 void copy_into(const at::Tensor& rows, const InputParams& params, const KernelTable& table, const Panel& panel,
                int64_t m0, int64_t m1, int64_t first) {
   const bool is_signed = rows.scalar_type() == at::kChar;
-  const int64_t stride = row_stride(rows);
+  const int64_t stride = distance(rows);
   CopyRowsArgs g{};
   g.x = static_cast<const uint8_t*>(rows.const_data_ptr()) + first * stride;
   g.x_stride = stride;

@@ -207,7 +207,7 @@ using SingleFn = void (*)(const GemmArgs&, EpilogueFn, int64_t, int64_t, int64_t
 
 static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) {
   if (m0 >= m1 || tile0 >= tile1) return;
-  if (is_wide(g) || m1 - m0 <= kVectorRows) return gemm_vector(g, m0, m1, tile0, tile1);
+  if (is_wide(g) || g.panel_rows <= kVectorRows) return gemm_vector(g, m0, m1, tile0, tile1);
   static constexpr PairsFn kPairs[] = {nullptr, pairs_of_blocks<1>, pairs_of_blocks<2>, pairs_of_blocks<3>};
   static constexpr SingleFn kSingles[] = {nullptr,         single_block<1>, single_block<2>, single_block<3>,
                                           single_block<4>, single_block<5>, single_block<6>};

@@ -45,9 +45,6 @@ _peek_functorch = torch._C._functorch.peek_interpreter_stack
 _CALLER = 4
 # Calls in a row whose outputs nobody came for, until a group gives up (cross-attention).
 _PATIENCE = 3
-_TILE = 16
-
-
 _split = _library.linear_dynamic_split
 
 
@@ -107,8 +104,8 @@ class ProjectionGroup:
             return "their in_features differ"
         if any(member.config != first.config for member in members):
             return "their configurations differ"
-        if any(member.out_features % _TILE for member in members):
-            return f"out_features must be a multiple of {_TILE}"
+        if any(member.out_features % _library.TILE_OUT_FEATURES for member in members):
+            return f"out_features must be a multiple of {_library.TILE_OUT_FEATURES}"
         if any(not member.packed.is_cpu for member in members):
             return "they are not on the CPU"
         return None
