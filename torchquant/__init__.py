@@ -8,7 +8,13 @@ choice of instruction set.
 from importlib.metadata import PackageNotFoundError, version
 
 from torchquant import cpu, functional, nn, ops
-from torchquant.configs import Fusion, Int8DynamicActivationInt8WeightConfig
+from torchquant.configs import (
+    Fusion,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    IntxActivationIntxWeightConfig,
+    QATConfig,
+)
 from torchquant.io import load, save
 from torchquant.norms import NormReport, NormsReport, replace_norms_
 from torchquant.ops import PackedWeight, quantized_linear
@@ -33,6 +39,8 @@ __all__ = [
     "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
+    "IntxActivationIntxWeightConfig",
     "LayerReport",
     "NormReport",
     "NormsReport",
@@ -41,6 +49,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATConfig",
     "QuantizationReport",
     "__version__",
     "cpu",
