@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "bench/call_cost.h"
+#include "fast_call.h"
 #include "isa.h"
 #include "kernels/layout.h"
 
@@ -15,8 +16,8 @@ std::vector<std::string> names(const std::vector<torchquant::Isa>& isas) {
 }
 
 // torchquant::linear_dynamic without the detour through torch.ops, which parses every argument against the schema
-// (some 2 us). It still goes through the dispatcher: autograd, fake tensors and tracing see the operator. Inside an
-// autocast region the output has autocast's type.
+// (some 2 us, 5 for the many of linear_static). It still goes through the dispatcher: autograd, fake tensors and
+// tracing see the operator. Inside an autocast region the output has autocast's type.
 at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                           const std::optional<at::Tensor>& weight_zero_point, const std::optional<at::Tensor>& bias,
                           int64_t out_features, bool symmetric, std::string_view activation) {
@@ -52,6 +53,26 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
                  c10::List<std::string>(activations), output_dtype);
 }
 
+// Without a look at autocast: the output's type is one of the arguments.
+at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
+                         const std::optional<at::Tensor>& input_zero_point, const at::Tensor& packed,
+                         const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
+                         const std::optional<at::Tensor>& bias, int64_t out_features, std::string_view activation,
+                         at::ScalarType output_dtype, const std::optional<at::Tensor>& output_scale,
+                         int64_t output_zero_point, int64_t output_qmin, int64_t output_qmax, int64_t input_qmin,
+                         int64_t input_qmax) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torchquant::linear_static", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
+                            const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                            int64_t, std::string_view, at::ScalarType, const std::optional<at::Tensor>&, int64_t,
+                            int64_t, int64_t, int64_t, int64_t)>();
+  return op.call(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias, out_features,
+                 activation, output_dtype, output_scale, output_zero_point, output_qmin, output_qmax, input_qmin,
+                 input_qmax);
+}
+
 at::Tensor activation(const at::Tensor& input, std::string_view activation) {  // the same for torchquant::activation
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("torchquant::activation", "")
@@ -83,6 +104,21 @@ at::Tensor layer_norm(const at::Tensor& input, const std::optional<at::Tensor>& 
   return op.call(input, weight, bias, eps, residual);
 }
 
+constexpr char kLinearDynamic[] = "linear_dynamic", kLinearDynamicSplit[] = "linear_dynamic_split",
+               kLinearStatic[] = "linear_static", kActivation[] = "activation", kGatedActivation[] = "gated_activation",
+               kRmsNorm[] = "rms_norm", kLayerNorm[] = "layer_norm";
+
+PyMethodDef fast_calls[] = {
+    torchquant::FastCall<kLinearDynamic, &linear_dynamic>::method(),
+    torchquant::FastCall<kLinearDynamicSplit, &linear_dynamic_split>::method(),
+    torchquant::FastCall<kLinearStatic, &linear_static>::method(),
+    torchquant::FastCall<kActivation, &activation>::method(),
+    torchquant::FastCall<kGatedActivation, &gated_activation>::method(),
+    torchquant::FastCall<kRmsNorm, &rms_norm>::method(),
+    torchquant::FastCall<kLayerNorm, &layer_norm>::method(),
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -95,13 +131,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     if (!isa) throw std::invalid_argument("unknown instruction set: " + name);
     torchquant::set_active_isa(*isa);
   });
-  m.def("linear_dynamic", &linear_dynamic, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("linear_dynamic_split", &linear_dynamic_split, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("activation", &activation, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("gated_activation", &gated_activation, pybind11::call_guard<pybind11::gil_scoped_release>());
+  if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
   torchquant::bench::bind(m);
-  m.def("rms_norm", &rms_norm, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("layer_norm", &layer_norm, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("cpu_name", &torchquant::cpu_name);
   m.def("tile_bytes", &torchquant::tile_bytes);
   m.attr("LAYOUT_VERSION") = torchquant::kLayoutVersion;

@@ -15,6 +15,7 @@ from torchquant.nn.projections import ProjectionGroup
 from torchquant.scheme import PerAxis, quant_range
 
 _fast_linear_dynamic = load().linear_dynamic
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # two look-ups less a call
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights quantized at a time, so that what conversion needs beside its result is small.
@@ -164,7 +165,7 @@ class QuantizedLinear(nn.Module):
             ValueError: input's last dimension is not in_features, or it is on another device.
         """
         # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
-        if type(input) is Tensor and input.is_cpu and not torch.compiler.is_dynamo_compiling():
+        if type(input) is Tensor and input.is_cpu and not _is_dynamo_compiling():
             if self._group is not None:
                 shared = self._group.output(self._group_index, input)
                 if shared is not None:
