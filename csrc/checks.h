@@ -13,7 +13,8 @@
 
 namespace torchquant {
 
-constexpr int64_t kMaxSplitN = int64_t{1} << 40;  // a member's outputs: their sum cannot overflow
+constexpr int64_t kMaxSplitN = int64_t{1} << 40;   // a member's outputs: their sum cannot overflow
+constexpr int64_t kMaxN = (int64_t{1} << 31) - 1;  // the tiles keep N in 32 bits (layout.h)
 
 inline std::string dtype_name(at::ScalarType type) {
   switch (type) {
@@ -97,6 +98,7 @@ inline void check_scale(const char* op, const char* name, float scale) {
 inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
   TORCH_CHECK_VALUE(n >= 1, op, ": out_features must be at least 1, got ", n);
+  TORCH_CHECK_VALUE(n <= kMaxN, op, ": out_features must be at most ", kMaxN, ", got ", n);
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kChar, op, ": packed must be the int8 result of pack_weight, got ",
                    describe(packed));
   TORCH_CHECK_VALUE(

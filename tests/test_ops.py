@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from support import (
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 import torchquant
 from torchquant import PackedWeight, functional, ops, quantized_linear
+from torchquant._extension import load
 from torchquant.scheme import PerAxis, PerGroup, PerTensor, PerToken
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -876,6 +878,16 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "pack_weight: weight must have at least one output and between 1 and 8388608 inputs, "
         "got int8 [1, 8388609]",
     ),
+    "unpack_weight: outputs beyond 32 bits": (
+        lambda: ops.unpack_weight(PACKED, 2**63 - 1, K),
+        ValueError,
+        f"unpack_weight: out_features must be at most {2**31 - 1}, got {2**63 - 1}",
+    ),
+    "pack_weight: outputs beyond 32 bits": (
+        lambda: ops.pack_weight(WEIGHT[:1, :1].expand(2**31, 1)),
+        ValueError,
+        f"pack_weight: weight must have at most {2**31 - 1} outputs, got int8 [{2**31}, 1]",
+    ),
     "unpack_weight: other outputs": (
         lambda: ops.unpack_weight(PACKED, 33, K),
         ValueError,
@@ -934,6 +946,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: dynamic(out_features=0),
         ValueError,
         "linear_dynamic: out_features must be at least 1, got 0",
+    ),
+    "linear_dynamic: outputs beyond 32 bits": (
+        lambda: dynamic(out_features=2**63 - 1),
+        ValueError,
+        f"linear_dynamic: out_features must be at most {2**31 - 1}, got {2**63 - 1}",
     ),
     "linear_dynamic: input too short": (
         lambda: dynamic(X[:, :60]),
@@ -1369,3 +1386,70 @@ def test_public_names():
     assert torchquant.quantized_linear is ops.quantized_linear
     for name in ops.__all__:
         assert getattr(ops, name).__doc__
+
+
+# ---------------------------------------------------------------- the entries past torch.ops
+
+
+def test_linear_static_past_torch_ops_gives_the_same_bits():
+    rest = (IN_SCALE, IN_ZERO, PACKED, SCALE, ZERO, INT_BIAS)
+    output = (IN_SCALE, 5, -100, 100, -128, 127)
+    got = ops.linear_static(
+        Q,
+        *rest,
+        out_features=N,
+        activation="silu",
+        output_dtype=torch.int8,
+        output_scale=IN_SCALE,
+        output_zero_point=5,
+        output_qmin=-100,
+        output_qmax=100,
+    )
+    slow = NAMESPACE.linear_static.default(Q, *rest, N, "silu", torch.int8, *output)
+    assert torch.equal(got, slow)
+    x = leaf(X)  # gradients are recorded
+    ops.linear_static(x, IN_SCALE, None, PACKED, SCALE, out_features=N).sum().backward()
+    assert x.grad is not None and x.grad.shape == X.shape
+
+
+BAD_CALLS = {
+    "too few": ((X, "relu", 3), "activation: expected 2 positional arguments, got 3"),
+    "no tensor": (([1.0], "relu"), "activation: argument 1 must be a tensor, got list"),
+    "no text": ((X, b"relu"), "activation: argument 2 must be a str, got bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_entries_past_torch_ops_name_the_wrong_argument(name):
+    arguments, message = BAD_CALLS[name]
+    with pytest.raises(TypeError) as caught:
+        load().activation(*arguments)
+    assert str(caught.value) == message
+
+
+def test_entries_past_torch_ops_read_every_kind_of_argument():
+    rest = (PACKED, SCALE, None, None)
+    split, static = load().linear_dynamic_split, load().linear_static
+    plain = ops.linear_dynamic(X, PACKED, SCALE, out_features=N)
+    assert torch.equal(load().linear_dynamic(X, *rest, numpy.int64(N), True, "none"), plain)
+    assert torch.equal(split(X, *rest, (N,), True, [])[0], plain)
+    for wrong, message in {
+        (N, 1, "none"): "argument 7 must be a bool, got int",
+        ("20", True, "none"): "argument 6 must be an int, got str",
+        (2**64, True, "none"): "argument 6 must be an int of 64 bits, got int",
+    }.items():
+        with pytest.raises(TypeError, match=f"linear_dynamic: {message}"):
+            load().linear_dynamic(X, *rest, *wrong)
+    with pytest.raises(TypeError, match="split: argument 6 must be a list or a tuple, got int"):
+        split(X, *rest, N, True, [])
+    with pytest.raises(TypeError, match=r"static: argument 10 must be a torch\.dtype"):
+        static(Q, IN_SCALE, None, *rest, N, "none", "int8", None, 0, -128, 127, -128, 127)
+    with pytest.raises(TypeError, match="rms_norm: argument 3 must be a float, got str"):
+        load().rms_norm(X, None, "1", False)
+    with pytest.raises(UnicodeEncodeError):
+        load().activation(X, "\ud800")
+
+
+def test_a_group_may_be_longer_than_any_row():
+    q = NAMESPACE.quantize(X, torch.ones(6, 1), None, -128, 127, group_size=2**63 - 1)
+    assert torch.equal(q, NAMESPACE.quantize(X, torch.ones(6, 1), None, -128, 127, group_size=K))

@@ -52,7 +52,7 @@ Spans make_spans(const char* op, const at::Tensor& input, const at::Tensor& scal
     std::vector<int64_t> want(input.sizes().begin(), input.sizes().end());
     // Rows without elements have no groups; as tokens (a group each) they have a scale all the same.
     const bool tokens = s.row == 0 && scale.dim() == input.dim() && scale.size(-1) == 1;
-    want.back() = tokens ? 1 : ceil_div(s.row, *group_size);
+    want.back() = tokens ? 1 : ceil_div(s.row, s.length);  // not by group_size: the sum could overflow
     TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef(want), op, ": scale must have shape ", at::IntArrayRef(want),
                       " (one value per group of ", *group_size, "), got ", describe(scale));
     s.count = s.row ? input.numel() / s.row * s.per_row : 0;
