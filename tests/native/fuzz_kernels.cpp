@@ -1,6 +1,6 @@
-// Target for a coverage-guided fuzzer: bytes -> one layer or one span -> every instruction set against the reference.
+// Target for a coverage-guided fuzzer: bytes -> one layer, span or norm -> every instruction set against the reference.
 // With clang: -fsanitize=fuzzer. With any other compiler fuzz_driver.cpp brings the main function.
-#include "span_case.h"
+#include "norm_case.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace native;
@@ -9,7 +9,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Draw draw(data, size);
   const uint32_t kind = draw.byte();
   if (kind % 4 == 3) {
-    if (kind % 8 == 3) check_span(draw, span_inputs, scratch);
+    if (kind % 16 == 11) check_norm(draw, span_inputs, scratch);
+    else if (kind % 8 == 3) check_span(draw, span_inputs, scratch);
     else check_activation(draw, span_inputs, scratch);
     return 0;
   }

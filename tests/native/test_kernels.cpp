@@ -2,7 +2,7 @@
 // reference, in memory that ends at (or begins behind) an unmapped page. Arguments: how many times (1), the seed (0).
 #include <array>
 
-#include "span_case.h"
+#include "norm_case.h"
 
 namespace {
 
@@ -64,6 +64,13 @@ int main(int argc, char** argv) {
     if (spans % 2) check_span(draw, span_inputs, scratch);
     else check_activation(draw, span_inputs, scratch);
   }
-  std::printf("%ld linear cases and %ld spans, each on%s\n", long(cases), long(spans), names.c_str());
+  int64_t norms = 0;
+  for (; norms < 1000 * times; ++norms) {
+    const auto bytes = decisions(random);
+    Draw draw(bytes.data(), bytes.size());
+    check_norm(draw, span_inputs, scratch);
+  }
+  std::printf("%ld linear cases, %ld spans and %ld norms, each on%s\n", long(cases), long(spans), long(norms),
+              names.c_str());
   return 0;
 }
