@@ -4,8 +4,8 @@
 
 Arguments are drawn from each operator's schema, so that a new operator is covered the day it is
 registered: tensors of every dtype, small and odd shapes, layouts, devices without data; numbers at
-the ends of their types. About half of a call's arguments fit together, so that some calls get
-through. A crash ends the process: the call that was running is then in ``--trace`` (a file).
+the ends of their types. Most arguments of a call fit together, so that most calls get through. A
+crash ends the process: the call that was running is then in ``--trace`` (a file).
 Another exception than the documented kinds, or memory far beyond the arguments', is a finding.
 """
 
@@ -33,16 +33,25 @@ MEMORY = 256 * 2**20
 SIZES = (1, 1, 2, 3, 15, 16, 17, 64, 65)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int32)
 ODD_DTYPES = (*DTYPES, torch.float64, torch.int64, torch.bool, torch.complex64, torch.int16)
-INTEGERS = (0, 1, -1, 2, 16, 17, 127, -128, 255, 256, 2**31 - 1, 2**31, -(2**31), 2**62, -(2**63))
+SMALL_INTEGERS = (0, 1, -1, 2, 16, 17, 127, -128, 255, 256)
+INTEGERS = (*SMALL_INTEGERS, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1, -(2**63))
 TEXTS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "", "é", "GELU", "a" * 999)
 
 
 class Arguments:
-    """Draws one call's arguments; N and K are the same wherever they fit."""
+    """Draws one call's arguments; sizes and dtypes are the same wherever they have to fit."""
 
-    def __init__(self, draw: random.Random) -> None:
-        self.draw = draw
-        self.rows, self.outputs, self.inputs = (draw.choice(SIZES) for _ in range(3))
+    def __init__(self, draw: random.Random, operator: str) -> None:
+        self.draw, self.operator = draw, operator
+        self.rows, self.inputs = draw.choice(SIZES), draw.choice(SIZES)
+        layers = 1 + draw.randrange(3) if operator == "linear_dynamic_split" else 1
+        self.layers = [draw.choice(SIZES) for _ in range(layers)]
+        self.outputs = sum(self.layers)
+        shapes = ((self.rows, self.inputs), (self.inputs,), (2, self.rows, self.inputs))
+        self.shape = draw.choice(shapes)
+        integers = operator in ("int8_mm", "dequantize")
+        floats = not integers and operator != "linear_static"
+        self.dtype = draw.choice(DTYPES[:3] if floats else DTYPES[3 * integers : 5])
         self.oddness = draw.choice((0.0, 0.05, 0.2))  # share of arguments that do not fit
 
     def one_in(self, count: int) -> bool:
@@ -53,24 +62,27 @@ class Arguments:
 
     def fitting(self, name: str) -> Tensor:
         """What a call that works would pass under this name."""
-        rows, outputs, inputs, draw = self.rows, self.outputs, self.inputs, self.draw
+        outputs, inputs, draw = self.outputs, self.inputs, self.draw
         if "packed" in name:
-            return torch.ops.torchquant.pack_weight(self.filled((outputs, inputs), torch.int8))
+            weights = [self.filled((n, inputs), torch.int8) for n in self.layers]
+            return torch.cat([torch.ops.torchquant.pack_weight(weight) for weight in weights])
         if name in ("scale", "input_scale", "output_scale"):
             return torch.rand(()) + 0.01
         if name in ("zero_point", "input_zero_point"):
             return self.filled((1,), torch.int32).clamp(0, 127)
+        channels = (outputs,) if self.operator == "linear_dynamic_split" or self.one_in(2) else (1,)
         if name == "weight_zero_point":
-            return self.filled(draw.choice(((outputs,), (1,))), torch.int32)
+            return self.filled(channels, torch.int32)
         if name == "weight_scale":
-            return torch.rand(draw.choice(((outputs,), (1,)))) + 0.01
+            return torch.rand(channels) + 0.01
+        if self.operator.endswith("_norm") and name in ("weight", "bias"):
+            return self.filled((inputs,), draw.choice(DTYPES[:3]))
         if name == "bias":
-            return self.filled((outputs,), draw.choice((torch.float32, torch.int32)))
+            integer = self.operator == "linear_static" and self.one_in(2)
+            return self.filled((outputs,), torch.int32 if integer else torch.float32)
         if name == "weight":
-            matrix = ((outputs, inputs), torch.int8)
-            return self.filled(*draw.choice((matrix, ((inputs,), torch.float32))))
-        shape = draw.choice(((rows, inputs), (inputs,), (2, rows, inputs)))
-        return self.filled(shape, draw.choice(DTYPES[:5]))
+            return self.filled((outputs, inputs), torch.int8)
+        return self.filled(self.shape, self.dtype)
 
     def filled(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         values = torch.randn(shape) * self.draw.choice((1.0, 50.0, 1e30, 0.0))
@@ -128,6 +140,10 @@ class Arguments:
         if kind.startswith("Optional["):
             often = 2 if kind == "Optional[Tensor]" else 6
             return self.value(kind[9:-1], name) if self.one_in(often) else None
+        if kind == "List[int]" and not self.is_odd():
+            return list(self.layers)
+        if kind == "List[str]" and not self.is_odd():
+            return [draw.choice(TEXTS[:7]) for _ in self.layers] if self.one_in(2) else []
         if kind.startswith("List["):
             return [self.value(kind[5:-1], name) for _ in range(draw.randrange(4))]
         if kind == "Tensor":
@@ -137,7 +153,7 @@ class Arguments:
         if kind == "str":
             return draw.choice(TEXTS if self.is_odd() else TEXTS[:7])
         if kind == "float":
-            return draw.choice((1e-5, 0.0, -1.0, math.nan, math.inf, 1e300))
+            return draw.choice((-1.0, math.nan, math.inf, 1e300) if self.is_odd() else (1e-5, 0.0))
         if "dtype" in name:
             usual = DTYPES[3:5] if name == "dtype" and self.one_in(2) else DTYPES[:3]
             return draw.choice(ODD_DTYPES if self.is_odd() else usual)
@@ -167,7 +183,7 @@ def peak() -> int:
 
 
 def run(operator: Any, draw: random.Random, trace: Path) -> str:
-    arguments = Arguments(draw)
+    arguments = Arguments(draw, operator._opname)
     values = {a.name: arguments.value(str(a.type), a.name) for a in operator._schema.arguments}
     described = "\n".join(f"  {name}: {describe(value)}" for name, value in values.items())
     trace.write_text(f"{operator}\n{described}\n")
