@@ -1,5 +1,5 @@
 // C++ functions of tensors as functions of Python, at the least cost a call: positional arguments only, read straight
-// from the array that the interpreter passes. pybind11 takes 0.5 us for eight arguments, a fifth of a small layer.
+// from the array that the interpreter passes. pybind11 takes 0.15 us more for eight arguments.
 #pragma once
 
 #include <torch/csrc/Dtype.h>

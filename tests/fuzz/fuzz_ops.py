@@ -155,7 +155,7 @@ class Arguments:
         if kind == "float":
             return draw.choice((-1.0, math.nan, math.inf, 1e300) if self.is_odd() else (1e-5, 0.0))
         if "dtype" in name:
-            usual = DTYPES[3:5] if name == "dtype" and self.one_in(2) else DTYPES[:3]
+            usual = DTYPES[3:5] if self.operator == "quantize" else DTYPES[:3]
             return draw.choice(ODD_DTYPES if self.is_odd() else usual)
         return self.integer(name)
 
