@@ -349,6 +349,31 @@ def test_nothing_is_kept(gradients_off: None) -> None:
     assert [output() for output in outputs] == [None, None]
 
 
+def test_outputs_live_as_long_as_their_users(
+    monkeypatch: pytest.MonkeyPatch, gradients_off: None
+) -> None:
+    """Also while the input lives on, and without the garbage collector."""
+    split = projections._split
+    references: list[weakref.ref[Tensor]] = []
+
+    def noted(*arguments: Any) -> Any:
+        outputs = split(*arguments)
+        references.extend(map(weakref.ref, outputs))
+        return outputs
+
+    monkeypatch.setattr(projections, "_split", noted)
+    _, model, _ = both(Attention())
+    x = floats(2, 5, 64)
+    gc.collect()
+    gc.disable()
+    try:
+        model(x)
+        assert len(references) == 3
+        assert [reference() for reference in references] == [None, None, None]
+    finally:
+        gc.enable()
+
+
 def test_an_error_between_the_calls(gradients_off: None) -> None:
     plain, model, _ = both(Attention())
     original = model.k.forward

@@ -56,10 +56,9 @@ class _Kept:
     def __init__(self, input: Tensor, outputs: list[Any]) -> None:
         self.outputs = outputs
         self.next = 1
-        self.input = weakref.ref(input, self._drop)  # nobody can ask any more once it is gone
-
-    def _drop(self, reference: object) -> None:
-        self.outputs = []
+        # Nobody can ask any more once the input is gone. The callback does not hold self: in such
+        # a cycle the outputs would wait for the garbage collector.
+        self.input = weakref.ref(input, lambda reference: outputs.clear())
 
 
 class _Slot(threading.local):
@@ -142,9 +141,9 @@ class ProjectionGroup:
         if kept is None or kept.next != index or kept.input() is not input:
             return None
         output: Tensor = kept.outputs[index]
+        kept.outputs[index] = None
         index += 1
         if index < len(self.codes):
-            kept.outputs[index - 1] = None
             kept.next = index
         else:
             self._slot.kept = None
