@@ -104,9 +104,18 @@ at::Tensor layer_norm(const at::Tensor& input, const std::optional<at::Tensor>& 
   return op.call(input, weight, bias, eps, residual);
 }
 
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const std::optional<at::Tensor>& mask, std::optional<double> scale, bool causal) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("torchquant::attention", "")
+                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const std::optional<at::Tensor>&, std::optional<double>, bool)>();
+  return op.call(query, key, value, mask, scale, causal);
+}
+
 constexpr char kLinearDynamic[] = "linear_dynamic", kLinearDynamicSplit[] = "linear_dynamic_split",
                kLinearStatic[] = "linear_static", kActivation[] = "activation", kGatedActivation[] = "gated_activation",
-               kRmsNorm[] = "rms_norm", kLayerNorm[] = "layer_norm";
+               kRmsNorm[] = "rms_norm", kLayerNorm[] = "layer_norm", kAttention[] = "attention";
 
 PyMethodDef fast_calls[] = {
     torchquant::FastCall<kLinearDynamic, &linear_dynamic>::method(),
@@ -116,6 +125,7 @@ PyMethodDef fast_calls[] = {
     torchquant::FastCall<kGatedActivation, &gated_activation>::method(),
     torchquant::FastCall<kRmsNorm, &rms_norm>::method(),
     torchquant::FastCall<kLayerNorm, &layer_norm>::method(),
+    torchquant::FastCall<kAttention, &attention>::method(),
     {nullptr, nullptr, 0, nullptr},
 };
 

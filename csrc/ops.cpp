@@ -46,4 +46,10 @@ TORCH_LIBRARY(torchquant, m) {
   // multiplies. residual: the norm of input + residual.
   m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
   m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
+
+  // softmax(query @ key^T * scale + mask) @ value, products in bfloat16. [B, H, Q, D], [B, G, K, D], [B, G, K, E] with
+  // H a multiple of G; mask: bool or float, broadcastable to [B, H, Q, K]. Result [B, H, Q, E], in memory [B, Q, H, E].
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, float? scale=None, bool causal=False) -> "
+      "Tensor");
 }

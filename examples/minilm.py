@@ -68,7 +68,10 @@ SWITCHES = {
         "unfused, but the residual added in the norm, by torchquant",
         Switches(norms=True),
     ),
-    "torchquant-attention": ("unfused, but attention in bfloat16", Switches(attention=True)),
+    "torchquant-attention": (
+        "unfused, but attention by torchquant, in bfloat16",
+        Switches(attention=True),
+    ),
     "torchquant": ("int8, quantize_(model) and nothing else", FUSED),
     "torchquant-all": (
         "int8, fused, with norms and attention as above",
@@ -76,8 +79,8 @@ SWITCHES = {
     ),
     "torchquant-bf16": ("int8, quantize_(model).to(bfloat16)", replace(FUSED, bfloat16=True)),
     "torchquant-bf16-all": (
-        "the same, and norms as above",
-        replace(FUSED, norms=True, bfloat16=True),
+        "the same, and norms and attention as above",
+        replace(FUSED, norms=True, attention=True, bfloat16=True),
     ),
 }
 ONNX_INT8 = {

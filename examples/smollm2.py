@@ -70,7 +70,10 @@ SWITCHES = {
         Switches(projections=True),
     ),
     "torchquant-norms": ("unfused, but the norms by torchquant", Switches(norms=True)),
-    "torchquant-attention": ("unfused, but attention in bfloat16", Switches(attention=True)),
+    "torchquant-attention": (
+        "unfused, but attention by torchquant, in bfloat16",
+        Switches(attention=True),
+    ),
     "torchquant": ("int8 of the rotated model, quantize_(model) and nothing else", FUSED),
     "torchquant-all": (
         "int8 of the rotated model, fused, with gating, norms and attention as above",

@@ -185,6 +185,19 @@ def check_functions(rows: int, inputs: int, before: bool) -> None:
             ops.layer_norm(placed, None, None, 1e-5)
 
 
+def check_attention(queries: int, size: int, before: bool) -> None:
+    """Every row of queries, keys and values at an edge, masks of both kinds."""
+    keys = queries + 3
+    shapes = ((1, 2, queries, size), (1, 2, keys, size), (1, 2, keys, size + 1))
+    masks = (None, torch.rand(queries, keys) < 0.5, torch.randn(2, 1, keys))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors = [beside_a_hole(torch.randn(*shape).to(dtype), before) for shape in shapes]
+        for mask in masks:
+            placed = None if mask is None else beside_a_hole(mask, before)
+            for causal in (False, True):
+                ops.attention(*tensors, placed, causal=causal)
+
+
 TAILS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 130)
 
 
@@ -213,6 +226,7 @@ def main(isa: str) -> None:
                         check_layer(rows, outputs, inputs, before)
                     check_elements(rows, inputs, before)
                     check_functions(rows, inputs, before)
+                check_attention(inputs, (3, 8, 17, 32, 33)[number % 5], before)
             check_layer(40, 100, 1030, before)
             check_layer(2, 3, 33_026, before)
             check_layer(1, 2, 65_790, before)

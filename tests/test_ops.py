@@ -38,6 +38,7 @@ PACKED = ops.pack_weight(WEIGHT)
 SCALE, ZERO = positive(N, seed=2), integers(N, seed=3).to(torch.int32)
 BIAS, INT_BIAS = floats(N, seed=4), integers(N, seed=5, dtype=torch.int32)
 X, Q = floats(6, K, seed=6), integers(6, K, seed=7)
+QUERY = floats(3, 4, 5, 6, seed=8)
 # Two layers on one input: the one above, and its first 16 outputs.
 BOTH = torch.cat([PACKED, ops.pack_weight(WEIGHT[:16])])
 SCALES, ZEROS, BIASES = (torch.cat([t, t[:16]]) for t in (SCALE, ZERO, BIAS))
@@ -159,6 +160,14 @@ def samples() -> dict[str, list[Sample]]:
             sample(X, None, None, 1e-5, leaf(X)),
             sample(X, positive(K), leaf(positive(K)), 1e-5, X),
             sample(X[:0], None, None, 1e-5),
+        ],
+        "attention": [
+            sample(QUERY, QUERY, QUERY),
+            sample(QUERY.bfloat16(), QUERY[:, :2].bfloat16(), QUERY[:, 2:].bfloat16(), None, 0.3),
+            sample(QUERY, QUERY, QUERY, torch.ones(5, 5, dtype=torch.bool).tril(), None, True),
+            sample(leaf(QUERY), leaf(QUERY), leaf(QUERY)),
+            sample(leaf(QUERY), QUERY[:, :1], leaf(QUERY[:, :1]), leaf(torch.randn(3, 4, 1, 5))),
+            sample(QUERY[:0], QUERY[:0], QUERY[:0]),
         ],
     }
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("nn",),
     ("fuse",),
     ("quantize",),
-    ("io", "norms"),
+    ("attention", "io", "norms"),
     ("models",),
     ("info", "demo", "bench"),
     ("cli",),

@@ -8,6 +8,7 @@ choice of instruction set.
 from importlib.metadata import PackageNotFoundError, version
 
 from torchquant import cpu, functional, nn, ops
+from torchquant.attention import replace_attention_
 from torchquant.configs import (
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "quant_range",
     "quantize_",
     "quantized_linear",
+    "replace_attention_",
     "replace_norms_",
     "save",
 ]

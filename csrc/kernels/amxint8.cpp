@@ -4,13 +4,15 @@
 #include "kernel_table.h"
 
 #if defined(TQ_X86)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cmath>
 
+#include "attention.h"
 #include "layout.h"
 
-TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
@@ -44,6 +46,21 @@ TQ_INLINE void configure(int64_t panel_rows) {
   }
   // Not _tile_loadconfig: GCC's version declares a read of 8 bytes, and the optimiser then drops the other stores.
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
+}
+
+#include "attention_amx.inc"
+#include "attention_avx512.inc"
+#include "attention.inc"
+
+static bool use_bf16() {
+  static const bool found = has_bf16();
+  return found;
+}
+static void pack_attention_any(const AttentionArgs& g) {
+  return use_bf16() ? pack_attention(g) : avx512vnni_kernels().pack_attention(g);
+}
+static void attend_any(const AttentionArgs& g, int64_t q0, int64_t q1) {
+  return use_bf16() ? attend(g, q0, q1) : avx512vnni_kernels().attend(g, q0, q1);
 }
 
 // The next weight tiles, fetched into the second-level cache while the present ones are multiplied.
@@ -243,9 +260,10 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8",      128,           kTileRows,     2 * kTileRows, kPairTiles,
-                                        1600.0f,         quantize_rows, copy_rows,     gemm,          quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {
+      "amx_int8", 128,  kTileRows,     2 * kTileRows,   kPairTiles,    1600.0f,        quantize_rows,
+      copy_rows,  gemm, quantize_span, dequantize_span, activate_span, normalize_rows, pack_attention_any,
+      attend_any};
   return table;
 }
 }  // namespace torchquant

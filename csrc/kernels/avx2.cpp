@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "layout.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c")
@@ -18,6 +19,8 @@ namespace avx2 {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "attention_vector.inc"
+#include "attention.inc"
 #include "epilogue.inc"
 #include "avx2_sums.inc"
 
@@ -95,8 +98,9 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 const KernelTable& avx2_kernels() {
   using namespace avx2;
   static constexpr KernelTable table = {
-      "avx2",    0,           kRows,         kRows,           kTiles,        60.0f,         quantize_rows,
-      copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows};
+      "avx2",    0,           kRows,         kRows,           kTiles,        60.0f,          quantize_rows,
+      copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows, pack_attention,
+      attend};
   return table;
 }
 }  // namespace torchquant

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "layout.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
@@ -15,6 +16,9 @@ namespace avx512vnni {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "attention_avx512.inc"
+#include "attention_vector.inc"
+#include "attention.inc"
 #include "epilogue.inc"
 #include "avx512_micro.inc"
 #include "gemm.inc"
@@ -22,9 +26,9 @@ namespace avx512vnni {
 
 const KernelTable& avx512vnni_kernels() {
   using namespace avx512vnni;
-  static constexpr KernelTable table = {"avx512_vnni",   128,           kRows,         kRows,       kTiles,
-                                        300.0f,          quantize_rows, copy_rows,     gemm_vector, quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"avx512_vnni",   128,           kRows,          kRows,          kTiles,
+                                        300.0f,          quantize_rows, copy_rows,      gemm_vector,    quantize_span,
+                                        dequantize_span, activate_span, normalize_rows, pack_attention, attend};
   return table;
 }
 }  // namespace torchquant

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "layout.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
@@ -15,6 +16,8 @@ namespace avxvnni {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "attention_vector.inc"
+#include "attention.inc"
 #include "epilogue.inc"
 #include "avx2_sums.inc"
 
@@ -55,9 +58,9 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avxvnni_kernels() {
   using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni",      128,           kRows,         kRows,       kTiles,
-                                        180.0f,          quantize_rows, copy_rows,     gemm_vector, quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"avx_vnni",      128,           kRows,          kRows,          kTiles,
+                                        180.0f,          quantize_rows, copy_rows,      gemm_vector,    quantize_span,
+                                        dequantize_span, activate_span, normalize_rows, pack_attention, attend};
   return table;
 }
 }  // namespace torchquant

@@ -105,6 +105,23 @@ struct NormArgs {
   bool centered, cast_before_weight;  // cast: to the type of x, before the weight multiplies
 };
 
+// One head of attention: queries and the keys and values that they attend to.
+enum class MaskType : int { kNone, kBool, kFloat };
+struct AttentionArgs {
+  const void* q;  // [queries, d], [keys, d], [keys, dv]; rows a stride apart, contiguous within a row
+  const void* k;
+  const void* v;
+  const void* mask;  // [queries, keys]: bool (false: not attended to), or fp32 that is added to the scaled scores
+  void* out;         // [queries, dv], of q's type
+  int64_t q_stride, k_stride, v_stride, mask_stride, out_stride;
+  int64_t queries, keys, d, dv;
+  FloatType type;
+  MaskType mask_type;
+  float scale;      // of the scores, times log2(e)
+  bool causal;      // query i attends to keys 0 .. i
+  uint8_t* memory;  // attention.h
+};
+
 struct KernelTable {
   const char* name;
   int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
@@ -119,6 +136,8 @@ struct KernelTable {
   void (*dequantize_span)(const SpanArgs&);
   void (*activate_span)(const ActivationArgs&);
   void (*normalize_rows)(const NormArgs&, int64_t m0, int64_t m1);
+  void (*pack_attention)(const AttentionArgs&);                  // keys and values into the scratch memory
+  void (*attend)(const AttentionArgs&, int64_t q0, int64_t q1);  // then queries, at most kQueryBlock
 };
 
 const KernelTable& scalar_kernels();

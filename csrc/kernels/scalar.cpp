@@ -5,6 +5,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "attention.h"
 #include "kernel_table.h"
 #include "layout.h"
 
@@ -14,6 +15,8 @@ namespace scalar {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "attention_vector.inc"
+#include "attention.inc"
 #include "epilogue.inc"
 
 #if defined(__SSE2__)
@@ -113,7 +116,9 @@ const KernelTable& scalar_kernels() {
                                         scalar::quantize_span,
                                         scalar::dequantize_span,
                                         scalar::activate_span,
-                                        scalar::normalize_rows};
+                                        scalar::normalize_rows,
+                                        scalar::pack_attention,
+                                        scalar::attend};
   return table;
 }
 

@@ -78,7 +78,7 @@ class Switches:
         activations, projections: `torchquant.Fusion`'s, carried out by `quantize_`.
         norms: norms, and what is fused with them, as torchquant's operators.
         gated: a language model's `silu(gate) * up` in one pass.
-        attention: in bfloat16, in a float32 model.
+        attention: in bfloat16, by torchquant's operator, also in a float32 model.
         bfloat16: everything between the linears in bfloat16.
     """
 
@@ -113,7 +113,7 @@ def torchquant(switches: Switches = FUSED, activation_symmetric: bool = False) -
             torchquant.replace_norms_(model)
             rewrite.add_in_norms(model)
         if switches.attention:
-            rewrite.bfloat16_attention(model)
+            torchquant.replace_attention_(model)
         if switches.bfloat16:
             to_bfloat16(model)
         return report

@@ -17,43 +17,6 @@ import torchquant
 if TYPE_CHECKING:
     from torch import Tensor
 
-BFLOAT16_ATTENTION = "sdpa_bfloat16"
-
-
-def bfloat16_attention(model: Any) -> None:
-    """Attention in bfloat16 in a float32 model: queries, keys and values are cast, results back.
-
-    Single tokens are left as they are: casting the whole cache for one query costs more than it
-    saves.
-    """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        if query.shape[2] == 1 or query.dtype != torch.float32:
-            result: tuple[Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, **options
-            )
-            return result
-        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = attention_mask.to(torch.bfloat16)
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output.to(torch.float32), None
-
-    AttentionInterface.register(BFLOAT16_ATTENTION, attention)
-    AttentionMaskInterface.register(BFLOAT16_ATTENTION, sdpa_mask)
-    model.set_attn_implementation(BFLOAT16_ATTENTION)
-
 
 class DenseAddNorm(nn.Module):
     """`LayerNorm(dense(x) + residual)`, the end of a BERT block, the addition inside the norm."""

@@ -9,6 +9,7 @@ compare with ``torch.equal``. What each function promises stands in its module:
 * :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
   fixed fp32 sequences
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
+* :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
 * :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch
 """
 
@@ -23,6 +24,7 @@ from torchquant.functional.activations import (
     tanh,
 )
 from torchquant.functional.affine import dequantize, fake_quantize, quantize, quantize_per_token
+from torchquant.functional.attention import attention
 from torchquant.functional.linear import (
     dynamic_linear,
     quantize_bias,
@@ -35,6 +37,7 @@ from torchquant.functional.qparams import choose_qparams, qparams_from_range
 
 __all__ = [
     "ACTIVATIONS",
+    "attention",
     "choose_qparams",
     "dequantize",
     "dynamic_linear",
