@@ -19,7 +19,7 @@ import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
 from torchquant import QuantizationReport, quantize_
 from torchquant.nn import QuantizedLinear
-from torchquant.quantize import too_small
+from torchquant.plan import too_small
 
 
 def outcome(report: QuantizationReport) -> dict[str, str]:
@@ -635,7 +635,7 @@ def test_running_out_of_memory_leaves_a_model_that_works(monkeypatch: pytest.Mon
 MEMORY_SCRIPT = """
 import os, torch, torchquant
 from torch import nn
-from torchquant.quantize import tensor_bytes
+from torchquant.plan import tensor_bytes
 
 def status(key):
     with open("/proc/self/status") as file:

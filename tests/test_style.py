@@ -20,6 +20,7 @@ LAYERS = (
     ("configs", "report"),
     ("nn",),
     ("fuse",),
+    ("plan",),
     ("quantize",),
     ("io", "norms"),
     ("models",),

@@ -43,7 +43,7 @@ from torchquant.fuse.projections import group_again, groups_of
 from torchquant.fuse.recognize import activation_of
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear
-from torchquant.quantize import memory_key, replace_module
+from torchquant.plan import memory_key, replace_module
 
 FORMAT = 2
 _PLAIN_FORMAT = 1  # what a model without absorbed modules is written as, for older readers
