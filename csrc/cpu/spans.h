@@ -16,7 +16,8 @@
 
 namespace torchquant {
 
-inline constexpr int64_t kGrain = 16384;  // elements a thread should have at least
+inline constexpr int64_t kGrain = 16384;                    // elements a thread should have at least
+inline constexpr int64_t kMaxZeroPoint = int64_t{1} << 22;  // so far fp32 holds differences of integers exactly
 
 struct Spans {
   bool by_element = false;
@@ -38,6 +39,10 @@ inline Spans make_spans(const char* op, const at::Tensor& input, const at::Tenso
     s.channels = input.size(a);
     int64_t inner = 1;
     for (int64_t d = a + 1; d < input.dim(); ++d) inner *= input.size(d);
+    if (s.channels == 1) {  // one scale for all
+      s.length = s.row = input.numel();
+      return s;
+    }
     s.by_element = inner == 1;
     s.length = s.by_element ? s.channels : inner;
     s.count = s.length ? input.numel() / s.length : 0;
@@ -61,6 +66,19 @@ inline Spans make_spans(const char* op, const at::Tensor& input, const at::Tenso
     s.length = s.row = input.numel();
   }
   return s;
+}
+
+// Shape of the scales that make_spans asks for; it refuses what cannot be.
+inline std::vector<int64_t> scale_sizes(const at::Tensor& input, std::optional<int64_t> axis,
+                                        std::optional<int64_t> group_size) {
+  if (axis) {
+    const int64_t a = *axis < 0 ? *axis + input.dim() : *axis;
+    return {a >= 0 && a < input.dim() ? input.size(a) : 0};
+  }
+  if (!group_size || input.dim() == 0) return {1};
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = ceil_div(sizes.back(), std::max<int64_t>(1, *group_size));
+  return sizes;
 }
 
 // Scales, zero points and limits as the kernels want them.
@@ -91,9 +109,8 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
     const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes()).contiguous();
     if (is_real) {
       std::copy_n(z.const_data_ptr<float>(), n, real);
-    } else if (n > 0) {  // so far fp32 holds every difference of integers exactly
-      constexpr int64_t kLimit = int64_t{1} << 22;
-      check_zero_points(op, "zero_point", z.const_data_ptr<int32_t>(), n, -kLimit, kLimit);
+    } else if (n > 0) {
+      check_zero_points(op, "zero_point", z.const_data_ptr<int32_t>(), n, -kMaxZeroPoint, kMaxZeroPoint);
       std::copy_n(z.const_data_ptr<int32_t>(), n, zero);
     }
   }
@@ -117,6 +134,20 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
 inline int64_t scale_index(const Spans& s, int64_t span, int64_t scales) {
   if (s.by_element || scales == 1) return 0;
   return s.per_row == 1 && s.channels > 1 ? span % s.channels : span;
+}
+
+// The elements [first, last) in contiguous order, cut where the scale changes: run(element, n, index of its scale).
+template <class Run>
+void for_segments(const Spans& s, int64_t scales, int64_t first, int64_t last, Run run) {
+  if (first >= last) return;
+  int64_t row = first / s.row, span = first % s.row / s.length, offset = first % s.row % s.length;
+  while (first < last) {
+    const int64_t length = std::min(s.length, s.row - span * s.length), n = std::min(length - offset, last - first);
+    run(first, n, scale_index(s, row * s.per_row + span, scales) + (s.by_element ? offset : 0));
+    first += n;
+    offset = 0;
+    if (++span == s.per_row) span = 0, ++row;
+  }
 }
 
 }  // namespace torchquant

@@ -21,6 +21,16 @@ from torchquant.functional.linear import check_integer_input, check_quantized_li
 from torchquant.ops._arguments import layout_arguments as _layout_arguments
 from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
 from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_learned_backward,
+    fake_quantize_mask,
+    in_range,
+    mask_gradient,
+    minmax,
+    positive,
+)
 from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
@@ -29,13 +39,21 @@ __all__ = [
     "PackedWeight",
     "activation",
     "dequantize",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "gated_activation",
+    "in_range",
     "int8_mm",
     "layer_norm",
     "linear_dynamic",
     "linear_dynamic_split",
     "linear_static",
+    "mask_gradient",
+    "minmax",
     "pack_weight",
+    "positive",
     "quantize",
     "quantize_per_token",
     "quantized_linear",
