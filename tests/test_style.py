@@ -17,7 +17,7 @@ LAYERS = (
     ("functional",),
     ("compat", "cpu"),
     ("ops", "_standins", "_training"),
-    ("observers", "_range_search"),
+    ("observers", "_range_search", "fake_quantize"),
     ("fake_quantizer", "lsq"),
     ("configs", "report"),
     ("nn",),

@@ -15,6 +15,7 @@ from torchquant.configs import (
     IntxActivationIntxWeightConfig,
     QATConfig,
 )
+from torchquant.fake_quantize import FakeQuantize
 from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.io import load, save
 from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
@@ -43,6 +44,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "FakeQuantize",
     "FakeQuantizer",
     "Fusion",
     "FusionReport",
