@@ -16,6 +16,7 @@ from torchquant.configs import (
     QATConfig,
 )
 from torchquant.io import load, save
+from torchquant.nn import QATLinear
 from torchquant.norms import NormReport, NormsReport, replace_norms_
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.quantize import quantize_
@@ -50,6 +51,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QATConfig",
+    "QATLinear",
     "QuantizationReport",
     "__version__",
     "cpu",

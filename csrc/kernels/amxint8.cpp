@@ -15,6 +15,7 @@ namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "epilogue.inc"
@@ -235,9 +236,9 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8",      128,           kTileRows,     2 * kTileRows, kPairTiles,
-                                        1600.0f,         quantize_rows, copy_rows,     gemm,          quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {
+      "amx_int8", 128,           kTileRows, 2 * kTileRows, kPairTiles,      1600.0f,       quantize_rows,
+      copy_rows,  quantize_pack, gemm,      quantize_span, dequantize_span, activate_span, normalize_rows};
   return table;
 }
 }  // namespace torchquant

@@ -13,6 +13,7 @@ namespace torchquant {
 namespace avxvnni {
 #include "vec_avx2.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "epilogue.inc"
@@ -55,9 +56,9 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avxvnni_kernels() {
   using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni",      128,           kRows,         kRows,       kTiles,
-                                        180.0f,          quantize_rows, copy_rows,     gemm_vector, quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {
+      "avx_vnni", 128,           kRows,       kRows,         kTiles,          180.0f,        quantize_rows,
+      copy_rows,  quantize_pack, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows};
   return table;
 }
 }  // namespace torchquant
