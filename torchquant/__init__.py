@@ -19,6 +19,7 @@ from torchquant.fake_quantize import FakeQuantize
 from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.io import load, save
 from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
+from torchquant.nn import QATLinear
 from torchquant.norms import NormReport, NormsReport, replace_norms_
 from torchquant.observers import (
     MinMaxObserver,
@@ -67,6 +68,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QATConfig",
+    "QATLinear",
     "QuantizationReport",
     "__version__",
     "cpu",

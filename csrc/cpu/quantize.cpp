@@ -119,6 +119,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_per_token(const at::Tens
   g.x_type = float_type(x.scalar_type());
   g.x_stride = g.k = k;
   g.mode = symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric;
+  g.qmin = symmetric ? -127 : -128;
+  g.qmax = 127;
   g.q = static_cast<uint8_t*>(q.mutable_data_ptr());
   g.row_scale = scale.mutable_data_ptr<float>();
   g.row_zero = zero.mutable_data_ptr<int32_t>();

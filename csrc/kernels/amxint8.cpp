@@ -15,6 +15,7 @@ namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "fake_quantize.inc"
@@ -244,6 +245,7 @@ const KernelTable& amxint8_kernels() {
                                         1600.0f,
                                         quantize_rows,
                                         copy_rows,
+                                        quantize_pack,
                                         gemm,
                                         quantize_span,
                                         dequantize_span,

@@ -16,6 +16,7 @@ namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "fake_quantize.inc"
@@ -103,6 +104,7 @@ const KernelTable& avx2_kernels() {
                                         60.0f,
                                         quantize_rows,
                                         copy_rows,
+                                        quantize_pack,
                                         gemm_vector,
                                         quantize_span,
                                         dequantize_span,

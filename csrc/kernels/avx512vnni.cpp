@@ -13,6 +13,7 @@ namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "fake_quantize.inc"
@@ -31,6 +32,7 @@ const KernelTable& avx512vnni_kernels() {
                                         300.0f,
                                         quantize_rows,
                                         copy_rows,
+                                        quantize_pack,
                                         gemm_vector,
                                         quantize_span,
                                         dequantize_span,

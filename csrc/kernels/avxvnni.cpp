@@ -13,6 +13,7 @@ namespace torchquant {
 namespace avxvnni {
 #include "vec_avx2.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "fake_quantize.inc"
@@ -64,6 +65,7 @@ const KernelTable& avxvnni_kernels() {
                                         180.0f,
                                         quantize_rows,
                                         copy_rows,
+                                        quantize_pack,
                                         gemm_vector,
                                         quantize_span,
                                         dequantize_span,

@@ -22,7 +22,8 @@ struct QuantizeRowsArgs {
   int64_t x_stride, k;
   RowMode mode;
   float scale;  // static mode: the tensor's scale and zero point
-  int32_t zero_point, qmin, qmax;
+  int32_t zero_point;
+  int32_t qmin, qmax;  // of q; a symmetric row's scale is its greatest |x| over qmax
   int32_t offset;      // added to every q
   uint8_t* q;          // the panel (layout.h); from k on it is padded with the offset (q = 0)
   int64_t panel_rows;  // 0: no panel but plain [m, k], not padded
@@ -41,6 +42,19 @@ struct CopyRowsArgs {
   int64_t panel_rows;
   const int32_t* row_zero;  // [m], in units of the panel
   int32_t* row_term;        // [m] or null
+};
+
+// Rows of a float weight [n, k] -> tiles of the packed layout (layout.h), quantized on the way. The scale
+// of an output channel comes from the range of its row, or from `scale`.
+struct QuantizePackArgs {
+  const void* w;  // rows w_stride elements apart, contiguous within a row
+  FloatType w_type;
+  int64_t w_stride, n, k;
+  RowMode mode;  // kStatic: with the scales in `scale`, zero point 0
+  int32_t qmin, qmax;
+  int8_t* packed;
+  float* scale;   // [n]; NaN where the row must give NaN, its q are 0 then
+  int32_t* zero;  // [n]
 };
 
 // C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale weight_scale + bias))
@@ -169,6 +183,7 @@ struct KernelTable {
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   void (*quantize_rows)(const QuantizeRowsArgs&, int64_t m0, int64_t m1);
   void (*copy_rows)(const CopyRowsArgs&, int64_t m0, int64_t m1);
+  void (*quantize_pack)(const QuantizePackArgs&, int64_t tile0, int64_t tile1);
   void (*gemm)(const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
   void (*quantize_span)(const SpanArgs&);
   void (*dequantize_span)(const SpanArgs&);

@@ -12,6 +12,7 @@ namespace torchquant {
 namespace scalar {
 #include "vec_scalar.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "fake_quantize.inc"
@@ -110,6 +111,7 @@ const KernelTable& scalar_kernels() {
                                         20.0f,
                                         scalar::quantize_rows,
                                         scalar::copy_rows,
+                                        scalar::quantize_pack,
                                         scalar::gemm_vector,
                                         scalar::quantize_span,
                                         scalar::dequantize_span,

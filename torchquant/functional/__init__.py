@@ -10,6 +10,7 @@ compare with ``torch.equal``. What each function promises stands in its module:
 * :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
   fixed fp32 sequences
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
+* :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward
 * :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch
 """
 
@@ -43,6 +44,12 @@ from torchquant.functional.linear import (
     static_linear,
 )
 from torchquant.functional.norms import layer_norm, rms_norm
+from torchquant.functional.qat import (
+    qat_linear,
+    qat_linear_backward,
+    quantize_channels,
+    quantize_rows,
+)
 from torchquant.functional.qparams import choose_qparams, qparams_from_range
 
 __all__ = [
@@ -62,10 +69,14 @@ __all__ = [
     "mask_gradient",
     "minmax",
     "pack_bits",
+    "qat_linear",
+    "qat_linear_backward",
     "qparams_from_range",
     "quantize",
     "quantize_bias",
+    "quantize_channels",
     "quantize_per_token",
+    "quantize_rows",
     "quantized_linear",
     "relu",
     "rms_norm",

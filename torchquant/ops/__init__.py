@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torchquant.functional._checks import require_tensor
 from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
 from torchquant.ops._arguments import layout_arguments as _layout_arguments
 from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._fake import packed_shape, require_one_device
 from torchquant.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -31,6 +30,7 @@ from torchquant.ops.fake_quantize import (
     minmax,
     positive,
 )
+from torchquant.ops.qat import qat_linear, quantize_pack, quantize_rows
 from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
@@ -54,8 +54,11 @@ __all__ = [
     "minmax",
     "pack_weight",
     "positive",
+    "qat_linear",
     "quantize",
+    "quantize_pack",
     "quantize_per_token",
+    "quantize_rows",
     "quantized_linear",
     "rms_norm",
     "unpack_weight",
@@ -120,7 +123,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
+    require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -165,7 +168,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
+    require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -215,12 +218,6 @@ def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
 
 
-def packed_shape(out_features: Any, in_features: Any) -> tuple[Any, Any]:
-    """Shape of :func:`pack_weight`'s result; also for symbolic sizes."""
-    tiles = (out_features + 15) // 16
-    return tiles, (in_features + 63) // 64 * 64 * 16 + 128
-
-
 @torch.library.register_fake("torchquant::pack_weight")
 def _(weight: Tensor) -> Tensor:
     return torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device)
@@ -263,7 +260,7 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 @torch.library.register_fake("torchquant::int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    _require_one_device("int8_mm", input, packed=packed)
+    require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -278,6 +275,7 @@ def linear_dynamic(
     symmetric: bool = True,
     activation: str = "none",
     output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
 ) -> Tensor:
     """A linear layer on float input that is quantized per token inside the call.
 
@@ -288,9 +286,11 @@ def linear_dynamic(
         weight_zero_point: int32 ``[N]`` or ``[1]``, or None.
         bias: float32 ``[N]`` or None.
         out_features: N.
-        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
+        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token; with
+            fewer ``activation_bits`` the signed range of so many bits.
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid, applied in float32.
         output_dtype: float32, bfloat16 or float16; input's when None.
+        activation_bits: 2 to 8.
 
     Returns:
         ``[..., N]``; the bits of :func:`torchquant.functional.dynamic_linear`. A row with NaN or an
@@ -313,6 +313,7 @@ def linear_dynamic(
         symmetric,
         activation,
         output_dtype,
+        activation_bits,
     )
 
 
@@ -327,8 +328,9 @@ def _(
     symmetric: bool = True,
     activation: str = "none",
     output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
 ) -> Tensor:
-    _require_one_device(
+    require_one_device(
         "linear_dynamic",
         input,
         packed=packed,
@@ -404,7 +406,7 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    _require_one_device(
+    require_one_device(
         "linear_dynamic_split",
         input,
         packed=packed,
@@ -499,7 +501,7 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    _require_one_device(
+    require_one_device(
         "linear_static",
         input,
         input_scale=input_scale,
@@ -570,7 +572,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @torch.library.register_fake("torchquant::gated_activation")
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    _require_one_device("gated_activation", gate, up=up)
+    require_one_device("gated_activation", gate, up=up)
     return torch.empty_like(gate)
 
 
@@ -607,7 +609,7 @@ def rms_norm(
 
 @torch.library.register_fake("torchquant::rms_norm")
 def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
-    _require_one_device("rms_norm", input, weight=weight)
+    require_one_device("rms_norm", input, weight=weight)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -654,7 +656,7 @@ def _(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
+    require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
