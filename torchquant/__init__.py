@@ -7,7 +7,7 @@ choice of instruction set.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from torchquant import cpu, functional, nn, observers, ops
+from torchquant import cpu, functional, nn, observers, ops, qat
 from torchquant.configs import (
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
@@ -28,6 +28,7 @@ from torchquant.observers import (
     report_nonfinite,
 )
 from torchquant.ops import PackedWeight, quantized_linear
+from torchquant.qat import QATSchedule, convert_, prepare_qat_, to_float
 from torchquant.quantize import quantize_
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import (
@@ -38,6 +39,7 @@ from torchquant.scheme import (
     PerToken,
     quant_range,
 )
+from torchquant.verify import VerifyReport, verify
 
 try:
     __version__ = version("torchquant")
@@ -69,8 +71,11 @@ __all__ = [
     "PerToken",
     "QATConfig",
     "QATLinear",
+    "QATSchedule",
     "QuantizationReport",
+    "VerifyReport",
     "__version__",
+    "convert_",
     "cpu",
     "functional",
     "load",
@@ -78,10 +83,14 @@ __all__ = [
     "observers",
     "ops",
     "parameter_groups",
+    "prepare_qat_",
+    "qat",
     "quant_range",
     "quantize_",
     "quantized_linear",
     "replace_norms_",
     "report_nonfinite",
     "save",
+    "to_float",
+    "verify",
 ]

@@ -195,6 +195,31 @@ def plan_layers(
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to gain')]
     """
+    fused = _fast_path_layers(model)
+    steps = find_layers(model, lambda module: linear_like(module) or done(module) is not None)
+    for step in steps:
+        module = step.module
+        step.leave = done(module)
+        if step.leave is not None:
+            continue
+        step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
+        step.refusal = fused.get(id(module)) or refusal(module)
+        if not step.asked:
+            step.leave = "filter_fn"
+        elif filter_fn is None and not step.refusal and too_small(*features(module)):
+            step.leave = "too small to gain"
+    return steps
+
+
+def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Step]:
+    """An empty step for each module that is wanted, in the order of a model's modules.
+
+    Example:
+        >>> linear = nn.Linear(4, 4)
+        >>> steps = find_layers(nn.Sequential(linear, linear), lambda module: module is linear)
+        >>> [step.names for step in steps]
+        [['0', '1']]
+    """
     owners = owners_by_module(model)
     uses = Counter(
         memory_key(p)
@@ -202,25 +227,14 @@ def plan_layers(
         for p in module._parameters.values()
         if p is not None
     )
-    fused = _fast_path_layers(model)
     layers: dict[int, Step] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _linear_like(module) or done(module) is not None:
+        if wanted(module):
             step = Step([], module, owners.get(id(module), []))
             layers.setdefault(id(module), step).names.append(name)
     for step in layers.values():
-        module = step.module
-        step.leave = done(module)
-        if step.leave is not None:
-            continue
-        step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
-        step.refusal = fused.get(id(module)) or refusal(module)
-        weight = module._parameters.get("weight")
+        weight = step.module._parameters.get("weight")
         step.tied = weight is not None and uses[memory_key(weight)] > 1
-        if not step.asked:
-            step.leave = "filter_fn"
-        elif filter_fn is None and not step.refusal and too_small(*features(module)):
-            step.leave = "too small to gain"
     return list(layers.values())
 
 
@@ -243,8 +257,13 @@ def check_strict(who: str, steps: Iterable[Step]) -> None:
         )
 
 
-def _linear_like(module: nn.Module) -> bool:
-    """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D."""
+def linear_like(module: nn.Module) -> bool:
+    """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D.
+
+    Example:
+        >>> linear_like(nn.Linear(4, 4)), linear_like(nn.ReLU())
+        (True, False)
+    """
     if isinstance(module, nn.Linear):
         return True
     if type(module).__name__ != "Conv1D":

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from torchquant.configs import Config, Fusion, check_config, check_fusion
+from torchquant.configs import Config, Fusion, QATConfig, check_config, check_fusion
 from torchquant.fuse.activations import fuse_activations
 from torchquant.fuse.dataflow import Dataflow, owners_by_module
 from torchquant.fuse.projections import group_projections
 from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
+from torchquant.nn.qat_linear import QATLinear
 from torchquant.plan import (
     FilterFn,
     Step,
@@ -24,7 +25,8 @@ from torchquant.plan import (
 )
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 
-_BARE = {
+_BARE: dict[type[nn.Module], str] = {
+    QATLinear: "which is prepared for training; use its to_quantized()",
     QuantizedLinear: "which is quantized already; use it as it is",
     nn.Linear: (
         "which cannot be replaced in place; use "
@@ -83,7 +85,7 @@ def quantize_(
     """
     check_model("quantize_", model, _BARE)
     check_filter("quantize_", filter_fn)
-    config = check_config("quantize_", config)
+    config = _check_config(config)
     fusion = check_fusion("quantize_", fusion)
     plan = _plan(model, config, filter_fn)
     if strict:
@@ -94,8 +96,26 @@ def quantize_(
     return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)), fusions)
 
 
+def _check_config(config: Config | None) -> Config:
+    if isinstance(config, QATConfig):
+        raise TypeError(
+            f"quantize_: config must be the configuration of a quantized layer, got {config!r}, "
+            "which says how to train; use prepare_qat_(model, config), train, and convert_(model)"
+        )
+    config = check_config("quantize_", config)
+    if config.static:
+        raise ValueError(
+            f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
+            "inputs has to be observed or learned first; use prepare_qat_(model, config), run or "
+            "train the model, and convert_(model)"
+        )
+    return config
+
+
 def _plan(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> list[Step]:
     def done(module: nn.Module) -> str | None:
+        if isinstance(module, QATLinear):
+            return "prepared for training; convert_(model) quantizes it"
         if not isinstance(module, QuantizedLinear):
             return None
         other = "" if module.config == config else ", with another configuration"
