@@ -113,8 +113,13 @@ def half(rank: int, data: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
 
 
 def first_step_and_rest(model: nn.Module, plain: nn.Module, data: Any) -> Any:
-    """Ranges after the first batch, and after all; the schedule freezes before the last."""
-    schedule = QATSchedule(model, observe_steps=1, freeze_step=len(data) - 1)
+    """Ranges after the first batch, and after all; the schedule freezes before the last.
+
+    Observing goes first where something is observed: in float, learned steps would have no
+    gradient, which DistributedDataParallel refuses.
+    """
+    observe_steps = 1 if ranges(plain) else 0
+    schedule = QATSchedule(model, observe_steps, freeze_step=len(data) - 1)
     optimizer = sgd(model)
     train(model, data[:1], optimizer, schedule)
     first = ranges(plain)

@@ -274,7 +274,7 @@ def test_distributed_data_parallel(name: str, data: list[tuple[Tensor, Tensor]])
     check_processes(in_processes(distributed, name, data), name, data)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "static"])
+@config_names
 def test_fully_sharded(name: str, data: list[tuple[Tensor, Tensor]]) -> None:
     check_processes(in_processes(sharded, name, data), name, data)
 
