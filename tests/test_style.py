@@ -17,6 +17,7 @@ LAYERS = (
     ("functional",),
     ("compat", "cpu"),
     ("ops",),
+    ("fake_quantize",),
     ("configs", "report"),
     ("nn",),
     ("fuse",),

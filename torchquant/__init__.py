@@ -15,6 +15,7 @@ from torchquant.configs import (
     IntxActivationIntxWeightConfig,
     QATConfig,
 )
+from torchquant.fake_quantize import FakeQuantize
 from torchquant.io import load, save
 from torchquant.nn import QATLinear
 from torchquant.norms import NormReport, NormsReport, replace_norms_
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "FakeQuantize",
     "Fusion",
     "FusionReport",
     "Granularity",

@@ -15,6 +15,7 @@ namespace scalar {
 #include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 
 #if defined(__SSE2__)
@@ -115,7 +116,12 @@ const KernelTable& scalar_kernels() {
                                         scalar::quantize_span,
                                         scalar::dequantize_span,
                                         scalar::activate_span,
-                                        scalar::normalize_rows};
+                                        scalar::normalize_rows,
+                                        scalar::fake_quantize_span,
+                                        scalar::learned_backward_span,
+                                        scalar::mask_span,
+                                        scalar::positive_span,
+                                        scalar::minmax_span};
   return table;
 }
 

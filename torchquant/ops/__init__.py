@@ -10,29 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.functional._checks import (
-    describe,
-    require_tensor,
-    scale_tensor,
-    zero_point_tensor,
-)
+from torchquant.functional._checks import require_tensor
 from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
-from torchquant.ops._fake import packed_shape, require_one_device
-from torchquant.ops.qat import qat_linear, quantize_pack, quantize_rows
-from torchquant.scheme import (
-    PER_TENSOR,
-    Granularity,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    PerToken,
+from torchquant.ops._arguments import layout_arguments as _layout_arguments
+from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
+from torchquant.ops._arguments import packed_shape
+from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_learned_backward,
+    fake_quantize_mask,
+    in_range,
+    mask_gradient,
+    minmax,
+    positive,
 )
+from torchquant.ops.qat import qat_linear, quantize_pack, quantize_rows
+from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
 
@@ -40,13 +40,21 @@ __all__ = [
     "PackedWeight",
     "activation",
     "dequantize",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "gated_activation",
+    "in_range",
     "int8_mm",
     "layer_norm",
     "linear_dynamic",
     "linear_dynamic_split",
     "linear_static",
+    "mask_gradient",
+    "minmax",
     "pack_weight",
+    "positive",
     "qat_linear",
     "quantize",
     "quantize_pack",
@@ -56,41 +64,6 @@ __all__ = [
     "rms_norm",
     "unpack_weight",
 ]
-
-
-def _layout_arguments(who: str, granularity: Granularity, input: Tensor) -> dict[str, int]:
-    """A granularity as the operators' ``axis`` or ``group_size``."""
-    if isinstance(granularity, PerTensor):
-        return {}
-    if isinstance(granularity, PerAxis):
-        return {"axis": granularity.normalized_axis(input.shape)}
-    if isinstance(granularity, PerGroup):
-        return {"group_size": granularity.group_size}
-    if isinstance(granularity, PerToken):
-        granularity.scale_shape(input.shape)  # raises for a 0-dimensional input
-        return {"group_size": max(1, input.shape[-1])}
-    raise TypeError(
-        f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
-        f"PerToken(), got {describe(granularity)}"
-    )
-
-
-def _numbers_to_tensors(
-    who: str,
-    scale: float | Tensor,
-    zero_point: int | Tensor | None,
-    input: Tensor,
-    low: int,
-    high: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Numbers as one-element tensors on input's device; tensors as they are, for C++ to check."""
-    if not isinstance(scale, Tensor):
-        scale = scale_tensor(who, "scale", scale, input.device, (1,))
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = zero_point_tensor(
-            who, "zero_point", zero_point, input.device, low, high, (1,), allow_real=True
-        )
-    return scale, zero_point
 
 
 def quantize(
@@ -151,7 +124,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    require_one_device("quantize", input, scale=scale, zero_point=zero_point)
+    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -196,7 +169,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
+    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -288,7 +261,7 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 @torch.library.register_fake("torchquant::int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    require_one_device("int8_mm", input, packed=packed)
+    _require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -358,7 +331,7 @@ def _(
     output_dtype: torch.dtype | None = None,
     activation_bits: int = 8,
 ) -> Tensor:
-    require_one_device(
+    _require_one_device(
         "linear_dynamic",
         input,
         packed=packed,
@@ -434,7 +407,7 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    require_one_device(
+    _require_one_device(
         "linear_dynamic_split",
         input,
         packed=packed,
@@ -529,7 +502,7 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    require_one_device(
+    _require_one_device(
         "linear_static",
         input,
         input_scale=input_scale,
@@ -600,7 +573,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @torch.library.register_fake("torchquant::gated_activation")
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    require_one_device("gated_activation", gate, up=up)
+    _require_one_device("gated_activation", gate, up=up)
     return torch.empty_like(gate)
 
 
@@ -637,7 +610,7 @@ def rms_norm(
 
 @torch.library.register_fake("torchquant::rms_norm")
 def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
-    require_one_device("rms_norm", input, weight=weight)
+    _require_one_device("rms_norm", input, weight=weight)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -684,7 +657,7 @@ def _(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
+    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
