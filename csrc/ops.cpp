@@ -46,4 +46,31 @@ TORCH_LIBRARY(torchquant, m) {
   // multiplies. residual: the norm of input + residual.
   m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
   m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
+
+  // Training. fake_quantize: quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. Its mask
+  // says where the rounded value lies in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in
+  // contiguous order.
+  m.def(
+      "fake_quantize(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> Tensor");
+  m.def(
+      "fake_quantize_mask(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> (Tensor, Tensor)");
+  m.def(
+      "in_range(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> Tensor");
+  // Bits of input > 0: relu's mask.
+  m.def("positive(Tensor input) -> Tensor");
+  // grad where its bit is set, +0 elsewhere.
+  m.def("mask_gradient(Tensor grad, Tensor bits) -> Tensor");
+  // A learned step, and offset (float32, in input's units): zero_point = clamp(rint(-offset / scale), qmin, qmax).
+  m.def(
+      "fake_quantize_learned(Tensor input, Tensor scale, Tensor? offset, int qmin, int qmax, float grad_factor, "
+      "int? axis=None, int? group_size=None) -> Tensor");
+  // Gradients of input, scale and offset, without the factor.
+  m.def(
+      "fake_quantize_learned_backward(Tensor grad, Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
+      "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
+  // Least and greatest finite element for each scale (inf, -inf: none), and how many are not finite: int64 [1].
+  m.def("minmax(Tensor input, int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
 }

@@ -8,7 +8,14 @@ choice of instruction set.
 from importlib.metadata import PackageNotFoundError, version
 
 from torchquant import cpu, functional, nn, observers, ops
-from torchquant.configs import Fusion, Int8DynamicActivationInt8WeightConfig
+from torchquant.configs import (
+    Fusion,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    IntxActivationIntxWeightConfig,
+    QATConfig,
+)
+from torchquant.fake_quantize import FakeQuantize
 from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.io import load, save
 from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
@@ -37,11 +44,14 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "FakeQuantize",
     "FakeQuantizer",
     "Fusion",
     "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
+    "IntxActivationIntxWeightConfig",
     "LSQPlusQuantizer",
     "LSQQuantizer",
     "LayerReport",
@@ -56,6 +66,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATConfig",
     "QuantizationReport",
     "__version__",
     "cpu",

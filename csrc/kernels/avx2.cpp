@@ -18,6 +18,7 @@ namespace avx2 {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx2_sums.inc"
 
@@ -94,9 +95,24 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {
-      "avx2",    0,           kRows,         kRows,           kTiles,        60.0f,         quantize_rows,
-      copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"avx2",
+                                        0,
+                                        kRows,
+                                        kRows,
+                                        kTiles,
+                                        60.0f,
+                                        quantize_rows,
+                                        copy_rows,
+                                        gemm_vector,
+                                        quantize_span,
+                                        dequantize_span,
+                                        activate_span,
+                                        normalize_rows,
+                                        fake_quantize_span,
+                                        learned_backward_span,
+                                        mask_span,
+                                        positive_span,
+                                        minmax_span};
   return table;
 }
 }  // namespace torchquant

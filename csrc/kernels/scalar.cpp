@@ -14,6 +14,7 @@ namespace scalar {
 #include "quantize.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 
 #if defined(__SSE2__)
@@ -113,7 +114,12 @@ const KernelTable& scalar_kernels() {
                                         scalar::quantize_span,
                                         scalar::dequantize_span,
                                         scalar::activate_span,
-                                        scalar::normalize_rows};
+                                        scalar::normalize_rows,
+                                        scalar::fake_quantize_span,
+                                        scalar::learned_backward_span,
+                                        scalar::mask_span,
+                                        scalar::positive_span,
+                                        scalar::minmax_span};
   return table;
 }
 

@@ -4,6 +4,7 @@ Readable before fast. The kernels must produce the bits that these functions pro
 compare with ``torch.equal``. What each function promises stands in its module:
 
 * :mod:`~torchquant.functional.affine`: quantize, dequantize, fake-quantize, per-token rows
+* :mod:`~torchquant.functional.fake_quantize`: what training adds: masks, learned steps, ranges
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
 * :mod:`~torchquant.functional.linear`: the integer linear layer
 * :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
@@ -22,7 +23,18 @@ from torchquant.functional.activations import (
     silu,
     tanh,
 )
-from torchquant.functional.affine import dequantize, fake_quantize, quantize, quantize_per_token
+from torchquant.functional.affine import dequantize, quantize, quantize_per_token
+from torchquant.functional.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_learned_backward,
+    in_range,
+    learned_zero_point,
+    mask_gradient,
+    minmax,
+    pack_bits,
+    unpack_bits,
+)
 from torchquant.functional.linear import (
     dynamic_linear,
     quantize_bias,
@@ -39,10 +51,17 @@ __all__ = [
     "dequantize",
     "dynamic_linear",
     "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_learned_backward",
     "fmaf",
     "gelu",
     "gelu_tanh",
+    "in_range",
     "layer_norm",
+    "learned_zero_point",
+    "mask_gradient",
+    "minmax",
+    "pack_bits",
     "qparams_from_range",
     "quantize",
     "quantize_bias",
@@ -55,4 +74,5 @@ __all__ = [
     "silu",
     "static_linear",
     "tanh",
+    "unpack_bits",
 ]

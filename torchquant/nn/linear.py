@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant._extension import load
-from torchquant.configs import Int8DynamicActivationInt8WeightConfig, check_config
+from torchquant.configs import Config, check_config
 from torchquant.nn.projections import ProjectionGroup
 from torchquant.scheme import PerAxis, quant_range
 
@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        config: Int8DynamicActivationInt8WeightConfig | None = None,
+        config: Config | None = None,
         activation: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class QuantizedLinear(nn.Module):
     def from_float(
         cls,
         linear: nn.Linear,
-        config: Int8DynamicActivationInt8WeightConfig | None = None,
+        config: Config | None = None,
         activation: str = "none",
     ) -> QuantizedLinear:
         """Quantize a float layer; the float layer is left as it is.

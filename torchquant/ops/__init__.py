@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.functional._checks import (
-    describe,
-    require_tensor,
-    scale_tensor,
-    zero_point_tensor,
-)
+from torchquant.functional._checks import require_tensor
 from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
-from torchquant.scheme import (
-    PER_TENSOR,
-    Granularity,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    PerToken,
+from torchquant.ops._arguments import layout_arguments as _layout_arguments
+from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
+from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_learned_backward,
+    fake_quantize_mask,
+    in_range,
+    mask_gradient,
+    minmax,
+    positive,
 )
+from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
 
@@ -38,68 +39,27 @@ __all__ = [
     "PackedWeight",
     "activation",
     "dequantize",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "gated_activation",
+    "in_range",
     "int8_mm",
     "layer_norm",
     "linear_dynamic",
     "linear_dynamic_split",
     "linear_static",
+    "mask_gradient",
+    "minmax",
     "pack_weight",
+    "positive",
     "quantize",
     "quantize_per_token",
     "quantized_linear",
     "rms_norm",
     "unpack_weight",
 ]
-
-
-def _layout_arguments(who: str, granularity: Granularity, input: Tensor) -> dict[str, int]:
-    """A granularity as the operators' ``axis`` or ``group_size``."""
-    if isinstance(granularity, PerTensor):
-        return {}
-    if isinstance(granularity, PerAxis):
-        return {"axis": granularity.normalized_axis(input.shape)}
-    if isinstance(granularity, PerGroup):
-        return {"group_size": granularity.group_size}
-    if isinstance(granularity, PerToken):
-        granularity.scale_shape(input.shape)  # raises for a 0-dimensional input
-        return {"group_size": max(1, input.shape[-1])}
-    raise TypeError(
-        f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
-        f"PerToken(), got {describe(granularity)}"
-    )
-
-
-def _numbers_to_tensors(
-    who: str,
-    scale: float | Tensor,
-    zero_point: int | Tensor | None,
-    input: Tensor,
-    low: int,
-    high: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Numbers as one-element tensors on input's device; tensors as they are, for C++ to check."""
-    if not isinstance(scale, Tensor):
-        scale = scale_tensor(who, "scale", scale, input.device, (1,))
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = zero_point_tensor(
-            who, "zero_point", zero_point, input.device, low, high, (1,), allow_real=True
-        )
-    return scale, zero_point
-
-
-def _require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None:
-    """Raise unless all tensors lie on input's device; for fake kernels.
-
-    The dispatcher prefers the meta device over the CPU: a CPU tensor among meta tensors arrives in
-    the fake kernel, and the result would be memory that nobody wrote.
-    """
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"{who}: {name} must be on the input's device {input.device}, got {tensor.device}; "
-                "move it with .to(device)"
-            )
 
 
 def quantize(
