@@ -7,7 +7,7 @@ choice of instruction set.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from torchquant import cpu, functional, nn, ops
+from torchquant import cpu, functional, nn, observers, ops
 from torchquant.configs import (
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
@@ -16,9 +16,17 @@ from torchquant.configs import (
     QATConfig,
 )
 from torchquant.fake_quantize import FakeQuantize
+from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.io import load, save
+from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
 from torchquant.nn import QATLinear
 from torchquant.norms import NormReport, NormsReport, replace_norms_
+from torchquant.observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    report_nonfinite,
+)
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.quantize import quantize_
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
@@ -38,15 +46,22 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "FakeQuantize",
+    "FakeQuantizer",
     "Fusion",
     "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
     "Int8StaticActivationInt8WeightConfig",
     "IntxActivationIntxWeightConfig",
+    "LSQPlusQuantizer",
+    "LSQQuantizer",
     "LayerReport",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
     "NormReport",
     "NormsReport",
+    "Observer",
+    "PACTQuantizer",
     "PackedWeight",
     "PerAxis",
     "PerGroup",
@@ -60,10 +75,13 @@ __all__ = [
     "functional",
     "load",
     "nn",
+    "observers",
     "ops",
+    "parameter_groups",
     "quant_range",
     "quantize_",
     "quantized_linear",
     "replace_norms_",
+    "report_nonfinite",
     "save",
 ]

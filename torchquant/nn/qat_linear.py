@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.configs import Config, QATConfig, check_config
+from torchquant.fake_quantizer import FakeQuantizer
+from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, refusal
+from torchquant.observers import MovingAverageMinMaxObserver
 from torchquant.scheme import PerAxis, PerToken
 
 _ACTIVATIONS = ("none", "relu")
@@ -372,8 +375,6 @@ def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) 
     if not config.static:
         return None
     if config.learned_activations:
-        from torchquant.lsq import LSQQuantizer
-
         return LSQQuantizer(
             config.activation_bits,
             symmetric=not config.learned_offset,
@@ -381,9 +382,6 @@ def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) 
             num_features=in_features,
             device=device,
         )
-    from torchquant.fake_quantizer import FakeQuantizer
-    from torchquant.observers import MovingAverageMinMaxObserver
-
     deployed = config.deployed()
     observer = MovingAverageMinMaxObserver(
         averaging_constant=config.averaging_constant,
@@ -398,8 +396,6 @@ def _weight_quantizer(
 ) -> nn.Module | None:
     if not config.learned_weights:
         return None
-    from torchquant.lsq import LSQQuantizer
-
     return LSQQuantizer(
         config.weight_bits, per_channel=True, num_channels=out_features, axis=0, device=device
     )
