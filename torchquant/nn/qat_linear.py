@@ -46,7 +46,8 @@ class QATLinear(nn.Module):
         TypeError, ValueError: naming the argument, what is required and what came.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization" (2020).
+    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization"
+    (2020).
 
     Example:
         >>> layer = QATLinear(64, 32, activation="relu")
@@ -149,7 +150,7 @@ class QATLinear(nn.Module):
         return layer.train(self.training)
 
     def to_float(self) -> nn.Linear:
-        """A float nn.Linear with this layer's parameters (the same objects), no activation behind."""
+        """A float nn.Linear with this layer's parameters, the same objects, and no activation."""
         bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, bias, device="meta")
         linear.weight = self.weight
@@ -217,7 +218,7 @@ class QATLinear(nn.Module):
 
     def _simulated(self, input: Tensor) -> Tensor:
         """The same on float values of the integers, through torch's own product."""
-        config, quantizer = self.config, self.input_quantizer
+        quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer(input)
         else:
