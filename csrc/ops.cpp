@@ -48,22 +48,6 @@ TORCH_LIBRARY(torchquant, m) {
   m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
   m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
 
-  // Training. int8 [..., K], float32 [..., 1], int32 [..., 1]: input with one scale [1] (a row with NaN gets scale NaN),
-  // or, without scale, per token to [qmin, qmax].
-  m.def(
-      "quantize_rows(Tensor input, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
-      "(Tensor, Tensor, Tensor)");
-  // The same for a weight [N, K], per output channel: packed, float32 [N], int32 [N].
-  m.def(
-      "quantize_pack(Tensor weight, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
-      "(Tensor, Tensor, Tensor)");
-  // Float input and weight, both quantized inside; the gradient goes straight through. input_scale: none for dynamic
-  // per-token scales; weight_scale: none for each channel's own range. A grad_factor above 0: the scale learns.
-  m.def(
-      "qat_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, "
-      "Tensor? input_offset, int input_qmin, int input_qmax, bool input_symmetric, Tensor? weight_scale, "
-      "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
-      "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
   // Training. fake_quantize: quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. Its mask
   // says where the rounded value lies in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in
   // contiguous order.
@@ -90,4 +74,20 @@ TORCH_LIBRARY(torchquant, m) {
       "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
   // Least and greatest finite element for each scale (inf, -inf: none), and how many are not finite: int64 [1].
   m.def("minmax(Tensor input, int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
+  // int8 [..., K], float32 [..., 1], int32 [..., 1]: input with one scale [1] (a row with NaN gets scale NaN),
+  // or, without scale, per token to [qmin, qmax].
+  m.def(
+      "quantize_rows(Tensor input, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
+      "(Tensor, Tensor, Tensor)");
+  // The same for a weight [N, K], per output channel: packed, float32 [N], int32 [N].
+  m.def(
+      "quantize_pack(Tensor weight, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
+      "(Tensor, Tensor, Tensor)");
+  // Float input and weight, both quantized inside; the gradient goes straight through. input_scale: none for dynamic
+  // per-token scales; weight_scale: none for each channel's own range. A grad_factor above 0: the scale learns.
+  m.def(
+      "qat_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, "
+      "Tensor? input_offset, int input_qmin, int input_qmax, bool input_symmetric, Tensor? weight_scale, "
+      "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
+      "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
 }

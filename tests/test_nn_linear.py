@@ -25,7 +25,6 @@ from torchquant import Int8DynamicActivationInt8WeightConfig as Config
 from torchquant import PerAxis, cpu, functional, ops
 from torchquant.nn import QuantizedLinear
 
-
 SHAPES = {
     "tile": (16, 64),
     "odd": (33, 67),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant import _standins as operators
-from torchquant._training import Float32State, adopt_shapes, check_input, inside_backward, layout
+from torchquant import ops
+from torchquant._training import Float32State, adopt_shapes, check_input, inside_backward
 from torchquant.functional._checks import describe
 from torchquant.observers import MovingAverageMinMaxObserver, Observer, range_to_qparams
 
@@ -123,9 +123,13 @@ class FakeQuantizer(Float32State):
             return input
         if not self._has_scale and not (self._observing and self.training):
             self._require_scale()
-        axis, group_size = layout(self.observer.granularity)
-        return operators.fake_quantize(
-            input, self.scale, self.zero_point, self.qmin, self.qmax, axis, group_size
+        return ops.fake_quantize(
+            input,
+            self.scale,
+            self.zero_point,
+            qmin=self.qmin,
+            qmax=self.qmax,
+            granularity=self.observer.granularity,
         )
 
     def observe(self, input: Tensor) -> None:

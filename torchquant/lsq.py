@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant import _standins as operators
+from torchquant import functional, ops
 from torchquant._range_search import least_squares_range
 from torchquant._training import (
     Float32State,
@@ -23,7 +23,7 @@ from torchquant._training import (
     process_group_name,
 )
 from torchquant.functional._checks import MIN_SCALE
-from torchquant.scheme import quant_range
+from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
 
 
 class LSQQuantizer(Float32State):
@@ -127,14 +127,14 @@ class LSQQuantizer(Float32State):
             RuntimeError: not initialised in evaluation mode.
         """
         step, offset = self.prepare(input)
-        return operators.fake_quantize_learned(
+        return ops.fake_quantize_learned(
             input,
             step,
             offset,
-            self.qmin,
-            self.qmax,
-            self.grad_factor(input),
-            self.axis if self.per_channel else None,
+            qmin=self.qmin,
+            qmax=self.qmax,
+            grad_factor=self.grad_factor(input),
+            granularity=PerAxis(self.axis) if self.per_channel else PER_TENSOR,
         )
 
     def prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -204,10 +204,8 @@ class LSQQuantizer(Float32State):
             self._read_initialized()
         with torch.no_grad():
             scale = self.step.detach().clamp(min=MIN_SCALE)
-            if self.offset is None:
-                return scale, torch.zeros_like(scale, dtype=torch.int32)
-            zero_point = torch.round(-self.offset.detach() / scale)
-            return scale, zero_point.clamp(self.qmin, self.qmax).to(torch.int32)
+            offset = None if self.offset is None else self.offset.detach()
+            return scale, functional.learned_zero_point(scale, offset, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:
         channels = f", {self.num_channels} channels along axis {self.axis}"
@@ -347,7 +345,7 @@ class PACTQuantizer(Float32State):
         # Compared this way round, NaN stays NaN.
         clipped = torch.where(input >= self.alpha, self.alpha, input.float()).relu()
         scale = self.qparams()[0]
-        return operators.fake_quantize(clipped, scale, None, self.qmin, self.qmax).to(input.dtype)
+        return ops.fake_quantize(clipped, scale, qmin=self.qmin, qmax=self.qmax).to(input.dtype)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """``(scale float32 [1], zero_point int32 [1])``: what a deployed layer takes over."""

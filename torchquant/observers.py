@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant import _standins as operators
+import torchquant.ops  # noqa: F401 (loads the operators)
 from torchquant._training import (
     Float32State,
     adopt_shapes,
@@ -333,7 +333,7 @@ def _observe(
     group_name: str | None,
 ) -> None:
     """Update an observer's four buffers, in place, with what one batch holds."""
-    least, greatest, bad = operators.minmax(input.detach(), axis, group_size)
+    least, greatest, bad = torch.ops.torchquant.minmax.default(input.detach(), axis, group_size)
     fresh = torch.stack([least, greatest])
     size = least.numel()
     # float64 holds float32 values and counts exactly, so one collective carries all three.

@@ -78,12 +78,28 @@ at::Tensor linear_static(const at::Tensor& x, const at::Tensor& scale, const Opt
                  127, qmin, qmax);
 }
 
-at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin, int64_t qmax,
+at::Tensor fake_quantize(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin,
+                         int64_t qmax, std::optional<int64_t> axis) {
+  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
+                                          std::optional<int64_t>, std::optional<int64_t>)>("torchquant::fake_quantize");
+  return op.call(x, scale, zero, qmin, qmax, axis, std::nullopt);
+}
+
+at::Tensor in_range(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin, int64_t qmax,
                     std::optional<int64_t> axis) {
-  static auto op =
-      operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
-                             std::optional<int64_t>, std::optional<int64_t>, at::ScalarType)>("torchquant::quantize");
-  return op.call(x, scale, zero, qmin, qmax, axis, std::nullopt, at::kChar);
+  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
+                                          std::optional<int64_t>, std::optional<int64_t>)>("torchquant::in_range");
+  return op.call(x, scale, zero, qmin, qmax, axis, std::nullopt);
+}
+
+at::Tensor positive_bits(const at::Tensor& x) {
+  static auto op = operator_of<at::Tensor(const at::Tensor&)>("torchquant::positive");
+  return op.call(x);
+}
+
+at::Tensor mask_gradient(const at::Tensor& grad, const at::Tensor& bits) {
+  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&)>("torchquant::mask_gradient");
+  return op.call(grad, bits);
 }
 
 at::Tensor dequantize(const at::Tensor& q, const at::Tensor& scale, const OptTensor& zero, std::optional<int64_t> axis,
@@ -116,12 +132,19 @@ struct Settings {
 // A learned step may end up too small between two training steps; never an error inside one.
 at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(0x1p-126f); }
 
-// The zero point of static activations: as given, or from a learned offset in real units.
-OptTensor zero_point_of(const OptTensor& scale, const OptTensor& zero_point, const OptTensor& offset, int64_t qmin,
-                        int64_t qmax) {
-  if (present(zero_point)) return zero_point->clone();  // an observer may change its own before backward
-  if (!present(offset)) return std::nullopt;
-  return (offset->detach().neg() / usable_scale(*scale)).round().clamp(qmin, qmax).to(at::kInt);
+// Static activations' scale and zero point: as given, or from a learned offset in real units.
+struct InputParams {
+  OptTensor scale, zero;
+};
+InputParams input_params(const OptTensor& scale, const OptTensor& zero_point, const OptTensor& offset, int64_t qmin,
+                         int64_t qmax) {
+  if (!present(scale)) return {};
+  const at::Tensor usable = usable_scale(*scale);
+  if (present(zero_point)) return {usable, zero_point->clone()};  // an observer may change its own before backward
+  if (!present(offset)) return {usable, std::nullopt};
+  const at::Tensor beta = offset->detach();
+  const at::Tensor zero = (-beta / usable).round().nan_to_num(0.0).clamp(qmin, qmax).to(at::kInt);
+  return {at::where(beta.isnan(), beta, usable), zero};  // an integer cannot hold NaN
 }
 
 void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias, const OptTensor& input_scale,
@@ -162,19 +185,6 @@ int64_t bits_of(int64_t qmax) {  // 127 -> 8
 
 OptTensor float_bias(const OptTensor& bias) { return present(bias) ? OptTensor(bias->to(at::kFloat)) : std::nullopt; }
 
-// Bits of the elements that pass a gradient.
-at::Tensor positive_bits(const at::Tensor& x) { return x > 0; }
-at::Tensor range_bits_of(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin,
-                         int64_t qmax, bool per_channel) {
-  const at::Tensor s = per_channel ? scale.reshape({-1, 1}) : scale.reshape({});
-  at::Tensor q = (x.to(at::kFloat) * s.reciprocal()).round();
-  if (present(zero)) q = q + zero->reshape({}).to(at::kFloat);
-  return (q < qmin).logical_or(q > qmax).logical_not();
-}
-at::Tensor mask_bits(const at::Tensor& grad, const at::Tensor& bits) {
-  return at::where(bits, grad, at::zeros({}, grad.options()));
-}
-
 struct QatLinear : public torch::autograd::Function<QatLinear> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight, const OptTensor& bias,
                           const OptTensor& input_scale, const OptTensor& input_zero_point,
@@ -185,8 +195,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     const bool wants_weight = weight.requires_grad() || weight_learns;
 
     at::AutoDispatchBelowADInplaceOrView guard;
-    const OptTensor scale = present(input_scale) ? OptTensor(usable_scale(*input_scale)) : std::nullopt;
-    const OptTensor zero = zero_point_of(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
+    const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
     const auto [packed, channel_scale, channel_zero] =
         quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
     const auto [q, row_scale, row_zero] =
@@ -200,7 +209,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     const bool relu = s.activation == "relu";
     Variable bits;  // of a static range; a learned one needs the input itself
     if (scale && !input_learns && input.requires_grad())
-      bits = range_bits_of(input, *scale, zero, s.input_qmin, s.input_qmax, false);
+      bits = in_range(input, *scale, zero, s.input_qmin, s.input_qmax, std::nullopt);
     ctx->save_for_backward({
         wants_input || wants_weight ? weight : Variable(),
         wants_weight ? q : Variable(),
@@ -258,7 +267,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     const bool weight_learns = flag("weight_learns") && wanted("weight_scale");
 
     at::Tensor grad = grads[0];
-    if (relu_bits.defined()) grad = mask_bits(grad, relu_bits);
+    if (relu_bits.defined()) grad = mask_gradient(grad, relu_bits);
     const at::ScalarType dtype = grad.scalar_type();
     const at::Tensor rows = grad.reshape_symint({-1, grad.sym_size(-1)});
 
@@ -266,8 +275,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     if (wanted("bias"))
       grad_bias = rows.sum(0, false, at::kFloat).to(static_cast<at::ScalarType>(number("bias_dtype")));
     if (ctx->needs_input_grad(0) || input_learns) {
-      const at::Tensor w = dequantize(quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0),
-                                      channel_scale, weight_zero, 0, std::nullopt, dtype);
+      const at::Tensor w = fake_quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0).to(dtype);
       std::vector<c10::SymInt> sizes = grad.sym_sizes().vec();
       sizes.back() = w.sym_size(1);
       grad_input = at::mm(rows, w).reshape_symint(sizes);
@@ -279,7 +287,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
         if (wanted("input_scale")) grad_input_scale = raw_scale * factor;
         if (wanted("input_offset")) grad_input_offset = raw_offset * factor;
       } else if (range_bits.defined()) {
-        grad_input = mask_bits(grad_input, range_bits);
+        grad_input = mask_gradient(grad_input, range_bits);
       }
       grad_input = grad_input.to(static_cast<at::ScalarType>(number("input_dtype")));
     }
@@ -298,7 +306,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
         grad_weight_scale = raw_scale * ctx->saved_data["weight_grad_factor"].toDouble();
       } else if (flag("weight_given")) {
         grad_weight =
-            mask_bits(grad_weight, range_bits_of(weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, true));
+            mask_gradient(grad_weight, in_range(weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0));
       }
       grad_weight = grad_weight.to(weight.scalar_type());
     }
@@ -369,9 +377,9 @@ at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight,
   if (!present(input_scale))
     return linear_dynamic(input, packed, channel_scale, weight_zero, float_bias(bias), n, s.input_symmetric,
                           s.activation, s.output_dtype, bits_of(s.input_qmax));
-  const OptTensor zero = zero_point_of(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
-  return linear_static(input, usable_scale(*input_scale), zero, packed, channel_scale, weight_zero, float_bias(bias), n,
-                       s.activation, s.output_dtype, s.input_qmin, s.input_qmax);
+  const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
+  return linear_static(input, *scale, zero, packed, channel_scale, weight_zero, float_bias(bias), n, s.activation,
+                       s.output_dtype, s.input_qmin, s.input_qmax);
 }
 
 }  // namespace torchquant

@@ -25,7 +25,9 @@ class QuantizedLinear(nn.Module):
     """``y = activation(x @ weight.T + bias)`` on integers of 2 to 8 bits.
 
     Activations are quantized per token with the range of the token, or, where the configuration is
-    static, with one scale that training has found. In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
+    static, with one scale that training has found.
+
+    In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
     int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not depend on a CPU or
     a layout. Pickling, ``copy.deepcopy`` and ``torch.save`` go through the canonical form too.
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.configs import Config, QATConfig, check_config
+from torchquant.fake_quantizer import FakeQuantizer
+from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, refusal
+from torchquant.observers import MovingAverageMinMaxObserver
 from torchquant.scheme import PerAxis, PerToken
 
 _ACTIVATIONS = ("none", "relu")
@@ -43,7 +46,8 @@ class QATLinear(nn.Module):
         TypeError, ValueError: naming the argument, what is required and what came.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization" (2020).
+    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization"
+    (2020).
 
     Example:
         >>> layer = QATLinear(64, 32, activation="relu")
@@ -146,7 +150,7 @@ class QATLinear(nn.Module):
         return layer.train(self.training)
 
     def to_float(self) -> nn.Linear:
-        """A float nn.Linear with this layer's parameters (the same objects), no activation behind."""
+        """A float nn.Linear with this layer's parameters, the same objects, and no activation."""
         bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, bias, device="meta")
         linear.weight = self.weight
@@ -214,7 +218,7 @@ class QATLinear(nn.Module):
 
     def _simulated(self, input: Tensor) -> Tensor:
         """The same on float values of the integers, through torch's own product."""
-        config, quantizer = self.config, self.input_quantizer
+        quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer(input)
         else:
@@ -372,8 +376,6 @@ def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) 
     if not config.static:
         return None
     if config.learned_activations:
-        from torchquant.lsq import LSQQuantizer
-
         return LSQQuantizer(
             config.activation_bits,
             symmetric=not config.learned_offset,
@@ -381,9 +383,6 @@ def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) 
             num_features=in_features,
             device=device,
         )
-    from torchquant.fake_quantizer import FakeQuantizer
-    from torchquant.observers import MovingAverageMinMaxObserver
-
     deployed = config.deployed()
     observer = MovingAverageMinMaxObserver(
         averaging_constant=config.averaging_constant,
@@ -398,8 +397,6 @@ def _weight_quantizer(
 ) -> nn.Module | None:
     if not config.learned_weights:
         return None
-    from torchquant.lsq import LSQQuantizer
-
     return LSQQuantizer(
         config.weight_bits, per_channel=True, num_channels=out_features, axis=0, device=device
     )

@@ -19,7 +19,8 @@ from torchquant.functional._checks import require_tensor
 from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
 from torchquant.ops._arguments import layout_arguments as _layout_arguments
 from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
-from torchquant.ops._fake import packed_shape, require_one_device
+from torchquant.ops._arguments import packed_shape
+from torchquant.ops._arguments import require_one_device as _require_one_device
 from torchquant.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -123,7 +124,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    require_one_device("quantize", input, scale=scale, zero_point=zero_point)
+    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -168,7 +169,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
+    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -260,7 +261,7 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 @torch.library.register_fake("torchquant::int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    require_one_device("int8_mm", input, packed=packed)
+    _require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -330,7 +331,7 @@ def _(
     output_dtype: torch.dtype | None = None,
     activation_bits: int = 8,
 ) -> Tensor:
-    require_one_device(
+    _require_one_device(
         "linear_dynamic",
         input,
         packed=packed,
@@ -406,7 +407,7 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    require_one_device(
+    _require_one_device(
         "linear_dynamic_split",
         input,
         packed=packed,
@@ -501,7 +502,7 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    require_one_device(
+    _require_one_device(
         "linear_static",
         input,
         input_scale=input_scale,
@@ -572,7 +573,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @torch.library.register_fake("torchquant::gated_activation")
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    require_one_device("gated_activation", gate, up=up)
+    _require_one_device("gated_activation", gate, up=up)
     return torch.empty_like(gate)
 
 
@@ -609,7 +610,7 @@ def rms_norm(
 
 @torch.library.register_fake("torchquant::rms_norm")
 def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
-    require_one_device("rms_norm", input, weight=weight)
+    _require_one_device("rms_norm", input, weight=weight)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -656,7 +657,7 @@ def _(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
+    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 

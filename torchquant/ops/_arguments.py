@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from torchquant.functional._checks import describe, scale_tensor, zero_point_tensor
@@ -41,3 +43,23 @@ def numbers_to_tensors(
             who, "zero_point", zero_point, input.device, low, high, (1,), allow_real=True
         )
     return scale, zero_point
+
+
+def require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors lie on input's device; for fake kernels.
+
+    The dispatcher prefers the meta device over the CPU: a CPU tensor among meta tensors arrives in
+    the fake kernel, and the result would be memory that nobody wrote.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{who}: {name} must be on the input's device {input.device}, got {tensor.device}; "
+                "move it with .to(device)"
+            )
+
+
+def packed_shape(out_features: Any, in_features: Any) -> tuple[Any, Any]:
+    """Shape of :func:`pack_weight`'s result; also for symbolic sizes."""
+    tiles = (out_features + 15) // 16
+    return tiles, (in_features + 63) // 64 * 64 * 16 + 128

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.ops._fake import packed_shape, require_one_device
+from torchquant.ops._arguments import packed_shape, require_one_device
 
 load()
 
