@@ -1,8 +1,9 @@
 """Range of least squared error, found on a histogram.
 
 A histogram of integer counts adds up over processes exactly, costs O(bins) memory whatever the
-batch holds, and turns every candidate range into one small sum. Candidates are fractions of the
-observed least and greatest value, on a coarse grid first and on a finer one around its best point.
+batch holds, and with running sums over its bins every candidate range costs O(levels). Candidates
+are fractions of the observed least and greatest value, on a coarse grid first and on a finer one
+around its best point.
 """
 
 from __future__ import annotations
@@ -55,17 +56,20 @@ def least_squares_range(
     width = torch.where(extent > 0, extent, 1.0) / _BINS
     counts = _histogram(x, finite, least, width, group_name)
     centers = least[:, None] + (torch.arange(_BINS, device=x.device) + 0.5) * width[:, None]
+    # The errors of all values that round to one level follow from three sums over their bins.
+    moments = torch.stack([counts, counts * centers, counts * centers.square()])
+    sums = torch.nn.functional.pad(moments.cumsum(2), (1, 0))
 
     grid = torch.arange(1, _COARSE + 1, device=x.device, dtype=torch.float64) / _COARSE
     low, high = (end.flatten() for end in torch.meshgrid(grid, grid, indexing="ij"))
     low, high = low.expand(channels, -1), high.expand(channels, -1)
-    best = _best(centers, counts, least, greatest, low, high, qmin, qmax)
+    best = _best(sums, least, greatest, width, low, high, qmin, qmax)
     around = torch.arange(1 - _FINE, _FINE, device=x.device, dtype=torch.float64)
     around = around / (_COARSE * _FINE)
     down, up = (end.flatten() for end in torch.meshgrid(around, around, indexing="ij"))
     low = (low.gather(1, best) + down).clamp(max=1.0)
     high = (high.gather(1, best) + up).clamp(max=1.0)
-    best = _best(centers, counts, least, greatest, low, high, qmin, qmax)
+    best = _best(sums, least, greatest, width, low, high, qmin, qmax)
     scale, zero_point = _qparams(
         least * low.gather(1, best)[:, 0], greatest * high.gather(1, best)[:, 0], qmin, qmax
     )
@@ -91,10 +95,10 @@ def _qparams(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, T
 
 
 def _best(
-    centers: Tensor,
-    counts: Tensor,
+    sums: Tensor,
     least: Tensor,
     greatest: Tensor,
+    width: Tensor,
     low: Tensor,
     high: Tensor,
     qmin: int,
@@ -103,11 +107,21 @@ def _best(
     """Index ``[C, 1]`` of the fractions (low, high) ``[C, candidates]`` with the least error."""
     scale, zero_point = _qparams(least[:, None] * low, greatest[:, None] * high, qmin, qmax)
     scale, zero_point = scale.double(), zero_point.double()
-    step = max(1, _BLOCK // counts.numel())
+    levels = torch.arange(qmin, qmax + 1, device=least.device, dtype=torch.float64)
+    step = max(1, _BLOCK // (least.numel() * levels.numel()))
     errors = []
     for s, z in zip(scale.split(step, 1), zero_point.split(step, 1), strict=True):
-        s, z = s[:, :, None], z[:, :, None]
-        values = centers[:, None]
-        q = torch.round(values / s).clamp(qmin - z, qmax - z)
-        errors.append(((q * s - values).square() * counts[:, None]).sum(-1))
+        values = (levels - z[:, :, None]) * s[:, :, None]
+        # Between two levels everything up to the middle belongs to the lower one: so many bins.
+        middle = (values[:, :, 1:] + values[:, :, :-1]) / 2
+        ends = (middle - least[:, None, None]) / width[:, None, None]
+        ends = (ends + 0.5).floor().clamp(0, _BINS).long().flatten(1)
+        shape = (*s.shape, levels.numel() - 1)
+        count, total, square = (
+            torch.cat(
+                [part.new_zeros(*s.shape, 1), inner, part[:, None, -1:].expand(*s.shape, 1)], 2
+            ).diff(dim=2)
+            for part, inner in ((part, part.gather(1, ends).view(shape)) for part in sums)
+        )
+        errors.append((square - 2 * values * total + values.square() * count).sum(-1))
     return torch.cat(errors, 1).argmin(1, keepdim=True)

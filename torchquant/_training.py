@@ -89,23 +89,29 @@ def process_group_name(who: str, group: Any) -> str | None:
     return name
 
 
-def gather(values: Tensor, group_name: str | None) -> Tensor:
-    """``values`` ``[n]`` of every process as ``[processes, n]``; one collective, no copy to host.
-
-    Without torch.distributed, or with one process, that is ``values[None]``.
-    """
+def processes_of(group_name: str | None) -> int:
+    """How many processes share the state; 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
-        return values[None]
-    group = None
-    if group_name is not None:
-        resolve: Any = dist.distributed_c10d  # a name that type checkers do not see
-        group = resolve._resolve_process_group(group_name)
-    processes = dist.get_world_size(group)
+        return 1
+    return dist.get_world_size(_process_group(group_name))
+
+
+def gather(values: Tensor, group_name: str | None) -> Tensor:
+    """``values`` ``[n]`` of every process as ``[processes, n]``, in one collective."""
+    processes = processes_of(group_name)
     if processes == 1:
         return values[None]
+    group = _process_group(group_name)
     result = values.new_empty(processes * values.numel())
     dist.all_gather_into_tensor(result, values.contiguous(), group=group)
     return result.view(processes, -1)
+
+
+def _process_group(name: str | None) -> Any:
+    if name is None:
+        return None
+    functions: Any = dist.distributed_c10d  # a name that type checkers do not see
+    return functions._resolve_process_group(name)
 
 
 def layout(granularity: Granularity) -> tuple[int | None, int | None]:

@@ -36,8 +36,9 @@ class LSQQuantizer(Float32State):
 
     The first batch in training mode (the weight itself, for a weight) sets
     ``step = 2 * mean|v| / sqrt(Qp)`` over all processes; a batch of zeros does not. The step is
-    projected to at least 2^-126 before it is used, so a far too large learning rate cannot make it
-    negative, and its gradient brings it back.
+    projected to at least 2^-126 wherever it is used or saved, so a far too large learning rate
+    cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
+    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``.
 
     State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
     symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
@@ -265,6 +266,13 @@ class LSQQuantizer(Float32State):
     def _state_replaced(self) -> None:
         if not self.initialized.is_meta:
             self._initialized = bool(self.initialized.item())
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        # Whoever reads the file finds what the next forward would use. Shards stay as they are.
+        if type(self.step.data) is Tensor and not self.step.is_meta and self._initialized:
+            offset = None if self.offset is None else self.offset.data
+            _project(self.step.data, offset, *self._range)
+        super()._save_to_state_dict(*arguments)
 
 
 class LSQPlusQuantizer(LSQQuantizer):

@@ -28,6 +28,7 @@ from torchquant._training import (
     inside_backward,
     layout,
     process_group_name,
+    processes_of,
 )
 from torchquant.functional.qparams import qparams_from_range
 from torchquant.scheme import PER_TENSOR, Granularity, PerTensor, quant_range
@@ -335,10 +336,10 @@ def _observe(
     """Update an observer's four buffers, in place, with what one batch holds."""
     least, greatest, bad = torch.ops.torchquant.minmax.default(input.detach(), axis, group_size)
     fresh = torch.stack([least, greatest])
-    size = least.numel()
-    # float64 holds float32 values and counts exactly, so one collective carries all three.
-    everyone = gather(torch.cat([fresh.flatten().double(), bad.double()]), group_name)
-    if everyone.shape[0] > 1:
+    if processes_of(group_name) > 1:
+        # float64 holds float32 values and counts exactly, so one collective carries all three.
+        everyone = gather(torch.cat([fresh.flatten().double(), bad.double()]), group_name)
+        size = least.numel()
         ends = torch.stack([everyone[:, :size].amin(0), everyone[:, size:-1].amax(0)])
         fresh = ends.float().view(fresh.shape)
         bad = everyone[:, -1:].sum(0).long()
