@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from torchquant.configs import Config, QATConfig
@@ -96,6 +95,7 @@ def prepare_qat_(
         [('0', 'prepared'), ('2', 'prepared')]
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
+        >>> import torch
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> print(convert_(model).summary().partition(";")[0])
         2 converted, 0 skipped

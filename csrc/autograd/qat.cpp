@@ -280,8 +280,10 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
       sizes.back() = w.sym_size(1);
       grad_input = at::mm(rows, w).reshape_symint(sizes);
       if (input_learns) {
-        const auto [through, raw_scale, raw_offset] = learned_backward(
-            grad_input, input, *scale, optional_of(row_zero), number("input_qmin"), number("input_qmax"), std::nullopt);
+        // Under autocast the gradient has another dtype than what was quantized.
+        const auto [through, raw_scale, raw_offset] =
+            learned_backward(grad_input.to(input.scalar_type()), input, *scale, optional_of(row_zero),
+                             number("input_qmin"), number("input_qmax"), std::nullopt);
         const double factor = ctx->saved_data["input_grad_factor"].toDouble();
         grad_input = through;
         if (wanted("input_scale")) grad_input_scale = raw_scale * factor;
@@ -300,8 +302,8 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
                      std::nullopt, flat.size(-1), dtype);
       grad_weight = at::mm(rows.t(), x);
       if (weight_learns) {
-        const auto [through, raw_scale, raw_offset] =
-            learned_backward(grad_weight, weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0);
+        const auto [through, raw_scale, raw_offset] = learned_backward(
+            grad_weight.to(weight.scalar_type()), weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0);
         grad_weight = through;
         grad_weight_scale = raw_scale * ctx->saved_data["weight_grad_factor"].toDouble();
       } else if (flag("weight_given")) {

@@ -121,6 +121,8 @@ def run_demo(
         >>> result = run_demo(latency_seconds=0.1)
         >>> result.failures, result.float_bytes > 3 * result.int8_bytes
         ([], True)
+        >>> result.training.trained_correct > result.training.rounded_correct
+        True
     """
     start = time.perf_counter()
     model, data = load_digits_model(), load_digits_data()

@@ -104,17 +104,19 @@ def training_table(result: DemoResult) -> Table:
     """What fine-tuning wins back at few bits, and whether it trained what is deployed."""
     training, count = result.training, result.test_images
     isas = sum(check.name == "training" for check in result.checks)
-    table = titled_table(
-        f"Weights of {training.weight_bits} bits, before and after training",
-        f"{training.steps} steps in {training.seconds:.1f} s. Then converted, and verified on "
-        f"{plural(isas, 'instruction set')}: {training.differing_bits:,} differing bits in "
-        f"{training.values:,} values.",
-    )
+    table = titled_table(f"Weights of {training.weight_bits} bits, rounded and trained", "")
     table.add_column("")
     for heading in ("float32", "rounded", "trained"):
         table.add_column(heading, justify="right")
+    table.add_column("")
     correct = (result.float_correct, training.rounded_correct, training.trained_correct)
-    table.add_row("Accuracy", *(f"{number / count:.2%}" for number in correct))
+    table.add_row(
+        "Accuracy",
+        *(f"{number / count:.2%}" for number in correct),
+        f"{training.steps} steps in {training.seconds:.1f} s",
+    )
+    verified = f"{training.differing_bits:,} differing bits in {training.values:,} values"
+    table.add_row("Converted", "", "", "", f"{verified},\n{plural(isas, 'instruction set')}")
     return table
 
 

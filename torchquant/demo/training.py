@@ -19,7 +19,7 @@ from torchquant.qat import convert_, prepare_qat_
 from torchquant.verify import VerifyReport, verify
 
 WEIGHT_BITS = 2
-STEPS = 80
+STEPS = 40
 BATCH = 64
 LEARNING_RATE = 1e-3
 VERIFIED_IMAGES = 40

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.functional._checks import require_range, require_tensor
-from torchquant.ops._arguments import layout_arguments, numbers_to_tensors
-from torchquant.ops._fake import require_one_device
+from torchquant.ops._arguments import layout_arguments, numbers_to_tensors, require_one_device
 from torchquant.scheme import PER_TENSOR, Granularity
 
 load()
