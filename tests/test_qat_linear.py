@@ -214,6 +214,7 @@ def test_learned_gradients_are_those_of_the_formula() -> None:
             static=config.static,
             weight_given=weight_quantizer is not None,
             activation="relu",
+            learned_offset=config.learned_offset,
             input_grad_factor=0.0 if quantizer is None else quantizer.grad_factor(x),
             weight_grad_factor=(
                 0.0 if weight_quantizer is None else weight_quantizer.grad_factor(layer.weight)

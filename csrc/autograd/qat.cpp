@@ -132,6 +132,9 @@ struct Settings {
 // A learned step may end up too small between two training steps; never an error inside one.
 at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(0x1p-126f); }
 
+// Unsigned integers beyond int8, 0 .. 255, are stored 128 lower: the differences to the zero point are the same.
+int64_t shift_of(int64_t qmax) { return qmax > 127 ? 128 : 0; }
+
 // Static activations' scale and zero point: as given, or from a learned offset in real units.
 struct InputParams {
   OptTensor scale, zero;
@@ -141,11 +144,17 @@ InputParams input_params(const OptTensor& scale, const OptTensor& zero_point, co
   if (!present(scale)) return {};
   const at::Tensor usable = usable_scale(*scale);
   if (present(zero_point)) return {usable, zero_point->clone()};  // an observer may change its own before backward
-  if (!present(offset)) return {usable, std::nullopt};
+  if (!present(offset)) {
+    if (shift_of(qmax) == 0) return {usable, std::nullopt};
+    return {usable, at::full({1}, -shift_of(qmax), usable.options().dtype(at::kInt))};
+  }
   const at::Tensor beta = offset->detach();
   const at::Tensor zero = (-beta / usable).round().nan_to_num(0.0).clamp(qmin, qmax).to(at::kInt);
   return {at::where(beta.isnan(), beta, usable), zero};  // an integer cannot hold NaN
 }
+
+// Tensor::to would hand out the tensor itself, which an operator must not return.
+at::Tensor as_type(const at::Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
 void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias, const OptTensor& input_scale,
            const OptTensor& input_zero_point, const OptTensor& input_offset, const OptTensor& weight_scale,
@@ -175,6 +184,15 @@ void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& b
   const bool dynamic_range = (bits_max & (bits_max + 1)) == 0 && bits_max >= 1 && bits_max <= 127;
   TORCH_CHECK_VALUE(present(input_scale) || dynamic_range, kOp,
                     ": input_qmax must be 2^(bits - 1) - 1 for dynamic activations, got ", bits_max);
+  const bool fixed_zero = present(input_zero_point), moves = present(input_offset) || s.input_grad_factor > 0;
+  TORCH_CHECK_VALUE(!(fixed_zero && moves), kOp,
+                    ": input_zero_point must be None with input_offset or input_grad_factor, which decide on it; "
+                    "pass an offset, or a range that needs no zero point");
+  const bool is_unsigned = s.input_qmin == 0 && 1 <= s.input_qmax && s.input_qmax <= 255;
+  TORCH_CHECK_VALUE(s.input_qmax <= 127 || (is_unsigned && !fixed_zero && !present(input_offset)), kOp,
+                    ": input_qmin and input_qmax must lie within -128 .. 127, or be 0 and at most 255 without zero "
+                    "point and offset, got ",
+                    s.input_qmin, " and ", s.input_qmax);
 }
 
 int64_t bits_of(int64_t qmax) {  // 127 -> 8
@@ -183,7 +201,9 @@ int64_t bits_of(int64_t qmax) {  // 127 -> 8
   return bits;
 }
 
-OptTensor float_bias(const OptTensor& bias) { return present(bias) ? OptTensor(bias->to(at::kFloat)) : std::nullopt; }
+OptTensor float_bias(const OptTensor& bias) {
+  return present(bias) ? OptTensor(as_type(*bias, at::kFloat)) : std::nullopt;
+}
 
 struct QatLinear : public torch::autograd::Function<QatLinear> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight, const OptTensor& bias,
@@ -198,8 +218,9 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
     const auto [packed, channel_scale, channel_zero] =
         quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+    const int64_t shift = shift_of(s.input_qmax);
     const auto [q, row_scale, row_zero] =
-        quantize_rows(input, scale, zero, s.input_qmin, s.input_qmax, s.input_symmetric);
+        quantize_rows(input, scale, zero, s.input_qmin - shift, s.input_qmax - shift, s.input_symmetric);
     const bool own_zeros = !scale && !s.input_symmetric;  // a zero point per row
     const OptTensor weight_zero = s.weight_symmetric ? std::nullopt : OptTensor(channel_zero);
     const at::Tensor output =
@@ -209,7 +230,7 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     const bool relu = s.activation == "relu";
     Variable bits;  // of a static range; a learned one needs the input itself
     if (scale && !input_learns && input.requires_grad())
-      bits = in_range(input, *scale, zero, s.input_qmin, s.input_qmax, std::nullopt);
+      bits = in_range(input, *scale, zero, s.input_qmin - shift, s.input_qmax - shift, std::nullopt);
     ctx->save_for_backward({
         wants_input || wants_weight ? weight : Variable(),
         wants_weight ? q : Variable(),
@@ -263,8 +284,9 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
       return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
     };
     const int64_t weight_qmin = number("weight_qmin"), weight_qmax = number("weight_qmax");
-    const bool input_learns = flag("input_learns") && (wanted("input_scale") || wanted("input_offset"));
-    const bool weight_learns = flag("weight_learns") && wanted("weight_scale");
+    const bool input_learns = flag("input_learns"), weight_learns = flag("weight_learns");
+    const bool wants_input = ctx->needs_input_grad(0) || wanted("input_scale") || wanted("input_offset");
+    const bool wants_weight = ctx->needs_input_grad(1) || wanted("weight_scale");
 
     at::Tensor grad = grads[0];
     if (relu_bits.defined()) grad = mask_gradient(grad, relu_bits);
@@ -273,17 +295,19 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
 
     Variable grad_input, grad_weight, grad_bias, grad_input_scale, grad_input_offset, grad_weight_scale;
     if (wanted("bias"))
-      grad_bias = rows.sum(0, false, at::kFloat).to(static_cast<at::ScalarType>(number("bias_dtype")));
-    if (ctx->needs_input_grad(0) || input_learns) {
-      const at::Tensor w = fake_quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0).to(dtype);
+      grad_bias = as_type(rows.sum(0, false, at::kFloat), static_cast<at::ScalarType>(number("bias_dtype")));
+    if (wants_input) {
+      const at::Tensor w =
+          as_type(fake_quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0), dtype);
       std::vector<c10::SymInt> sizes = grad.sym_sizes().vec();
       sizes.back() = w.sym_size(1);
       grad_input = at::mm(rows, w).reshape_symint(sizes);
+      const auto input_dtype = static_cast<at::ScalarType>(number("input_dtype"));
       if (input_learns) {
-        // Under autocast the gradient has another dtype than what was quantized.
+        const OptTensor zero = shift_of(number("input_qmax")) ? std::nullopt : optional_of(row_zero);
         const auto [through, raw_scale, raw_offset] =
-            learned_backward(grad_input.to(input.scalar_type()), input, *scale, optional_of(row_zero),
-                             number("input_qmin"), number("input_qmax"), std::nullopt);
+            learned_backward(as_type(grad_input, input_dtype), input, *scale, zero, number("input_qmin"),
+                             number("input_qmax"), std::nullopt);
         const double factor = ctx->saved_data["input_grad_factor"].toDouble();
         grad_input = through;
         if (wanted("input_scale")) grad_input_scale = raw_scale * factor;
@@ -291,9 +315,9 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
       } else if (range_bits.defined()) {
         grad_input = mask_gradient(grad_input, range_bits);
       }
-      grad_input = grad_input.to(static_cast<at::ScalarType>(number("input_dtype")));
+      grad_input = as_type(grad_input, input_dtype);
     }
-    if (ctx->needs_input_grad(1) || weight_learns) {
+    if (wants_weight) {
       const OptTensor zero = flag("own_zeros") ? OptTensor(row_zero) : optional_of(row_zero);
       const at::Tensor flat = q.reshape_symint({-1, q.sym_size(-1)}), scales = row_scale.reshape({-1, 1});
       const bool one_zero = zero && !flag("own_zeros");
@@ -302,15 +326,16 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
                      std::nullopt, flat.size(-1), dtype);
       grad_weight = at::mm(rows.t(), x);
       if (weight_learns) {
-        const auto [through, raw_scale, raw_offset] = learned_backward(
-            grad_weight.to(weight.scalar_type()), weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0);
+        const auto [through, raw_scale, raw_offset] =
+            learned_backward(as_type(grad_weight, weight.scalar_type()), weight, channel_scale, std::nullopt,
+                             weight_qmin, weight_qmax, 0);
         grad_weight = through;
         grad_weight_scale = raw_scale * ctx->saved_data["weight_grad_factor"].toDouble();
       } else if (flag("weight_given")) {
         grad_weight =
             mask_gradient(grad_weight, in_range(weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0));
       }
-      grad_weight = grad_weight.to(weight.scalar_type());
+      grad_weight = as_type(grad_weight, weight.scalar_type());
     }
     return {grad_input, grad_weight,       grad_bias,         grad_input_scale,
             Variable(), grad_input_offset, grad_weight_scale, Variable()};
@@ -381,7 +406,7 @@ at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight,
                           s.activation, s.output_dtype, bits_of(s.input_qmax));
   const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
   return linear_static(input, *scale, zero, packed, channel_scale, weight_zero, float_bias(bias), n, s.activation,
-                       s.output_dtype, s.input_qmin, s.input_qmax);
+                       s.output_dtype, s.input_qmin - shift_of(s.input_qmax), s.input_qmax - shift_of(s.input_qmax));
 }
 
 }  // namespace torchquant

@@ -181,6 +181,7 @@ def qat_linear_backward(
     activation: str = "none",
     input_grad_factor: float = 0.0,
     weight_grad_factor: float = 0.0,
+    learned_offset: bool = False,
 ) -> LinearGradients:
     """Backward of :func:`torchquant.ops.qat_linear`, in ``grad``'s dtype.
 
@@ -195,6 +196,9 @@ def qat_linear_backward(
         weight_given: the weight's scales are.
         activation: "none" or "relu".
         input_grad_factor, weight_grad_factor: above 0: these scales learn.
+        learned_offset: the activations' zero point comes from an offset in real units, which stays
+            where it is when the scale moves: Qn, Qp are -qmin, qmax. Otherwise the zero point
+            stays: Qn, Qp are zero_point - qmin, qmax - zero_point.
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, -0.5]])
@@ -213,7 +217,9 @@ def qat_linear_backward(
     grad_input, grad_weight = grad @ wq, grad.t() @ xq
     input_scale = input_offset = weight_scale = None
     if static and input_grad_factor > 0:
-        grad_input, slope, clipped = _learned(grad_input, input, x.scale, x.zero_point, input_range)
+        grad_input, slope, clipped = _learned(
+            grad_input, input, x.scale, x.zero_point, input_range, learned_offset
+        )
         input_scale = slope.sum().reshape(1) * input_grad_factor
         input_offset = clipped.sum().reshape(1) * input_grad_factor
     elif static:
@@ -238,15 +244,21 @@ def _inside(
 
 
 def _learned(
-    grad: Tensor, v: Tensor, scale: Tensor, zero: Tensor, limits: tuple[int, int]
+    grad: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    limits: tuple[int, int],
+    learned_offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LSQ's rule: gradient to the value, and the terms of those to the scale and the offset."""
     low, high = limits[0] - zero, limits[1] - zero
     steps = v.to(torch.float32) * reciprocal(scale)
     below, above = steps <= low, steps >= high
     slope = (torch.round(steps).to(grad.dtype) - steps.to(grad.dtype)) * grad
-    slope = torch.where(below, low.to(grad.dtype) * grad, slope)
-    slope = torch.where(above, high.to(grad.dtype) * grad, slope)
+    shift = zero if learned_offset else torch.zeros_like(zero)
+    slope = torch.where(below, (low + shift).to(grad.dtype) * grad, slope)
+    slope = torch.where(above, (high + shift).to(grad.dtype) * grad, slope)
     clipped = torch.where(below | above, grad, 0.0)
     return torch.where(below | above, 0.0, grad), slope, clipped
 

@@ -14,7 +14,7 @@ from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, refusal
 from torchquant.observers import MovingAverageMinMaxObserver
-from torchquant.scheme import PerAxis, PerToken
+from torchquant.scheme import PerAxis, PerToken, quant_range
 
 _ACTIVATIONS = ("none", "relu")
 
@@ -86,12 +86,13 @@ class QATLinear(nn.Module):
         self.config = config
         self.activation = activation
         self.simulate = config.simulate
-        # A token's range leaves the least integer out by itself where it is symmetric.
         self._input_range, self._weight_range = config.activation_range, config.weight_range
         self.register_parameter("weight", linear.weight)
         self.register_parameter("bias", linear.bias)
         device = linear.weight.device
         self.input_quantizer = _input_quantizer(config, self.in_features, device)
+        if config.learned_activations and not config.activation_signed:
+            self._input_range = quant_range(config.activation_bits, signed=False)
         self.weight_quantizer = _weight_quantizer(config, self.out_features, device)
         on = torch.ones(1, dtype=torch.uint8, device=device)
         self.register_buffer("quantize_enabled", on)
@@ -188,7 +189,6 @@ class QATLinear(nn.Module):
             pass
         elif config.learned_activations:
             scale, offset = quantizer.prepare(input)
-            zero_point = self._unsigned_zero_point(scale)
             input_factor = quantizer.grad_factor(input)
         else:
             self._observe(input)
@@ -263,17 +263,13 @@ class QATLinear(nn.Module):
     def _activate(self, output: Tensor) -> Tensor:
         return torch.relu(output) if self.activation == "relu" else output
 
-    def _unsigned_zero_point(self, scale: Tensor) -> Tensor | None:
-        """Of a learned unsigned range: deployed integers are signed, its 0 is their least one."""
-        if self.config.activation_signed:
-            return None
-        return torch.full((1,), self._input_range[0], dtype=torch.int32, device=scale.device)
-
     def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
         if self.input_quantizer is None:
             return None, None
         scale, zero_point = self.input_quantizer.qparams()
-        return scale.detach(), zero_point + (self._input_range[0] - self.input_quantizer.qmin)
+        # Unsigned integers of a learned step are deployed as signed ones.
+        shift = self.config.activation_range[0] - self._input_range[0]
+        return scale.detach(), zero_point + shift
 
     def _weight_scale(self) -> Tensor | None:
         return None if self.weight_quantizer is None else self.weight_quantizer.qparams()[0]

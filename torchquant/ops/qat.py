@@ -155,7 +155,8 @@ def qat_linear(
             ``input_offset``.
         input_offset: float32 ``[1]``, LSQ+'s learned offset in real units: zero point
             ``clamp(rint(-offset / scale))``.
-        input_qmin, input_qmax, input_symmetric: as for :func:`quantize_rows`.
+        input_qmin, input_qmax, input_symmetric: as for :func:`quantize_rows`; a static range
+            without zero point and offset may be unsigned, 0 to at most 255.
         weight_scale: float32 ``[N]``; None: each channel's from its range.
         weight_qmin, weight_qmax, weight_symmetric: as for :func:`quantize_pack`.
         activation: "none" or "relu", behind the bias.
