@@ -83,6 +83,9 @@ TORCH_LIBRARY(torchquant, m) {
   m.def(
       "quantize_pack(Tensor weight, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
       "(Tensor, Tensor, Tensor)");
+  // grad [M, N] times fake_quantize of a weight [N, K] per row, float32.
+  m.def(
+      "mm_fake_quantized(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point, int qmin, int qmax) -> Tensor");
   // Float input and weight, both quantized inside; the gradient goes straight through. input_scale: none for dynamic
   // per-token scales; weight_scale: none for each channel's own range. A grad_factor above 0: the scale learns.
   m.def(

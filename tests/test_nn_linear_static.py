@@ -112,7 +112,7 @@ def test_weights_lie_in_their_range_and_come_back(name: str) -> None:
     assert qmin <= int(layer.qweight.min())
     assert int(layer.qweight.max()) <= qmax
     error = (layer.to_float().weight - layer_of(STATIC["static"]).to_float().weight).abs().max()
-    assert float(error) <= 1.1 * float(layer.weight_scale.max())
+    assert error.item() <= 1.1 * float(layer.weight_scale.max())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -26,7 +26,7 @@ from support import (
 )
 from torch import Tensor
 
-from torchquant import functional, ops, quant_range
+from torchquant import PerAxis, functional, ops, quant_range
 from torchquant.functional.qat import Quantized
 
 SIZES = (Shape(1, 1, 1), Shape(5, 17, 63), Shape(33, 48, 128), Shape(4, 16, 65), Shape(40, 31, 300))
@@ -390,6 +390,46 @@ def test_any_call(data: st.DataObject) -> None:
         assert_close(got, wanted[name], tolerance, (shape, case, bits, name))
 
 
+# ---------------------------------------------------------------- mm_fake_quantized
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_product_with_a_fake_quantized_weight(layout: str) -> None:
+    # The last shape takes several blocks of scratch memory.
+    for (rows, outputs, inputs), zero in itertools.product(
+        (*SIZES, Shape(3, 100, 16384)), (False, True)
+    ):
+        weight, grad = in_layout(torch.randn(outputs, inputs), layout), torch.randn(rows, outputs)
+        scale = torch.rand(outputs) * 0.1 + 0.01
+        point = torch.randint(-8, 8, (outputs,), dtype=torch.int32) if zero else None
+        got = ops.mm_fake_quantized(in_layout(grad, layout), weight, scale, point, qmin=-8, qmax=7)
+        quantized = functional.fake_quantize(
+            weight.contiguous(), scale, point, qmin=-8, qmax=7, granularity=PerAxis(0)
+        )
+        assert_close(got, grad.double() @ quantized.double(), 1e-5, (layout, rows, outputs))
+
+
+def test_product_of_nothing_and_of_the_wrong_things() -> None:
+    weight, scale = torch.randn(4, 8), torch.ones(4)
+    assert ops.mm_fake_quantized(torch.empty(0, 4), weight, scale).shape == (0, 8)
+    for grad, other, message in (
+        (torch.ones(2, 5), scale, "mm_fake_quantized: grad must have shape"),
+        (torch.ones(2, 4), torch.ones(3), "mm_fake_quantized: scale must be float32"),
+        (torch.ones(2, 4), torch.zeros(4), "mm_fake_quantized: scale must be finite"),
+        (torch.ones(2, 4, dtype=torch.bfloat16), scale, "mm_fake_quantized: grad must be float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.mm_fake_quantized(grad, weight, other)
+
+
+def test_a_weight_with_nan_gives_gradients_of_nan() -> None:
+    values = arguments(Shape(4, 17, 20))
+    values["weight"][3, 2] = NAN
+    got = gradients(values, ("input", "weight"), torch.ones(4, 17))
+    assert bool(got["input"].isnan().all())
+    assert not bool(got["weight"].isnan().any())
+
+
 # ---------------------------------------------------------------- what is saved
 
 
@@ -435,6 +475,8 @@ def test_opcheck() -> None:
     pack = torch.ops.torchquant.quantize_pack.default
     for sample in ((w, None, None, -127, 127, True), (w, positive(17), None, -8, 7, True)):
         torch.library.opcheck(pack, sample)
+    product = torch.ops.torchquant.mm_fake_quantized.default
+    torch.library.opcheck(product, (torch.randn(4, 17), w, positive(17), None, -127, 127))
     op = torch.ops.torchquant.qat_linear.default
     for case, grad in itertools.product(CASES, (False, True)):
         values = arguments(Shape(4, 17, 20), **CASES[case])

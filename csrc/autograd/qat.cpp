@@ -118,6 +118,13 @@ Quantized learned_backward(const at::Tensor& grad, const at::Tensor& x, const at
   return op.call(grad, x, scale, zero, qmin, qmax, axis, std::nullopt);
 }
 
+at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& scale,
+                             const OptTensor& zero, int64_t qmin, int64_t qmax) {
+  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
+                                          int64_t, int64_t)>("torchquant::mm_fake_quantized");
+  return op.call(grad, weight, scale, zero, qmin, qmax);
+}
+
 // Everything that is not a tensor.
 struct Settings {
   int64_t input_qmin, input_qmax;
@@ -297,11 +304,15 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
     if (wanted("bias"))
       grad_bias = as_type(rows.sum(0, false, at::kFloat), static_cast<at::ScalarType>(number("bias_dtype")));
     if (wants_input) {
-      const at::Tensor w =
-          as_type(fake_quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0), dtype);
+      if (dtype == at::kFloat && weight.scalar_type() == at::kFloat) {
+        grad_input = mm_fake_quantized(rows, weight, channel_scale, weight_zero, weight_qmin, weight_qmax);
+      } else {
+        const at::Tensor w = fake_quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0);
+        grad_input = at::mm(rows, as_type(w, dtype));
+      }
       std::vector<c10::SymInt> sizes = grad.sym_sizes().vec();
-      sizes.back() = w.sym_size(1);
-      grad_input = at::mm(rows, w).reshape_symint(sizes);
+      sizes.back() = weight.sym_size(1);
+      grad_input = grad_input.reshape_symint(sizes);
       const auto input_dtype = static_cast<at::ScalarType>(number("input_dtype"));
       if (input_learns) {
         const OptTensor zero = shift_of(number("input_qmax")) ? std::nullopt : optional_of(row_zero);

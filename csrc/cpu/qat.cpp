@@ -1,7 +1,10 @@
 // quantize_rows, quantize_pack, and qat_linear where no gradient is asked for.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,11 +15,13 @@
 #include "checks.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
+#include "cpu/workspace.h"
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread should have at least
+constexpr int64_t kGrain = 16384;         // elements a thread should have at least
+constexpr int64_t kBlockBytes = 4 << 20;  // of a weight's rows in scratch memory
 constexpr float kLeastScale = 0x1p-126f;
 
 void check_signed_range(const char* op, int64_t qmin, int64_t qmax) {
@@ -123,7 +128,63 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
   return {packed, row_scale, row_zero};
 }
 
+// grad [m, n] times the fake-quantized weight [n, k], which never exists as a whole: blocks of its rows go through
+// scratch memory that is kept. A fresh tensor of the weight's size costs more in page faults than the quantization.
+at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& scale,
+                             const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
+  const char* op = "mm_fake_quantized";
+  check_dtype(op, "grad", grad, at::kFloat);
+  check_dtype(op, "weight", weight, at::kFloat);
+  check_signed_range(op, qmin, qmax);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(0), op,
+                    ": grad must have shape [M, N] and weight [N, K], got ", describe(grad), " and ", describe(weight));
+  const int64_t n = weight.size(0), k = weight.size(1), m = grad.size(0);
+  check_channels(op, "scale", scale, at::kFloat, n, false);
+  const bool has_zero = zero_point && zero_point->defined();
+  if (has_zero) check_channels(op, "zero_point", *zero_point, at::kInt, n, false);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  at::Tensor out = empty_output({m, k}, grad.options());
+  if (m == 0 || n == 0 || k == 0) return out.zero_();
+  const at::Tensor w = weight.is_contiguous() || row_stride(weight) ? weight : weight.contiguous();
+  const int64_t w_stride = row_stride(w).value_or(k);
+  const float* values = w.const_data_ptr<float>();
+  const at::Tensor scales = scale.contiguous(), zeros = has_zero ? zero_point->contiguous() : at::Tensor();
+  const float* s = scales.const_data_ptr<float>();
+  const int32_t* z = has_zero ? zeros.const_data_ptr<int32_t>() : nullptr;
+  for (int64_t i = 0; i < n; ++i) check_scale(op, "scale", s[i]);
+  const int64_t height = std::min(n, std::max<int64_t>(64, kBlockBytes / (4 * k)));
+  float* scratch = reinterpret_cast<float*>(Workspace::of_this_thread().get(height * k * 4));
+  const KernelTable& table = kernels();
+  for (int64_t first = 0; first < n; first += height) {
+    const int64_t rows = std::min(height, n - first);
+    at::parallel_for(0, rows, ceil_div(kGrain, k), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t i = first + r;
+        const int64_t zero = z ? z[i] : 0;
+        const float inverse = 1.0f / s[i], none = 0.0f, lo = static_cast<float>(qmin - zero),
+                    hi = static_cast<float>(qmax - zero);
+        FakeQuantizeArgs args{};
+        args.x = values + i * w_stride;
+        args.out = scratch + r * k;
+        args.n = k;
+        args.type = FloatType::kF32;
+        args.scale = s + i;
+        args.inverse = &inverse;
+        args.real_zero = &none;
+        args.lo = &lo;
+        args.hi = &hi;
+        table.fake_quantize_span(args);
+      }
+    });
+    const at::Tensor block = at::from_blob(scratch, {rows, k}, grad.options()), part = grad.narrow(1, first, rows);
+    if (first == 0) at::mm_out(out, part, block);
+    else at::addmm_out(out, out, part, block);
+  }
+  return out;
+}
+
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("mm_fake_quantized", &mm_fake_quantized);
   m.impl("quantize_rows", &quantize_rows);
   m.impl("quantize_pack", &quantize_pack);
   m.impl("qat_linear", &qat_linear_forward);

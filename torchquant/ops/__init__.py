@@ -31,7 +31,7 @@ from torchquant.ops.fake_quantize import (
     minmax,
     positive,
 )
-from torchquant.ops.qat import qat_linear, quantize_pack, quantize_rows
+from torchquant.ops.qat import mm_fake_quantized, qat_linear, quantize_pack, quantize_rows
 from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
@@ -53,6 +53,7 @@ __all__ = [
     "linear_static",
     "mask_gradient",
     "minmax",
+    "mm_fake_quantized",
     "pack_weight",
     "positive",
     "qat_linear",

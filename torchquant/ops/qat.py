@@ -119,6 +119,52 @@ def _(
     )
 
 
+def mm_fake_quantized(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int = -127,
+    qmax: int = 127,
+) -> Tensor:
+    """``grad @ fake_quantize(weight)``, per output channel: the gradient of a layer's input.
+
+    Args:
+        grad: float32 ``[M, N]``.
+        weight: float32 ``[N, K]``.
+        scale: float32 ``[N]``, at least 2^-126.
+        zero_point: int32 ``[N]`` or None.
+        qmin, qmax: as for :func:`quantize_pack`.
+
+    Returns:
+        float32 ``[M, K]``, without a gradient of its own. No tensor of the weight's size is made.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Example:
+        >>> mm_fake_quantized(torch.ones(1, 1), torch.tensor([[0.26, 9.0]]), torch.ones(1) / 2)
+        tensor([[0.5000, 9.0000]])
+    """
+    return torch.ops.torchquant.mm_fake_quantized.default(  # type: ignore[no-any-return]
+        grad, weight, scale, zero_point, qmin, qmax
+    )
+
+
+@torch.library.register_fake("torchquant::mm_fake_quantized")
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    require_one_device("mm_fake_quantized", grad, weight=weight, scale=scale, zero_point=zero_point)
+    return torch.empty((grad.shape[0], weight.shape[1]), dtype=grad.dtype, device=grad.device)
+
+
 def qat_linear(
     input: Tensor,
     weight: Tensor,
