@@ -687,6 +687,19 @@ def test_a_converted_model_is_saved_and_loaded(config: QATConfig, tmp_path: Path
     assert_same_bits(loaded(tokens()), model(tokens()))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_learned_steps_use_the_least_integer_too(bits: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    prepare_qat_(model, QATConfig(weight_bits=bits, learned_weights=True))
+    model.train()(floats(4, 64))
+    with torch.no_grad():
+        model[0].weight_quantizer.step.mul_(0.1)  # now many weights lie beyond the range
+    trained = copy.deepcopy(model)
+    convert_(model)
+    assert model[0].qweight.min() == -(2 ** (bits - 1))
+    assert verify(trained, model, [floats(4, 64)]).exact
+
+
 def test_no_float_weight_is_left_behind() -> None:
     model = Classifier()
     prepare_qat_(model, LEARNED["w4a4_learned"])

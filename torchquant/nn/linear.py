@@ -152,12 +152,16 @@ class QuantizedLinear(nn.Module):
         weight_scale: Tensor | None,
         input_scale: Tensor | None,
         input_zero_point: Tensor | None,
+        weight_range: tuple[int, int] | None = None,
     ) -> QuantizedLinear:
-        """A layer with the integers of a float weight; ``weight_scale`` None: from its ranges."""
+        """A layer with the integers of a float weight; ``weight_scale`` None: from its ranges.
+
+        ``weight_range`` None is the configuration's; learned steps use -128 too.
+        """
         scale, zero_point = _static_parameters(config, input_scale, input_zero_point)
         out_features, in_features = weight.shape  # a layer's own attributes may be out of date
         layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
-        qmin, qmax = config.weight_range
+        qmin, qmax = config.weight_range if weight_range is None else weight_range
         # Tensors born in inference mode could not take part in training an adapter later.
         with torch.inference_mode(False), torch.no_grad():
             layer.packed, layer.weight_scale, weight_zero_point = ops.quantize_pack(

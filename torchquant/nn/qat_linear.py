@@ -147,6 +147,7 @@ class QATLinear(nn.Module):
             self._weight_scale(),
             scale,
             zero_point,
+            self._weight_range,
         )
         return layer.train(self.training)
 
