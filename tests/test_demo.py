@@ -15,7 +15,7 @@ from torch import nn
 
 import torchquant
 from torchquant import cpu, demo
-from torchquant.demo import exactness, tables
+from torchquant.demo import exactness, tables, training
 from torchquant.demo.exactness import Check, count_differing
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsTransformer, digits, load_digits_data, load_digits_model
@@ -117,6 +117,8 @@ def test_width_that_heads_do_not_divide_is_refused():
 
 IMAGES = 80
 SAMPLED_ROWS = 16
+TRAINING_STEPS = 4
+VERIFIED_IMAGES = 5
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,8 @@ def result(steps):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "load_digits_data", lambda: some)
         patch.setattr(exactness, "SAMPLED_ROWS", SAMPLED_ROWS)
+        patch.setattr(training, "STEPS", TRAINING_STEPS)
+        patch.setattr(training, "VERIFIED_IMAGES", VERIFIED_IMAGES)
         return demo.run_demo(
             isa="scalar",
             threads=1,
@@ -171,6 +175,7 @@ def test_demo_compares_all_it_says(result):
         "threads": IMAGES * 16 * per_row,
         "rows": SAMPLED_ROWS * per_row,
         "specification": SAMPLED_ROWS * per_row,
+        "training": VERIFIED_IMAGES * (16 * per_row + 10),
     }
     for check in result.checks:
         assert check.values == values[check.name], check
@@ -189,6 +194,16 @@ def test_demo_accuracy_size_and_report(result):
     assert all(latency.float_ms > 0 and latency.int8_ms > 0 for latency in result.latencies)
 
 
+def test_demo_trains_what_it_ships(result):
+    assert result.training.weight_bits == 2
+    assert result.training.differing_bits == 0
+    trained = [check.values for check in result.checks if check.name == "training"]
+    assert result.training.values == sum(trained)
+    assert result.training.steps == TRAINING_STEPS
+    assert 0.8 * IMAGES < result.training.rounded_correct < result.float_correct
+    assert result.training.trained_correct > result.training.rounded_correct - 3
+
+
 def test_demo_steps_go_from_none_to_all(result, steps):
     fractions = [done for _, done in steps]
     assert fractions[0] == 0
@@ -203,6 +218,7 @@ def test_demo_result_as_json(result):
     assert data["bytes"]["int8"] == result.int8_bytes
     assert data["accuracy"]["float"] == result.float_correct / IMAGES
     assert len(data["layers"]) == INT8_LAYERS + 2
+    assert data["training"]["differing_bits"] == 0
     assert {check["name"] for check in data["checks"]} == set(exactness.CHECKS)
 
 
@@ -318,6 +334,7 @@ def test_tables_fit(result, width):
     assert f"same answer for {result.same_answers} of {IMAGES}" in text
     assert f"all {10 * IMAGES} logits the same" in text
     assert "none differs" in text
+    assert "0 differing bits in" in text
 
 
 def test_tables_show_failures(result):

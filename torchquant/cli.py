@@ -89,7 +89,7 @@ def demo_command(
     as_json: JsonOption = False,
     progress: ProgressOption = True,
 ) -> None:
-    """Quantize a small transformer: accuracy, size, latency, proof of exactness.
+    """Quantize a small transformer, and train it so: accuracy, size, latency, exactness.
 
     The model classifies handwritten digits. It and its test images ship with torchquant.
 

@@ -17,10 +17,12 @@ namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx2_sums.inc"
 
@@ -97,10 +99,27 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {
-      "avx2",    0,           kRows,         kRows,           kTiles,        60.0f,          quantize_rows,
-      copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows, pack_attention,
-      attend};
+  static constexpr KernelTable table = {"avx2",
+                                        0,
+                                        kRows,
+                                        kRows,
+                                        kTiles,
+                                        60.0f,
+                                        quantize_rows,
+                                        copy_rows,
+                                        quantize_pack,
+                                        gemm_vector,
+                                        quantize_span,
+                                        dequantize_span,
+                                        activate_span,
+                                        normalize_rows,
+                                        pack_attention,
+                                        attend,
+                                        fake_quantize_span,
+                                        learned_backward_span,
+                                        mask_span,
+                                        positive_span,
+                                        minmax_span};
   return table;
 }
 }  // namespace torchquant

@@ -148,6 +148,11 @@ inline Case draw_case(Draw& draw, Memory& memory, const Shape* fixed = nullptr) 
   const bool input_zero = draw.one_in(2);
   l.qmin = static_cast<int32_t>(draw.below(100)) - 128;
   l.qmax = l.qmin + 1 + static_cast<int32_t>(draw.below(127 - l.qmin));
+  if (l.mode != RowMode::kStatic) {  // of 8 bits mostly, down to 2
+    const int64_t bits = draw.one_in(2) ? 8 : 2 + draw.below(6);
+    l.qmax = (1 << (bits - 1)) - 1;
+    l.qmin = -l.qmax - 1;
+  }
   l.zero_point = l.qmin + static_cast<int32_t>(draw.below(l.qmax - l.qmin + 1));
   const int32_t least = l.out_type == OutType::kU8 ? 0 : -128;
   l.out_qmin = least + static_cast<int32_t>(draw.below(100));

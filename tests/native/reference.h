@@ -82,15 +82,16 @@ inline RowQuantization row_quantization(const Linear& l, int64_t row) {
   if (magnitude == 0.0f) return {1.0f, 0, false};
   RowQuantization r{0.0f, 0, false};
   if (l.mode == RowMode::kSymmetric) {
-    r.scale = magnitude / 127.0f;
+    r.scale = magnitude / static_cast<float>(l.qmax);
   } else {
-    const float range = most - least;
-    r.scale = std::isinf(range) ? (most * 0.5f - least * 0.5f) / 255.0f * 2.0f : range / 255.0f;
+    const float range = most - least, steps = static_cast<float>(l.qmax - l.qmin);
+    r.scale = std::isinf(range) ? (most * 0.5f - least * 0.5f) / steps * 2.0f : range / steps;
   }
   r.scale = std::fmax(r.scale, 0x1p-126f);
   if (l.mode == RowMode::kAsymmetric) {
-    const float zero = std::nearbyint(-128.0f - least / r.scale);
-    r.zero = static_cast<int32_t>(std::fmin(std::fmax(zero, -128.0f), 127.0f));
+    const float low = static_cast<float>(l.qmin), high = static_cast<float>(l.qmax);
+    const float zero = std::nearbyint(low - least / r.scale);
+    r.zero = static_cast<int32_t>(std::fmin(std::fmax(zero, low), high));
   }
   return r;
 }
@@ -101,9 +102,8 @@ inline int32_t row_value(const Linear& l, const RowQuantization& r, int64_t row,
     return l.x_signed ? static_cast<int8_t>(byte) : byte;
   }
   if (r.bad && l.mode != RowMode::kStatic) return 0;
-  const int32_t qmin = l.mode == RowMode::kStatic ? l.qmin : (l.mode == RowMode::kSymmetric ? -127 : -128);
-  const int32_t qmax = l.mode == RowMode::kStatic ? l.qmax : 127;
-  return quantize_value(load(l.x, l.x_type, row * l.x_stride + i), 1.0f / r.scale, r.zero, qmin, qmax);
+  const int32_t qmin = l.mode == RowMode::kSymmetric ? -l.qmax : l.qmin;
+  return quantize_value(load(l.x, l.x_type, row * l.x_stride + i), 1.0f / r.scale, r.zero, qmin, l.qmax);
 }
 
 // sum_k (q[m, k] - zero[m]) (w[n, k] - zero[n]) + bias.  w: the weight as it was packed, [n, k].

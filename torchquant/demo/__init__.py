@@ -2,6 +2,7 @@
 
 * `run_demo` measures and returns a `DemoResult`, plain numbers
 * :mod:`~torchquant.demo.exactness`: the proof
+* :mod:`~torchquant.demo.training`: the same model with few bits, fine-tuned
 * :mod:`~torchquant.demo.tables`: the result as tables
 """
 
@@ -21,11 +22,12 @@ import torchquant
 from torchquant import cpu
 from torchquant.demo.exactness import Check, check_file, check_layers, check_logits, torch_threads
 from torchquant.demo.steps import Listener, Steps
+from torchquant.demo.training import Training, train_digits
 from torchquant.models import load_digits_data, load_digits_model
 from torchquant.nn import QuantizedLinear
 from torchquant.report import QuantizationReport
 
-__all__ = ["Check", "DemoResult", "Latency", "run_demo"]
+__all__ = ["Check", "DemoResult", "Latency", "Training", "run_demo"]
 
 LATENCY_BATCHES = (1, 64)
 
@@ -57,6 +59,7 @@ class DemoResult:
     float_bytes: int
     int8_bytes: int
     latencies: list[Latency]
+    training: Training
     checks: list[Check]
     compared_threads: int
     seconds: float
@@ -85,6 +88,7 @@ class DemoResult:
             },
             "bytes": {"float": self.float_bytes, "int8": self.int8_bytes},
             "latency": [asdict(latency) for latency in self.latencies],
+            "training": asdict(self.training),
             "checks": [asdict(check) for check in self.checks],
             "exact": not self.failures,
             "seconds": self.seconds,
@@ -101,6 +105,8 @@ def run_demo(
 ) -> DemoResult:
     """Quantize the digits transformer and measure accuracy, size, latency and exactness.
 
+    Then it is fine-tuned with weights of few bits, converted, and compared with what was trained.
+
     Args:
         isa: instruction set for accuracy and latency; None takes the active one.
         threads: threads for accuracy and latency; None leaves torch's setting.
@@ -115,6 +121,8 @@ def run_demo(
         >>> result = run_demo(latency_seconds=0.1)
         >>> result.failures, result.float_bytes > 3 * result.int8_bytes
         ([], True)
+        >>> result.training.trained_correct > result.training.rounded_correct
+        True
     """
     start = time.perf_counter()
     model, data = load_digits_model(), load_digits_data()
@@ -122,7 +130,8 @@ def run_demo(
     int8_model = copy.deepcopy(model)
     report = torchquant.quantize_(int8_model, torchquant.Int8DynamicActivationInt8WeightConfig())
     layers = sum(isinstance(module, QuantizedLinear) for module in int8_model.modules())
-    steps = Steps(2 + len(LATENCY_BATCHES) + len(cpu.available_isas()) + layers, on_step)
+    isas = len(cpu.available_isas())
+    steps = Steps(3 + len(LATENCY_BATCHES) + 2 * isas + layers, on_step)
     with (
         nullcontext() if isa is None else cpu.use_isa(isa),
         torch_threads(threads or torch.get_num_threads()),
@@ -134,10 +143,12 @@ def run_demo(
         for batch in LATENCY_BATCHES:
             steps.begin(f"latency, batch of {batch}")
             latencies.append(measure_latency(model, int8_model, images[:batch], latency_seconds))
+        training, trained = train_digits(data, steps)
     compared_threads = max(2, used_threads)
     checks = check_logits(int8_model, images, steps)
     checks += check_layers(int8_model, images, compared_threads, steps)
     checks += check_file(int8_model, images, steps)
+    checks += trained
     return DemoResult(
         isa=used_isa,
         threads=used_threads,
@@ -149,6 +160,7 @@ def run_demo(
         float_bytes=state_dict_bytes(model),
         int8_bytes=state_dict_bytes(int8_model),
         latencies=latencies,
+        training=training,
         checks=checks,
         compared_threads=compared_threads,
         seconds=time.perf_counter() - start,

@@ -34,6 +34,7 @@ CHECKS = {
     "rows": "rows of the int8 layers, alone and within the batch",
     "specification": "rows of the int8 layers, against the specification in plain torch",
     "file": "the logits of all test images, before saving to a file and after loading it",
+    "training": "outputs of the trained model and its layers, before and after conversion",
 }
 
 

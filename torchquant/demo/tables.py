@@ -22,6 +22,8 @@ def render(result: DemoResult) -> RenderableType:
         Text(),
         exactness_table(result),
         Text(),
+        training_table(result),
+        Text(),
         conclusion(result),
     )
 
@@ -92,8 +94,29 @@ def exactness_table(result: DemoResult) -> Table:
     table.add_column("Instruction\nset")
     for header in headers.values():
         table.add_column(header, justify="right")
-    for isa in dict.fromkeys(check.isa for check in result.checks):
+    shown = (check.isa for check in result.checks if check.name in headers)
+    for isa in dict.fromkeys(shown):
         table.add_row(isa, *(cells.get((name, isa), Text("-")) for name in headers))
+    return table
+
+
+def training_table(result: DemoResult) -> Table:
+    """What fine-tuning wins back at few bits, and whether it trained what is deployed."""
+    training, count = result.training, result.test_images
+    isas = sum(check.name == "training" for check in result.checks)
+    table = titled_table(f"Weights of {training.weight_bits} bits, rounded and trained", "")
+    table.add_column("")
+    for heading in ("float32", "rounded", "trained"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    correct = (result.float_correct, training.rounded_correct, training.trained_correct)
+    table.add_row(
+        "Accuracy",
+        *(f"{number / count:.2%}" for number in correct),
+        f"{training.steps} steps in {training.seconds:.1f} s",
+    )
+    verified = f"{training.differing_bits:,} differing bits in {training.values:,} values"
+    table.add_row("Converted", "", "", "", f"{verified},\n{plural(isas, 'instruction set')}")
     return table
 
 

@@ -1,0 +1,233 @@
+"""QuantizedLinear with static activations and with fewer than 8 bits."""
+
+import copy
+import io
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import FLOATS, NOT_FINITE, assert_same_bits, check_everywhere, floats, sprinkle
+from torch import Tensor, nn
+
+import torchquant
+from torchquant import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    IntxActivationIntxWeightConfig,
+    functional,
+)
+from torchquant.configs import Config
+from torchquant.nn import QuantizedLinear
+
+STATIC: dict[str, Config] = {
+    "static": Int8StaticActivationInt8WeightConfig(),
+    "symmetric": Int8StaticActivationInt8WeightConfig(True),
+    "zero_points": Int8StaticActivationInt8WeightConfig(False, False),
+    "w4a8": IntxActivationIntxWeightConfig(4, 8, True),
+    "w3a5": IntxActivationIntxWeightConfig(3, 5, True),
+    "w2a2_zero_points": IntxActivationIntxWeightConfig(2, 2, True, False, False),
+}
+DYNAMIC: dict[str, Config] = {
+    f"w{weight}a{activation}{'' if symmetric else '_zero_points'}": IntxActivationIntxWeightConfig(
+        weight, activation, False, symmetric, symmetric
+    )
+    for weight, activation in ((8, 8), (4, 8), (8, 4), (7, 6), (5, 3), (2, 2))
+    for symmetric in (True, False)
+}
+CONFIGS = {**STATIC, **{f"dynamic_{name}": config for name, config in DYNAMIC.items()}}
+
+
+def layer_of(config: Config, activation: str = "none") -> QuantizedLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(70, 33)
+    if not config.static:
+        return QuantizedLinear.from_float(linear, config, activation)
+    zero = 0 if config.activation_symmetric else config.activation_range[0] + 1
+    return QuantizedLinear.from_float(
+        linear,
+        config,
+        activation,
+        input_scale=torch.tensor([4.0 / config.activation_range[1]]),
+        input_zero_point=torch.tensor([zero], dtype=torch.int32),
+    )
+
+
+def specification(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    qmin, qmax = layer.config.activation_range
+    rows = functional.quantize_rows(
+        x,
+        layer.input_scale,
+        layer.input_zero_point,
+        qmin=qmin,
+        qmax=qmax,
+        symmetric=layer.config.activation_symmetric,
+    )
+    return functional.quantized_linear(
+        rows.q,
+        layer.qweight,
+        None if layer.bias is None else layer.bias.detach(),
+        input_scale=rows.scale,
+        input_zero_point=rows.zero_point,
+        weight_scale=layer.weight_scale,
+        weight_zero_point=layer.weight_zero_point,
+        output_dtype=x.dtype,
+        activation=layer.activation,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_is_the_specification(name: str) -> None:
+    for activation in ("none", "gelu"):
+        layer = layer_of(CONFIGS[name], activation)
+        for dtype in FLOATS:
+            x = sprinkle(floats(9, 70, dtype=dtype), NOT_FINITE, seed=1)
+            check_everywhere(
+                lambda x=x, layer=layer: layer(x).detach(), specification(layer, x), counts=(1, 2)
+            )
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
+    config = DYNAMIC[name]
+    layer = layer_of(config)
+    x = sprinkle(floats(9, 70), NOT_FINITE, seed=1)
+    want = functional.dynamic_linear(
+        x,
+        layer.qweight,
+        layer.bias.detach(),
+        weight_scale=layer.weight_scale,
+        weight_zero_point=layer.weight_zero_point,
+        symmetric=config.activation_symmetric,
+        activation_bits=config.activation_bits,
+    )
+    check_everywhere(lambda: layer(x).detach(), want)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_lie_in_their_range_and_come_back(name: str) -> None:
+    layer = layer_of(CONFIGS[name])
+    qmin, qmax = layer.config.weight_range
+    assert qmin <= int(layer.qweight.min())
+    assert int(layer.qweight.max()) <= qmax
+    error = (layer.to_float().weight - layer_of(STATIC["static"]).to_float().weight).abs().max()
+    assert error.item() <= 1.1 * float(layer.weight_scale.max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_state_copies_and_files(name: str, tmp_path: Path) -> None:
+    layer = layer_of(CONFIGS[name], "relu")
+    x = floats(5, 70)
+    want = layer(x).detach()
+    other = QuantizedLinear(70, 33, True, CONFIGS[name], "relu")
+    other.load_state_dict(layer.state_dict())
+    for copied in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_same_bits(copied(x).detach(), want)
+        assert list(copied.state_dict()) == list(layer.state_dict())
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    assert_same_bits(torch.load(stream, weights_only=False)(x).detach(), want)
+    torchquant.save(nn.Sequential(layer), tmp_path / "model.safetensors")
+    model = torchquant.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(70, 33)))
+    assert_same_bits(model(x).detach(), want)
+    assert model[0].config == layer.config
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(70, 33))
+    assert_same_bits(torchquant.load(tmp_path / "model.safetensors", empty)(x).detach(), want)
+
+
+def test_a_static_layer_stays_float32() -> None:
+    layer = layer_of(STATIC["static"]).to(torch.bfloat16)
+    assert layer.input_scale is not None
+    assert layer.input_scale.dtype == torch.float32
+    assert layer(floats(2, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    state = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(state)
+    assert layer.input_scale.dtype == torch.float32
+
+
+def test_a_layer_pickled_before_there_were_static_ones() -> None:
+    layer = layer_of(Int8DynamicActivationInt8WeightConfig())
+    state = layer.__getstate__()
+    del state["_buffers"]["input_scale"], state["_buffers"]["input_zero_point"]
+    old = QuantizedLinear.__new__(QuantizedLinear)
+    old.__setstate__(state)
+    x = floats(2, 70)
+    assert_same_bits(old(x).detach(), layer(x).detach())
+    assert list(old.state_dict()) == list(layer.state_dict())
+
+
+def test_repr() -> None:
+    assert "int4 per channel, activations int8 per tensor with zero point" in repr(
+        layer_of(STATIC["w4a8"])
+    )
+    assert "int5 per channel, activations int3 per token" in repr(layer_of(DYNAMIC["w5a3"]))
+
+
+def test_gradients_reach_input_and_bias() -> None:
+    for config in (STATIC["static"], DYNAMIC["w4a8"]):
+        layer = layer_of(config, "relu")
+        x = floats(4, 70).requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert layer.bias is not None
+        assert layer.bias.grad is not None
+
+
+def test_autocast() -> None:
+    layer = layer_of(STATIC["static"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(floats(2, 70)).dtype == torch.bfloat16
+
+
+def test_compiled() -> None:
+    for config in (STATIC["static"], DYNAMIC["w2a2_zero_points"]):
+        layer = layer_of(config)
+        x = floats(3, 70)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert_same_bits(compiled(x), layer(x))
+
+
+def test_errors() -> None:
+    linear, static = nn.Linear(8, 4), STATIC["static"]
+    scale, zero = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
+    cases = (
+        ({"config": static}, "input_scale must be given for static activations"),
+        ({"config": static, "input_scale": scale, "input_zero_point": zero + 200}, "from -128 to"),
+        ({"config": static, "input_scale": -scale}, "input_scale must be finite and at least"),
+        ({"config": static, "input_scale": scale.repeat(2)}, "input_scale must have shape [1]"),
+        ({"input_scale": scale}, "input_scale and input_zero_point must be None for dynamic"),
+        ({"input_zero_point": zero}, "input_scale and input_zero_point must be None for dynamic"),
+    )
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            QuantizedLinear.from_float(linear, **arguments)
+    with pytest.raises(ValueError, match="activation_narrow_range must be None unless static"):
+        IntxActivationIntxWeightConfig(activation_narrow_range=False)
+    with pytest.raises(ValueError, match="activation_bits must be from 2 to 8, got 9"):
+        torchquant.ops.linear_dynamic(
+            torch.ones(1, 8),
+            torchquant.ops.pack_weight(torch.ones(4, 8, dtype=torch.int8)),
+            torch.ones(4),
+            out_features=4,
+            activation_bits=9,
+        )
+    layer = layer_of(static)
+    with pytest.raises(RuntimeError, match="input_scale must be float32 \\[1\\]"):
+        layer.load_state_dict({**layer.state_dict(), "input_scale": torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r"Missing key.*input_scale"):
+        layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "input_scale"})
+
+
+def test_layers_of_other_activations_are_not_computed_together() -> None:
+    from torchquant.nn.projections import ProjectionGroup
+
+    for config in (STATIC["static"], DYNAMIC["w8a4"]):
+        layers = [layer_of(config), layer_of(config)]
+        assert "8 bits" in str(ProjectionGroup.obstacle(layers))
