@@ -185,6 +185,33 @@ def check_functions(rows: int, inputs: int, before: bool) -> None:
             ops.layer_norm(placed, None, None, 1e-5)
 
 
+def check_training(rows: int, inputs: int, before: bool) -> None:
+    """Fake quantization, its masks and gradients at every granularity."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return beside_a_hole(tensor, before)
+
+    operators = torch.ops.torchquant
+    groups = -(-inputs // 5)
+    layouts = (
+        ((1,), {}),
+        ((rows,), {"axis": 0}),
+        ((inputs,), {"axis": 1}),
+        ((rows, groups), {"group_size": 5}),
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = place(torch.randn(rows, inputs).to(dtype))
+        for shape, layout in layouts:
+            scale, zero = place(positive(*shape)), place(torch.full(shape, 3, dtype=torch.int32))
+            operators.fake_quantize(x, scale, zero, -8, 7, **layout)
+            _, bits = operators.fake_quantize_mask(x, scale, zero, -8, 7, **layout)
+            operators.in_range(x, scale, place(torch.randn(shape)), -8, 7, **layout)
+            operators.fake_quantize_learned_backward(x, x, scale, zero, -8, 7, **layout)
+            operators.minmax(x, **layout)
+            operators.mask_gradient(x, place(bits))
+        operators.positive(x)
+
+
 TAILS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 130)
 
 
@@ -213,6 +240,7 @@ def main(isa: str) -> None:
                         check_layer(rows, outputs, inputs, before)
                     check_elements(rows, inputs, before)
                     check_functions(rows, inputs, before)
+                    check_training(rows, inputs, before)
             check_layer(40, 100, 1030, before)
             check_layer(2, 3, 33_026, before)
             check_layer(1, 2, 65_790, before)

@@ -158,6 +158,53 @@ def samples() -> dict[str, list[Sample]]:
             sample(X, positive(K), leaf(positive(K)), 1e-5, X),
             sample(X[:0], None, None, 1e-5),
         ],
+        "fake_quantize": [
+            sample(X, IN_SCALE, None, -128, 127),
+            sample(leaf(X), IN_SCALE, zero, -8, 7),
+            sample(leaf(bf16), SCALE[:6], zero.expand(6), -8, 7, axis=0),
+            sample(leaf(X.t()), positive(K), torch.randn(K), 0, 15, axis=0),
+            sample(leaf(X), groups, group_zero, -128, 127, group_size=32),
+            sample(leaf(X[:0]), IN_SCALE, None, -128, 127),
+        ],
+        "fake_quantize_mask": [
+            sample(X, IN_SCALE, None, -128, 127),
+            sample(leaf(X), rows, row_zero, -128, 127, group_size=K),
+            sample(bf16, positive(K), None, -8, 7, axis=-1),
+            sample(X[:0], IN_SCALE, None, -128, 127),
+        ],
+        "in_range": [
+            sample(X, IN_SCALE, None, -128, 127),
+            sample(leaf(X), groups, group_zero, -8, 7, group_size=32),
+        ],
+        "positive": [sample(X), sample(leaf(bf16.t())), sample(X[:0]), sample(X[0, 0])],
+        "mask_gradient": [
+            sample(X, ops.positive(X)),
+            sample(leaf(X), ops.positive(X)),
+            sample(leaf(bf16.t()), ops.positive(bf16.t())),
+            sample(X[:0], ops.positive(X[:0])),
+        ],
+        "fake_quantize_learned": [
+            sample(X, IN_SCALE, None, -128, 127, 1.0),
+            sample(leaf(X), leaf(IN_SCALE), None, -8, 7, 0.1),
+            sample(leaf(bf16), leaf(SCALE[:6]), leaf(BIAS[:6]), -8, 7, 0.1, axis=0),
+            sample(X, leaf(positive(K)), leaf(torch.randn(K)), 0, 15, 0.5, axis=-1),
+            sample(leaf(X), leaf(groups), None, -2, 1, 1.0, group_size=32),
+            sample(leaf(X[:0]), leaf(IN_SCALE), None, -8, 7, 1.0),
+        ],
+        "fake_quantize_learned_backward": [
+            sample(X, X, IN_SCALE, None, -128, 127),
+            sample(bf16, bf16, SCALE[:6], zero.expand(6), -8, 7, axis=0),
+            sample(X, X, positive(K), None, -8, 7, axis=-1),
+            sample(X, X, groups, None, -2, 1, group_size=32),
+            sample(X[:0], X[:0], IN_SCALE, None, -8, 7),
+        ],
+        "minmax": [
+            sample(X),
+            sample(bf16, axis=-1),
+            sample(leaf(X), group_size=32),
+            sample(X[:0], axis=1),
+            sample(X, group_size=1000),
+        ],
     }
 
 

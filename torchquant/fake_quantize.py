@@ -89,7 +89,7 @@ class FakeQuantize(torch.autograd.Function):
         return y.reshape(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x alone; differentiable itself."""
         (bits,) = ctx.saved_tensors
         return ops.mask_gradient(grad, bits), None, None, None, None, None
