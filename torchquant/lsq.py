@@ -38,7 +38,8 @@ class LSQQuantizer(Float32State):
     ``step = 2 * mean|v| / sqrt(Qp)`` over all processes; a batch of zeros does not. The step is
     projected to at least 2^-126 wherever it is used or saved, so a far too large learning rate
     cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
-    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``.
+    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``. A graph that
+    torch.compile traced before that reads ``initialized`` in every step; one traced after does not.
 
     State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
     symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
@@ -149,7 +150,9 @@ class LSQQuantizer(Float32State):
         self._check_state(who, input)
         offset = None if self.offset is None else self.offset.detach()
         if torch.compiler.is_compiling():
-            if self.training and not self._initialized:
+            if not self.training:  # an exported graph changes no state; operators clamp as well
+                return self.step, self.offset
+            if not self._initialized:
                 _initialize_operator(
                     input.detach(),
                     self.step.detach(),
@@ -269,7 +272,7 @@ class LSQQuantizer(Float32State):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         # Whoever reads the file finds what the next forward would use. Shards stay as they are.
-        if type(self.step.data) is Tensor and not self.step.is_meta and self._initialized:
+        if type(self.step.data) is Tensor and not self.step.is_meta:
             offset = None if self.offset is None else self.offset.data
             _project(self.step.data, offset, *self._range)
         super()._save_to_state_dict(*arguments)
@@ -347,7 +350,8 @@ class PACTQuantizer(Float32State):
         check_input("PACTQuantizer", input, self.alpha)
         floor = MIN_SCALE * self.qmax
         if torch.compiler.is_compiling():
-            _clamp_operator(self.alpha.detach(), floor)
+            if self.training:
+                _clamp_operator(self.alpha.detach(), floor)
         else:
             self.alpha.data.clamp_(min=floor)
         # Compared this way round, NaN stays NaN.
