@@ -92,6 +92,7 @@ def test_stages() -> None:
     quantizer.enable_observer()(9 * x)
     assert quantizer.qparams()[0].item() == pytest.approx(9 * observed.item())
     assert quantizer.enable_fake_quant(False)(x) is x
+    assert quantizer.observing and not quantizer.quantizing
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -185,6 +186,16 @@ def test_compiled_training(make: Callable[[], Observer], backend: str) -> None:
         assert_same_bits(quantizer.state_dict()[name], value, name)
     plain.eval(), quantizer.eval()
     assert_same_bits(call(x).detach(), plain(x).detach())
+
+
+@pytest.mark.parametrize("make", OBSERVERS.values(), ids=OBSERVERS)
+def test_exported_for_evaluation(make: Callable[[], Observer]) -> None:
+    quantizer = FakeQuantizer(make())
+    quantizer(floats(4, 8))
+    quantizer.eval()
+    x = floats(4, 8, seed=1)
+    program = torch.export.export(quantizer, (x,))
+    assert_same_bits(program.module()(x), quantizer(x))
 
 
 def test_used_twice_before_the_backward() -> None:

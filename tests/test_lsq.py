@@ -465,6 +465,16 @@ def test_autocast(name: str) -> None:
         assert_same_bits(got[key], value, key)
 
 
+def test_a_state_dict_holds_what_is_used() -> None:
+    quantizer = LSQPlusQuantizer(4)
+    quantizer(floats(4, 8))
+    with torch.no_grad():
+        quantizer.step.fill_(-3.0)
+    state = quantizer.state_dict()
+    assert state["step"].item() == 2.0**-126
+    assert abs(state["offset"].item()) <= 8 * 2.0**-126
+
+
 def test_meta_then_loaded() -> None:
     with torch.device("meta"):
         quantizer = LSQPlusQuantizer(4)
@@ -548,6 +558,16 @@ def test_compiled_training(name: str, backend: str) -> None:
         results.append({**quantizer.state_dict(), "input": x.grad, "output": y.detach()})
     for key, value in results[1].items():
         assert_same_bits(results[0][key], value, key)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_exported_for_evaluation(name: str) -> None:
+    quantizer = QUANTIZERS[name]()
+    quantizer(floats(4, 8))
+    quantizer.eval()
+    x = floats(4, 8, seed=1)
+    program = torch.export.export(quantizer, (x,))
+    assert_same_bits(program.module()(x), quantizer(x).detach())
 
 
 # ---------------------------------------------------------------- processes

@@ -93,6 +93,16 @@ class FakeQuantizer(Float32State):
         """The greatest integer."""
         return self.observer.qmax
 
+    @property
+    def observing(self) -> bool:
+        """Whether training batches move the range."""
+        return self._observing
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether what passes is rounded."""
+        return self._quantizing
+
     def enable_observer(self, enabled: bool = True) -> FakeQuantizer:
         """Let training batches move the range, or not; returns the module."""
         self.observer_enabled.fill_(bool(enabled))

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchquant import functional, ops
-from torchquant._range_search import least_squares_range
-from torchquant._training import (
-    Float32State,
-    check_input,
-    gather,
-    inside_backward,
-    process_group_name,
+from torchquant._learned_state import (
+    clamp_operator,
+    initialize,
+    initialize_operator,
+    project,
+    project_operator,
 )
+from torchquant._training import Float32State, check_input, inside_backward, process_group_name
 from torchquant.functional._checks import MIN_SCALE
 from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
 
@@ -38,7 +38,8 @@ class LSQQuantizer(Float32State):
     ``step = 2 * mean|v| / sqrt(Qp)`` over all processes; a batch of zeros does not. The step is
     projected to at least 2^-126 wherever it is used or saved, so a far too large learning rate
     cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
-    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``.
+    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``. A graph that
+    torch.compile traced before that reads ``initialized`` in every step; one traced after does not.
 
     State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
     symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
@@ -149,8 +150,10 @@ class LSQQuantizer(Float32State):
         self._check_state(who, input)
         offset = None if self.offset is None else self.offset.detach()
         if torch.compiler.is_compiling():
-            if self.training and not self._initialized:
-                _initialize_operator(
+            if not self.training:  # an exported graph changes no state; operators clamp as well
+                return self.step, self.offset
+            if not self._initialized:
+                initialize_operator(
                     input.detach(),
                     self.step.detach(),
                     offset,
@@ -160,13 +163,13 @@ class LSQQuantizer(Float32State):
                     self.axis if self.per_channel else None,
                     self.group_name,
                 )
-            _project_operator(self.step.detach(), offset, self.qmin, self.qmax)
+            project_operator(self.step.detach(), offset, self.qmin, self.qmax)
             return self.step, self.offset
         if not self._initialized and not self._initialize_once(input):
             return self.step, self.offset
         # `.data`: what autograd saved of the parameter in an earlier use stays valid. In that use
         # the parameter was projected already, so its value does not change here.
-        _project(self.step.data, None if self.offset is None else self.offset.data, *self._range)
+        project(self.step.data, None if self.offset is None else self.offset.data, *self._range)
         return self.step, self.offset
 
     def initialize(self, input: Tensor) -> bool:
@@ -180,7 +183,7 @@ class LSQQuantizer(Float32State):
         self._check_state(type(self).__name__, input)
         offset = None if self.offset is None else self.offset.data
         axis = self.axis if self.per_channel else None
-        self._initialized = _initialize(
+        self._initialized = initialize(
             input, self.step.data, offset, self.initialized, *self._range, axis, self.group_name
         )
         return self._initialized
@@ -269,9 +272,9 @@ class LSQQuantizer(Float32State):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         # Whoever reads the file finds what the next forward would use. Shards stay as they are.
-        if type(self.step.data) is Tensor and not self.step.is_meta and self._initialized:
+        if type(self.step.data) is Tensor and not self.step.is_meta:
             offset = None if self.offset is None else self.offset.data
-            _project(self.step.data, offset, *self._range)
+            project(self.step.data, offset, *self._range)
         super()._save_to_state_dict(*arguments)
 
 
@@ -347,7 +350,8 @@ class PACTQuantizer(Float32State):
         check_input("PACTQuantizer", input, self.alpha)
         floor = MIN_SCALE * self.qmax
         if torch.compiler.is_compiling():
-            _clamp_operator(self.alpha.detach(), floor)
+            if self.training:
+                clamp_operator(self.alpha.detach(), floor)
         else:
             self.alpha.data.clamp_(min=floor)
         # Compared this way round, NaN stays NaN.
@@ -409,112 +413,6 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
         {"params": decayed, "weight_decay": float(weight_decay)},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-@torch.no_grad()
-def _project(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    """Positive steps, and offsets whose zero point lies in [qmin, qmax]; NaN stays."""
-    step.clamp_(min=MIN_SCALE)
-    if offset is not None:
-        offset.clamp_(min=-qmax * step, max=-qmin * step)
-
-
-@torch.no_grad()
-def _initialize(
-    input: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    initialized: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int | None,
-    group_name: str | None,
-) -> bool:
-    """Write the first step and offset; False, and nothing written, if all values are 0."""
-    x = input.detach()
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    if offset is None:
-        first = _mean_step(rows, qmax, group_name)
-    else:
-        found = least_squares_range(rows, qmin, qmax, group_name)
-        first = None if found is None else found[0]
-        if found is not None:
-            offset.copy_(-found[1] * found[0])
-    if first is None:
-        return False
-    step.copy_(first)
-    initialized.fill_(1)
-    return True
-
-
-def _mean_step(rows: Tensor, qmax: int, group_name: str | None) -> Tensor | None:
-    """``2 * mean|v| / sqrt(Qp)`` of each row over all processes; None if all values are 0."""
-    finite = rows.isfinite()
-    # Sums and counts, so that processes with batches of different size count as they should.
-    total = torch.where(finite, rows, 0.0).abs().sum(1, dtype=torch.float64)
-    everyone = gather(torch.cat([total, finite.sum(1).double()]), group_name).sum(0)
-    total, count = everyone.chunk(2)
-    step = 2.0 * (total / count.clamp(min=1.0)) / math.sqrt(qmax)
-    empty = step == 0
-    if bool(empty.all()):
-        return None
-    # A channel of zeros takes the mean of the others: it may come to life.
-    step = torch.where(empty, step.sum() / (~empty).sum(), step)
-    return step.clamp(MIN_SCALE, torch.finfo(torch.float32).max).float()
-
-
-@torch.library.custom_op(
-    "torchquant_training::lsq_initialize_", mutates_args=("step", "offset", "initialized")
-)
-def _initialize_operator(
-    input: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    initialized: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int | None,
-    group_name: str | None,
-) -> None:
-    """:func:`_initialize` in a compiled graph that was traced before the step was initialised."""
-    if not inside_backward() and not bool(initialized.item()):
-        _initialize(input, step, offset, initialized, qmin, qmax, axis, group_name)
-
-
-@_initialize_operator.register_fake
-def _(
-    input: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    initialized: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int | None,
-    group_name: str | None,
-) -> None:
-    return None
-
-
-@torch.library.custom_op("torchquant_training::lsq_project_", mutates_args=("step", "offset"))
-def _project_operator(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    """:func:`_project` as one opaque step of a compiled graph."""
-    _project(step, offset, qmin, qmax)
-
-
-@_project_operator.register_fake
-def _(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    return None
-
-
-@torch.library.custom_op("torchquant_training::clamp_", mutates_args=("value",))
-def _clamp_operator(value: Tensor, least: float) -> None:
-    """``value`` at least ``least``, as one opaque step of a compiled graph."""
-    value.clamp_(min=least)
-
-
-@_clamp_operator.register_fake
-def _(value: Tensor, least: float) -> None:
-    return None
 
 
 def _positive(who: str, name: str, value: int) -> int:
