@@ -55,9 +55,8 @@ void fake_quantize_into(const at::Tensor& x, const Spans& spans, const Params& p
   base.type = float_type(x.scalar_type());
   base.by_element = spans.by_element;
   uint8_t* const bytes = bits.defined() ? bits.mutable_data_ptr<uint8_t>() : nullptr;
-  const float *scale = p.scale.const_data_ptr<float>(), *inverse = p.inverse.const_data_ptr<float>(),
-              *real_zero = p.real_zero.const_data_ptr<float>(), *lo = p.lo.const_data_ptr<float>(),
-              *hi = p.hi.const_data_ptr<float>();
+  const float *scale = p.scale.const_data_ptr<float>(), *inverse = p.inverse.data(), *real_zero = p.real_zero.data(),
+              *lo = p.lo.data(), *hi = p.hi.data();
   const KernelTable& table = kernels();
   parallel_units(x.numel(), [&](int64_t first, int64_t last) {
     for_segments(spans, p.scale.numel(), first, last, [&](int64_t i, int64_t n, int64_t index) {
@@ -141,28 +140,27 @@ at::Tensor mask_gradient(const at::Tensor& grad, const at::Tensor& bits) {
 Params learned_params(const char* op, const at::Tensor& scale, int64_t qmin, int64_t qmax) {
   check_dtype(op, "scale", scale, at::kFloat);
   Params p;
-  const int64_t n = scale.numel();
-  const auto floats = scale.options();
+  const size_t n = static_cast<size_t>(scale.numel());
+  p.scale = at::empty(scale.sizes(), scale.options());
+  p.inverse.resize(n);
+  p.zero.assign(n, 0);
+  p.real_zero.assign(n, 0.0f);
+  p.lo.assign(n, static_cast<float>(qmin));
+  p.hi.assign(n, static_cast<float>(qmax));
   const at::Tensor given = scale.contiguous();
-  p.scale = at::empty({n}, floats);
-  p.inverse = at::empty({n}, floats);
-  p.zero = at::zeros({n}, floats.dtype(at::kInt));
-  p.real_zero = at::zeros({n}, floats);
-  p.lo = at::full({n}, static_cast<double>(qmin), floats);
-  p.hi = at::full({n}, static_cast<double>(qmax), floats);
   const float* s = given.const_data_ptr<float>();
-  float *used = p.scale.mutable_data_ptr<float>(), *inverse = p.inverse.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < n; ++i) {
+  float* used = p.scale.mutable_data_ptr<float>();
+  for (size_t i = 0; i < n; ++i) {
     used[i] = s[i] < kLeastScale ? kLeastScale : s[i];
-    inverse[i] = 1.0f / used[i];
+    p.inverse[i] = 1.0f / used[i];
   }
   return p;
 }
 
-void set_zero(Params& p, int64_t i, int32_t zero, int64_t qmin, int64_t qmax) {
-  p.zero.mutable_data_ptr<int32_t>()[i] = zero;
-  p.lo.mutable_data_ptr<float>()[i] = static_cast<float>(qmin - zero);
-  p.hi.mutable_data_ptr<float>()[i] = static_cast<float>(qmax - zero);
+void set_zero(Params& p, size_t i, int32_t zero, int64_t qmin, int64_t qmax) {
+  p.zero[i] = zero;
+  p.lo[i] = static_cast<float>(qmin - zero);
+  p.hi[i] = static_cast<float>(qmax - zero);
 }
 
 at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scale, const OptTensor& offset,
@@ -179,7 +177,7 @@ at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scal
     const at::Tensor given = offset->contiguous();
     const float* beta = given.const_data_ptr<float>();
     float* s = p.scale.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < scale.numel(); ++i) {
+    for (size_t i = 0; i < p.zero.size(); ++i) {
       const float zero = std::nearbyint(-beta[i] / s[i]);
       if (zero != zero) s[i] = zero;  // an integer cannot hold it: the values show it
       else
@@ -248,9 +246,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
     const at::Tensor given = zero_point->contiguous();
     const int32_t* zero = given.const_data_ptr<int32_t>();
     if (scales > 0) check_zero_points(op, "zero_point", zero, scales, qmin, qmax);
-    for (int64_t i = 0; i < scales; ++i) set_zero(p, i, zero[i], qmin, qmax);
+    for (size_t i = 0; i < p.zero.size(); ++i) set_zero(p, i, zero[i], qmin, qmax);
   }
-  const at::Tensor x = input.contiguous(), g = grad.contiguous(), zero = p.zero.to(at::kFloat);
+  const at::Tensor x = input.contiguous(), g = grad.contiguous();
+  const std::vector<float> zero(p.zero.begin(), p.zero.end());
   at::Tensor grad_input = empty_output(x.sizes(), x.options());
   at::Tensor grad_scale = at::empty(scale.sizes(), p.scale.options());
   at::Tensor grad_offset = at::empty(scale.sizes(), p.scale.options());
@@ -266,10 +265,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
     args.type = float_type(x.scalar_type());
     args.by_element = spans.by_element;
     args.scale = p.scale.const_data_ptr<float>() + index;
-    args.inverse = p.inverse.const_data_ptr<float>() + index;
-    args.zero = zero.const_data_ptr<float>() + index;
-    args.lo = p.lo.const_data_ptr<float>() + index;
-    args.hi = p.hi.const_data_ptr<float>() + index;
+    args.inverse = p.inverse.data() + index;
+    args.zero = zero.data() + index;
+    args.lo = p.lo.data() + index;
+    args.hi = p.hi.data() + index;
     return args;
   };
   if (x.numel() == 0) {

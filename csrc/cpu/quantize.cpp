@@ -64,11 +64,11 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std:
                       float_type(x.scalar_type()),
                       dtype == at::kChar,
                       spans.by_element,
-                      p.inverse.const_data_ptr<float>(),
-                      p.real_zero.const_data_ptr<float>(),
-                      p.zero.const_data_ptr<int32_t>(),
-                      p.lo.const_data_ptr<float>(),
-                      p.hi.const_data_ptr<float>()};
+                      p.inverse.data(),
+                      p.real_zero.data(),
+                      p.zero.data(),
+                      p.lo.data(),
+                      p.hi.data()};
   run_spans(spans, scale.numel(), args, x.element_size(), 1, kernels().quantize_span);
   return out;
 }
@@ -90,8 +90,8 @@ at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const st
                       q.scalar_type() == at::kChar,
                       spans.by_element,
                       p.scale.const_data_ptr<float>(),
-                      p.real_zero.const_data_ptr<float>(),
-                      p.zero.const_data_ptr<int32_t>(),
+                      p.real_zero.data(),
+                      p.zero.data(),
                       nullptr,
                       nullptr};
   run_spans(spans, scale.numel(), args, 1, out.element_size(), kernels().dequantize_span);

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <optional>
@@ -81,9 +80,12 @@ inline std::vector<int64_t> scale_sizes(const at::Tensor& input, std::optional<i
   return sizes;
 }
 
-// Scales, zero points and limits as the kernels want them.
+// Scales, zero points and limits as the kernels want them. Vectors: small tensors would be carved out of the large block
+// that the last call freed, so that the next result no longer fits into it and comes from colder memory.
 struct Params {
-  at::Tensor scale, inverse, zero, real_zero, lo, hi;
+  at::Tensor scale;
+  std::vector<float> inverse, real_zero, lo, hi;
+  std::vector<int32_t> zero;
 };
 
 inline Params make_params(const char* op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
@@ -91,14 +93,10 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
   check_dtype(op, "scale", scale, at::kFloat);
   Params p;
   const int64_t n = scale.numel();
+  const size_t size = static_cast<size_t>(n);
   p.scale = scale.contiguous();
-  const auto floats = scale.options();
-  p.zero = at::empty({n}, floats.dtype(at::kInt));
-  p.real_zero = at::empty({n}, floats);
-  int32_t* zero = p.zero.mutable_data_ptr<int32_t>();
-  float* real = p.real_zero.mutable_data_ptr<float>();
-  std::fill_n(zero, n, 0);
-  std::fill_n(real, n, 0.0f);
+  p.zero.assign(size, 0);
+  p.real_zero.assign(size, 0.0f);
   if (zero_point && zero_point->defined()) {
     const bool is_real = zero_point->scalar_type() == at::kFloat;
     TORCH_CHECK_TYPE(is_real || zero_point->scalar_type() == at::kInt, op,
@@ -108,24 +106,22 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
                       scale.sizes(), " or hold one value, got ", describe(*zero_point));
     const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes()).contiguous();
     if (is_real) {
-      std::copy_n(z.const_data_ptr<float>(), n, real);
+      std::copy_n(z.const_data_ptr<float>(), n, p.real_zero.data());
     } else if (n > 0) {
       check_zero_points(op, "zero_point", z.const_data_ptr<int32_t>(), n, -kMaxZeroPoint, kMaxZeroPoint);
-      std::copy_n(z.const_data_ptr<int32_t>(), n, zero);
+      std::copy_n(z.const_data_ptr<int32_t>(), n, p.zero.data());
     }
   }
   if (inverse) {
-    p.inverse = at::empty({n}, floats);
-    p.lo = at::empty({n}, floats);
-    p.hi = at::empty({n}, floats);
+    p.inverse.resize(size);
+    p.lo.resize(size);
+    p.hi.resize(size);
     const float* s = p.scale.const_data_ptr<float>();
-    float *inv = p.inverse.mutable_data_ptr<float>(), *lo = p.lo.mutable_data_ptr<float>(),
-          *hi = p.hi.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < size; ++i) {
       check_scale(op, "scale", s[i]);
-      inv[i] = 1.0f / s[i];
-      lo[i] = static_cast<float>(qmin - zero[i]);
-      hi[i] = static_cast<float>(qmax - zero[i]);
+      p.inverse[i] = 1.0f / s[i];
+      p.lo[i] = static_cast<float>(qmin - p.zero[i]);
+      p.hi[i] = static_cast<float>(qmax - p.zero[i]);
     }
   }
   return p;
