@@ -19,17 +19,17 @@ std::vector<std::string> names(const std::vector<torchquant::Isa>& isas) {
 // autocast region the output has autocast's type.
 at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                           const std::optional<at::Tensor>& weight_zero_point, const std::optional<at::Tensor>& bias,
-                          int64_t out_features, bool symmetric, std::string_view activation) {
+                          int64_t out_features, bool symmetric, std::string_view activation, int64_t activation_bits) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("torchquant::linear_dynamic", "")
                        .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                          const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t,
-                                         bool, std::string_view, std::optional<at::ScalarType>)>();
+                                         bool, std::string_view, std::optional<at::ScalarType>, int64_t)>();
   std::optional<at::ScalarType> output_dtype;
   const at::DeviceType device = input.device().type();
   if (at::autocast::is_autocast_enabled(device)) output_dtype = at::autocast::get_autocast_dtype(device);
   return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                 output_dtype);
+                 output_dtype, activation_bits);
 }
 
 // The same for torchquant::linear_dynamic_split.

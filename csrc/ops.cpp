@@ -21,10 +21,11 @@ TORCH_LIBRARY(torchquant, m) {
 
   // Raw int32 accumulators [..., N] of int8 or uint8 input [..., K].
   m.def("int8_mm(Tensor input, Tensor packed, int out_features) -> Tensor");
-  // Float input, quantized per token inside. output_dtype: input's unless given.
+  // Float input, quantized per token inside to activation_bits bits. output_dtype: input's unless given.
   m.def(
       "linear_dynamic(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
-      "int out_features, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None) -> Tensor");
+      "int out_features, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None, "
+      "int activation_bits=8) -> Tensor");
   // Several linears on one input, which is quantized once. packed: their packed weights, concatenated along dimension
   // 0; weight_scale, weight_zero_point, bias: [sum of out_features]. activations: none, or one name for each.
   m.def(
@@ -46,4 +47,47 @@ TORCH_LIBRARY(torchquant, m) {
   // multiplies. residual: the norm of input + residual.
   m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
   m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
+
+  // Training. int8 [..., K], float32 [..., 1], int32 [..., 1]: input with one scale [1] (a row with NaN gets scale NaN),
+  // or, without scale, per token to [qmin, qmax].
+  m.def(
+      "quantize_rows(Tensor input, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
+      "(Tensor, Tensor, Tensor)");
+  // The same for a weight [N, K], per output channel: packed, float32 [N], int32 [N].
+  m.def(
+      "quantize_pack(Tensor weight, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
+      "(Tensor, Tensor, Tensor)");
+  // Float input and weight, both quantized inside; the gradient goes straight through. input_scale: none for dynamic
+  // per-token scales; weight_scale: none for each channel's own range. A grad_factor above 0: the scale learns.
+  m.def(
+      "qat_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, "
+      "Tensor? input_offset, int input_qmin, int input_qmax, bool input_symmetric, Tensor? weight_scale, "
+      "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
+      "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
+  // Training. fake_quantize: quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. Its mask
+  // says where the rounded value lies in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in
+  // contiguous order.
+  m.def(
+      "fake_quantize(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> Tensor");
+  m.def(
+      "fake_quantize_mask(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> (Tensor, Tensor)");
+  m.def(
+      "in_range(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
+      "int? group_size=None) -> Tensor");
+  // Bits of input > 0: relu's mask.
+  m.def("positive(Tensor input) -> Tensor");
+  // grad where its bit is set, +0 elsewhere.
+  m.def("mask_gradient(Tensor grad, Tensor bits) -> Tensor");
+  // A learned step, and offset (float32, in input's units): zero_point = clamp(rint(-offset / scale), qmin, qmax).
+  m.def(
+      "fake_quantize_learned(Tensor input, Tensor scale, Tensor? offset, int qmin, int qmax, float grad_factor, "
+      "int? axis=None, int? group_size=None) -> Tensor");
+  // Gradients of input, scale and offset, without the factor.
+  m.def(
+      "fake_quantize_learned_backward(Tensor grad, Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
+      "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
+  // Least and greatest finite element for each scale (inf, -inf: none), and how many are not finite: int64 [1].
+  m.def("minmax(Tensor input, int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
 }

@@ -1,5 +1,7 @@
 """What the tests of modules share: float and quantized layers, and what to expect of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from support import assert_same_bits, floats
 from torch import Tensor, nn
 
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import functional
+from torchquant import QuantizationReport, functional
 from torchquant.nn import QuantizedLinear
 
 CONFIGS = {
@@ -60,3 +62,37 @@ def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
     assert list(ours) == list(theirs)
     for key in ours:
         assert_same_bits(ours[key], theirs[key], key)
+
+
+def outcome(report: QuantizationReport) -> dict[str, str]:
+    """Each layer's name and what became of it."""
+    return {
+        layer.name: f"{layer.action}: {layer.reason}" if layer.reason else layer.action
+        for layer in report.layers
+    }
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also the non-persistent ones."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The block must leave every module, tensor, value and mode as it was."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = tensors_of(model)
+    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    modes = [module.training for module in model.modules()]
+    yield
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
+    now = tensors_of(model)
+    assert list(now) == list(tensors)
+    for key, tensor in now.items():
+        assert tensor is tensors[key]
+        if not tensor.is_meta:
+            assert_same_bits(tensor.detach(), values[key], key)
+    assert [module.training for module in model.modules()] == modes

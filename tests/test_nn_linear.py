@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
 from torchquant import PerAxis, cpu, functional, ops
 from torchquant.nn import QuantizedLinear
-from torchquant.nn.linear import _BLOCK_WEIGHTS
+
 
 SHAPES = {
     "tile": (16, 64),
@@ -71,7 +71,7 @@ def test_from_float_quantizes_as_the_specification_does(
 
 @pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 100])
 def test_packing_by_blocks_gives_what_packing_the_whole_gives(rows: int) -> None:
-    in_features = _BLOCK_WEIGHTS // 32 + 1  # blocks of 16 rows
+    in_features = (1 << 13) + 1
     for config in (Config(), ASYMMETRIC):
         layer = layer_of(config, out_features=rows, in_features=in_features)
         assert torch.equal(layer.packed, ops.pack_weight(layer.qweight))

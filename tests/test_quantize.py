@@ -11,50 +11,15 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same_bits, floats
-from support_layers import ASYMMETRIC, CONFIGS, expected_output
+from support_layers import ASYMMETRIC, CONFIGS, expected_output, outcome, unchanged
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import QuantizationReport, quantize_
+from torchquant import quantize_
 from torchquant.nn import QuantizedLinear
-from torchquant.quantize import too_small
-
-
-def outcome(report: QuantizationReport) -> dict[str, str]:
-    """Each layer's name and what became of it."""
-    return {
-        layer.name: f"{layer.action}: {layer.reason}" if layer.reason else layer.action
-        for layer in report.layers
-    }
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also the non-persistent ones."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """The block must leave every module, tensor, value and mode as it was."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tensors = tensors_of(model)
-    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    modes = [module.training for module in model.modules()]
-    yield
-    assert dict(model.named_modules(remove_duplicate=False)) == modules
-    now = tensors_of(model)
-    assert list(now) == list(tensors)
-    for key, tensor in now.items():
-        assert tensor is tensors[key]
-        if not tensor.is_meta:
-            assert_same_bits(tensor.detach(), values[key], key)
-    assert [module.training for module in model.modules()] == modes
-
+from torchquant.plan import too_small
 
 # ---------------------------------------------------------------- what is converted
 
@@ -635,7 +600,7 @@ def test_running_out_of_memory_leaves_a_model_that_works(monkeypatch: pytest.Mon
 MEMORY_SCRIPT = """
 import os, torch, torchquant
 from torch import nn
-from torchquant.quantize import tensor_bytes
+from torchquant.plan import tensor_bytes
 
 def status(key):
     with open("/proc/self/status") as file:

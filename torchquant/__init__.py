@@ -7,7 +7,7 @@ choice of instruction set.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from torchquant import cpu, functional, nn, ops
+from torchquant import cpu, functional, nn, observers, ops, qat
 from torchquant.configs import (
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
@@ -15,9 +15,20 @@ from torchquant.configs import (
     IntxActivationIntxWeightConfig,
     QATConfig,
 )
+from torchquant.fake_quantize import FakeQuantize
+from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.io import load, save
+from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
+from torchquant.nn import QATLinear
 from torchquant.norms import NormReport, NormsReport, replace_norms_
+from torchquant.observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    report_nonfinite,
+)
 from torchquant.ops import PackedWeight, quantized_linear
+from torchquant.qat import QATSchedule, convert_, prepare_qat_, to_float
 from torchquant.quantize import quantize_
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import (
@@ -28,6 +39,7 @@ from torchquant.scheme import (
     PerToken,
     quant_range,
 )
+from torchquant.verify import VerifyReport, verify
 
 try:
     __version__ = version("torchquant")
@@ -35,31 +47,50 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
     __version__ = "0+unknown"
 
 __all__ = [
+    "FakeQuantize",
+    "FakeQuantizer",
     "Fusion",
     "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
     "Int8StaticActivationInt8WeightConfig",
     "IntxActivationIntxWeightConfig",
+    "LSQPlusQuantizer",
+    "LSQQuantizer",
     "LayerReport",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
     "NormReport",
     "NormsReport",
+    "Observer",
+    "PACTQuantizer",
     "PackedWeight",
     "PerAxis",
     "PerGroup",
     "PerTensor",
     "PerToken",
     "QATConfig",
+    "QATLinear",
+    "QATSchedule",
     "QuantizationReport",
+    "VerifyReport",
     "__version__",
+    "convert_",
     "cpu",
     "functional",
     "load",
     "nn",
+    "observers",
     "ops",
+    "parameter_groups",
+    "prepare_qat_",
+    "qat",
     "quant_range",
     "quantize_",
     "quantized_linear",
     "replace_norms_",
+    "report_nonfinite",
     "save",
+    "to_float",
+    "verify",
 ]

@@ -128,8 +128,8 @@ class IntxActivationIntxWeightConfig:
             found at run time.
         activation_symmetric: activations without zero point.
         symmetric: weights without zero point.
-        activation_narrow_range: whether activations leave out the least integer; None: where they
-            have 8 bits and are symmetric.
+        activation_narrow_range: static activations only: whether they leave out the least integer;
+            None: where they have 8 bits and are symmetric.
 
     Example:
         >>> config = IntxActivationIntxWeightConfig(weight_bits=4)
@@ -149,6 +149,12 @@ class IntxActivationIntxWeightConfig:
         _require_booleans(
             self, but=("weight_bits", "activation_bits"), optional=("activation_narrow_range",)
         )
+        if self.activation_narrow_range is not None and not self.static:
+            raise ValueError(
+                "IntxActivationIntxWeightConfig: activation_narrow_range must be None unless "
+                f"static=True, got {self.activation_narrow_range}; the range of a token has all "
+                "levels that its zero point can use"
+            )
 
     @property
     def weight_range(self) -> tuple[int, int]:

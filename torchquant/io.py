@@ -43,11 +43,13 @@ from torchquant.fuse.projections import group_again, groups_of
 from torchquant.fuse.recognize import activation_of
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear
-from torchquant.quantize import memory_key, replace_module
+from torchquant.plan import memory_key, replace_module
 
 FORMAT = 2
 _PLAIN_FORMAT = 1  # what a model without absorbed modules is written as, for older readers
 _KEY = "torchquant"
+# Of a quantized layer, beside its qweight; None where it has none.
+_LAYER_TENSORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -448,7 +450,7 @@ def _current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
         if isinstance(module, QuantizedLinear):
             shape = (module.out_features, module.in_features)
             current[prefix + "qweight"] = torch.empty(shape, dtype=torch.int8, device="meta")
-            for key in ("weight_scale", "weight_zero_point", "bias"):
+            for key in _LAYER_TENSORS:
                 if getattr(module, key) is not None:
                     current[prefix + key] = getattr(module, key)
         else:

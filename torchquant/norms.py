@@ -18,7 +18,7 @@ from torch import nn
 
 from torchquant.fuse.dataflow import owners_by_module
 from torchquant.nn.norm import LayerNorm, RMSNorm
-from torchquant.quantize import HOOKS, replace_module
+from torchquant.plan import HOOKS, replace_module
 
 _NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")  # a block's number in a norm's name
 

@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-Action = Literal["quantized", "skipped"]
+Action = Literal["quantized", "prepared", "converted", "restored", "skipped"]
 FusionKind = Literal["activation", "projections"]
 FusionAction = Literal["fused", "not fused"]
 
@@ -44,8 +44,8 @@ class LayerReport:
 class FusionReport:
     """Layers that could be computed together with something, and whether they are.
 
-    ``layers`` are the quantized layers, ``what`` is what became part of them, where that is a
-    module of its own: its name and what it computes.
+    ``layers`` are the layers that a verb changed, ``what`` is what became part of them, where that
+    is a module of its own: its name and what it computes.
     """
 
     kind: FusionKind
@@ -62,8 +62,11 @@ class FusionReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Result of :func:`torchquant.quantize_`; ``print`` it, or give it to a rich console.
+    """What a verb did to a model; ``print`` it, or give it to a rich console.
 
+    ``action`` is what the verb does to a layer: "quantized" by :func:`torchquant.quantize_`,
+    "prepared" by :func:`torchquant.prepare_qat_`, "converted" by :func:`torchquant.convert_`,
+    "restored" by :func:`torchquant.to_float`.
     ``bytes_before`` and ``bytes_after`` are of the whole model, shared tensors counted once.
     ``fusions`` has a line for everything that was fused or could not be; in print, lines that
     differ in numbers only, as those of a model's blocks do, are one.
@@ -74,11 +77,17 @@ class QuantizationReport:
     bytes_after: int
     notes: tuple[str, ...] = field(default=())
     fusions: tuple[FusionReport, ...] = field(default=())
+    action: Action = "quantized"
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
         """The layers that were quantized."""
         return tuple(layer for layer in self.layers if layer.action == "quantized")
+
+    @property
+    def changed(self) -> tuple[LayerReport, ...]:
+        """The layers that the verb changed, whichever verb it was."""
+        return tuple(layer for layer in self.layers if layer.action != "skipped")
 
     @property
     def skipped(self) -> tuple[LayerReport, ...]:
@@ -121,12 +130,14 @@ class QuantizationReport:
 
     def summary(self) -> str:
         """One line: counts and bytes."""
-        ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
-        return (
-            f"{len(self.quantized)} quantized, {len(self.skipped)} skipped; model "
-            f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)} "
-            f"({ratio:.2f}x smaller)"
+        line = (
+            f"{len(self.changed)} {self.action}, {len(self.skipped)} skipped; model "
+            f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
         )
+        if self.action not in ("quantized", "converted"):
+            return line
+        ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+        return f"{line} ({ratio:.2f}x smaller)"
 
     def __str__(self) -> str:
         """The table, as wide as the terminal; 110 columns where there is none."""
@@ -143,7 +154,7 @@ def _cells(layer: LayerReport) -> tuple[str, str, str, str, str]:
 
 
 def _style(layer: LayerReport) -> str:
-    return "" if layer.action == "quantized" else "dim"
+    return "dim" if layer.action == "skipped" else ""
 
 
 def human_bytes(count: int) -> str:

@@ -18,15 +18,16 @@ using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor dynamic_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                          const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
-                         bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype) {
+                         bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype,
+                         int64_t activation_bits) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("torchquant::linear_dynamic", "")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&, const OptTensor&,
-                            int64_t, bool, std::string_view, std::optional<at::ScalarType>)>();
+                            int64_t, bool, std::string_view, std::optional<at::ScalarType>, int64_t)>();
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                 output_dtype);
+                 output_dtype, activation_bits);
 }
 
 at::Tensor static_below(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
@@ -49,7 +50,7 @@ at::Tensor static_below(const at::Tensor& input, const at::Tensor& input_scale, 
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                                    const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
                                    bool symmetric, std::string_view activation,
-                                   std::optional<at::ScalarType> output_dtype);
+                                   std::optional<at::ScalarType> output_dtype, int64_t activation_bits);
 at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& input_scale,
                                   const OptTensor& input_zero_point, const at::Tensor& packed,
                                   const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
@@ -86,7 +87,7 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& packed,
                           const Variable& weight_scale, const OptTensor& weight_zero_point, const OptTensor& bias,
                           int64_t out_features, bool symmetric, std::string_view activation,
-                          std::optional<at::ScalarType> output_dtype) {
+                          std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
     const bool needs_input = activation != "none";  // the pre-activation is computed again in backward
     ctx->save_for_backward({needs_input ? input : Variable(), packed, weight_scale,
                             weight_zero_point.value_or(Variable()),
@@ -94,11 +95,12 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     ctx->saved_data["out_features"] = out_features;
     ctx->saved_data["in_features"] = input.sym_size(-1);
     ctx->saved_data["symmetric"] = symmetric;
+    ctx->saved_data["activation_bits"] = activation_bits;
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
     ctx->saved_data["bias_edge"] = int64_t{present(bias) ? 3 + present(weight_zero_point) : -1};
     return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                         output_dtype);
+                         output_dtype, activation_bits);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -107,9 +109,9 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {  // through autograd, for gradients of this gradient (create_graph=True)
-      const at::Tensor pre =
-          linear_dynamic_autograd(saved[0], saved[1], saved[2], optional_of(saved[3]), optional_of(saved[4]), n,
-                                  ctx->saved_data["symmetric"].toBool(), "none", at::kFloat);
+      const at::Tensor pre = linear_dynamic_autograd(saved[0], saved[1], saved[2], optional_of(saved[3]),
+                                                     optional_of(saved[4]), n, ctx->saved_data["symmetric"].toBool(),
+                                                     "none", at::kFloat, ctx->saved_data["activation_bits"].toInt());
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
@@ -120,7 +122,8 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
       grad_input = at::matmul(grad, w).to(input_dtype);
     }
     if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
-    return {grad_input, Variable(), Variable(), Variable(), grad_bias, Variable(), Variable(), Variable(), Variable()};
+    return {grad_input, Variable(), Variable(), Variable(), grad_bias,
+            Variable(), Variable(), Variable(), Variable(), Variable()};
   }
 };
 
@@ -181,12 +184,12 @@ bool wants_gradient(const at::Tensor& input, const OptTensor& bias) {
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                                    const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
                                    bool symmetric, std::string_view activation,
-                                   std::optional<at::ScalarType> output_dtype) {
+                                   std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
   if (!wants_gradient(input, bias))
     return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                         output_dtype);
+                         output_dtype, activation_bits);
   return LinearDynamic::apply(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                              output_dtype);
+                              output_dtype, activation_bits);
 }
 
 at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& input_scale,
@@ -239,7 +242,7 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
     const std::string activation = activations.empty() ? "none" : activations.get(i);
     outputs.push_back(linear_dynamic_autograd(input, packed.narrow(0, tile, tiles), weight_scale.narrow(0, first, n),
                                               part(weight_zero_point), part(bias), n, symmetric, activation,
-                                              output_dtype));
+                                              output_dtype, 8));
     first += n;
     tile += tiles;
   }

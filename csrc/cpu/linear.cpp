@@ -80,13 +80,15 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
   return side;
 }
 
-QuantizeRowsArgs float_rows(const at::Tensor& rows, int64_t k, RowMode mode) {
+QuantizeRowsArgs float_rows(const at::Tensor& rows, int64_t k, RowMode mode, int64_t bits = 8) {
   QuantizeRowsArgs q{};
   q.x = rows.const_data_ptr();
   q.x_type = float_type(rows.scalar_type());
   q.x_stride = distance(rows);
   q.k = k;
   q.mode = mode;
+  q.qmax = (1 << (bits - 1)) - 1;
+  q.qmin = -q.qmax - 1;
   return q;
 }
 
@@ -107,10 +109,12 @@ void quantize_into(QuantizeRowsArgs q, const KernelTable& table, const Panel& pa
 at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                           const std::optional<at::Tensor>& weight_zero_point, const std::optional<at::Tensor>& bias,
                           int64_t out_features, bool symmetric, std::string_view activation,
-                          std::optional<at::ScalarType> output_dtype) {
+                          std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
   const char* op = "linear_dynamic";
   check_float(op, "input", input);
   check_dim(op, "input", input, 1);
+  TORCH_CHECK_VALUE(2 <= activation_bits && activation_bits <= 8, op, ": activation_bits must be from 2 to 8, got ",
+                    activation_bits);
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, false, n, k, activation);
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
@@ -125,7 +129,8 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
   side.args.ldc = n;
   side.args.same_row_zero = symmetric;
   const KernelTable& table = kernels();
-  const QuantizeRowsArgs q = float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
+  const QuantizeRowsArgs q =
+      float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric, activation_bits);
   run_linear(table, side.args, m, out.element_size(), side.args.weight_zero != nullptr,
              [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
                quantize_into(q, table, panel, m0, m1, first);

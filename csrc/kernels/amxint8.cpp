@@ -15,8 +15,10 @@ namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx512_micro.inc"
 #include "gemm.inc"
@@ -235,9 +237,25 @@ static void gemm(const GemmArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64
 
 const KernelTable& amxint8_kernels() {
   using namespace amxint8;
-  static constexpr KernelTable table = {"amx_int8",      128,           kTileRows,     2 * kTileRows, kPairTiles,
-                                        1600.0f,         quantize_rows, copy_rows,     gemm,          quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"amx_int8",
+                                        128,
+                                        kTileRows,
+                                        2 * kTileRows,
+                                        kPairTiles,
+                                        1600.0f,
+                                        quantize_rows,
+                                        copy_rows,
+                                        quantize_pack,
+                                        gemm,
+                                        quantize_span,
+                                        dequantize_span,
+                                        activate_span,
+                                        normalize_rows,
+                                        fake_quantize_span,
+                                        learned_backward_span,
+                                        mask_span,
+                                        positive_span,
+                                        minmax_span};
   return table;
 }
 }  // namespace torchquant

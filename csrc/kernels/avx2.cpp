@@ -16,8 +16,10 @@ namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx2_sums.inc"
 
@@ -94,9 +96,25 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = {
-      "avx2",    0,           kRows,         kRows,           kTiles,        60.0f,         quantize_rows,
-      copy_rows, gemm_vector, quantize_span, dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"avx2",
+                                        0,
+                                        kRows,
+                                        kRows,
+                                        kTiles,
+                                        60.0f,
+                                        quantize_rows,
+                                        copy_rows,
+                                        quantize_pack,
+                                        gemm_vector,
+                                        quantize_span,
+                                        dequantize_span,
+                                        activate_span,
+                                        normalize_rows,
+                                        fake_quantize_span,
+                                        learned_backward_span,
+                                        mask_span,
+                                        positive_span,
+                                        minmax_span};
   return table;
 }
 }  // namespace torchquant

@@ -13,8 +13,10 @@ namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx512_micro.inc"
 #include "gemm.inc"
@@ -22,9 +24,25 @@ namespace avx512vnni {
 
 const KernelTable& avx512vnni_kernels() {
   using namespace avx512vnni;
-  static constexpr KernelTable table = {"avx512_vnni",   128,           kRows,         kRows,       kTiles,
-                                        300.0f,          quantize_rows, copy_rows,     gemm_vector, quantize_span,
-                                        dequantize_span, activate_span, normalize_rows};
+  static constexpr KernelTable table = {"avx512_vnni",
+                                        128,
+                                        kRows,
+                                        kRows,
+                                        kTiles,
+                                        300.0f,
+                                        quantize_rows,
+                                        copy_rows,
+                                        quantize_pack,
+                                        gemm_vector,
+                                        quantize_span,
+                                        dequantize_span,
+                                        activate_span,
+                                        normalize_rows,
+                                        fake_quantize_span,
+                                        learned_backward_span,
+                                        mask_span,
+                                        positive_span,
+                                        minmax_span};
   return table;
 }
 }  // namespace torchquant

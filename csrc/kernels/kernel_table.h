@@ -22,7 +22,8 @@ struct QuantizeRowsArgs {
   int64_t x_stride, k;
   RowMode mode;
   float scale;  // static mode: the tensor's scale and zero point
-  int32_t zero_point, qmin, qmax;
+  int32_t zero_point;
+  int32_t qmin, qmax;  // of q; a symmetric row's scale is its greatest |x| over qmax
   int32_t offset;      // added to every q
   uint8_t* q;          // the panel (layout.h); from k on it is padded with the offset (q = 0)
   int64_t panel_rows;  // 0: no panel but plain [m, k], not padded
@@ -41,6 +42,19 @@ struct CopyRowsArgs {
   int64_t panel_rows;
   const int32_t* row_zero;  // [m], in units of the panel
   int32_t* row_term;        // [m] or null
+};
+
+// Rows of a float weight [n, k] -> tiles of the packed layout (layout.h), quantized on the way. The scale
+// of an output channel comes from the range of its row, or from `scale`.
+struct QuantizePackArgs {
+  const void* w;  // rows w_stride elements apart, contiguous within a row
+  FloatType w_type;
+  int64_t w_stride, n, k;
+  RowMode mode;  // kStatic: with the scales in `scale`, zero point 0
+  int32_t qmin, qmax;
+  int8_t* packed;
+  float* scale;   // [n]; NaN where the row must give NaN, its q are 0 then
+  int32_t* zero;  // [n]
 };
 
 // C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale weight_scale + bias))
@@ -105,6 +119,61 @@ struct NormArgs {
   bool centered, cast_before_weight;  // cast: to the type of x, before the weight multiplies
 };
 
+// A run of elements that share a scale, or (by_element) that each have their own, quantized and dequantized again:
+// steps = clamp(rint((x - real_zero) * inverse), lo, hi); out = steps * scale + real_zero, NaN where x is NaN.
+struct FakeQuantizeArgs {
+  const void* x;
+  void* out;      // of x's type, or null
+  uint8_t* bits;  // one bit an element: the rounded value lies in [lo, hi]; or null
+  int64_t bit;    // where in the first byte the first element's bit is; what stands below it is kept
+  int64_t n;
+  FloatType type;
+  bool by_element;  // the five pointers below hold n values instead of 1
+  const float* scale;
+  const float* inverse;  // 1 / scale
+  const float* real_zero;
+  const float* lo;
+  const float* hi;
+};
+
+// What a learned step's backward pass makes of a run. With v = x / scale, inside where lo < v < hi (strictly):
+//   grad_x = inside ? grad : 0;  offset_sum += inside ? 0 : grad
+//   scale_sum += grad * (inside ? rint(v) - v : clamp(v, lo, hi) + zero)
+struct LearnedBackwardArgs {
+  const void* grad;
+  const void* x;
+  void* grad_x;
+  int64_t n;
+  FloatType type;
+  bool by_element;  // all pointers below hold n values instead of 1; the sums are added to
+  const float* scale;
+  const float* inverse;
+  const float* zero;
+  const float* lo;
+  const float* hi;
+  float* scale_sum;
+  float* offset_sum;
+};
+
+// Bit i % 8 of byte i / 8 belongs to element i.
+struct MaskArgs {
+  const void* x;
+  void* out;      // mask_span: x where the bit is set, else +0
+  uint8_t* bits;  // positive_span: x > 0
+  int64_t n;
+  FloatType type;
+};
+
+struct MinMaxArgs {
+  const void* x;
+  int64_t n;
+  FloatType type;
+  bool by_element;  // least and greatest hold n values instead of 1
+  float* least;     // updated with the finite elements
+  float* greatest;
+  int64_t* nonfinite;  // the others, counted
+};
+
 struct KernelTable {
   const char* name;
   int32_t panel_offset;   // 128: the panel is read unsigned; 0: signed
@@ -114,11 +183,17 @@ struct KernelTable {
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   void (*quantize_rows)(const QuantizeRowsArgs&, int64_t m0, int64_t m1);
   void (*copy_rows)(const CopyRowsArgs&, int64_t m0, int64_t m1);
+  void (*quantize_pack)(const QuantizePackArgs&, int64_t tile0, int64_t tile1);
   void (*gemm)(const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
   void (*quantize_span)(const SpanArgs&);
   void (*dequantize_span)(const SpanArgs&);
   void (*activate_span)(const ActivationArgs&);
   void (*normalize_rows)(const NormArgs&, int64_t m0, int64_t m1);
+  void (*fake_quantize_span)(const FakeQuantizeArgs&);
+  void (*learned_backward_span)(const LearnedBackwardArgs&);
+  void (*mask_span)(const MaskArgs&);
+  void (*positive_span)(const MaskArgs&);
+  void (*minmax_span)(const MinMaxArgs&);
 };
 
 const KernelTable& scalar_kernels();

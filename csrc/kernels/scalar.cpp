@@ -12,8 +12,10 @@ namespace torchquant {
 namespace scalar {
 #include "vec_scalar.inc"
 #include "quantize.inc"
+#include "quantize_pack.inc"
 #include "activation.inc"
 #include "norm.inc"
+#include "fake_quantize.inc"
 #include "epilogue.inc"
 
 #if defined(__SSE2__)
@@ -109,11 +111,17 @@ const KernelTable& scalar_kernels() {
                                         20.0f,
                                         scalar::quantize_rows,
                                         scalar::copy_rows,
+                                        scalar::quantize_pack,
                                         scalar::gemm_vector,
                                         scalar::quantize_span,
                                         scalar::dequantize_span,
                                         scalar::activate_span,
-                                        scalar::normalize_rows};
+                                        scalar::normalize_rows,
+                                        scalar::fake_quantize_span,
+                                        scalar::learned_backward_span,
+                                        scalar::mask_span,
+                                        scalar::positive_span,
+                                        scalar::minmax_span};
   return table;
 }
 

@@ -31,7 +31,15 @@ from torchquant.functional._checks import (
     zero_point_tensor,
 )
 from torchquant.functional.qparams import qparams_from_range
-from torchquant.scheme import PER_TENSOR, Granularity, PerAxis, PerGroup, PerTensor, PerToken
+from torchquant.scheme import (
+    PER_TENSOR,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    quant_range,
+)
 
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _GRANULARITIES = (PerTensor, PerAxis, PerGroup, PerToken)
@@ -165,8 +173,10 @@ def fake_quantize(
     return (values + z if z.is_floating_point() else values).to(input.dtype)
 
 
-def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize each row to int8 with a scale of its own, computed from the row.
+def quantize_per_token(
+    input: Tensor, *, symmetric: bool = True, bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row to integers with a scale of its own, computed from the row.
 
     A row's result depends on that row alone, so it is the same alone and in any batch.
 
@@ -174,6 +184,7 @@ def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor
         input: fp32, bf16 or fp16 tensor ``[..., K]``.
         symmetric: range [-127, 127] and zero point 0; else [-128, 127] with the row's range widened
             to contain 0.
+        bits: 2 to 8; below 8 the range is the whole signed one.
 
     Returns:
         ``(q, scale, zero_point)``: int8 ``[..., K]``, fp32 ``[..., 1]``, int32 ``[..., 1]``.
@@ -198,11 +209,13 @@ def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor
         least = greatest = x.new_zeros((*x.shape[:-1], 1))
     else:
         least, greatest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    qmin = -127 if symmetric else -128
+    qmin, qmax = quant_range(bits, narrow_range=symmetric and bits == 8)
     scale, zero_point = qparams_from_range(
-        least, greatest, qmin=qmin, qmax=127, symmetric=symmetric
+        least, greatest, qmin=qmin, qmax=qmax, symmetric=symmetric
     )
-    q = quantize(x, scale, zero_point, qmin=qmin, qmax=127, granularity=PerToken())
+    q = quantize(
+        x, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerToken(), dtype=torch.int8
+    )
     return q, scale, zero_point
 
 

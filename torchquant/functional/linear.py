@@ -189,6 +189,7 @@ def dynamic_linear(
     weight_scale: float | Tensor,
     weight_zero_point: int | Tensor | None = None,
     symmetric: bool = True,
+    activation_bits: int = 8,
     output_dtype: torch.dtype | None = None,
     activation: str = "none",
 ) -> Tensor:
@@ -201,7 +202,7 @@ def dynamic_linear(
         weight: int8 ``[N, K]``.
         bias: fp32 ``[N]`` or None.
         weight_scale, weight_zero_point, activation: as in :func:`quantized_linear`.
-        symmetric: see :func:`torchquant.functional.quantize_per_token`.
+        symmetric, activation_bits: see :func:`torchquant.functional.quantize_per_token`.
         output_dtype: float32, bfloat16 or float16; by default input's dtype.
 
     Returns:
@@ -219,7 +220,7 @@ def dynamic_linear(
     _check_float_input(who, input)
     check_weight(who, input, weight)
     _check_bias(who, bias, weight.shape[0], input.device, (torch.float32,))
-    q, scale, zero_point = quantize_per_token(input, symmetric=symmetric)
+    q, scale, zero_point = quantize_per_token(input, symmetric=symmetric, bits=activation_bits)
     return quantized_linear(
         q,
         weight,

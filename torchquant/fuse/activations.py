@@ -1,8 +1,9 @@
-"""Fuses an activation into the quantized layer before it, where a trace shows that it may be.
+"""Fuses an activation into the layer before it, where a trace shows that it may be.
 
 A pair is fused when nothing can tell the difference but by rounding: the layer's output goes into
 the activation and nowhere else, on every path through every forward that calls either; neither has
-hooks that would see other values; and on random rows the fused layer gives what the two gave.
+hooks that would see other values; and on random rows the fused layer gives what the two gave (a
+ReLU needs no such trial: it is exact).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchquant.report import FusionReport
 Owners = dict[int, list[tuple[nn.Module, str]]]
 
 _FUNCTIONS = ("gelu", "relu", "relu_", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_")
+_RELU_FUNCTIONS = ("relu", "relu_")
 _LAYER_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -36,8 +38,8 @@ _TEST_ROWS = 8
 
 @dataclass
 class _Pair:
-    layer: QuantizedLinear
-    dtype: torch.dtype
+    layer: nn.Module
+    dtype: torch.dtype = torch.float32
     activation: nn.Module | None = None
     problem: str | None = None
 
@@ -47,6 +49,7 @@ class _Search:
     flow: Dataflow
     pairs: dict[int, _Pair]  # by the layer's id
     owners: Owners
+    relu_only: bool = False
     recognized: dict[int, str | None] = field(default_factory=dict)
 
     def name_of(self, module: nn.Module) -> str | None:
@@ -68,12 +71,47 @@ def fuse_activations(
     Returns:
         A line for each pair that was fused, and for each candidate that was not.
     """
-    search = _Search(flow, {id(layer): _Pair(layer, dtype) for layer, dtype in layers}, owners)
-    for pair in search.pairs.values():
-        _find_activation(search, pair)
-    _drop_dependent(search)
+    search = _search(flow, [_Pair(layer, dtype) for layer, dtype in layers], owners)
     for activation in _activations(search):
         _fuse(search, activation)
+    return _rows(search)
+
+
+def find_relus(
+    flow: Dataflow, layers: Iterable[nn.Module], owners: Owners
+) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[FusionReport]]:
+    """The ReLUs that may move into layers before them; nothing is changed yet.
+
+    Args:
+        flow: traces of the model.
+        layers: float layers, about to become layers that compute a ReLU if asked to.
+        owners: for each module's id, the (parent, attribute) pairs that hold it.
+
+    Returns:
+        Each ReLU with the layers that it is behind, to be given to :func:`absorb`; and a line for
+        each of them, and for each activation that has to stay.
+    """
+    search = _search(flow, [_Pair(layer) for layer in layers], owners, relu_only=True)
+    found = [(a, [pair.layer for pair in _behind(search, a)]) for a in _activations(search)]
+    return found, _rows(search)
+
+
+def absorb(activation: nn.Module, name: str, owners: Owners) -> None:
+    """Put an identity in all the places of an activation that the layers before it compute."""
+    place = FusedActivation(name, activation).train(activation.training)
+    for parent, attribute in owners[id(activation)]:
+        parent._modules[attribute] = place
+
+
+def _search(flow: Dataflow, pairs: list[_Pair], owners: Owners, relu_only: bool = False) -> _Search:
+    search = _Search(flow, {id(pair.layer): pair for pair in pairs}, owners, relu_only)
+    for pair in pairs:
+        _find_activation(search, pair)
+    _drop_dependent(search)
+    return search
+
+
+def _rows(search: _Search) -> list[FusionReport]:
     return [
         _row(search, pair)
         for pair in search.pairs.values()
@@ -101,12 +139,14 @@ def _find_activation(search: _Search, pair: _Pair) -> None:
     found = [module for module in modules if _is_candidate(search, module)]
     failure = search.flow.why_not_traced(pair.layer)
     if not found:
-        called = [name for _, user in followers if (name := _function(user)) is not None]
+        functions = _RELU_FUNCTIONS if search.relu_only else _FUNCTIONS
+        called = [name for _, user in followers if (name := _function(user)) in functions]
         if called:
             kind = type(search.flow.callers[id(pair.layer)][0]).__name__
+            example = "nn.ReLU" if search.relu_only else "nn.GELU and the like"
             pair.problem = (
-                f"{kind}.forward calls {called[0]} itself; as a module (nn.GELU and the like) it "
-                "could be fused"
+                f"{kind}.forward calls {called[0]} itself; as a module ({example}) it could be "
+                "fused"
             )
         elif failure is not None and _has_activation_beside(search, pair.layer):
             pair.problem = failure
@@ -118,6 +158,8 @@ def _find_activation(search: _Search, pair: _Pair) -> None:
         or search.flow.why_not_traced(found[0])
         or _misuse_of_activation(search, found[0])
     )
+    if search.relu_only and search.name_of(found[0]) != "relu":
+        pair.problem = "its gradient needs the layer's output: in training a ReLU alone is fused"
 
 
 def _is_candidate(search: _Search, module: nn.Module) -> bool:
@@ -128,7 +170,7 @@ def _is_candidate(search: _Search, module: nn.Module) -> bool:
 
 def _function(user: fx.Node) -> str | None:
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    return name if user.op in ("call_function", "call_method") and name in _FUNCTIONS else None
+    return name if user.op in ("call_function", "call_method") else None
 
 
 def _has_activation_beside(search: _Search, layer: nn.Module) -> bool:
@@ -140,8 +182,9 @@ def _has_activation_beside(search: _Search, layer: nn.Module) -> bool:
 def _misuse(search: _Search, pair: _Pair, calls: list[tuple[Trace, fx.Node]]) -> str | None:
     """Why the activation cannot move into the layer, by how the layer is used and called."""
     layer, activation = pair.layer, pair.activation
-    if layer.activation != "none":
-        return f"the layer computes {layer.activation} already"
+    computed = getattr(layer, "activation", "none")
+    if computed != "none":
+        return f"the layer computes {computed} already"
     if any(getattr(layer, hooks) for hooks in _LAYER_HOOKS):
         return "hooks on the layer would see other values"
     for trace, node in calls:
@@ -204,10 +247,9 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
         for pair in pairs:
             pair.problem = "the fused layer did not give the same values on random rows"
         return
-    place = FusedActivation(name, activation).train(activation.training)
-    for parent, attribute in search.owners[id(activation)]:
-        parent._modules[attribute] = place
+    absorb(activation, name, search.owners)
     for pair in pairs:
+        assert isinstance(pair.layer, QuantizedLinear)
         pair.layer.activation = name
 
 
@@ -215,6 +257,7 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
 def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
     """Whether the fused layer computes what the two did, but for rounding between and behind."""
     layer, eps = pair.layer, torch.finfo(pair.dtype).eps
+    assert isinstance(layer, QuantizedLinear)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.device("cpu"):
         shape = (_TEST_ROWS, layer.in_features)

@@ -56,6 +56,33 @@ class Dataflow:
                 return f"{kind}.forward calls it too, and could not be traced ({trace.failure})"
         return self._other_method(module, callers)
 
+    def in_order(
+        self, model: nn.Module, layers: Iterable[nn.Module]
+    ) -> tuple[list[nn.Module], str | None]:
+        """``layers`` in the order of their calls, as often as they are called.
+
+        Returns:
+            The calls, and why the modules' own order had to do in some place, or None.
+        """
+        wanted = {id(layer) for layer in layers}
+        order: list[nn.Module] = []
+        problems: list[str] = []
+
+        def visit(module: nn.Module) -> None:
+            if id(module) in wanted:
+                order.append(module)
+            elif any(id(below) in wanted for below in module.modules()):
+                traces = self.traces.get(id(module), [])
+                whole = next((trace for trace in traces if trace.failure is None), None)
+                if whole is None:
+                    failure = f"could not be traced ({traces[0].failure})" if traces else "is none"
+                    problems.append(f"{type(module).__name__}.forward {failure}")
+                for below in held_by(module) if whole is None else whole.modules.values():
+                    visit(below)
+
+        visit(model)
+        return order, problems[0] if problems else None
+
     def _other_method(self, module: nn.Module, callers: list[nn.Module]) -> str | None:
         """A second method that names the layer may use it in another way, unseen by the traces."""
         seen = {trace.code[node] for trace, node in self.calls.get(id(module), [])}

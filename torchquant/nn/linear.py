@@ -1,4 +1,4 @@
-"""QuantizedLinear: an nn.Linear that holds int8 weights and runs on the integer kernels."""
+"""QuantizedLinear: an nn.Linear that holds integer weights and runs on the int8 kernels."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant._extension import load
 from torchquant.configs import Config, check_config
+from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.projections import ProjectionGroup
-from torchquant.scheme import PerAxis, quant_range
+from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Weights quantized at a time, so that what conversion needs beside its result is small.
-_BLOCK_WEIGHTS = 1 << 18
-_TILE_ROWS = 16
 _MAX_IN_FEATURES = 1 << 23  # csrc/kernels/layout.h: sums of a row stay within int32
 
 
 class QuantizedLinear(nn.Module):
-    """``y = activation(x @ weight.T + bias)``: int8 weight, activations quantized per token.
+    """``y = activation(x @ weight.T + bias)`` on integers of 2 to 8 bits.
 
-    In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
+    Activations are quantized per token with the range of the token, or, where the configuration is
+    static, with one scale that training has found. In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
     int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not depend on a CPU or
     a layout. Pickling, ``copy.deepcopy`` and ``torch.save`` go through the canonical form too.
 
     State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point``
-    int32 ``[N]`` (absent when symmetric), ``bias`` float32 ``[N]`` (absent without bias).
+    int32 ``[N]`` (absent when symmetric), ``input_scale`` float32 ``[1]`` and ``input_zero_point``
+    int32 ``[1]`` (static activations only), ``bias`` float32 ``[N]`` (absent without bias).
 
     Scales and bias stay float32 under ``.to(torch.bfloat16)``; the output has the input's dtype, or
     autocast's inside an autocast region. Gradients reach the input (straight through the quantizer)
@@ -61,6 +61,8 @@ class QuantizedLinear(nn.Module):
     packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
     bias: nn.Parameter | None
     # Layers that are computed together with this one, and its place among them.
     _group: ProjectionGroup | None = None
@@ -88,6 +90,11 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", scale)
         zero_point = torch.zeros(out_features, dtype=torch.int32, device=device)
         self.register_buffer("weight_zero_point", None if self.config.symmetric else zero_point)
+        static = self.config.static
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        self.register_buffer("input_scale", one if static else None)
+        zero = torch.zeros(1, dtype=torch.int32, device=device)
+        self.register_buffer("input_zero_point", zero if static else None)
         zeros = torch.zeros(out_features, dtype=torch.float32, device=device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
@@ -97,21 +104,26 @@ class QuantizedLinear(nn.Module):
         linear: nn.Linear,
         config: Config | None = None,
         activation: str = "none",
+        *,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
     ) -> QuantizedLinear:
         """Quantize a float layer; the float layer is left as it is.
 
-        Beside the result it needs memory for a block of rows only. Hooks stay with the float layer;
-        :func:`torchquant.quantize_` carries them over.
+        Hooks stay with the float layer; :func:`torchquant.quantize_` carries them over.
 
         Args:
             linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU.
             config: how; :class:`~torchquant.Int8DynamicActivationInt8WeightConfig` when None.
             activation: to fuse behind it.
+            input_scale, input_zero_point: float32 ``[1]`` and int32 ``[1]`` for a static
+                configuration, which has no way to find them itself; zero point None is 0.
 
         Raises:
             TypeError: not exactly an nn.Linear with a float weight of its own (subclasses,
                 parametrized or pruned weights), or config is not a configuration.
-            ValueError: the weight is empty, holds NaN or infinities, or is not on the CPU.
+            ValueError: the weight is empty, holds NaN or infinities, or is not on the CPU; a
+                static configuration without input_scale, or one with it that is not static.
         """
         config = check_config("QuantizedLinear.from_float", config)
         _check_activation(activation)
@@ -123,20 +135,40 @@ class QuantizedLinear(nn.Module):
         reason = value_refusal(linear)
         if reason is not None:
             raise ValueError(f"QuantizedLinear.from_float: linear cannot be quantized: {reason}")
-        weight, bias = linear.weight.detach(), linear.bias
-        out_features, in_features = weight.shape  # linear's own attributes may be out of date
+        layer = cls._from_tensors(
+            linear.weight, linear.bias, config, activation, None, input_scale, input_zero_point
+        )
+        return layer.train(linear.training)
+
+    @classmethod
+    def _from_tensors(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: Config,
+        activation: str,
+        weight_scale: Tensor | None,
+        input_scale: Tensor | None,
+        input_zero_point: Tensor | None,
+    ) -> QuantizedLinear:
+        """A layer with the integers of a float weight; ``weight_scale`` None: from its ranges."""
+        scale, zero_point = _static_parameters(config, input_scale, input_zero_point)
+        out_features, in_features = weight.shape  # a layer's own attributes may be out of date
         layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
+        qmin, qmax = config.weight_range
         # Tensors born in inference mode could not take part in training an adapter later.
         with torch.inference_mode(False), torch.no_grad():
-            layer.packed, layer.weight_scale, zero_point = _quantize_weight(
-                weight, config.symmetric
+            layer.packed, layer.weight_scale, weight_zero_point = ops.quantize_pack(
+                weight.detach(), weight_scale, qmin=qmin, qmax=qmax, symmetric=config.symmetric
             )
             if not config.symmetric:
-                layer.weight_zero_point = zero_point
+                layer.weight_zero_point = weight_zero_point
+            if scale is not None:
+                layer.input_scale, layer.input_zero_point = scale, zero_point
             if bias is not None:
                 values = bias.detach().to(torch.float32, copy=True)
                 layer.bias = nn.Parameter(values, bias.requires_grad)
-        return layer.train(linear.training)
+        return layer
 
     def to_float(self) -> nn.Linear:
         """A float32 nn.Linear with the values that the integers stand for, no activation behind."""
@@ -159,10 +191,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Float ``[..., in_features]`` to ``[..., out_features]``.
 
+        A row with NaN (of a dynamic layer: or an infinity) gives NaN in all its outputs.
+
         Raises:
             TypeError: input is not float32, bfloat16 or float16.
             ValueError: input's last dimension is not in_features, or it is on another device.
         """
+        if self.config.static:
+            return self._static_forward(input)
         # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
         if type(input) is Tensor and input.is_cpu and not torch.compiler.is_dynamo_compiling():
             if self._group is not None:
@@ -180,6 +216,7 @@ class QuantizedLinear(nn.Module):
                     self.out_features,
                     self.config.activation_symmetric,
                     self.activation,
+                    self.config.activation_bits,
                 )
             except (ValueError, IndexError):
                 self._check_input(input)  # in the words of a layer, where its words fit
@@ -195,6 +232,26 @@ class QuantizedLinear(nn.Module):
             symmetric=self.config.activation_symmetric,
             activation=self.activation,
             output_dtype=_autocast_dtype(input),
+            activation_bits=self.config.activation_bits,
+        )
+
+    def _static_forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        assert self.input_scale is not None
+        qmin, qmax = self.config.activation_range
+        return ops.linear_static(
+            input,
+            self.input_scale,
+            self.input_zero_point,
+            self.packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            out_features=self.out_features,
+            activation=self.activation,
+            output_dtype=_autocast_dtype(input) or input.dtype,
+            input_qmin=qmin,
+            input_qmax=qmax,
         )
 
     def _check_input(self, input: Tensor) -> None:
@@ -215,8 +272,11 @@ class QuantizedLinear(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        weight = "int8 per channel" + ("" if self.config.symmetric else " with zero point")
-        tokens = "int8 per token" + ("" if self.config.activation_symmetric else " with zero point")
+        config = self.config
+        weight = f"int{config.weight_bits} per channel"
+        weight += "" if config.symmetric else " with zero point"
+        tokens = f"int{config.activation_bits} per {'tensor' if config.static else 'token'}"
+        tokens += "" if config.activation_symmetric else " with zero point"
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -246,6 +306,8 @@ class QuantizedLinear(nn.Module):
             "qweight": self.qweight,
             "weight_scale": self.weight_scale,
             "weight_zero_point": self.weight_zero_point,
+            "input_scale": self.input_scale,
+            "input_zero_point": self.input_zero_point,
             "bias": self.bias,
         }
         for name, tensor in tensors.items():
@@ -263,7 +325,11 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         rest = dict(state_dict)
-        for name in ("weight_scale", "bias"):  # somebody may have converted the file to bfloat16
+        for name in (
+            "weight_scale",
+            "input_scale",
+            "bias",
+        ):  # somebody may have converted the file to bfloat16
             value = rest.get(prefix + name)
             if isinstance(value, Tensor) and value.is_floating_point():
                 rest[prefix + name] = _as_float32(value)
@@ -298,8 +364,12 @@ class QuantizedLinear(nn.Module):
             "qweight": (torch.int8, [self.out_features, self.in_features]),
             "weight_scale": (torch.float32, channel),
             "weight_zero_point": (torch.int32, channel),
+            "input_scale": (torch.float32, [1]),
+            "input_zero_point": (torch.int32, [1]),
             "bias": (torch.float32, channel),
         }
+        if not self.config.static:  # torch reports them as unexpected
+            del wanted["input_scale"], wanted["input_zero_point"]
         problems = []
         for name, (dtype, shape) in wanted.items():
             value = state.get(prefix + name)
@@ -329,7 +399,8 @@ class QuantizedLinear(nn.Module):
         qweight = state.pop("_qweight")
         super().__setstate__(state)
         # In the order of __init__, so that copies print and iterate alike.
-        self._buffers = {"packed": ops.pack_weight(qweight), **self._buffers}
+        static = {"input_scale": None, "input_zero_point": None}  # older versions pickled neither
+        self._buffers = {"packed": ops.pack_weight(qweight), **static, **self._buffers}
         group = self.__dict__.pop("_group", None)
         if group is not None:  # copied with its group: they are together again once all are copied
             group.join(self._group_index, self)
@@ -371,30 +442,39 @@ def value_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _quantize_weight(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed integers, scale and zero point per row; no temporary is of the weight's size."""
-    least, greatest = torch.aminmax(weight, dim=1)
-    qmin, qmax = quant_range(8, narrow_range=symmetric)
-    scale, zero_point = functional.qparams_from_range(
-        least.float(), greatest.float(), qmin=qmin, qmax=qmax, symmetric=symmetric
-    )
-    out_features, in_features = weight.shape
-    packed = _pack_zeros(out_features, in_features, weight.device)
-    block = max(1, _BLOCK_WEIGHTS // (in_features * _TILE_ROWS)) * _TILE_ROWS
-    for first in range(0, out_features, block):
-        rows = slice(first, first + block)
-        qweight = ops.quantize(
-            weight[rows],
-            scale[rows],
-            zero_point[rows],
-            qmin=qmin,
-            qmax=qmax,
-            granularity=PerAxis(0),
+def _static_parameters(
+    config: Config, scale: Tensor | None, zero_point: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Copies of a static layer's input_scale and input_zero_point; None for a dynamic one."""
+    who = "QuantizedLinear.from_float"
+    if not config.static:
+        if scale is not None or zero_point is not None:
+            raise ValueError(
+                f"{who}: input_scale and input_zero_point must be None for dynamic activations, "
+                f"whose scales are found at run time; config is {config}"
+            )
+        return None, None
+    if scale is None:
+        raise ValueError(
+            f"{who}: input_scale must be given for static activations ({type(config).__name__}): "
+            "a weight says nothing about the range of its inputs; train with "
+            "torchquant.prepare_qat_ and torchquant.convert_, or pass input_scale and "
+            "input_zero_point"
         )
-        tiles = slice(first // _TILE_ROWS, (first + block) // _TILE_ROWS)
-        # A tile's last 60 bytes describe the whole weight, all before them its own 16 rows.
-        packed[tiles, :-60] = ops.pack_weight(qweight)[:, :-60]
-    return packed, scale, zero_point
+    qmin, qmax = config.activation_range
+    scale = scale_tensor(who, "input_scale", scale, torch.device("cpu"), (1,)).detach().clone()
+    if not MIN_SCALE <= scale.item() < float("inf"):
+        raise ValueError(
+            f"{who}: input_scale must be finite and at least 2^-126, got {scale.item()}"
+        )
+    zero_point = zero_point_tensor(
+        who, "input_zero_point", zero_point, torch.device("cpu"), qmin, qmax, (1,)
+    )
+    if not qmin <= zero_point.item() <= qmax:
+        raise ValueError(
+            f"{who}: input_zero_point must be from {qmin} to {qmax}, got {zero_point.item()}"
+        )
+    return scale, zero_point.clone()
 
 
 def _pack_zeros(out_features: int, in_features: int, device: torch.device | str | None) -> Tensor:

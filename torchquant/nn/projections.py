@@ -104,6 +104,8 @@ class ProjectionGroup:
             return "their in_features differ"
         if any(member.config != first.config for member in members):
             return "their configurations differ"
+        if first.config.static or first.config.activation_bits != 8:
+            return "their activations are not quantized per token to 8 bits"
         if any(member.out_features % _library.TILE_OUT_FEATURES for member in members):
             return f"out_features must be a multiple of {_library.TILE_OUT_FEATURES}"
         if any(not member.packed.is_cpu for member in members):

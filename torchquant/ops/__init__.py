@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.functional._checks import (
-    describe,
-    require_tensor,
-    scale_tensor,
-    zero_point_tensor,
-)
+from torchquant.functional._checks import require_tensor
 from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
-from torchquant.scheme import (
-    PER_TENSOR,
-    Granularity,
-    PerAxis,
-    PerGroup,
-    PerTensor,
-    PerToken,
+from torchquant.ops._arguments import layout_arguments as _layout_arguments
+from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
+from torchquant.ops._fake import packed_shape, require_one_device
+from torchquant.ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_learned_backward,
+    fake_quantize_mask,
+    in_range,
+    mask_gradient,
+    minmax,
+    positive,
 )
+from torchquant.ops.qat import qat_linear, quantize_pack, quantize_rows
+from torchquant.scheme import PER_TENSOR, Granularity
 
 _C = load()
 
@@ -38,68 +39,30 @@ __all__ = [
     "PackedWeight",
     "activation",
     "dequantize",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "gated_activation",
+    "in_range",
     "int8_mm",
     "layer_norm",
     "linear_dynamic",
     "linear_dynamic_split",
     "linear_static",
+    "mask_gradient",
+    "minmax",
     "pack_weight",
+    "positive",
+    "qat_linear",
     "quantize",
+    "quantize_pack",
     "quantize_per_token",
+    "quantize_rows",
     "quantized_linear",
     "rms_norm",
     "unpack_weight",
 ]
-
-
-def _layout_arguments(who: str, granularity: Granularity, input: Tensor) -> dict[str, int]:
-    """A granularity as the operators' ``axis`` or ``group_size``."""
-    if isinstance(granularity, PerTensor):
-        return {}
-    if isinstance(granularity, PerAxis):
-        return {"axis": granularity.normalized_axis(input.shape)}
-    if isinstance(granularity, PerGroup):
-        return {"group_size": granularity.group_size}
-    if isinstance(granularity, PerToken):
-        granularity.scale_shape(input.shape)  # raises for a 0-dimensional input
-        return {"group_size": max(1, input.shape[-1])}
-    raise TypeError(
-        f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
-        f"PerToken(), got {describe(granularity)}"
-    )
-
-
-def _numbers_to_tensors(
-    who: str,
-    scale: float | Tensor,
-    zero_point: int | Tensor | None,
-    input: Tensor,
-    low: int,
-    high: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Numbers as one-element tensors on input's device; tensors as they are, for C++ to check."""
-    if not isinstance(scale, Tensor):
-        scale = scale_tensor(who, "scale", scale, input.device, (1,))
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = zero_point_tensor(
-            who, "zero_point", zero_point, input.device, low, high, (1,), allow_real=True
-        )
-    return scale, zero_point
-
-
-def _require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None:
-    """Raise unless all tensors lie on input's device; for fake kernels.
-
-    The dispatcher prefers the meta device over the CPU: a CPU tensor among meta tensors arrives in
-    the fake kernel, and the result would be memory that nobody wrote.
-    """
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"{who}: {name} must be on the input's device {input.device}, got {tensor.device}; "
-                "move it with .to(device)"
-            )
 
 
 def quantize(
@@ -160,7 +123,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
+    require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -205,7 +168,7 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
+    require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -255,12 +218,6 @@ def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
 
 
-def packed_shape(out_features: Any, in_features: Any) -> tuple[Any, Any]:
-    """Shape of :func:`pack_weight`'s result; also for symbolic sizes."""
-    tiles = (out_features + 15) // 16
-    return tiles, (in_features + 63) // 64 * 64 * 16 + 128
-
-
 @torch.library.register_fake("torchquant::pack_weight")
 def _(weight: Tensor) -> Tensor:
     return torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device)
@@ -303,7 +260,7 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 @torch.library.register_fake("torchquant::int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    _require_one_device("int8_mm", input, packed=packed)
+    require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -318,6 +275,7 @@ def linear_dynamic(
     symmetric: bool = True,
     activation: str = "none",
     output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
 ) -> Tensor:
     """A linear layer on float input that is quantized per token inside the call.
 
@@ -328,9 +286,11 @@ def linear_dynamic(
         weight_zero_point: int32 ``[N]`` or ``[1]``, or None.
         bias: float32 ``[N]`` or None.
         out_features: N.
-        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
+        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token; with
+            fewer ``activation_bits`` the signed range of so many bits.
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid, applied in float32.
         output_dtype: float32, bfloat16 or float16; input's when None.
+        activation_bits: 2 to 8.
 
     Returns:
         ``[..., N]``; the bits of :func:`torchquant.functional.dynamic_linear`. A row with NaN or an
@@ -353,6 +313,7 @@ def linear_dynamic(
         symmetric,
         activation,
         output_dtype,
+        activation_bits,
     )
 
 
@@ -367,8 +328,9 @@ def _(
     symmetric: bool = True,
     activation: str = "none",
     output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
 ) -> Tensor:
-    _require_one_device(
+    require_one_device(
         "linear_dynamic",
         input,
         packed=packed,
@@ -444,7 +406,7 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    _require_one_device(
+    require_one_device(
         "linear_dynamic_split",
         input,
         packed=packed,
@@ -539,7 +501,7 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    _require_one_device(
+    require_one_device(
         "linear_static",
         input,
         input_scale=input_scale,
@@ -610,7 +572,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @torch.library.register_fake("torchquant::gated_activation")
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    _require_one_device("gated_activation", gate, up=up)
+    require_one_device("gated_activation", gate, up=up)
     return torch.empty_like(gate)
 
 
@@ -647,7 +609,7 @@ def rms_norm(
 
 @torch.library.register_fake("torchquant::rms_norm")
 def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
-    _require_one_device("rms_norm", input, weight=weight)
+    require_one_device("rms_norm", input, weight=weight)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -694,7 +656,7 @@ def _(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
+    require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 

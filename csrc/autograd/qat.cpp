@@ -1,0 +1,377 @@
+// qat_linear: the deployed integer layer with gradients for its float input and weight.
+//
+// Forward is quantize_pack, quantize_rows and linear_static: the operators of the converted layer, so its bits. Saved
+// for backward are the int8 activations with a scale per row and one bit per element where a gradient stops (relu's
+// output, values beyond a static range). The float weight is a parameter and there anyway; its integers are computed
+// again, which costs one pass over it, a hundredth of the products that follow. A float input is saved only where its
+// step is learned, whose gradient depends on the values before rounding.
+//
+// Backward, with Xq, Wq the values that the integers stand for (straight-through estimator, Bengio et al., 2013):
+//   g      = grad where output > 0           (relu)
+//   grad_x = g Wq, where x lies in its range (dynamic: everywhere)
+//   grad_w = g^T Xq, where w lies in its range (a range from the channel itself: everywhere)
+//   learned scales: LSQ (Esser et al., 2020), from grad_x and grad_w.
+#include "autograd/qat.h"
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace torchquant {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using OptTensor = std::optional<at::Tensor>;
+using Quantized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr const char* kOp = "qat_linear";
+
+bool present(const OptTensor& t) { return t && t->defined(); }
+bool learns(const OptTensor& t) { return present(t) && t->requires_grad(); }
+OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }
+
+template <class Signature>
+auto operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Quantized quantize_rows(const at::Tensor& x, const OptTensor& scale, const OptTensor& zero, int64_t qmin, int64_t qmax,
+                        bool symmetric) {
+  static auto op =
+      operator_of<Quantized(const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, int64_t, bool)>(
+          "torchquant::quantize_rows");
+  return op.call(x, scale, zero, qmin, qmax, symmetric);
+}
+
+Quantized quantize_pack(const at::Tensor& w, const OptTensor& scale, int64_t qmin, int64_t qmax, bool symmetric) {
+  static auto op =
+      operator_of<Quantized(const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, int64_t, bool)>(
+          "torchquant::quantize_pack");
+  return op.call(w, scale, std::nullopt, qmin, qmax, symmetric);
+}
+
+at::Tensor linear_dynamic(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
+                          const OptTensor& weight_zero, const OptTensor& bias, int64_t n, bool symmetric,
+                          std::string_view activation, at::ScalarType dtype, int64_t bits) {
+  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
+                                          const OptTensor&, int64_t, bool, std::string_view,
+                                          std::optional<at::ScalarType>, int64_t)>("torchquant::linear_dynamic");
+  return op.call(x, packed, weight_scale, weight_zero, bias, n, symmetric, activation, dtype, bits);
+}
+
+at::Tensor linear_static(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, const at::Tensor& packed,
+                         const at::Tensor& weight_scale, const OptTensor& weight_zero, const OptTensor& bias, int64_t n,
+                         std::string_view activation, at::ScalarType dtype, int64_t qmin = -128, int64_t qmax = 127) {
+  static auto op =
+      operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&,
+                             const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, std::string_view,
+                             at::ScalarType, const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t)>(
+          "torchquant::linear_static");
+  return op.call(x, scale, zero, packed, weight_scale, weight_zero, bias, n, activation, dtype, std::nullopt, 0, -128,
+                 127, qmin, qmax);
+}
+
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin, int64_t qmax,
+                    std::optional<int64_t> axis) {
+  static auto op =
+      operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
+                             std::optional<int64_t>, std::optional<int64_t>, at::ScalarType)>("torchquant::quantize");
+  return op.call(x, scale, zero, qmin, qmax, axis, std::nullopt, at::kChar);
+}
+
+at::Tensor dequantize(const at::Tensor& q, const at::Tensor& scale, const OptTensor& zero, std::optional<int64_t> axis,
+                      std::optional<int64_t> group_size, at::ScalarType dtype) {
+  static auto op =
+      operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, std::optional<int64_t>,
+                             std::optional<int64_t>, at::ScalarType)>("torchquant::dequantize");
+  return op.call(q, scale, zero, axis, group_size, dtype);
+}
+
+Quantized learned_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero,
+                           int64_t qmin, int64_t qmax, std::optional<int64_t> axis) {
+  static auto op = operator_of<Quantized(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
+                                         int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>)>(
+      "torchquant::fake_quantize_learned_backward");
+  return op.call(grad, x, scale, zero, qmin, qmax, axis, std::nullopt);
+}
+
+// Everything that is not a tensor.
+struct Settings {
+  int64_t input_qmin, input_qmax;
+  bool input_symmetric;
+  int64_t weight_qmin, weight_qmax;
+  bool weight_symmetric;
+  std::string activation;
+  double input_grad_factor, weight_grad_factor;
+  at::ScalarType output_dtype;
+};
+
+// A learned step may end up too small between two training steps; never an error inside one.
+at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(0x1p-126f); }
+
+// The zero point of static activations: as given, or from a learned offset in real units.
+OptTensor zero_point_of(const OptTensor& scale, const OptTensor& zero_point, const OptTensor& offset, int64_t qmin,
+                        int64_t qmax) {
+  if (present(zero_point)) return zero_point->clone();  // an observer may change its own before backward
+  if (!present(offset)) return std::nullopt;
+  return (offset->detach().neg() / usable_scale(*scale)).round().clamp(qmin, qmax).to(at::kInt);
+}
+
+void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias, const OptTensor& input_scale,
+           const OptTensor& input_zero_point, const OptTensor& input_offset, const OptTensor& weight_scale,
+           const Settings& s) {
+  check_float(kOp, "input", input);
+  check_dim(kOp, "input", input, 1);
+  check_float(kOp, "weight", weight);
+  TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have shape [out_features, in_features], got ",
+                    describe(weight));
+  TORCH_CHECK_VALUE(input.sym_size(-1) == weight.sym_size(1), kOp, ": input must be [..., in_features] with ",
+                    "in_features = ", weight.sym_size(1), ", got ", input.sym_sizes());
+  if (present(bias)) {
+    check_float(kOp, "bias", *bias);
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), kOp, ": bias must have shape [",
+                      weight.sym_size(0), "], got ", bias->sym_sizes());
+  }
+  TORCH_CHECK_VALUE(present(input_scale) || !(present(input_zero_point) || present(input_offset)), kOp,
+                    ": input_zero_point and input_offset must be None without input_scale: dynamic activations find "
+                    "their own; pass input_scale for static ones");
+  TORCH_CHECK_VALUE(s.activation == "none" || s.activation == "relu", kOp, ": activation must be none or relu, got '",
+                    s.activation, "'");
+  TORCH_CHECK_TYPE(is_float_input(s.output_dtype), kOp, ": output_dtype must be float32, bfloat16 or float16, got ",
+                   dtype_name(s.output_dtype));
+  TORCH_CHECK_VALUE(s.weight_symmetric || !present(weight_scale), kOp,
+                    ": weight_symmetric must be True with weight_scale, got False");
+  const int64_t bits_max = s.input_qmax;
+  const bool dynamic_range = (bits_max & (bits_max + 1)) == 0 && bits_max >= 1 && bits_max <= 127;
+  TORCH_CHECK_VALUE(present(input_scale) || dynamic_range, kOp,
+                    ": input_qmax must be 2^(bits - 1) - 1 for dynamic activations, got ", bits_max);
+}
+
+int64_t bits_of(int64_t qmax) {  // 127 -> 8
+  int64_t bits = 1;
+  for (; qmax > 0; qmax >>= 1) ++bits;
+  return bits;
+}
+
+OptTensor float_bias(const OptTensor& bias) { return present(bias) ? OptTensor(bias->to(at::kFloat)) : std::nullopt; }
+
+// Bits of the elements that pass a gradient.
+at::Tensor positive_bits(const at::Tensor& x) { return x > 0; }
+at::Tensor range_bits_of(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin,
+                         int64_t qmax, bool per_channel) {
+  const at::Tensor s = per_channel ? scale.reshape({-1, 1}) : scale.reshape({});
+  at::Tensor q = (x.to(at::kFloat) * s.reciprocal()).round();
+  if (present(zero)) q = q + zero->reshape({}).to(at::kFloat);
+  return (q < qmin).logical_or(q > qmax).logical_not();
+}
+at::Tensor mask_bits(const at::Tensor& grad, const at::Tensor& bits) {
+  return at::where(bits, grad, at::zeros({}, grad.options()));
+}
+
+struct QatLinear : public torch::autograd::Function<QatLinear> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight, const OptTensor& bias,
+                          const OptTensor& input_scale, const OptTensor& input_zero_point,
+                          const OptTensor& input_offset, const OptTensor& weight_scale, const Settings& s) {
+    const bool input_learns = s.input_grad_factor > 0 && (learns(input_scale) || learns(input_offset));
+    const bool weight_learns = s.weight_grad_factor > 0 && learns(weight_scale);
+    const bool wants_input = input.requires_grad() || input_learns;
+    const bool wants_weight = weight.requires_grad() || weight_learns;
+
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const OptTensor scale = present(input_scale) ? OptTensor(usable_scale(*input_scale)) : std::nullopt;
+    const OptTensor zero = zero_point_of(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
+    const auto [packed, channel_scale, channel_zero] =
+        quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+    const auto [q, row_scale, row_zero] =
+        quantize_rows(input, scale, zero, s.input_qmin, s.input_qmax, s.input_symmetric);
+    const bool own_zeros = !scale && !s.input_symmetric;  // a zero point per row
+    const OptTensor weight_zero = s.weight_symmetric ? std::nullopt : OptTensor(channel_zero);
+    const at::Tensor output =
+        linear_static(q, row_scale, own_zeros ? OptTensor(row_zero) : zero, packed, channel_scale, weight_zero,
+                      float_bias(bias), weight.size(0), s.activation, s.output_dtype);
+
+    const bool relu = s.activation == "relu";
+    Variable bits;  // of a static range; a learned one needs the input itself
+    if (scale && !input_learns && input.requires_grad())
+      bits = range_bits_of(input, *scale, zero, s.input_qmin, s.input_qmax, false);
+    ctx->save_for_backward({
+        wants_input || wants_weight ? weight : Variable(),
+        wants_weight ? q : Variable(),
+        wants_weight ? row_scale : Variable(),
+        wants_weight && own_zeros ? row_zero : zero.value_or(Variable()),
+        channel_scale,
+        weight_zero ? Variable(*weight_zero) : Variable(),
+        relu ? positive_bits(output) : Variable(),
+        bits,
+        input_learns ? input : Variable(),
+        scale.value_or(Variable()),
+    });
+    // Autograd numbers the tensor arguments that are there.
+    int64_t edge = 2;
+    const auto number = [&](const char* name, const OptTensor& t) {
+      ctx->saved_data[name] = present(t) ? edge++ : int64_t{-1};
+    };
+    number("bias", bias);
+    number("input_scale", input_scale);
+    number("input_zero_point", input_zero_point);
+    number("input_offset", input_offset);
+    number("weight_scale", weight_scale);
+    ctx->saved_data["own_zeros"] = own_zeros;
+    ctx->saved_data["input_learns"] = input_learns;
+    ctx->saved_data["weight_learns"] = weight_learns;
+    ctx->saved_data["weight_given"] = present(weight_scale);
+    ctx->saved_data["input_qmin"] = s.input_qmin;
+    ctx->saved_data["input_qmax"] = s.input_qmax;
+    ctx->saved_data["weight_qmin"] = s.weight_qmin;
+    ctx->saved_data["weight_qmax"] = s.weight_qmax;
+    ctx->saved_data["input_grad_factor"] = s.input_grad_factor;
+    ctx->saved_data["weight_grad_factor"] = s.weight_grad_factor;
+    ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
+    ctx->saved_data["bias_dtype"] = static_cast<int64_t>(present(bias) ? bias->scalar_type() : at::kFloat);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), kOp,
+                                ": no gradient of the gradient (create_graph=True), the straight-through estimator "
+                                "has none; use the float layer (to_float()) for it");
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto saved = ctx->get_saved_variables();
+    const Variable &weight = saved[0], &q = saved[1], &row_scale = saved[2], &row_zero = saved[3];
+    const Variable &channel_scale = saved[4], &relu_bits = saved[6], &range_bits = saved[7], &input = saved[8];
+    const OptTensor weight_zero = optional_of(saved[5]), scale = optional_of(saved[9]);
+    const auto number = [&](const char* name) { return ctx->saved_data[name].toInt(); };
+    const auto flag = [&](const char* name) { return ctx->saved_data[name].toBool(); };
+    const auto wanted = [&](const char* name) {
+      const int64_t edge = number(name);
+      return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
+    };
+    const int64_t weight_qmin = number("weight_qmin"), weight_qmax = number("weight_qmax");
+    const bool input_learns = flag("input_learns") && (wanted("input_scale") || wanted("input_offset"));
+    const bool weight_learns = flag("weight_learns") && wanted("weight_scale");
+
+    at::Tensor grad = grads[0];
+    if (relu_bits.defined()) grad = mask_bits(grad, relu_bits);
+    const at::ScalarType dtype = grad.scalar_type();
+    const at::Tensor rows = grad.reshape_symint({-1, grad.sym_size(-1)});
+
+    Variable grad_input, grad_weight, grad_bias, grad_input_scale, grad_input_offset, grad_weight_scale;
+    if (wanted("bias"))
+      grad_bias = rows.sum(0, false, at::kFloat).to(static_cast<at::ScalarType>(number("bias_dtype")));
+    if (ctx->needs_input_grad(0) || input_learns) {
+      const at::Tensor w = dequantize(quantize(weight, channel_scale, weight_zero, weight_qmin, weight_qmax, 0),
+                                      channel_scale, weight_zero, 0, std::nullopt, dtype);
+      std::vector<c10::SymInt> sizes = grad.sym_sizes().vec();
+      sizes.back() = w.sym_size(1);
+      grad_input = at::mm(rows, w).reshape_symint(sizes);
+      if (input_learns) {
+        const auto [through, raw_scale, raw_offset] = learned_backward(
+            grad_input, input, *scale, optional_of(row_zero), number("input_qmin"), number("input_qmax"), std::nullopt);
+        const double factor = ctx->saved_data["input_grad_factor"].toDouble();
+        grad_input = through;
+        if (wanted("input_scale")) grad_input_scale = raw_scale * factor;
+        if (wanted("input_offset")) grad_input_offset = raw_offset * factor;
+      } else if (range_bits.defined()) {
+        grad_input = mask_bits(grad_input, range_bits);
+      }
+      grad_input = grad_input.to(static_cast<at::ScalarType>(number("input_dtype")));
+    }
+    if (ctx->needs_input_grad(1) || weight_learns) {
+      const OptTensor zero = flag("own_zeros") ? OptTensor(row_zero) : optional_of(row_zero);
+      const at::Tensor flat = q.reshape_symint({-1, q.sym_size(-1)}), scales = row_scale.reshape({-1, 1});
+      const bool one_zero = zero && !flag("own_zeros");
+      const at::Tensor x =
+          dequantize(flat, scales, zero ? OptTensor(one_zero ? *zero : zero->reshape({-1, 1})) : std::nullopt,
+                     std::nullopt, flat.size(-1), dtype);
+      grad_weight = at::mm(rows.t(), x);
+      if (weight_learns) {
+        const auto [through, raw_scale, raw_offset] =
+            learned_backward(grad_weight, weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, 0);
+        grad_weight = through;
+        grad_weight_scale = raw_scale * ctx->saved_data["weight_grad_factor"].toDouble();
+      } else if (flag("weight_given")) {
+        grad_weight =
+            mask_bits(grad_weight, range_bits_of(weight, channel_scale, std::nullopt, weight_qmin, weight_qmax, true));
+      }
+      grad_weight = grad_weight.to(weight.scalar_type());
+    }
+    return {grad_input, grad_weight,       grad_bias,         grad_input_scale,
+            Variable(), grad_input_offset, grad_weight_scale, Variable()};
+  }
+};
+
+Settings settings(int64_t input_qmin, int64_t input_qmax, bool input_symmetric, int64_t weight_qmin,
+                  int64_t weight_qmax, bool weight_symmetric, std::string_view activation, double input_grad_factor,
+                  double weight_grad_factor, at::ScalarType output_dtype) {
+  return {input_qmin,         input_qmax,       input_symmetric,         weight_qmin,
+          weight_qmax,        weight_symmetric, std::string(activation), input_grad_factor,
+          weight_grad_factor, output_dtype};
+}
+
+// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
+bool follows(const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); }
+bool follows(const OptTensor& t) { return present(t) && follows(*t); }
+
+at::Tensor qat_linear_autograd(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
+                               const OptTensor& input_scale, const OptTensor& input_zero_point,
+                               const OptTensor& input_offset, int64_t input_qmin, int64_t input_qmax,
+                               bool input_symmetric, const OptTensor& weight_scale, int64_t weight_qmin,
+                               int64_t weight_qmax, bool weight_symmetric, std::string_view activation,
+                               double input_grad_factor, double weight_grad_factor,
+                               std::optional<at::ScalarType> output_dtype) {
+  const bool any =
+      at::GradMode::is_enabled() && (follows(input) || follows(weight) || follows(bias) || follows(input_scale) ||
+                                     follows(input_offset) || follows(weight_scale));
+  if (!any) {
+    static auto op =
+        operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const OptTensor&,
+                               const OptTensor&, const OptTensor&, int64_t, int64_t, bool, const OptTensor&, int64_t,
+                               int64_t, bool, std::string_view, double, double, std::optional<at::ScalarType>)>(
+            "torchquant::qat_linear");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(input, weight, bias, input_scale, input_zero_point, input_offset, input_qmin, input_qmax,
+                   input_symmetric, weight_scale, weight_qmin, weight_qmax, weight_symmetric, activation,
+                   input_grad_factor, weight_grad_factor, output_dtype);
+  }
+  const Settings s =
+      settings(input_qmin, input_qmax, input_symmetric, weight_qmin, weight_qmax, weight_symmetric, activation,
+               input_grad_factor, weight_grad_factor, output_dtype.value_or(input.scalar_type()));
+  check(input, weight, bias, input_scale, input_zero_point, input_offset, weight_scale, s);
+  return QatLinear::apply(input, weight, bias, input_scale, input_zero_point, input_offset, weight_scale, s);
+}
+
+TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { m.impl("qat_linear", &qat_linear_autograd); }
+
+}  // namespace
+
+at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
+                              const OptTensor& input_scale, const OptTensor& input_zero_point,
+                              const OptTensor& input_offset, int64_t input_qmin, int64_t input_qmax,
+                              bool input_symmetric, const OptTensor& weight_scale, int64_t weight_qmin,
+                              int64_t weight_qmax, bool weight_symmetric, std::string_view activation,
+                              double input_grad_factor, double weight_grad_factor,
+                              std::optional<at::ScalarType> output_dtype) {
+  const Settings s =
+      settings(input_qmin, input_qmax, input_symmetric, weight_qmin, weight_qmax, weight_symmetric, activation,
+               input_grad_factor, weight_grad_factor, output_dtype.value_or(input.scalar_type()));
+  check(input, weight, bias, input_scale, input_zero_point, input_offset, weight_scale, s);
+  const auto [packed, channel_scale, channel_zero] =
+      quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+  const OptTensor weight_zero = s.weight_symmetric ? std::nullopt : OptTensor(channel_zero);
+  const int64_t n = weight.size(0);
+  if (!present(input_scale))
+    return linear_dynamic(input, packed, channel_scale, weight_zero, float_bias(bias), n, s.input_symmetric,
+                          s.activation, s.output_dtype, bits_of(s.input_qmax));
+  const OptTensor zero = zero_point_of(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
+  return linear_static(input, usable_scale(*input_scale), zero, packed, channel_scale, weight_zero, float_bias(bias), n,
+                       s.activation, s.output_dtype, s.input_qmin, s.input_qmax);
+}
+
+}  // namespace torchquant

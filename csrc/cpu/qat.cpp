@@ -1,0 +1,133 @@
+// quantize_rows, quantize_pack, and qat_linear where no gradient is asked for.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "autograd/qat.h"
+#include "checks.h"
+#include "cpu/output.h"
+#include "cpu/rows.h"
+
+namespace torchquant {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements a thread should have at least
+constexpr float kLeastScale = 0x1p-126f;
+
+void check_signed_range(const char* op, int64_t qmin, int64_t qmax) {
+  TORCH_CHECK_VALUE(-128 <= qmin && qmin < qmax && qmax <= 127 && qmin <= 0 && qmax >= 1, op,
+                    ": qmin <= 0 < qmax must lie within -128 .. 127, got ", qmin, " and ", qmax);
+}
+
+// Every row its own copy of the zero point, checked against the range.
+int32_t one_zero_point(const char* op, const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
+  if (!zero_point || !zero_point->defined()) return 0;
+  check_dtype(op, "zero_point", *zero_point, at::kInt);
+  TORCH_CHECK_VALUE(zero_point->numel() == 1, op, ": zero_point must hold one value, got ", describe(*zero_point));
+  const int32_t zero = *zero_point->const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(qmin <= zero && zero <= qmax, op, ": zero_point must be from ", qmin, " to ", qmax, ", got ", zero);
+  return zero;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& input,
+                                                             const std::optional<at::Tensor>& scale,
+                                                             const std::optional<at::Tensor>& zero_point, int64_t qmin,
+                                                             int64_t qmax, bool symmetric) {
+  const char* op = "quantize_rows";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_signed_range(op, qmin, qmax);
+  const bool fixed = scale && scale->defined();
+  QuantizeRowsArgs g{};
+  g.mode = fixed ? RowMode::kStatic : (symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
+  g.qmin = static_cast<int32_t>(qmin);
+  g.qmax = static_cast<int32_t>(qmax);
+  if (fixed) {
+    check_dtype(op, "scale", *scale, at::kFloat);
+    TORCH_CHECK_VALUE(scale->numel() == 1, op, ": scale must hold one value, got ", describe(*scale));
+    g.scale = *scale->const_data_ptr<float>();
+    if (g.scale < kLeastScale) g.scale = kLeastScale;  // a learned one may get there between two steps
+    g.zero_point = one_zero_point(op, zero_point, qmin, qmax);
+  } else {
+    TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
+                      ": zero_point must be None without scale (each row finds its own), got one");
+  }
+  const at::Tensor x = input.is_contiguous() || row_stride(input) ? input : input.contiguous();
+  const int64_t k = x.size(-1), rows = k ? x.numel() / k : 0;
+  std::vector<int64_t> token_sizes(x.sizes().begin(), x.sizes().end());
+  token_sizes.back() = 1;
+  at::Tensor q = empty_output(x.sizes(), x.options().dtype(at::kChar));
+  at::Tensor row_scale = at::empty(token_sizes, x.options().dtype(at::kFloat));
+  at::Tensor row_zero = at::empty(token_sizes, x.options().dtype(at::kInt));
+  if (k == 0) {  // rows without elements: the range is zero
+    row_scale.fill_(fixed ? g.scale : 1.0f);
+    row_zero.fill_(g.zero_point);
+    return {q, row_scale, row_zero};
+  }
+  g.x = x.const_data_ptr();
+  g.x_type = float_type(x.scalar_type());
+  g.x_stride = row_stride(x).value_or(k);
+  g.k = k;
+  g.q = static_cast<uint8_t*>(q.mutable_data_ptr());
+  g.row_scale = row_scale.mutable_data_ptr<float>();
+  g.row_zero = row_zero.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / k),
+                   [&](int64_t m0, int64_t m1) { kernels().quantize_rows(g, m0, m1); });
+  return {q, row_scale, row_zero};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& weight,
+                                                             const std::optional<at::Tensor>& scale,
+                                                             const std::optional<at::Tensor>& zero_point, int64_t qmin,
+                                                             int64_t qmax, bool symmetric) {
+  const char* op = "quantize_pack";
+  check_float(op, "weight", weight);
+  check_signed_range(op, qmin, qmax);
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must have shape [out_features, in_features], got ",
+                    describe(weight));
+  const int64_t n = weight.size(0), k = weight.size(1);
+  TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
+                    kMaxK, " inputs, got ", describe(weight));
+  TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
+                    ": zero_point must be None (a weight's given scales have none), got one");
+  at::Tensor row_scale, row_zero = at::empty({n}, weight.options().dtype(at::kInt));
+  const bool fixed = scale && scale->defined();
+  if (fixed) {
+    check_channels(op, "scale", *scale, at::kFloat, n, true);
+    row_scale = at::empty({n}, weight.options().dtype(at::kFloat));
+    row_scale.copy_(scale->detach().expand({n}));
+  } else {
+    row_scale = at::empty({n}, weight.options().dtype(at::kFloat));
+  }
+  const at::Tensor w = weight.is_contiguous() || row_stride(weight) ? weight : weight.contiguous();
+  at::Tensor packed = empty_output({num_tiles(n), tile_bytes(k)}, weight.options().dtype(at::kChar));
+  QuantizePackArgs g{};
+  g.w = w.const_data_ptr();
+  g.w_type = float_type(w.scalar_type());
+  g.w_stride = row_stride(w).value_or(k);
+  g.n = n;
+  g.k = k;
+  g.mode = fixed ? RowMode::kStatic : (symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
+  g.qmin = static_cast<int32_t>(qmin);
+  g.qmax = static_cast<int32_t>(qmax);
+  g.packed = packed.mutable_data_ptr<int8_t>();
+  g.scale = row_scale.mutable_data_ptr<float>();
+  g.zero = row_zero.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, num_tiles(n), ceil_div(kGrain, kTileN * k),
+                   [&](int64_t first, int64_t last) { kernels().quantize_pack(g, first, last); });
+  return {packed, row_scale, row_zero};
+}
+
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("quantize_rows", &quantize_rows);
+  m.impl("quantize_pack", &quantize_pack);
+  m.impl("qat_linear", &qat_linear_forward);
+}
+
+}  // namespace
+}  // namespace torchquant

@@ -1,0 +1,418 @@
+"""QATLinear: a linear layer that trains on the integers it will be deployed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant import functional, ops
+from torchquant.configs import Config, QATConfig, check_config
+from torchquant.nn.linear import QuantizedLinear, refusal
+from torchquant.scheme import PerAxis, PerToken
+
+_ACTIVATIONS = ("none", "relu")
+
+
+class QATLinear(nn.Module):
+    """``y = activation(x @ weight.T + bias)`` in training, computed as the deployed layer will.
+
+    Each forward quantizes input and weight and multiplies integers, on the operators of
+    :class:`~torchquant.nn.QuantizedLinear`: its output *is* that of ``to_quantized()``, bit for bit
+    (while ranges do not move). Backward passes gradients straight through the rounding and saves
+    int8 activations instead of float ones; a ReLU inside the layer costs a bit per output.
+
+    Ranges: weights from each channel's own, or LSQ's learned steps (``weight_quantizer``);
+    activations per token from each token's own, or one scale, observed or learned
+    (``input_quantizer``), as the configuration says.
+
+    State: ``weight`` ``[N, K]`` and ``bias`` ``[N]`` (parameters, float), ``quantize_enabled``
+    uint8 ``[1]`` (see :meth:`enable_quantization`), and what the quantizers keep.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        config: a :class:`~torchquant.QATConfig`, or the configuration of the layer to deploy; None
+            is ``QATConfig()``: 8 bits, dynamic.
+        activation: "none" or "relu", part of the layer.
+        device, dtype: of weight and bias; float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization" (2020).
+
+    Example:
+        >>> layer = QATLinear(64, 32, activation="relu")
+        >>> x = torch.randn(4, 64)
+        >>> torch.equal(layer(x), layer.to_quantized()(x))
+        True
+        >>> layer(x).sum().backward()
+        >>> layer.weight.grad.shape
+        torch.Size([32, 64])
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    quantize_enabled: Tensor
+    input_quantizer: nn.Module | None
+    weight_quantizer: nn.Module | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: QATConfig | Config | None = None,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._init(linear, qat_config("QATLinear", config), activation)
+
+    def _init(self, linear: nn.Linear, config: QATConfig, activation: str) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"QATLinear: activation must be none or relu, got {activation!r}")
+        self.out_features, self.in_features = linear.weight.shape
+        self.config = config
+        self.activation = activation
+        self.simulate = config.simulate
+        # A token's range leaves the least integer out by itself where it is symmetric.
+        self._input_range, self._weight_range = config.activation_range, config.weight_range
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        device = linear.weight.device
+        self.input_quantizer = _input_quantizer(config, self.in_features, device)
+        self.weight_quantizer = _weight_quantizer(config, self.out_features, device)
+        on = torch.ones(1, dtype=torch.uint8, device=device)
+        self.register_buffer("quantize_enabled", on)
+        self._quantizing = True  # what the buffer says, so that a forward need not read it
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        config: QATConfig | Config | None = None,
+        activation: str = "none",
+    ) -> QATLinear:
+        """A layer that trains the parameters of a float layer: the same objects, so that ties and
+        optimizers keep them.
+
+        Args:
+            linear: an nn.Linear with float32, bfloat16 or float16 weights.
+            config: see the class.
+            activation: "none" or "relu": what follows the layer.
+
+        Raises:
+            TypeError: not exactly an nn.Linear with a float weight of its own, or config is none.
+            ValueError: activation is another.
+        """
+        config = qat_config("QATLinear.from_float", config)
+        reason = refusal(linear)
+        if reason is not None:
+            raise TypeError(f"QATLinear.from_float: linear must be a plain nn.Linear, got {reason}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._init(linear, config, activation)
+        return layer.train(linear.training)
+
+    def to_quantized(self) -> QuantizedLinear:
+        """The layer to deploy: integers, no float weight.
+
+        Raises:
+            ValueError: the weight holds NaN or infinities.
+            RuntimeError: static activations without a range yet.
+        """
+        if not bool(torch.isfinite(self.weight.detach()).all()):
+            raise ValueError(
+                "QATLinear.to_quantized: the weight must be finite, it holds NaN or infinity; "
+                "training has diverged"
+            )
+        scale, zero_point = self._static_qparams()
+        layer = QuantizedLinear._from_tensors(
+            self.weight,
+            self.bias,
+            self.config.deployed(),
+            self.activation,
+            self._weight_scale(),
+            scale,
+            zero_point,
+        )
+        return layer.train(self.training)
+
+    def to_float(self) -> nn.Linear:
+        """A float nn.Linear with this layer's parameters (the same objects), no activation behind."""
+        bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, bias, device="meta")
+        linear.weight = self.weight
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear.train(self.training)
+
+    def enable_quantization(self, enabled: bool = True) -> QATLinear:
+        """Compute on integers; or, False, in float while observers watch. Returns the layer."""
+        self.quantize_enabled.fill_(bool(enabled))
+        self._quantizing = bool(enabled)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Float ``[..., in_features]`` to ``[..., out_features]``.
+
+        Raises:
+            TypeError: input is not float32, bfloat16 or float16.
+            ValueError: input's last dimension is not in_features, or it is on another device.
+            RuntimeError: in evaluation mode, static activations without a range yet.
+        """
+        self._check_input(input)
+        if not self._quantizing:
+            self._observe(input)
+            return self._activate(nn.functional.linear(input, self.weight, self.bias))
+        if self.simulate or not self.weight.is_cpu:
+            return self._simulated(input)
+        config = self.config
+        scale = zero_point = offset = weight_scale = None
+        input_factor = weight_factor = 0.0
+        input_qmin, input_qmax = self._input_range
+        weight_qmin, weight_qmax = self._weight_range
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            pass
+        elif config.learned_activations:
+            scale, offset = quantizer.prepare(input)
+            zero_point = self._unsigned_zero_point(scale)
+            input_factor = quantizer.grad_factor(input)
+        else:
+            self._observe(input)
+            scale, zero_point = quantizer.qparams()
+        if self.weight_quantizer is not None:
+            weight_scale, _ = self.weight_quantizer.prepare(self.weight)
+            weight_factor = self.weight_quantizer.grad_factor(self.weight)
+        return ops.qat_linear(
+            input,
+            self.weight,
+            self.bias,
+            input_scale=scale,
+            input_zero_point=zero_point,
+            input_offset=offset,
+            input_qmin=input_qmin,
+            input_qmax=input_qmax,
+            input_symmetric=config.activation_symmetric,
+            weight_scale=weight_scale,
+            weight_qmin=weight_qmin,
+            weight_qmax=weight_qmax,
+            weight_symmetric=config.symmetric,
+            activation=self.activation,
+            input_grad_factor=input_factor,
+            weight_grad_factor=weight_factor,
+            output_dtype=_autocast_dtype(input),
+        )
+
+    def _simulated(self, input: Tensor) -> Tensor:
+        """The same on float values of the integers, through torch's own product."""
+        config, quantizer = self.config, self.input_quantizer
+        if quantizer is not None:
+            x = quantizer(input)
+        else:
+            x = _StraightThrough.apply(input, self._fake_quantized_rows(input))
+        if self.weight_quantizer is not None:
+            weight = self.weight_quantizer(self.weight)
+        else:
+            weight = _StraightThrough.apply(self.weight, self._fake_quantized_weight())
+        return self._activate(nn.functional.linear(x, weight, self.bias))
+
+    @torch.no_grad()
+    def _fake_quantized_rows(self, input: Tensor) -> Tensor:
+        qmin, qmax = self._input_range
+        _, scale, zero_point = functional.quantize_per_token(
+            input, symmetric=self.config.activation_symmetric, bits=self.config.activation_bits
+        )
+        return functional.fake_quantize(
+            input, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerToken()
+        )
+
+    @torch.no_grad()
+    def _fake_quantized_weight(self) -> Tensor:
+        qmin, qmax = self._weight_range
+        least, greatest = torch.aminmax(self.weight, dim=1)
+        scale, zero_point = functional.qparams_from_range(
+            least.float(), greatest.float(), qmin=qmin, qmax=qmax, symmetric=self.config.symmetric
+        )
+        return functional.fake_quantize(
+            self.weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
+        )
+
+    def _observe(self, input: Tensor) -> None:
+        """In training mode the range of static activations follows the batch."""
+        quantizer = self.input_quantizer
+        if quantizer is None or not self.training:
+            return
+        if self.config.learned_activations:
+            quantizer.prepare(input)
+        elif quantizer._observing:
+            quantizer.observe(input)
+
+    def _activate(self, output: Tensor) -> Tensor:
+        return torch.relu(output) if self.activation == "relu" else output
+
+    def _unsigned_zero_point(self, scale: Tensor) -> Tensor | None:
+        """Of a learned unsigned range: deployed integers are signed, its 0 is their least one."""
+        if self.config.activation_signed:
+            return None
+        return torch.full((1,), self._input_range[0], dtype=torch.int32, device=scale.device)
+
+    def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.input_quantizer is None:
+            return None, None
+        scale, zero_point = self.input_quantizer.qparams()
+        return scale.detach(), zero_point + (self._input_range[0] - self.input_quantizer.qmin)
+
+    def _weight_scale(self) -> Tensor | None:
+        return None if self.weight_quantizer is None else self.weight_quantizer.qparams()[0]
+
+    def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            if isinstance(input, torch.fx.Proxy):
+                return
+            raise TypeError(f"QATLinear: input must be a tensor, got {type(input).__name__}")
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"QATLinear: input must be [..., in_features] with in_features = "
+                f"{self.in_features}, got {list(input.shape)}"
+            )
+        if input.device != self.weight.device:
+            raise ValueError(
+                f"QATLinear: input must be on the layer's device {self.weight.device}, got one on "
+                f"{input.device}; move one of them"
+            )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        weight = f"int{config.weight_bits} {'learned' if config.learned_weights else 'per channel'}"
+        kind = "per token"
+        if config.static:
+            kind = "learned" if config.learned_activations else "observed"
+        fused = "" if self.activation == "none" else f", activation={self.activation}"
+        stage = "" if self._quantizing else ", in float"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {weight}, activations int{config.activation_bits} "
+            f"{kind}{fused}{stage}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
+        super()._apply(fn, recurse)
+        self._read_stage()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+        self._read_stage()
+
+    def _read_stage(self) -> None:
+        if not self.quantize_enabled.is_meta:
+            self._quantizing = bool(self.quantize_enabled)
+
+
+def qat_config(who: str, config: QATConfig | Config | None) -> QATConfig:
+    """How to train for a configuration to deploy; a QATConfig itself; ``QATConfig()`` for None.
+
+    Raises:
+        TypeError: anything else; ``who`` starts the message.
+        ValueError: no training without learned steps ends in this configuration.
+
+    Example:
+        >>> from torchquant import Int8StaticActivationInt8WeightConfig
+        >>> qat_config("prepare_qat_", Int8StaticActivationInt8WeightConfig()).activations
+        'static'
+    """
+    if config is None:
+        return QATConfig()
+    if isinstance(config, QATConfig):
+        return config
+    config = check_config(who, config)
+    training = QATConfig(
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
+        activations="static" if config.static else "dynamic",
+        symmetric=config.symmetric,
+        activation_symmetric=config.activation_symmetric,
+    )
+    if training.activation_range != config.activation_range:
+        raise ValueError(
+            f"{who}: config must leave activation_narrow_range at None, got {config}; ranges that "
+            "are observed give the default, and QATConfig(learned_activations=True) the other"
+        )
+    return training
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(value: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) -> nn.Module | None:
+    if not config.static:
+        return None
+    if config.learned_activations:
+        from torchquant.lsq import LSQQuantizer
+
+        return LSQQuantizer(
+            config.activation_bits,
+            symmetric=not config.learned_offset,
+            signed=config.activation_signed,
+            num_features=in_features,
+            device=device,
+        )
+    from torchquant.fake_quantizer import FakeQuantizer
+    from torchquant.observers import MovingAverageMinMaxObserver
+
+    deployed = config.deployed()
+    observer = MovingAverageMinMaxObserver(
+        averaging_constant=config.averaging_constant,
+        bits=config.activation_bits,
+        symmetric=deployed.activation_symmetric,
+    ).to(device)
+    return FakeQuantizer(observer)
+
+
+def _weight_quantizer(
+    config: QATConfig, out_features: int, device: torch.device
+) -> nn.Module | None:
+    if not config.learned_weights:
+        return None
+    from torchquant.lsq import LSQQuantizer
+
+    return LSQQuantizer(
+        config.weight_bits, per_channel=True, num_channels=out_features, axis=0, device=device
+    )
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What a linear returns for this input: autocast's dtype where it is on, None for input's."""
+    if not isinstance(input, Tensor):
+        return None
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+__all__ = ["QATLinear", "qat_config"]

@@ -1,0 +1,226 @@
+"""Operators of a quantized layer in training; see :mod:`torchquant.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant._extension import load
+from torchquant.ops._fake import packed_shape, require_one_device
+
+load()
+
+
+def quantize_rows(
+    input: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int = -128,
+    qmax: int = 127,
+    symmetric: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations as the integers and the parameters of each row that a linear layer computes with.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        scale: float32 ``[1]``, the scale of all rows; None: each row has its own, from its range.
+        zero_point: int32 ``[1]`` within [qmin, qmax], with ``scale`` only; None is 0.
+        qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
+        symmetric: rows of their own scale have zero point 0.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
+        row has scale NaN where it holds NaN or, with a scale of its own, an infinity.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Example:
+        >>> q, scale, zero_point = quantize_rows(torch.tensor([[-3.0, 1.0]]), qmin=-2, qmax=1)
+        >>> q, scale
+        (tensor([[-2,  1]], dtype=torch.int8), tensor([[1.3333]]))
+    """
+    return torch.ops.torchquant.quantize_rows.default(  # type: ignore[no-any-return]
+        input, scale, zero_point, qmin, qmax, symmetric
+    )
+
+
+@torch.library.register_fake("torchquant::quantize_rows")
+def _(
+    input: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device("quantize_rows", input, scale=scale, zero_point=zero_point)
+    token = (*input.shape[:-1], 1)
+    return (
+        torch.empty(input.shape, dtype=torch.int8, device=input.device),
+        torch.empty(token, dtype=torch.float32, device=input.device),
+        torch.empty(token, dtype=torch.int32, device=input.device),
+    )
+
+
+def quantize_pack(
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    qmin: int = -127,
+    qmax: int = 127,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A float weight quantized per output channel and packed for the kernels, in one pass.
+
+    Args:
+        weight: float32, bfloat16 or float16 ``[N, K]``.
+        scale: float32 ``[N]`` or ``[1]``; None: each channel's from its range. Scales below 2^-126
+            count as 2^-126.
+        qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
+        symmetric: channels of their own scale have zero point 0.
+
+    Returns:
+        ``(packed, scale, zero_point)``: as :func:`torchquant.ops.pack_weight` returns it, float32
+        ``[N]``, int32 ``[N]``. A channel with NaN (without ``scale``: or an infinity) has scale
+        NaN and zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Example:
+        >>> packed, scale, _ = quantize_pack(torch.tensor([[0.5, -1.27], [0.0, 2.54]]))
+        >>> from torchquant.ops import unpack_weight
+        >>> unpack_weight(packed, 2, 2), scale
+        (tensor([[  50, -127],
+                [   0,  127]], dtype=torch.int8), tensor([0.0100, 0.0200]))
+    """
+    return torch.ops.torchquant.quantize_pack.default(  # type: ignore[no-any-return]
+        weight, scale, None, qmin, qmax, symmetric
+    )
+
+
+@torch.library.register_fake("torchquant::quantize_pack")
+def _(
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device("quantize_pack", weight, scale=scale, zero_point=zero_point)
+    channels = weight.shape[:1]
+    return (
+        torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device),
+        torch.empty(channels, dtype=torch.float32, device=weight.device),
+        torch.empty(channels, dtype=torch.int32, device=weight.device),
+    )
+
+
+def qat_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_offset: Tensor | None = None,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+    input_symmetric: bool = False,
+    weight_scale: Tensor | None = None,
+    weight_qmin: int = -127,
+    weight_qmax: int = 127,
+    weight_symmetric: bool = True,
+    activation: str = "none",
+    input_grad_factor: float = 0.0,
+    weight_grad_factor: float = 0.0,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer on integers that trains: float input and weight are quantized inside.
+
+    Forward gives the bits of the deployed layer. Backward passes the gradient straight through the
+    rounding, and stops it where a value lies beyond a fixed range. Saved are int8 activations and a
+    bit per element, the float input only where ``input_scale`` learns.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        weight: float32, bfloat16 or float16 ``[N, K]``.
+        bias: float ``[N]`` or None.
+        input_scale: float32 ``[1]``: static activations; None: each row has a scale of its own,
+            and ``input_qmax`` is 2^(bits - 1) - 1.
+        input_zero_point: int32 ``[1]``, with ``input_scale`` only; None is 0, or what follows from
+            ``input_offset``.
+        input_offset: float32 ``[1]``, LSQ+'s learned offset in real units: zero point
+            ``clamp(rint(-offset / scale))``.
+        input_qmin, input_qmax, input_symmetric: as for :func:`quantize_rows`.
+        weight_scale: float32 ``[N]``; None: each channel's from its range.
+        weight_qmin, weight_qmax, weight_symmetric: as for :func:`quantize_pack`.
+        activation: "none" or "relu", behind the bias.
+        input_grad_factor: above 0: ``input_scale`` and ``input_offset`` learn by LSQ's rule, and
+            their gradients are multiplied by it.
+        weight_grad_factor: the same for ``weight_scale``.
+        output_dtype: float32, bfloat16 or float16; input's when None.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+        NotImplementedError: in backward with ``create_graph=True``.
+
+    Source: Jacob et al. (2018), section 3; Esser et al., "Learned Step Size Quantization" (2020).
+
+    Example:
+        >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, -0.5]], requires_grad=True)
+        >>> y = qat_linear(x, w)
+        >>> y.sum().backward()
+        >>> y, w.grad
+        (tensor([[0.4961]], grad_fn=<QatLinearBackward>), tensor([[1., 1.]]))
+    """
+    return torch.ops.torchquant.qat_linear.default(  # type: ignore[no-any-return]
+        input,
+        weight,
+        bias,
+        input_scale,
+        input_zero_point,
+        input_offset,
+        input_qmin,
+        input_qmax,
+        input_symmetric,
+        weight_scale,
+        weight_qmin,
+        weight_qmax,
+        weight_symmetric,
+        activation,
+        input_grad_factor,
+        weight_grad_factor,
+        output_dtype,
+    )
+
+
+@torch.library.register_fake("torchquant::qat_linear")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    input_offset: Tensor | None,
+    input_qmin: int,
+    input_qmax: int,
+    input_symmetric: bool,
+    weight_scale: Tensor | None,
+    weight_qmin: int,
+    weight_qmax: int,
+    weight_symmetric: bool,
+    activation: str = "none",
+    input_grad_factor: float = 0.0,
+    weight_grad_factor: float = 0.0,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    require_one_device("qat_linear", input, weight=weight, bias=bias, input_scale=input_scale)
+    shape = (*input.shape[:-1], weight.shape[0])
+    return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
