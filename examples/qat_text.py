@@ -76,7 +76,7 @@ class Recipe:
     step_rate: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0  # of the gradient's norm
-    sgd_rate: float = 0.1  # for the ablation
+    sgd_rate: float = 0.3  # for the ablation
     teacher_share: float = 0.5  # of the loss, with --distill
     test_bytes: int | None = None  # None: all
 
@@ -185,7 +185,8 @@ class Block(nn.Module):
         query, key = joint[:2] * cos + torch.cat((-second, first), dim=-1) * sin
         attended = F.scaled_dot_product_attention(query, key, joint[2], is_causal=True)
         x = x + self.attention_output(attended.transpose(1, 2).flatten(2))
-        return x + self.down(self.relu(self.up(self.network_norm(x))))
+        out: Tensor = x + self.down(self.relu(self.up(self.network_norm(x))))
+        return out
 
 
 class TextModel(nn.Module):
@@ -444,15 +445,15 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     record: dict[str, Any] = {"kind": job.kind, "name": job.name, "seed": job.seed}
     if job.kind == "float":
-        study, training = Study.begin(job.recipe, job.seed)
-        torch.save(study, job.study_file)
+        begun, training = Study.begin(job.recipe, job.seed)
+        torch.save(begun, job.study_file)
         step_ms = 1e3 * training.seconds
         return record | {
-            "bits": study.baseline_bits,
+            "bits": begun.baseline_bits,
             "step_ms": step_ms,
             "losses": training.losses,
         }
-    study = torch.load(job.study_file, weights_only=False)  # ours, written a moment ago
+    study: Study = torch.load(job.study_file, weights_only=False)  # ours, written a moment ago
     if job.kind == "ablation":
         return record | study.train_quantized(SETTINGS[ABLATED], **ABLATION[job.name])
     setting = SETTINGS[job.name]
@@ -465,25 +466,30 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> list[dic
     """All records: baselines first, whatever waits for a baseline once it is there."""
     job = Job("float", "float", 0, options.recipe, folder, options.distill)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    followers = [("setting", name) for name in options.settings]
-    followers += [("ablation", name) for name in ABLATION if options.ablation]
+    settings = [("setting", name) for name in options.settings]
+    ablation = [("ablation", name) for name in ABLATION if options.ablation]
     # A process that is forked from one with threads may hang, so they start afresh.
     context = multiprocessing.get_context("spawn")
     records = []
     with ProcessPoolExecutor(options.jobs, context) as pool:
         pending = {pool.submit(work, replace(job, seed=seed)) for seed in seeds}
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                record = future.result()
-                records.append(record)
-                console.print(_line(record), highlight=False)
-                if record["kind"] == "float":
-                    now = replace(job, seed=record["seed"])
-                    pending |= {
-                        pool.submit(work, replace(now, kind=kind, name=name))
-                        for kind, name in followers
-                    }
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    record = future.result()
+                    records.append(record)
+                    console.print(_line(record), highlight=False)
+                    if record["kind"] == "float":
+                        seed = record["seed"]
+                        followers = settings + (ablation if seed == seeds[0] else [])
+                        pending |= {
+                            pool.submit(work, replace(job, kind=kind, name=name, seed=seed))
+                            for kind, name in followers
+                        }
+        except KeyboardInterrupt:
+            console.print("interrupted: what is done is reported")
+            pool.shutdown(wait=False, cancel_futures=True)
     order = ["float", *SETTINGS, *ABLATION]
     return sorted(records, key=lambda record: (order.index(record["name"]), record["seed"]))
 
@@ -518,16 +524,10 @@ def summaries(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-HEADINGS = (
-    "model",
-    "bits per byte, PTQ",
-    "over float",
-    "bits per byte, QAT",
-    "over float",
-    "+- seeds",
-    "bound",
-    "bits that differ",
-    "ms a step",
+HEADINGS = ("model", "PTQ", "over float", "QAT", "over float", "+- seeds", "bound", "bits", "ms")
+LEGEND = (
+    "PTQ, QAT: bits per byte of the converted model. Bits: by how many it differs from the model "
+    "that was trained. ms: a training step on one thread"
 )
 
 
@@ -560,6 +560,7 @@ def show_table(console: Console, title: str, lines: list[list[str]]) -> None:
     for line in lines:
         table.add_row(*map(escape, line))
     console.print(table)
+    console.print(LEGEND, style="dim")
 
 
 def markdown(title: str, lines: list[list[str]], header: dict[str, Any]) -> str:
@@ -567,7 +568,7 @@ def markdown(title: str, lines: list[list[str]], header: dict[str, Any]) -> str:
     rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *lines]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
-        f"# {title}\n\n{table}\n\n{header['cpu']}, {header['jobs']} runs at a time, "
+        f"# {title}\n\n{table}\n\n{LEGEND}.\n\n{header['cpu']}, {header['jobs']} runs at a time, "
         f"a thread each, torch {header['versions']['torch']}, {header['minutes']:.0f} minutes; "
         f"`{header['command']}`\n"
     )
@@ -594,8 +595,8 @@ def save_figure(path: Path, title: str, records: list[dict[str, Any]]) -> None:
         for place, name in enumerate(names):
             values = [100 * r[key] for r in records if r["kind"] == "setting" and r["name"] == name]
             places = [place + shift] * len(values)
-            left.scatter(places, values, s=22, color=colour, marker=marker, label=label)
-            label = None
+            named = label if not place else None
+            left.scatter(places, values, s=22, color=colour, marker=marker, label=named)
     for place, name in enumerate(names):
         bound = 100 * SETTINGS[name].bound
         left.hlines(bound, place - 0.35, place + 0.35, color="black", lw=0.8, ls=":")
@@ -689,18 +690,20 @@ def main() -> None:
     start = time.perf_counter()
     recipe = options.recipe
     parameters = sum(p.numel() for p in TextModel(recipe).parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        records = run(options, Path(folder), console)
     taught = ", distilled from the float model" if options.distill else ""
     title = (
         f"Text model of {parameters:,} parameters, {options.seeds} seeds, {recipe.pretrain_steps} "
         f"+ {recipe.finetune_steps} steps: converted models against float trained as long{taught}"
     )
-    show_table(console, title, cells(records))
-    if options.output is not None:
-        minutes = (time.perf_counter() - start) / 60
-        header = machine(1) | {"jobs": options.jobs, "minutes": minutes, "title": title}
-        save(options.output, title, records, header, console)
+    with tempfile.TemporaryDirectory() as folder:
+        records = run(options, Path(folder), console)
+        show_table(console, title, cells(records))
+        if options.smoke and options.output is None:
+            options.output = Path(folder) / "smoke"  # so that this runs too
+        if options.output is not None:
+            minutes = (time.perf_counter() - start) / 60
+            header = machine(1) | {"jobs": options.jobs, "minutes": minutes, "title": title}
+            save(options.output, title, records, header, console)
     differing = sum(record.get("differing_bits", 0) for record in records)
     if differing:
         raise SystemExit(f"converted models differ from what was trained in {differing} bits")
