@@ -615,7 +615,6 @@ def save_figure(path: Path, title: str, records: list[dict[str, Any]]) -> None:
         if runs:
             mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
             right.plot(_smooth(mean), lw=1.2, label=label)
-    right.set_yscale("log")
     right.set_xlabel("fine-tuning step", fontsize=9)
     right.set_title(
         "training loss in bits per byte: LSQ with and without its gradient scale g",
@@ -692,8 +691,9 @@ def main() -> None:
     parameters = sum(p.numel() for p in TextModel(recipe).parameters())
     taught = ", distilled from the float model" if options.distill else ""
     title = (
-        f"Text model of {parameters:,} parameters, {options.seeds} seeds, {recipe.pretrain_steps} "
-        f"+ {recipe.finetune_steps} steps: converted models against float trained as long{taught}"
+        f"Text model of {parameters:,} parameters, {recipe.pretrain_steps} + "
+        f"{recipe.finetune_steps} steps, {options.seeds} seed(s): converted models against float "
+        f"trained as long{taught}"
     )
     with tempfile.TemporaryDirectory() as folder:
         records = run(options, Path(folder), console)
