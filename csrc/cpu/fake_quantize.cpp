@@ -16,7 +16,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/output.h"
+#include "cpu/reused_output.h"
 #include "cpu/spans.h"
 
 namespace torchquant {
@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_of(const char* op, const at::Te
   const Params p = make_params(op, scale, zero_point, qmin, qmax, true);
   const at::Tensor x = input.contiguous();
   at::Tensor out, bits;
-  if (want_out) out = empty_output(x.sizes(), x.options());
+  if (want_out) out = reused_output(x.sizes(), x.options());
   if (want_bits) bits = empty_bits(x);
   fake_quantize_into(x, spans, p, out, bits);
   return {out, bits};
@@ -127,7 +127,7 @@ at::Tensor mask_gradient(const at::Tensor& grad, const at::Tensor& bits) {
   TORCH_CHECK_VALUE(bits.dim() == 1 && bits.numel() == bytes, op, ": bits must be uint8 [", bytes,
                     "], one bit per element of grad, got ", describe(bits));
   const at::Tensor x = grad.contiguous(), mask = bits.contiguous();
-  at::Tensor out = empty_output(x.sizes(), x.options());
+  at::Tensor out = reused_output(x.sizes(), x.options());
   const KernelTable& table = kernels();
   parallel_units(x.numel(), [&](int64_t first, int64_t last) {
     table.mask_span({at_element(x, first), at_element(out, first), static_cast<uint8_t*>(at_element(mask, first / 8)),
@@ -186,7 +186,7 @@ at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scal
     }
   }
   const at::Tensor x = input.contiguous();
-  at::Tensor out = empty_output(x.sizes(), x.options());
+  at::Tensor out = reused_output(x.sizes(), x.options());
   fake_quantize_into(x, spans, p, out, {});
   return out;
 }
@@ -250,7 +250,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
   }
   const at::Tensor x = input.contiguous(), g = grad.contiguous();
   const std::vector<float> zero(p.zero.begin(), p.zero.end());
-  at::Tensor grad_input = empty_output(x.sizes(), x.options());
+  at::Tensor grad_input = reused_output(x.sizes(), x.options());
   at::Tensor grad_scale = at::empty(scale.sizes(), p.scale.options());
   at::Tensor grad_offset = at::empty(scale.sizes(), p.scale.options());
   std::vector<double> totals(static_cast<size_t>(2 * scales), 0.0);

@@ -1,0 +1,39 @@
+// Large results that find their memory again. torch asks for aligned memory, for which glibc looks for more than the
+// size itself: the block that the last result of this size gave back is then just too small, and results wander through
+// 100 MB of cold memory (1024 x 4096 fp32, forward and backward: 1.9 ms instead of 1.3). A plain malloc of the size and
+// one line more, aligned here, fits exactly into the block that was freed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "cpu/output.h"
+
+namespace torchquant {
+
+inline at::Tensor reused_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t kWorthwhile = size_t{1} << 20, kLine = 64;
+  size_t bytes = options.dtype().itemsize();
+  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kWorthwhile) return empty_output(sizes, options);
+  void* const block = std::malloc(bytes + kLine);
+  if (!block) return empty_output(sizes, options);  // torch's own error
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(block) + kLine - 1) / kLine * kLine;
+  c10::DataPtr data(reinterpret_cast<void*>(first), block, &std::free, c10::Device(c10::kCPU));
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), c10::GetCPUAllocator(),
+                       /*resizable=*/true);
+  at::Tensor out = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), options.dtype());
+  out.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t page = (first + kPage - 1) / kPage * kPage, last = (first + bytes) / kPage * kPage;
+  if (bytes >= size_t{4} << 20) madvise(reinterpret_cast<void*>(page), last - page, MADV_HUGEPAGE);  // as in output.h
+#endif
+  return out;
+}
+
+}  // namespace torchquant
