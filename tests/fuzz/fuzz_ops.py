@@ -67,8 +67,10 @@ class Arguments:
         if name == "bias":
             return self.filled((outputs,), draw.choice((torch.float32, torch.int32)))
         if name == "weight":
-            matrix = ((outputs, inputs), torch.int8)
-            return self.filled(*draw.choice((matrix, ((inputs,), torch.float32))))
+            matrix, dtype = (outputs, inputs), draw.choice((torch.int8, torch.float32))
+            return self.filled(*draw.choice(((matrix, dtype), ((inputs,), torch.float32))))
+        if name == "grad" and self.one_in(2):
+            return self.filled((rows, outputs), torch.float32)
         shape = draw.choice(((rows, inputs), (inputs,), (2, rows, inputs)))
         return self.filled(shape, draw.choice(DTYPES[:5]))
 
