@@ -69,8 +69,8 @@ class Arguments:
         if name == "weight":
             matrix, dtype = (outputs, inputs), draw.choice((torch.int8, torch.float32))
             return self.filled(*draw.choice(((matrix, dtype), ((inputs,), torch.float32))))
-        if name == "grad" and self.one_in(2):
-            return self.filled((rows, outputs), torch.float32)
+        if name == "grad":
+            return self.filled((rows, draw.choice((inputs, outputs))), torch.float32)
         shape = draw.choice(((rows, inputs), (inputs,), (2, rows, inputs)))
         return self.filled(shape, draw.choice(DTYPES[:5]))
 
@@ -120,6 +120,7 @@ class Arguments:
         if self.is_odd():
             return self.draw.choice(INTEGERS)
         near = {"out_features": self.outputs, "in_features": self.inputs, "axis": 0}
+        near["activation_bits"] = self.draw.randrange(2, 9)
         limits = {"qmin": -128, "qmax": 127, "zero_point": 0}
         limit = next((value for end, value in limits.items() if name.endswith(end)), 1)
         return near.get(name, limit)
