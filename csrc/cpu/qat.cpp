@@ -139,19 +139,21 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
   TORCH_CHECK_VALUE(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(0), op,
                     ": grad must have shape [M, N] and weight [N, K], got ", describe(grad), " and ", describe(weight));
   const int64_t n = weight.size(0), k = weight.size(1), m = grad.size(0);
-  check_channels(op, "scale", scale, at::kFloat, n, false);
+  check_channels(op, "scale", scale, at::kFloat, n, true);
   const bool has_zero = zero_point && zero_point->defined();
-  if (has_zero) check_channels(op, "zero_point", *zero_point, at::kInt, n, false);
+  if (has_zero) check_channels(op, "zero_point", *zero_point, at::kInt, n, true);
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor out = empty_output({m, k}, grad.options());
   if (m == 0 || n == 0 || k == 0) return out.zero_();
   const at::Tensor w = weight.is_contiguous() || row_stride(weight) ? weight : weight.contiguous();
   const int64_t w_stride = row_stride(w).value_or(k);
   const float* values = w.const_data_ptr<float>();
-  const at::Tensor scales = scale.contiguous(), zeros = has_zero ? zero_point->contiguous() : at::Tensor();
+  const at::Tensor scales = scale.expand({n}).contiguous();
+  const at::Tensor zeros = has_zero ? zero_point->expand({n}).contiguous() : at::Tensor();
   const float* s = scales.const_data_ptr<float>();
   const int32_t* z = has_zero ? zeros.const_data_ptr<int32_t>() : nullptr;
   for (int64_t i = 0; i < n; ++i) check_scale(op, "scale", s[i]);
+  if (z) check_zero_points(op, "zero_point", z, n, qmin, qmax);
   const int64_t height = std::min(n, std::max<int64_t>(64, kBlockBytes / (4 * k)));
   float* scratch = reinterpret_cast<float*>(Workspace::of_this_thread().get(height * k * 4));
   const KernelTable& table = kernels();

@@ -81,7 +81,9 @@ class Arguments:
             integer = self.operator == "linear_static" and self.one_in(2)
             return self.filled((outputs,), torch.int32 if integer else torch.float32)
         if name == "weight":
-            return self.filled((outputs, inputs), torch.int8)
+            return self.filled((outputs, inputs), draw.choice((torch.int8, torch.float32)))
+        if name == "grad":
+            return self.filled((rows, draw.choice((inputs, outputs))), torch.float32)
         return self.filled(self.shape, self.dtype)
 
     def filled(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -130,6 +132,7 @@ class Arguments:
         if self.is_odd():
             return self.draw.choice(INTEGERS)
         near = {"out_features": self.outputs, "in_features": self.inputs, "axis": 0}
+        near["activation_bits"] = self.draw.randrange(2, 9)
         limits = {"qmin": -128, "qmax": 127, "zero_point": 0}
         limit = next((value for end, value in limits.items() if name.endswith(end)), 1)
         return near.get(name, limit)

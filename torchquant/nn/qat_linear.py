@@ -62,8 +62,8 @@ class QATLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     quantize_enabled: Tensor
-    input_quantizer: nn.Module | None
-    weight_quantizer: nn.Module | None
+    input_quantizer: FakeQuantizer | LSQQuantizer | None
+    weight_quantizer: LSQQuantizer | None
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class QATLinear(nn.Module):
         self.simulate = config.simulate
         self._input_range, self._weight_range = config.activation_range, config.weight_range
         self.register_parameter("weight", linear.weight)
-        self.register_parameter("bias", linear.bias)
+        self.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
         device = linear.weight.device
         self.input_quantizer = _input_quantizer(config, self.in_features, device)
         if config.learned_activations and not config.activation_signed:
@@ -188,7 +188,7 @@ class QATLinear(nn.Module):
         quantizer = self.input_quantizer
         if quantizer is None:
             pass
-        elif config.learned_activations:
+        elif isinstance(quantizer, LSQQuantizer):
             scale, offset = quantizer.prepare(input)
             input_factor = quantizer.grad_factor(input)
         else:
@@ -256,7 +256,7 @@ class QATLinear(nn.Module):
         quantizer = self.input_quantizer
         if quantizer is None or not self.training:
             return
-        if self.config.learned_activations:
+        if isinstance(quantizer, LSQQuantizer):
             quantizer.prepare(input)
         elif quantizer._observing:
             quantizer.observe(input)
@@ -369,7 +369,9 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) -> nn.Module | None:
+def _input_quantizer(
+    config: QATConfig, in_features: int, device: torch.device
+) -> FakeQuantizer | LSQQuantizer | None:
     if not config.static:
         return None
     if config.learned_activations:
@@ -391,7 +393,7 @@ def _input_quantizer(config: QATConfig, in_features: int, device: torch.device) 
 
 def _weight_quantizer(
     config: QATConfig, out_features: int, device: torch.device
-) -> nn.Module | None:
+) -> LSQQuantizer | None:
     if not config.learned_weights:
         return None
     return LSQQuantizer(

@@ -133,8 +133,8 @@ def mm_fake_quantized(
     Args:
         grad: float32 ``[M, N]``.
         weight: float32 ``[N, K]``.
-        scale: float32 ``[N]``, at least 2^-126.
-        zero_point: int32 ``[N]`` or None.
+        scale: float32 ``[N]`` or ``[1]``, at least 2^-126.
+        zero_point: int32 ``[N]`` or ``[1]`` within [qmin, qmax], or None.
         qmin, qmax: as for :func:`quantize_pack`.
 
     Returns:
@@ -225,7 +225,7 @@ def qat_linear(
         >>> y = qat_linear(x, w)
         >>> y.sum().backward()
         >>> y, w.grad
-        (tensor([[0.4961]], grad_fn=<QatLinearBackward>), tensor([[1., 1.]]))
+        (tensor([[0.4961]], grad_fn=<...>), tensor([[1., 1.]]))
     """
     return torch.ops.torchquant.qat_linear.default(  # type: ignore[no-any-return]
         input,
