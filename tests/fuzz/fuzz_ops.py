@@ -66,11 +66,19 @@ class Arguments:
         if "packed" in name:
             weights = [self.filled((n, inputs), torch.int8) for n in self.layers]
             return torch.cat([torch.ops.torchquant.pack_weight(weight) for weight in weights])
+        if name in ("query", "key", "value"):
+            return self.filled((1, 2, self.rows, inputs), self.dtype)
+        if name == "mask":
+            return self.filled((self.rows, self.rows), torch.float32)
+        if name in ("scale", "zero_point") and self.operator == "quantize_pack":
+            zeros = self.filled((outputs,), torch.int32)
+            return zeros if name == "zero_point" else torch.rand(outputs) + 0.01
         if name in ("scale", "input_scale", "output_scale"):
             return torch.rand(()) + 0.01
         if name in ("zero_point", "input_zero_point"):
             return self.filled((1,), torch.int32).clamp(0, 127)
-        channels = (outputs,) if self.operator == "linear_dynamic_split" or self.one_in(2) else (1,)
+        per_channel = self.operator in ("linear_dynamic_split", "qat_linear", "mm_fake_quantized")
+        channels = (outputs,) if per_channel or self.one_in(2) else (1,)
         if name == "weight_zero_point":
             return self.filled(channels, torch.int32)
         if name == "weight_scale":
@@ -81,9 +89,13 @@ class Arguments:
             integer = self.operator == "linear_static" and self.one_in(2)
             return self.filled((outputs,), torch.int32 if integer else torch.float32)
         if name == "weight":
-            return self.filled((outputs, inputs), draw.choice((torch.int8, torch.float32)))
-        if name == "grad":
-            return self.filled((rows, draw.choice((inputs, outputs))), torch.float32)
+            integers = self.operator == "pack_weight"
+            return self.filled((outputs, inputs), torch.int8 if integers else torch.float32)
+        if name == "grad" and self.operator == "mm_fake_quantized":
+            return self.filled((self.rows, outputs), torch.float32)
+        if name == "bits":
+            count = torch.Size(self.shape).numel()
+            return self.filled((-(-count // 8),), torch.uint8)
         return self.filled(self.shape, self.dtype)
 
     def filled(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
