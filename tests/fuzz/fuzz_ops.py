@@ -166,7 +166,8 @@ class Arguments:
         if kind == "bool":
             return draw.choice((True, False))
         if kind == "str":
-            return draw.choice(TEXTS if self.is_odd() else TEXTS[:7])
+            usual = TEXTS[:2] if self.one_in(2) else TEXTS[:7]
+            return draw.choice(TEXTS if self.is_odd() else usual)
         if kind == "float":
             return draw.choice((-1.0, math.nan, math.inf, 1e300) if self.is_odd() else (1e-5, 0.0))
         if "dtype" in name:
