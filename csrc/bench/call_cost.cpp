@@ -87,11 +87,12 @@ double part_seconds(const std::string& part, const at::Tensor& input, const at::
                       .findSchemaOrThrow("torchquant::linear_dynamic", "")
                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                         const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t,
-                                        bool, std::string_view, std::optional<at::ScalarType>)>();
+                                        bool, std::string_view, std::optional<at::ScalarType>, int64_t)>();
   const std::optional<at::Tensor> with_bias = bias;
   return least_seconds(
       [&] {
-        return op.call(input, packed, weight_scale, std::nullopt, with_bias, out_features, true, "none", std::nullopt);
+        return op.call(input, packed, weight_scale, std::nullopt, with_bias, out_features, true, "none", std::nullopt,
+                       8);
       },
       seconds);
 }
