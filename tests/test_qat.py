@@ -693,7 +693,7 @@ def test_learned_steps_use_the_least_integer_too(bits: int) -> None:
     prepare_qat_(model, QATConfig(weight_bits=bits, learned_weights=True))
     model.train()(floats(4, 64))
     with torch.no_grad():
-        model[0].weight_quantizer.step.mul_(0.1)  # now many weights lie beyond the range
+        model[0].weight_quantizer.step.mul_(0.01)  # now many weights lie beyond the range
     trained = copy.deepcopy(model)
     convert_(model)
     assert model[0].qweight.min() == -(2 ** (bits - 1))

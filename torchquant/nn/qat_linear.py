@@ -87,8 +87,8 @@ class QATLinear(nn.Module):
         self.activation = activation
         self.simulate = config.simulate
         self._input_range, self._weight_range = config.activation_range, config.weight_range
-        self.register_parameter("weight", linear.weight)
-        self.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        for name in ("weight", "bias"):
+            self.register_parameter(name, linear._parameters[name])
         device = linear.weight.device
         self.input_quantizer = _input_quantizer(config, self.in_features, device)
         if config.learned_activations and not config.activation_signed:
