@@ -59,6 +59,7 @@ def distil(model: nn.Module, ids: Tensor, mask: Tensor, target: Tensor, steps: i
     rows = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     groups = torchquant.parameter_groups(model, 0.01)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -69,6 +70,7 @@ def distil(model: nn.Module, ids: Tensor, mask: Tensor, target: Tensor, steps: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
 
 
 def main() -> None:

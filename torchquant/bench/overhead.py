@@ -82,7 +82,17 @@ def measure_call(shape: tuple[int, int, int], mode: str, seconds: float = 0.1) -
             cost.parts[name] = 1e6 * library.part_seconds(part, *tensors, n, seconds)
         names = {
             "call": library.linear_dynamic,
-            "arguments": (x, layer.packed, layer.weight_scale, None, layer.bias, n, True, "none"),
+            "arguments": (
+                x,
+                layer.packed,
+                layer.weight_scale,
+                None,
+                layer.bias,
+                n,
+                True,
+                "none",
+                8,
+            ),
             "layer": layer,
             "forward": layer.forward,
             "x": x,
