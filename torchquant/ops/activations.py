@@ -1,0 +1,70 @@
+"""Activation functions, elementwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.ops._arguments import require_one_device as _require_one_device
+
+__all__ = ["activation", "gated_activation"]
+
+
+def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """An activation function in one pass over memory, in the arithmetic of the fused ones.
+
+    Args:
+        input: float32, bfloat16 or float16 of any shape and strides; widened to float32 exactly.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        dtype: float32, bfloat16 or float16, rounded to once; input's when None.
+
+    Returns:
+        Of input's shape and, where it is dense in memory, its strides; the bits of
+        ``torchquant.functional.ACTIVATIONS[activation]``, the same on every CPU.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to ``input``, also of gradients.
+
+    Example:
+        >>> activation(torch.tensor([-1.0, 0.0, 1.0]), "gelu")
+        tensor([-0.1587,  0.0000,  0.8413])
+    """
+    return torch.ops.torchquant.activation.default(input, activation, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::activation")
+def _(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(input, dtype=dtype)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up`` in one pass: the middle of a gated feed-forward layer.
+
+    Args:
+        gate, up: float32, bfloat16 or float16 of one shape and dtype; halves of one tensor
+            (``x.chunk(2, dim=-1)``) are read in place.
+        activation: silu (SwiGLU), gelu or gelu_tanh (GEGLU), sigmoid (GLU), ...
+
+    Returns:
+        Of gate's shape and dtype. The product is taken in float32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to ``gate`` and ``up``, also of gradients.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> gated_activation(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 2.0]), "silu")
+        tensor([-0.5379,  1.4621])
+    """
+    return torch.ops.torchquant.gated_activation.default(gate, up, activation)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::gated_activation")
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    _require_one_device("gated_activation", gate, up=up)
+    return torch.empty_like(gate)

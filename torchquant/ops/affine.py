@@ -1,0 +1,189 @@
+"""Numbers to integers and back, and weights into the kernels' layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.functional._checks import require_tensor
+from torchquant.ops._arguments import layout_arguments as _layout_arguments
+from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
+from torchquant.ops._arguments import packed_shape
+from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.scheme import PER_TENSOR, Granularity
+
+__all__ = ["dequantize", "pack_weight", "quantize", "quantize_per_token", "unpack_weight"]
+
+
+def quantize(
+    input: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None = None,
+    *,
+    qmin: int = -128,
+    qmax: int = 127,
+    granularity: Granularity = PER_TENSOR,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """Round a float tensor to integers: ``clamp(rint(input / scale) + zero_point, qmin, qmax)``.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[...]``; widened to float32 exactly.
+        scale: float32 of ``granularity``'s shape, or a number for PerTensor.
+        zero_point: int32 of scale's shape or ``[1]``, within [-2^22, 2^22], or a number; float32
+            for a real-valued zero point (``rint((input - zero_point) / scale)``); None is 0.
+        qmin, qmax: the integer range, within ``dtype``'s.
+        granularity: which elements share a scale.
+        dtype: int8 or uint8.
+
+    Returns:
+        ``dtype`` of input's shape. NaN becomes the zero point; infinities saturate.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018); the division is a multiplication by ``1 / scale``.
+
+    Example:
+        >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), 0.5)
+        tensor([-2,  1, 18], dtype=torch.int8)
+    """
+    require_tensor("quantize", "input", input)
+    scale, zero_point = _numbers_to_tensors("quantize", scale, zero_point, input, qmin, qmax)
+    return torch.ops.torchquant.quantize.default(  # type: ignore[no-any-return]
+        input,
+        scale,
+        zero_point,
+        qmin,
+        qmax,
+        **_layout_arguments("quantize", granularity, input),
+        dtype=dtype,
+    )
+
+
+@torch.library.register_fake("torchquant::quantize")
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def dequantize(
+    input: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None = None,
+    *,
+    granularity: Granularity = PER_TENSOR,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The float values that integers stand for: ``(input - zero_point) * scale``.
+
+    Args:
+        input: int8 or uint8 ``[...]``.
+        scale, zero_point, granularity: as for :func:`quantize`; with a real-valued zero point the
+            result is ``input * scale + zero_point``.
+        dtype: float32, bfloat16 or float16; rounded once, from float32.
+
+    Returns:
+        ``dtype`` of input's shape.
+
+    Example:
+        >>> dequantize(torch.tensor([-2, 1, 18], dtype=torch.int8), 0.5)
+        tensor([-1.0000,  0.5000,  9.0000])
+    """
+    require_tensor("dequantize", "input", input)
+    limit = 2**22
+    scale, zero_point = _numbers_to_tensors("dequantize", scale, zero_point, input, -limit, limit)
+    layout = _layout_arguments("dequantize", granularity, input)
+    return torch.ops.torchquant.dequantize.default(  # type: ignore[no-any-return]
+        input, scale, zero_point, **layout, dtype=dtype
+    )
+
+
+@torch.library.register_fake("torchquant::dequantize")
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize every row (token) to int8 with a range of its own.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``.
+        symmetric: range [-127, 127] with zero point 0; else [-128, 127] with a zero point.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
+        row that holds NaN or an infinity has scale NaN and zeros for q.
+
+    Example:
+        >>> q, scale, zero_point = quantize_per_token(torch.tensor([[-2.0, 0.0, 1.0]]))
+        >>> q, scale.shape
+        (tensor([[-127,    0,   64]], dtype=torch.int8), torch.Size([1, 1]))
+    """
+    return torch.ops.torchquant.quantize_per_token.default(input, symmetric)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::quantize_per_token")
+def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    token = (*input.shape[:-1], 1)
+    return (
+        torch.empty(input.shape, dtype=torch.int8, device=input.device),
+        torch.empty(token, dtype=torch.float32, device=input.device),
+        torch.empty(token, dtype=torch.int32, device=input.device),
+    )
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Reorder an int8 weight for the kernels; the result is the same on every CPU.
+
+    Args:
+        weight: int8 ``[out_features, in_features]``, any strides.
+
+    Returns:
+        int8 ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/kernels/layout.h, with
+        in_features padded to 64 and the column sums beside the weights.
+
+    Example:
+        >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
+        torch.Size([2, 2176])
+    """
+    return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::pack_weight")
+def _(weight: Tensor) -> Tensor:
+    return torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The int8 ``[out_features, in_features]`` weight that :func:`pack_weight` was given.
+
+    Example:
+        >>> w = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
+        >>> torch.equal(unpack_weight(pack_weight(w), 3, 4), w)
+        True
+    """
+    return torch.ops.torchquant.unpack_weight.default(packed, out_features, in_features)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::unpack_weight")
+def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return torch.empty((out_features, in_features), dtype=torch.int8, device=packed.device)

@@ -1,0 +1,74 @@
+"""Attention with bfloat16 products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.ops._arguments import require_one_device as _require_one_device
+
+__all__ = ["attention"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """``softmax(query @ key.T * scale + mask) @ value``, products in bfloat16, sums in float32.
+
+    Queries, keys, values and the softmax's weights are rounded to bfloat16 before they are
+    multiplied; scores, the softmax and all sums are float32. For bfloat16 models this is what torch
+    does; in a float32 model attention then has 8 bits. All scores of a block of queries are in
+    memory at once, so this is for short sequences (up to some thousands of tokens).
+
+    Args:
+        query: float32, bfloat16 or float16 ``[B, H, Q, D]``, of any strides: the transposed view of
+            a projection's ``[B, Q, H, D]`` output is read in place.
+        key: of query's dtype, ``[B, G, K, D]``, with H a multiple of G (grouped queries).
+        value: of query's dtype, ``[B, G, K, E]``.
+        mask: bool (False: not attended to) or float (added to the scaled scores), of a shape that
+            broadcasts to ``[B, H, Q, K]``; or None.
+        scale: ``1 / sqrt(D)`` when None.
+        causal: query i attends to keys 0 to i only; may be combined with a mask.
+
+    Returns:
+        ``[B, H, Q, E]`` of query's dtype, which in memory is ``[B, Q, H, E]``: the output
+        projection reads ``result.transpose(1, 2).reshape(B, Q, H * E)`` without a copy. A query
+        that may attend to no key gives zeros. The same bits on every CPU, with any number of
+        threads, alone or in a batch (unless magnitudes below 1e-18 are involved: AMX takes products
+        below 1e-38 for zero).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to query, key, value and a float mask, also of gradients; they are those of the
+    formula in float32.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+
+    Example:
+        >>> x = torch.eye(4)[None, None]
+        >>> attention(100 * x, 100 * x, x).equal(x)
+        True
+    """
+    return torch.ops.torchquant.attention.default(query, key, value, mask, scale, causal)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::attention")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    _require_one_device("attention", query, key=key, value=value, mask=mask)
+    batch, heads, queries, _ = query.shape
+    shape = (batch, queries, heads, value.shape[-1])
+    return torch.empty(shape, dtype=query.dtype, device=query.device).transpose(1, 2)

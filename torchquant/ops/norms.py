@@ -1,0 +1,94 @@
+"""Norms over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.ops._arguments import require_one_device as _require_one_device
+
+__all__ = ["layer_norm", "rms_norm"]
+
+
+def rms_norm(
+    input: Tensor, weight: Tensor | None, eps: float, *, cast_before_weight: bool = False
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in float32.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``, K not 0.
+        weight: float32, bfloat16 or float16 ``[K]``, or None.
+        eps: added to the mean square.
+        cast_before_weight: round ``x / rms`` to input's dtype before the weight multiplies, as
+            transformers' RMSNorm of Llama does; without it there is one rounding, at the end, as in
+            ``torch.nn.RMSNorm``. With float32 input they are the same.
+
+    Returns:
+        Of input's shape and dtype, contiguous; the bits of
+        :func:`torchquant.functional.rms_norm` on every CPU and with any number of threads.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to ``input`` and ``weight``, also of gradients.
+
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 0.0)
+        tensor([[0.8485, 2.2627]])
+    """
+    return torch.ops.torchquant.rms_norm.default(input, weight, eps, cast_before_weight)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::rms_norm")
+def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
+    _require_one_device("rms_norm", input, weight=weight)
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+def layer_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension, in float32.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``, K not 0.
+        weight: float32, bfloat16 or float16 ``[K]``, or None.
+        bias: likewise; only with a weight.
+        eps: added to the variance.
+        residual: of input's shape and dtype, added to input first (in float32, so that a bfloat16
+            sum is not rounded in between), or None.
+
+    Returns:
+        Of input's shape and dtype, contiguous; the bits of
+        :func:`torchquant.functional.layer_norm` on every CPU and with any number of threads.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Gradients: to all four tensors, also of gradients.
+
+    Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.tensor([0.0, 5.0]), 0.0)
+        tensor([[-1.,  6.]])
+    """
+    return torch.ops.torchquant.layer_norm.default(input, weight, bias, eps, residual)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchquant::layer_norm")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor:
+    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
