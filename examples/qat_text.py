@@ -524,10 +524,10 @@ def summaries(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-HEADINGS = ("model", "PTQ", "over float", "QAT", "over float", "+- seeds", "bound", "bits", "ms")
+HEADINGS = ("model", "PTQ", "over float", "QAT", "over float", "+- seeds", "bound", "bits")
 LEGEND = (
     "PTQ, QAT: bits per byte of the converted model. Bits: by how many it differs from the model "
-    "that was trained. ms: a training step on one thread"
+    "that was trained"
 )
 
 
@@ -546,7 +546,6 @@ def cells(records: list[dict[str, Any]]) -> list[list[str]]:
             (row.get("spread"), ".2%"),
             (bound, ".1%"),
             (row.get("differing_bits"), ".0f"),
-            (row["step_ms"], ".0f"),
         ]
         lines.append([name, *("" if value is None else format(value, f) for value, f in values)])
     return lines
