@@ -468,6 +468,18 @@ def test_first_and_last_layer_by_the_order_of_calls() -> None:
     assert report.notes == ()
 
 
+def test_edges_of_eight_bits_take_the_range_of_their_channels() -> None:
+    def learned(edge_bits: int) -> set[str]:
+        model = OtherOrder()
+        config = QATConfig(weight_bits=4, learned_weights=True, edge_bits=edge_bits)
+        prepare_qat_(model, config)
+        layers = model.named_modules()
+        return {n for n, m in layers if isinstance(m, QATLinear) and m.weight_quantizer is not None}
+
+    assert learned(8) == {"b.1"}
+    assert learned(6) == {"a", "b.1", "c"}
+
+
 def test_first_and_last_layer_where_a_forward_cannot_be_traced() -> None:
     model = OtherOrder(branch=True)
     report = prepare_qat_(model, W4A4)

@@ -200,7 +200,8 @@ class QATConfig:
             a ReLU): all levels for the positive side.
         averaging_constant: weight of the newest batch in the moving average of observed ranges.
         edge_bits: bits for weights and activations of the first and the last layer; None: as
-            everywhere. LSQ keeps them at 8.
+            everywhere. LSQ keeps them at 8. At 8 bits their weights take each channel's own range,
+            also with ``learned_weights``: LSQ's first step is six times as coarse.
         simulate: compute with float values of the integers instead of the integer kernel: for
             comparison. Results then differ from the deployed ones by fp32 rounding.
 

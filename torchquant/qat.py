@@ -36,6 +36,7 @@ from torchquant.plan import (
     tensor_bytes,
 )
 from torchquant.report import Action, FusionReport, LayerReport, QuantizationReport
+from torchquant.scheme import MAX_BITS
 from torchquant.stages import QATSchedule, freeze, observe, quantize
 
 _IN_PLACE = "which cannot be replaced in place; use"
@@ -283,7 +284,15 @@ def _edges(
     if not order:
         order, problem = modules, problem or "no forward calls the layers"
     bits = config.edge_bits
-    edge = replace(config, weight_bits=bits, activation_bits=bits, edge_bits=None)
+    # LSQ's first step, 2 mean|w| / sqrt(Qp), is six times a channel's own at 8 bits.
+    learned = config.learned_weights and bits < MAX_BITS
+    edge = replace(
+        config,
+        weight_bits=bits,
+        activation_bits=bits,
+        learned_weights=learned,
+        edge_bits=None,
+    )
     remarks: dict[int, list[str]] = {}
     for place, module in (("first", order[0]), ("last", order[-1])):
         remarks.setdefault(id(module), []).append(place)
