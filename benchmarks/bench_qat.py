@@ -1,6 +1,6 @@
 """A training step with quantization: ours beside float32 and the other libraries.
 
-    python benchmarks/bench_qat.py                 all peers, the MLP of the issue, 2 threads
+    python benchmarks/bench_qat.py                 all peers, 2 threads
     python benchmarks/bench_qat.py --threads 1 --batch 128 --save
 
 The model is Linear(1024, 2048) ReLU Linear(2048, 2048) ReLU Linear(2048, 1024) on a batch of 512. A
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import torchquant
 from torchquant import QATConfig
-from torchquant.bench.machine import cpu_name
+from torchquant.bench import machine
 from torchquant.nn import QATLinear
 
 RESULTS = Path(__file__).parent / "results"
@@ -246,22 +246,24 @@ def main() -> None:
         arguments.sizes, arguments.batch, arguments.rounds = [16, 32, 16], 4, 1
         arguments.no_compile = True
 
-    rows = measure(arguments)
     console = Console(width=100)
-    machine = {
-        "cpu": cpu_name(),
+    busy = machine.busy_neighbours()
+    if busy is not None and busy > 10:
+        console.print(f"others use {busy:.0f} % of this machine: figures vary", style="yellow")
+    rows = measure(arguments)
+    run = {
         "threads": arguments.threads,
         "isa": torchquant.cpu.active_isa(),
-        "torch": torch.__version__,
         "sizes": arguments.sizes,
         "batch": arguments.batch,
     }
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    console.print(", ".join(f"{key} {value}" for key, value in run.items()))
     console.print(table_of(rows))
     if arguments.save:
-        cpu = "-".join(cpu_name().lower().replace("(r)", "").split()[:2])
-        path = RESULTS / f"qat-{time.strftime('%Y-%m-%d')}-{cpu}-{arguments.threads}threads.jsonl"
-        path.write_text("".join(json.dumps({**machine, **row}) + "\n" for row in rows))
+        stem = f"qat-{machine.today()}-{machine.cpu_slug()}-{arguments.threads}threads"
+        path = RESULTS / f"{stem}.jsonl"
+        lines = [{**machine.describe(), **run}, *rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         console.print(f"written to {path.name}")
 
 
