@@ -63,7 +63,10 @@ def samples() -> dict[str, list[Sample]]:
     rows = positive(6, 1, seed=8)
     row_zero = integers(6, 1, seed=9).to(torch.int32)
     groups, group_zero = positive(6, 3), torch.randn(6, 3)
-    bf16 = X.bfloat16()
+    bf16, weight = X.bfloat16(), torch.randn(N, K)
+    dynamic: tuple[Any, ...] = (None, None, None, -128, 127, False)
+    static: tuple[Any, ...] = (IN_SCALE, zero, None, -128, 127, False)
+    learned: tuple[Any, ...] = (leaf(IN_SCALE), None, leaf(torch.randn(1)), -8, 7, False)
     to_int8 = {"output_dtype": torch.int8, "output_scale": torch.tensor([0.5])}
     to_uint8 = {**to_int8, "output_dtype": torch.uint8, "output_qmin": 0, "output_qmax": 255}
     return {
@@ -208,6 +211,31 @@ def samples() -> dict[str, list[Sample]]:
             sample(X, X, positive(K), None, -8, 7, axis=-1),
             sample(X, X, groups, None, -2, 1, group_size=32),
             sample(X[:0], X[:0], IN_SCALE, None, -8, 7),
+        ],
+        "quantize_rows": [
+            sample(X, None, None, -128, 127, False),
+            sample(bf16, None, None, -8, 7, True),
+            sample(X, IN_SCALE, zero, -128, 127, False),
+            sample(X[:0], None, None, -128, 127, False),
+        ],
+        "quantize_pack": [
+            sample(weight, None, None, -127, 127, True),
+            sample(weight.bfloat16(), None, None, -8, 7, False),
+            sample(weight, SCALE, None, -128, 127, True),
+        ],
+        "mm_fake_quantized": [
+            sample(torch.randn(4, N), weight, SCALE, None, -127, 127),
+            sample(torch.randn(0, N), weight, SCALE, None, -8, 7),
+        ],
+        "qat_linear": [
+            sample(X, weight, BIAS, *dynamic, None, -127, 127, True),
+            sample(leaf(X), leaf(weight), leaf(BIAS), *dynamic, None, -8, 7, False, "relu"),
+            sample(
+                leaf(bf16), leaf(weight), None, *dynamic, leaf(SCALE), -8, 7, True, "none", 0.0, 0.1
+            ),
+            sample(leaf(X), leaf(weight), None, *static, None, -127, 127, True),
+            sample(leaf(X), leaf(weight), None, *learned, None, -127, 127, True, "relu", 0.1),
+            sample(leaf(X[:0]), leaf(weight), None, *dynamic, None, -127, 127, True),
         ],
         "minmax": [
             sample(X),
@@ -1487,12 +1515,12 @@ def test_entries_past_torch_ops_read_every_kind_of_argument():
     rest = (PACKED, SCALE, None, None)
     split, static = load().linear_dynamic_split, load().linear_static
     plain = ops.linear_dynamic(X, PACKED, SCALE, out_features=N)
-    assert torch.equal(load().linear_dynamic(X, *rest, numpy.int64(N), True, "none"), plain)
+    assert torch.equal(load().linear_dynamic(X, *rest, numpy.int64(N), True, "none", 8), plain)
     assert torch.equal(split(X, *rest, (N,), True, [])[0], plain)
     for wrong, message in {
-        (N, 1, "none"): "argument 7 must be a bool, got int",
-        ("20", True, "none"): "argument 6 must be an int, got str",
-        (2**64, True, "none"): "argument 6 must be an int of 64 bits, got int",
+        (N, 1, "none", 8): "argument 7 must be a bool, got int",
+        ("20", True, "none", 8): "argument 6 must be an int, got str",
+        (2**64, True, "none", 8): "argument 6 must be an int of 64 bits, got int",
     }.items():
         with pytest.raises(TypeError, match=f"linear_dynamic: {message}"):
             load().linear_dynamic(X, *rest, *wrong)

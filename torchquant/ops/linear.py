@@ -28,6 +28,7 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
         int32 ``[..., N]``, exact.
 
     Example:
+        >>> from torchquant.ops import pack_weight
         >>> x = torch.full((1, 3), 100, dtype=torch.int8)
         >>> int8_mm(x, pack_weight(torch.full((2, 3), -128, dtype=torch.int8)), 2)
         tensor([[-38400, -38400]], dtype=torch.int32)
@@ -76,6 +77,7 @@ def linear_dynamic(
     Gradients: to ``input`` (straight through) and ``bias``.
 
     Example:
+        >>> from torchquant.ops import pack_weight
         >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
         >>> linear_dynamic(torch.ones(1, 2), pack_weight(w), torch.full((2,), 0.01), out_features=2)
         tensor([[1.0000, 0.5000]])
@@ -152,6 +154,7 @@ def linear_dynamic_split(
         TypeError, ValueError: as :func:`linear_dynamic`; packed is not of these layers.
 
     Example:
+        >>> from torchquant.ops import pack_weight
         >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
         >>> both = torch.cat([pack_weight(w), pack_weight(w[:1])])
         >>> scale = torch.full((3,), 0.01)
@@ -234,6 +237,7 @@ def linear_static(
         ``[..., N]`` of ``output_dtype``.
 
     Example:
+        >>> from torchquant.ops import pack_weight
         >>> x = torch.tensor([[10, 20]], dtype=torch.int8)
         >>> w = pack_weight(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8))
         >>> linear_static(x, torch.tensor([0.5]), None, w, torch.ones(2), out_features=2)
