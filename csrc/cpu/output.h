@@ -12,17 +12,23 @@
 
 namespace torchquant {
 
-inline at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor out = at::empty(sizes, options);
+inline void ask_for_huge_pages(void* memory, size_t bytes) {  // advice: a refusal costs nothing
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   constexpr size_t kWorthwhile = size_t{4} << 20;
-  if (out.nbytes() >= kWorthwhile) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + out.nbytes()) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs nothing
-  }
+  if (bytes < kWorthwhile) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
 #endif
+}
+
+inline at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor out = at::empty(sizes, options);
+  ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
 

@@ -28,11 +28,7 @@ inline at::Tensor reused_output(at::IntArrayRef sizes, const at::TensorOptions& 
   at::Tensor out = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), options.dtype());
   out.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t page = (first + kPage - 1) / kPage * kPage, last = (first + bytes) / kPage * kPage;
-  if (bytes >= size_t{4} << 20) madvise(reinterpret_cast<void*>(page), last - page, MADV_HUGEPAGE);  // as in output.h
-#endif
+  ask_for_huge_pages(reinterpret_cast<void*>(first), bytes);
   return out;
 }
 

@@ -238,7 +238,7 @@ class QuantizedLinear(nn.Module):
             out_features=self.out_features,
             symmetric=self.config.activation_symmetric,
             activation=self.activation,
-            output_dtype=_autocast_dtype(input),
+            output_dtype=autocast_dtype(input),
             activation_bits=self.config.activation_bits,
         )
 
@@ -256,7 +256,7 @@ class QuantizedLinear(nn.Module):
             self.bias,
             out_features=self.out_features,
             activation=self.activation,
-            output_dtype=_autocast_dtype(input) or input.dtype,
+            output_dtype=autocast_dtype(input) or input.dtype,
             input_qmin=qmin,
             input_qmax=qmax,
         )
@@ -517,7 +517,7 @@ def _as_float32(value: Tensor) -> Tensor:
     return converted
 
 
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """What a linear returns for this input: autocast's dtype where it is on, None for input's."""
     if not isinstance(input, Tensor):
         return None

@@ -12,7 +12,7 @@ from torchquant import functional, ops
 from torchquant.configs import Config, QATConfig, check_config
 from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.lsq import LSQQuantizer
-from torchquant.nn.linear import QuantizedLinear, refusal
+from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
 from torchquant.observers import MovingAverageMinMaxObserver
 from torchquant.scheme import PerAxis, PerToken, quant_range
 
@@ -214,7 +214,7 @@ class QATLinear(nn.Module):
             activation=self.activation,
             input_grad_factor=input_factor,
             weight_grad_factor=weight_factor,
-            output_dtype=_autocast_dtype(input),
+            output_dtype=autocast_dtype(input),
         )
 
     def _simulated(self, input: Tensor) -> Tensor:
@@ -399,16 +399,6 @@ def _weight_quantizer(
     return LSQQuantizer(
         config.weight_bits, per_channel=True, num_channels=out_features, axis=0, device=device
     )
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What a linear returns for this input: autocast's dtype where it is on, None for input's."""
-    if not isinstance(input, Tensor):
-        return None
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 __all__ = ["QATLinear", "qat_config"]
