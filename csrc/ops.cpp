@@ -1,8 +1,10 @@
-// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu), gradients in
-// csrc/autograd, fake kernels in torchquant/ops.py, in this order.
+// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu, csrc/cuda), gradients in
+// csrc/autograd, fake kernels in torchquant/ops, in this order.
 #include <torch/library.h>
 
-TORCH_LIBRARY(torchquant, m) {
+namespace {
+
+void define_operators(torch::Library& m) {
   // q = clamp(rint(input / scale) + zero_point, qmin, qmax). axis: scale is [C], one value per slice along it.
   // group_size: scale is [..., ceil(K / group_size)] (per token: group_size = K). Neither: scale is [1].
   // zero_point: int32, or float32 for a real-valued one; of scale's shape.
@@ -100,3 +102,10 @@ TORCH_LIBRARY(torchquant, m) {
       "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
       "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
 }
+
+}  // namespace
+
+TORCH_LIBRARY(torchquant, m) { define_operators(m); }
+
+// The same operators in plain ATen, for any device (csrc/cuda/register.h).
+TORCH_LIBRARY(torchquant_aten, m) { define_operators(m); }
