@@ -114,6 +114,8 @@ class CudaHost:
 
     def kernel(self, name: str) -> Kernel:
         module = importlib.import_module(f"torchquant.triton.{MODULES[name]}")
+        if MODULES[name] == "linear_ops":
+            importlib.import_module("torchquant.triton.gemm_tuning").install()
         kernel: Kernel = module.OPERATORS[name]
         return kernel
 

@@ -21,6 +21,7 @@ import torch
 from torchquant._cuda_host import LEAST_CAPABILITY, MODULES, Host, Kernel, is_device_error
 
 PATHS = ("auto", "triton", "aten")
+PROBE = "quantize_per_token"
 
 
 class Dispatcher:
@@ -102,6 +103,17 @@ class Dispatcher:
         """Operators that are left to ATen on this device, and why."""
         found = self._operator_reasons.items()
         return {name: reason for (name, device), reason in found if device == index}
+
+    def probe(self, index: int) -> None:
+        """Prepare the simplest operator, so that :meth:`reason` is as good as after a call."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = set(self._said)
+            try:
+                self._prepare(PROBE, index)
+            except Exception as error:  # a result like any other: the device cannot be used
+                self._operator_reasons.setdefault((PROBE, index), failure(error))
+            self._said = said
 
     def _aten(self, name: str) -> Kernel:
         kernel: Kernel = getattr(torch.ops.torchquant_aten, name).default

@@ -11,7 +11,9 @@ operator's first call on a device checks a small case against the other path. Wi
 is an error if they do not work. Calls that Triton's kernels do not cover (rare types, empty
 tensors) run with ATen's on either. The choice holds for the whole process, all threads.
 
-The environment variable ``TORCHQUANT_CUDA_PATH`` sets it before the first call.
+The environment variable ``TORCHQUANT_CUDA_PATH`` sets it before the first call. Which of Triton's
+configurations a shape gets is measured once, at its first call, and kept in a file;
+``TORCHQUANT_CACHE_DIR`` names another folder for it, ``TORCHQUANT_AUTOTUNE=0`` measures nothing.
 
 CUDA graphs: call the model once before capturing it, with the shapes of the capture.
 
@@ -39,8 +41,10 @@ from torchquant._extension import load
 load()
 
 ENVIRONMENT_VARIABLE = "TORCHQUANT_CUDA_PATH"
+AUTOTUNE_VARIABLE = "TORCHQUANT_AUTOTUNE"
 
 __all__ = [
+    "AUTOTUNE_VARIABLE",
     "ENVIRONMENT_VARIABLE",
     "GPU",
     "active_path",
@@ -80,8 +84,11 @@ def chosen_path() -> str:
     return _dispatcher.path
 
 
-def gpus() -> tuple[GPU, ...]:
+def gpus(*, probe: bool = False) -> tuple[GPU, ...]:
     """The GPUs that torch can use, in CUDA's order; initializes CUDA where there are any.
+
+    Args:
+        probe: compile and check one kernel first, so that a GPU or a compiler which fails is known.
 
     Example:
         >>> [gpu.name for gpu in gpus() if gpu.path not in ("triton", "aten")]
@@ -89,7 +96,11 @@ def gpus() -> tuple[GPU, ...]:
     """
     if torch.version.cuda is None or not torch.cuda.is_available():
         return ()
-    return tuple(_describe(index) for index in range(torch.cuda.device_count()))
+    found = range(torch.cuda.device_count())
+    if probe and _dispatcher.path != "aten":
+        for index in found:
+            _dispatcher.probe(index)
+    return tuple(_describe(index) for index in found)
 
 
 def _describe(index: int) -> GPU:
@@ -217,6 +228,11 @@ def no_gpu_reason() -> str:
 def _apply_environment() -> None:
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     _check_path(f"the environment variable {ENVIRONMENT_VARIABLE}", name)
+    autotune = os.environ.get(AUTOTUNE_VARIABLE) or "1"
+    if autotune not in ("0", "1"):  # read in torchquant.triton.tuning, where it is late for errors
+        raise ValueError(
+            f"the environment variable {AUTOTUNE_VARIABLE} must be 0 or 1, got {autotune!r}"
+        )
     _choose(name)
 
 

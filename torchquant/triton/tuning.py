@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,18 +43,6 @@ Timer = Callable[[Callable[[], object]], float]
 _log = logging.getLogger("torchquant")
 _pause = threading.local()
 _FLUSH_BYTES = 256 << 20
-
-
-class Problem(NamedTuple):
-    """What a configuration is chosen for. ``rows`` as :func:`rounded_rows` gives it."""
-
-    variant: str
-    rows: int
-    outputs: int
-    inputs: int
-
-    def __str__(self) -> str:
-        return f"{self.variant} {self.rows}x{self.outputs}x{self.inputs}"
 
 
 def rounded_rows(rows: int) -> int:
@@ -81,17 +69,8 @@ def paused() -> Iterator[None]:
 
 
 def autotune_enabled() -> bool:
-    """What the environment says; on unless ``TORCHQUANT_AUTOTUNE=0``.
-
-    Raises:
-        ValueError: the variable is something else than 0 or 1.
-    """
-    value = os.environ.get(AUTOTUNE_VARIABLE) or "1"
-    if value not in ("0", "1"):
-        raise ValueError(
-            f"the environment variable {AUTOTUNE_VARIABLE} must be 0 or 1, got {value!r}"
-        )
-    return value == "1"
+    """What the environment says; on unless ``TORCHQUANT_AUTOTUNE=0``."""
+    return os.environ.get(AUTOTUNE_VARIABLE) != "0"
 
 
 def recording() -> bool:
@@ -153,15 +132,17 @@ class Tuner:
         default: Callable[[], Config],
         run: Callable[[Config], Result],
         reference: Callable[[], Result],
+        prepare: Callable[[], object] = lambda: None,
     ) -> Config | None:
         """The configuration for ``problem``.
 
         Args:
-            problem: its text names it in the file; see :class:`Problem`.
+            problem: what the choice depends on; its text names it in the file.
             candidates: what to try, as frozen dataclasses; the default need not be among them.
             default: what to take where nothing can be measured.
             run: the operation with a configuration, on tensors of the problem's shape.
-            reference: the result that ``run`` must give, to the bit.
+            reference: the result that ``run`` must give, to the bit; called first.
+            prepare: what to do before the run that is compared; outputs are poisoned there.
 
         Returns:
             None if no candidate gives the reference's bits: use the reference's path.
@@ -187,7 +168,7 @@ class Tuner:
                 return self._remember(problem, known)
             try:
                 with self.around():
-                    best = self._fastest(problem, options, run, reference)
+                    best = self._fastest(problem, options, run, reference, prepare)
             except torch.OutOfMemoryError as error:
                 self._say_short_of_memory(problem, error)
                 return self._remember(problem, default())
@@ -210,6 +191,7 @@ class Tuner:
         options: Sequence[Config],
         run: Callable[[Config], Result],
         reference: Callable[[], Result],
+        prepare: Callable[[], object],
     ) -> Config | None:
         _log.info("torchquant measures %d configurations for %s", len(options), problem)
         started = time.perf_counter()
@@ -218,6 +200,7 @@ class Tuner:
         failed: Exception | None = None
         for config in options:
             try:
+                prepare()
                 wrong = difference(run(config), expected)
                 if wrong is None:
                     seconds[config] = self.timer(lambda config=config: run(config))  # type: ignore[misc]
