@@ -141,7 +141,8 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
   return (y * up.to(at::kFloat)).to(gate.scalar_type());
 }
 
-void implement(torch::Library& m) {
+template <class Library>
+void implement(Library& m) {
   m.impl("activation", &activation);
   m.impl("gated_activation", &gated_activation);
 }
