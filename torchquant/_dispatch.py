@@ -62,8 +62,11 @@ class Dispatcher:
             if self._library is not None:
                 return
             self._library = torch.library.Library("torchquant", "IMPL")
-            for name in self.modules:
-                self._library.impl(name, self._entry(name), self.key, allow_override=True)
+            with warnings.catch_warnings():
+                # torch tells of a replaced kernel, once a process: here it is meant.
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                for name in self.modules:
+                    self._library.impl(name, self._entry(name), self.key, allow_override=True)
 
     def _entry(self, name: str) -> Kernel:
         """What the dispatcher calls: as little as possible."""
@@ -267,7 +270,7 @@ def failure(error: BaseException) -> str:
     'ValueError: first'
     """
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
+    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(".: ")
 
 
 def tensor_positions(operator: Kernel) -> tuple[int, ...]:

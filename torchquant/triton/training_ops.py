@@ -94,7 +94,11 @@ def fake_quantize_learned_backward(
     group_size: int | None = None,
 ) -> Any:
     spans = _scaled(input, scale, axis, group_size)
-    if spans is None or not _is_range(qmin, qmax) or not _like_scale(zero_point, scale, torch.int32):
+    if (
+        spans is None
+        or not _is_range(qmin, qmax)
+        or not _like_scale(zero_point, scale, torch.int32)
+    ):
         return NotImplemented
     if grad.dtype != input.dtype or grad.shape != input.shape or grad.device != input.device:
         return NotImplemented
@@ -249,9 +253,7 @@ def _run_fake_quantize(
     )
 
 
-def _scaled(
-    input: Tensor, scale: Tensor, axis: int | None, group_size: int | None
-) -> Spans | None:
+def _scaled(input: Tensor, scale: Tensor, axis: int | None, group_size: int | None) -> Spans | None:
     """Input's spans, if input is a float tensor and scale fits it."""
     found = spans_of(input, axis, group_size)
     if found is None or input.dtype not in FLOATS or scale.dtype != torch.float32:
