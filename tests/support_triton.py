@@ -1,7 +1,8 @@
 """Triton's kernels in tests: compiled where there is a GPU, else in Triton's interpreter.
 
-Import this before anything of torchquant.triton: the interpreter is chosen where ``triton.jit`` is
-called. ``DEVICE`` is where the tensors go.
+Import this before anything of torchquant.triton. The interpreter is chosen where ``triton.jit`` is
+called, in Triton itself too, so conftest.py chooses it before anything is imported. ``DEVICE`` is
+where the tensors go.
 
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
@@ -64,12 +65,12 @@ def _patch_interpreter() -> None:
 
 
 if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
+    assert os.environ["TRITON_INTERPRET"] == "1"
     _patch_interpreter()
 
 
 def module(name: str) -> Any:
-    """``torchquant.triton.name``, imported after the interpreter was chosen."""
+    """``torchquant.triton.name``, imported after the interpreter was patched."""
     return importlib.import_module(f"torchquant.triton.{name}")
 
 
