@@ -107,7 +107,7 @@ def trial_of(problem: gemm.Problem) -> gemm.Problem:
     """The same problem with random numbers and a poisoned output."""
     p, device = problem, problem.x.device
     generator = torch.Generator(device).manual_seed(1)
-    middle = 1.0 / (74.0 * p.k**0.25)  # results come out around 1, where activations bend
+    middle: float = 1.0 / (74.0 * p.k**0.25)  # results come out around 1, where activations bend
 
     def integers(shape: tuple[int, ...], dtype: torch.dtype, low: int = -128) -> Tensor:
         return torch.randint(low, low + 256, shape, dtype=dtype, device=device, generator=generator)
