@@ -51,7 +51,8 @@ class _Draw:
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32, odd: bool = True) -> Tensor:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         if odd and len(shape) > 1:
-            x[1, 2], x[3, 5], x[2, :3] = torch.nan, -torch.inf, torch.tensor([0.5, -0.0, 2.5])
+            x[1, 2], x[3, 5] = torch.nan, -torch.inf
+            x[2, 0], x[2, 1], x[2, 2] = 0.5, -0.0, 2.5
         return x.to(dtype).to(self.device)
 
     def steps(self, *shape: int, step: float) -> Tensor:
