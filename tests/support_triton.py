@@ -5,7 +5,8 @@ called. ``DEVICE`` is where the tensors go.
 
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
-in older versions the fused multiply-add (it rounds twice).
+in older versions the fused multiply-add (it rounds twice). Where something else has imported triton
+before (torch.compile does), its own jitted functions are made ones for the interpreter.
 """
 
 import importlib
@@ -16,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # triton.language reads it when it is imported
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 
 def _patch_interpreter() -> None:
@@ -63,9 +66,25 @@ def _patch_interpreter() -> None:
     builder.create_fma = create_fma
 
 
+def _interpret_own_functions() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted = {
+        name: InterpretedFunction(value.fn)
+        for name, value in vars(tl.standard).items()
+        if isinstance(value, JITFunction)
+    }
+    for namespace in (tl.standard, tl):
+        for name, value in interpreted.items():
+            if isinstance(getattr(namespace, name, None), JITFunction):
+                setattr(namespace, name, value)
+
+
 if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
     _patch_interpreter()
+    _interpret_own_functions()
 
 
 def module(name: str) -> Any:
