@@ -1,12 +1,12 @@
 """Triton's kernels in tests: compiled where there is a GPU, else in Triton's interpreter.
 
-Import this before anything of torchquant.triton: the interpreter is chosen where ``triton.jit`` is
-called. ``DEVICE`` is where the tensors go.
+Import this before anything of torchquant.triton. The interpreter is chosen where ``triton.jit`` is
+called, in Triton itself too, so conftest.py chooses it before anything is imported. ``DEVICE`` is
+where the tensors go.
 
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
-in older versions the fused multiply-add (it rounds twice). Where something else has imported triton
-before (torch.compile does), its own jitted functions are made ones for the interpreter.
+in older versions the fused multiply-add (it rounds twice).
 """
 
 import importlib
@@ -17,12 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"  # triton.language reads it when it is imported
-
-triton = pytest.importorskip("triton", reason="triton is not installed")
 
 
 def _patch_interpreter() -> None:
@@ -66,29 +64,13 @@ def _patch_interpreter() -> None:
     builder.create_fma = create_fma
 
 
-def _interpret_own_functions() -> None:
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    interpreted = {
-        name: InterpretedFunction(value.fn)
-        for name, value in vars(tl.standard).items()
-        if isinstance(value, JITFunction)
-    }
-    for namespace in (tl.standard, tl):
-        for name, value in interpreted.items():
-            if isinstance(getattr(namespace, name, None), JITFunction):
-                setattr(namespace, name, value)
-
-
 if INTERPRETED:
+    assert os.environ["TRITON_INTERPRET"] == "1"
     _patch_interpreter()
-    _interpret_own_functions()
 
 
 def module(name: str) -> Any:
-    """``torchquant.triton.name``, imported after the interpreter was chosen."""
+    """``torchquant.triton.name``, imported after the interpreter was patched."""
     return importlib.import_module(f"torchquant.triton.{name}")
 
 
