@@ -18,18 +18,40 @@ from torchquant.triton.language import (
     minimum,
     reciprocal,
     rint,
-    round_clamp,
 )
-from torchquant.triton.tiles import bytes_of_tile, limits, load_scale, tile, tile_of_turn
+from torchquant.triton.tiles import (
+    bytes_of_tile,
+    limits,
+    load_scale,
+    part_of,
+    tile,
+    tile_of_turn,
+)
 
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
+_SIGN_BIT = tl.constexpr(-(2**31))
+_BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
 
 
 @triton.jit
 def used_scale(s):
     """A learned step as it is used: at least 2^-126; NaN stays."""
     return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
+
+
+@triton.jit
+def round_within(x, lo, hi):
+    """``clamp(rint(x), lo, hi)`` with NaN kept; a zero comes out as +0.
+
+    lo, hi: integers of magnitude up to 2^23, as fp32. Rounding commutes with the clamp, and up to
+    2^23 adding 2^23 with the number's sign rounds it half to even.
+    """
+    y = minimum(maximum(x, lo), hi)
+    away = ((y.to(tl.int32, bitcast=True) & _SIGN_BIT) | _BITS_OF_2_TO_23).to(
+        tl.float32, bitcast=True
+    )
+    return (y + away) - away
 
 
 @triton.jit
@@ -58,7 +80,6 @@ def fake_quantize_kernel(
     run,
     ZERO: tl.constexpr,
     LEARNED: tl.constexpr,
-    SMALL: tl.constexpr,
     WANT_OUT: tl.constexpr,
     WANT_BITS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -69,10 +90,10 @@ def fake_quantize_kernel(
     """Quantize and dequantize in one step, and where the rounded value lies in the range.
 
     ZERO: "none", "integer", "real", or "offset": the integer is to be made of a learned one.
-    LEARNED: the scale may be anything. SMALL: every limit is below 2^22 in magnitude.
+    LEARNED: the scale may be anything. qmin, qmax: up to 2^20 in magnitude.
     """
     pid = tl.program_id(0)
-    down, across, part = tile_of_turn(pid, 0, 1, length, LAYOUT, COLUMNS)
+    down, across = tile_of_turn(pid, 0, 1, length, LAYOUT, COLUMNS)
     offsets, inside, index, present = tile(
         down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
     )
@@ -91,17 +112,12 @@ def fake_quantize_kernel(
     inverse = reciprocal(s)
     if ZERO == "real":
         v = v - z
-    if not SMALL:
-        # The integer path has no negative zero: + 0 makes +0 of it and changes nothing else.
-        rounded = rint(v * inverse) + 0.0
-    elif WANT_BITS:  # what lies outside may come nearer, but not in
-        rounded = round_clamp(v, inverse, lo - 1.0, hi + 1.0)
+    if WANT_BITS:  # what lies outside may come nearer, but not in
+        rounded = round_within(v * inverse, lo - 1.0, hi + 1.0)
+        steps = minimum(maximum(rounded, lo), hi)
     else:
-        rounded = round_clamp(v, inverse, lo, hi)
+        steps = round_within(v * inverse, lo, hi)
     if WANT_OUT:
-        steps = rounded
-        if WANT_BITS or not SMALL:
-            steps = minimum(maximum(rounded, lo), hi)
         y = steps * s
         if ZERO == "real":
             y = y + z
@@ -133,7 +149,6 @@ def learned_backward_kernel(
     channels,
     run,
     ZERO: tl.constexpr,
-    SMALL: tl.constexpr,
     LAYOUT: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,7 +159,7 @@ def learned_backward_kernel(
     scale_sums, offset_sums: fp32 ``[parts, spans]``; layout "column": ``[parts, channels]``.
     """
     pid = tl.program_id(0)
-    down, across, part = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
     offsets, inside, index, present = tile(
         down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
     )
@@ -154,8 +169,8 @@ def learned_backward_kernel(
     scale_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     offset_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for turn in range(turns):
-        down, across, part = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
-        offsets, inside, index, present = tile(
+        down, across = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
+        offsets, inside, _index, _present = tile(
             down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
         )
         # Behind the ends there are zeros, whose terms are zero or, as all terms then, NaN.
@@ -163,24 +178,23 @@ def learned_backward_kernel(
         value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         g = g_given.to(tl.float32)
         v = value * inverse
-        if SMALL:
-            steps = round_clamp(value, inverse, lo, hi)
-        else:
-            steps = minimum(maximum(rint(v), lo), hi)
+        steps = round_within(v, lo, hi)
         passes = (lo < v) & (v < hi)
         tl.store(grad_x + offsets, tl.where(passes, g_given, 0.0), mask=inside)
         # rint(v) - v from the exact residual: it keeps its bits where v has rounded them away.
         slope = tl.where(passes, fma(steps, s, -value) * inverse, steps + z)
         scale_sum = fma(g, slope, scale_sum)
         offset_sum += tl.where(passes, 0.0, g)
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    part = part_of(pid, turns, length, LAYOUT, COLUMNS)
     if LAYOUT == "column":
         lanes = across * COLUMNS + tl.arange(0, COLUMNS)
-        at = part.to(tl.int64) * length + lanes
+        at = part * length + lanes
         tl.store(scale_sums + at, tl.sum(scale_sum, axis=0), mask=lanes < length)
         tl.store(offset_sums + at, tl.sum(offset_sum, axis=0), mask=lanes < length)
     else:
         lanes = down * ROWS + tl.arange(0, ROWS)
-        at = part.to(tl.int64) * count + lanes
+        at = part * count + lanes
         tl.store(scale_sums + at, tl.sum(scale_sum, axis=1), mask=lanes < count)
         tl.store(offset_sums + at, tl.sum(offset_sum, axis=1), mask=lanes < count)
 
@@ -237,10 +251,9 @@ def minmax_kernel(
     low = tl.full((ROWS, COLUMNS), _INFINITY, tl.float32)
     high = tl.full((ROWS, COLUMNS), -_INFINITY, tl.float32)
     missing = tl.zeros((ROWS, COLUMNS), tl.int32)
-    down, across, part = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
     for turn in range(turns):
-        down, across, part = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
-        offsets, inside, index, present = tile(
+        down, across = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
+        offsets, inside, _index, _present = tile(
             down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
         )
         v = tl.load(x + offsets, mask=inside, other=_INFINITY).to(tl.float32)
@@ -249,14 +262,16 @@ def minmax_kernel(
         high = tl.where(finite & (v > high), v, high)
         missing += (inside & (finite == 0)).to(tl.int32)
     tl.store(nonfinite + pid, tl.sum(tl.sum(missing, axis=1), axis=0))
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    part = part_of(pid, turns, length, LAYOUT, COLUMNS)
     if LAYOUT == "column":
         lanes = across * COLUMNS + tl.arange(0, COLUMNS)
-        at = part.to(tl.int64) * length + lanes
+        at = part * length + lanes
         tl.store(least + at, tl.min(low, axis=0), mask=lanes < length)
         tl.store(greatest + at, tl.max(high, axis=0), mask=lanes < length)
     else:
         lanes = down * ROWS + tl.arange(0, ROWS)
-        at = part.to(tl.int64) * count + lanes
+        at = part * count + lanes
         tl.store(least + at, tl.min(low, axis=1), mask=lanes < count)
         tl.store(greatest + at, tl.max(high, axis=1), mask=lanes < count)
 

@@ -27,11 +27,11 @@ from torchquant.triton.launch import next_power_of_2
 # Elements of a program. Tests make it small, so that small tensors take many programs.
 TILE = 4096
 _PER_THREAD = 16  # elements: fp32 in four accesses of 16 bytes
-_MOST_SPANS = 2**30  # they are counted in 32 bits
+MOST_SPANS = 2**30  # they are counted in 32 bits
 _LEAST_COLUMNS = 32  # fp32: a line of the cache
-_PARTS = 4096  # of sums that are added in a second step: about so many, if there are many
+_PARTS = 2**16  # of sums that are added in a second step: about so many, if there are many
 _MOST_TURNS = 16
-_COLUMNS_OF_SCALES = 256  # few, so that a tile has many rows to use their reciprocals
+_THREADS_OF_A_SCALE = 2  # Triton loads more scales at once through shared memory, data in tow
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def spans_of(
             row, per_row = length, 1
         if count > 1:
             spans = Spans("span", count, length, row, per_row, count)
-    return (spans, shape) if spans.count < _MOST_SPANS else None
+    return (spans, shape) if spans.count < MOST_SPANS else None
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Tiles:
     spans: Spans
     rows: int
     columns: int
+    warps: int
 
     @property
     def down(self) -> int:
@@ -103,16 +104,17 @@ class Tiles:
         return -(-self.spans.length // self.columns)
 
     @property
+    def programs(self) -> int:
+        """One for each tile."""
+        return self.down * self.across
+
+    @property
     def turns(self) -> int:
         """How many tiles a program should take whose result is one number for each scale."""
         across = self.spans.layout != "column"
         least = 1 if across else 8  # columns: a program's sum is a whole row of numbers
-        turns = max(least, min(_MOST_TURNS, self.down * self.across // _PARTS))
+        turns = max(least, min(_MOST_TURNS, self.programs // _PARTS))
         return max(1, min(turns, self.across if across else self.down))
-
-    @property
-    def warps(self) -> int:
-        return max(1, min(8, self.rows * self.columns // (32 * _PER_THREAD)))
 
     def arguments(self) -> dict[str, Any]:
         """Of :func:`tile`, and the number of warps."""
@@ -144,10 +146,14 @@ def tiles_of(spans: Spans, bits: bool = False) -> Tiles | None:
             spans = replace(spans, run=spans.length)
         spans = replace(spans, layout="element", count=1, length=n)
     size = min(TILE, next_power_of_2(max(n // 512, TILE // 4)))  # small tensors: more programs
-    most = min(size, _COLUMNS_OF_SCALES) if spans.layout == "column" else size
+    warps = max(1, min(8, size // (32 * _PER_THREAD)))
+    scales = 32 * warps // _THREADS_OF_A_SCALE
+    most = min(size, scales) if spans.layout == "column" else size
     columns = _columns(spans.length, most, 8 if bits else 1)
     rows = min(size // columns, next_power_of_2(spans.count))
-    return Tiles(spans, rows, columns)
+    if spans.layout == "span":
+        rows = min(rows, scales)
+    return Tiles(spans, rows, columns, warps)
 
 
 def _columns(length: int, most: int, least: int) -> int:
@@ -218,9 +224,9 @@ def bytes_of_tile(
     COLUMNS: tl.constexpr,
 ):
     """The same for the bytes of a bit mask: offsets and where they are inside, ``COLUMNS / 8``."""
-    length, row = tl.cdiv(length, 8), tl.cdiv(row, 8)
+    length, row = (length - 1) // 8 + 1, (row - 1) // 8 + 1
     BYTES: tl.constexpr = COLUMNS // 8
-    offsets, inside, index, present = tile(
+    offsets, inside, _index, _present = tile(
         down, across, count, length, row, per_row, channels, run, "one", TAIL, ROWS, BYTES
     )
     return offsets, inside
@@ -228,16 +234,23 @@ def bytes_of_tile(
 
 @triton.jit
 def tile_of_turn(pid, turn, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program ``pid`` takes ``turns`` tiles whose elements share their scales: (down, across), and
-    which part of the elements of these scales the program has.
-    """
-    blocks = tl.cdiv(length, COLUMNS)
+    """(down, across) of one of the ``turns`` tiles of a program, which share their scales."""
+    blocks = (length - 1) // COLUMNS + 1
     if LAYOUT == "column":
-        part = (pid // blocks).to(tl.int32)
-        return part * turns + turn, pid % blocks, part
-    parts = tl.cdiv(blocks, turns)
-    part = pid % parts
-    return (pid // parts).to(tl.int32), part * turns + turn, part
+        return (pid // blocks).to(tl.int32) * turns + turn, pid % blocks
+    else:
+        parts = (blocks - 1) // turns + 1
+        return (pid // parts).to(tl.int32), pid % parts * turns + turn
+
+
+@triton.jit
+def part_of(pid, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which part of its scales' elements a program has."""
+    blocks = (length - 1) // COLUMNS + 1
+    if LAYOUT == "column":
+        return (pid // blocks).to(tl.int64)
+    else:
+        return (pid % ((blocks - 1) // turns + 1)).to(tl.int64)
 
 
 @triton.jit
