@@ -113,7 +113,9 @@ def _(
     require_one_device("quantize_pack", weight, scale=scale, zero_point=zero_point)
     channels = weight.shape[:1]
     return (
-        torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device),
+        torch.empty(
+            packed_shape(*weight.shape, weight.device), dtype=torch.int8, device=weight.device
+        ),
         torch.empty(channels, dtype=torch.float32, device=weight.device),
         torch.empty(channels, dtype=torch.int32, device=weight.device),
     )
