@@ -269,7 +269,8 @@ def _plan(model: nn.Module, config: QATConfig, filter_fn: FilterFn | None) -> li
         reason = refusal(module)
         if reason is not None:
             return reason
-        if config.simulate and not (has_kernels(module.weight) or module.weight.is_meta):
+        weight = module._parameters["weight"]
+        if config.simulate and weight is not None and not (has_kernels(weight) or weight.is_meta):
             return None  # computes anywhere
         return value_refusal(module)
 

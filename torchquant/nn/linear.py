@@ -490,11 +490,11 @@ def _static_parameters(
             "input_zero_point"
         )
     qmin, qmax = config.activation_range
-    scale, zero_point = (
-        value.detach().to(device) if isinstance(value, Tensor) else value
-        for value in (scale, zero_point)
-    )
-    scale = scale_tensor(who, "input_scale", scale, device, (1,)).clone()
+    if isinstance(scale, Tensor):
+        scale = scale.detach().to(device, copy=True)
+    if isinstance(zero_point, Tensor):
+        zero_point = zero_point.to(device)
+    scale = scale_tensor(who, "input_scale", scale, device, (1,))
     if not MIN_SCALE <= scale.item() < float("inf"):
         raise ValueError(
             f"{who}: input_scale must be finite and at least 2^-126, got {scale.item()}"

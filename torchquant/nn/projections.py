@@ -64,7 +64,7 @@ class _Kept:
 
 
 def _stream_of(input: Tensor) -> Any:
-    """What a GPU's work for this tensor is queued on now; an output is there for that queue only."""
+    """The queue of a GPU's work on this tensor; what was computed in one is not there in others."""
     return torch.cuda.current_stream(input.device) if input.is_cuda else None
 
 

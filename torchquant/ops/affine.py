@@ -152,9 +152,9 @@ def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Reorder an int8 weight for the kernels of its device; the same on every CPU, and on every GPU.
+    """Reorder an int8 weight for its device's kernels; the same on every CPU, and on every GPU.
 
-    The two layouts differ: move :func:`unpack_weight`'s result between devices, not the packed one.
+    These two layouts differ: between devices move what :func:`unpack_weight` returns.
 
     Args:
         weight: int8 ``[out_features, in_features]``, any strides.
@@ -173,9 +173,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 @torch.library.register_fake("torchquant::pack_weight")
 def _(weight: Tensor) -> Tensor:
-    return torch.empty(
-        packed_shape(*weight.shape, weight.device), dtype=torch.int8, device=weight.device
-    )
+    shape = packed_shape(weight.shape[0], weight.shape[1], weight.device)
+    return torch.empty(shape, dtype=torch.int8, device=weight.device)
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
