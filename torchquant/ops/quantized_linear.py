@@ -37,6 +37,12 @@ class PackedWeight:
         """The int8 ``[N, K]`` weight."""
         return unpack_weight(self.packed, self.out_features, self.in_features)
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight packed for another device's kernels; itself where it is there."""
+        if torch.device(device) == self.packed.device:
+            return self
+        return PackedWeight.pack(self.unpack().to(device))
+
 
 def quantized_linear(
     input: Tensor,
