@@ -80,6 +80,17 @@ inline std::vector<int64_t> scale_sizes(const at::Tensor& input, std::optional<i
   return sizes;
 }
 
+// Type and shape of a zero point; whether it is a real-valued one.
+inline bool check_zero_point(const char* op, const at::Tensor& zero_point, const at::Tensor& scale) {
+  const bool is_real = zero_point.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(is_real || zero_point.scalar_type() == at::kInt, op,
+                   ": zero_point must be int32, or float32 for a real-valued one, got ", describe(zero_point));
+  const bool one = zero_point.numel() == 1 && zero_point.dim() <= 1;
+  TORCH_CHECK_VALUE(one || zero_point.sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
+                    scale.sizes(), " or hold one value, got ", describe(zero_point));
+  return is_real;
+}
+
 // Scales, zero points and limits as the kernels want them. Vectors: small tensors would be carved out of the large block
 // that the last call freed, so that the next result no longer fits into it and comes from colder memory.
 struct Params {
@@ -98,12 +109,8 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
   p.zero.assign(size, 0);
   p.real_zero.assign(size, 0.0f);
   if (zero_point && zero_point->defined()) {
-    const bool is_real = zero_point->scalar_type() == at::kFloat;
-    TORCH_CHECK_TYPE(is_real || zero_point->scalar_type() == at::kInt, op,
-                     ": zero_point must be int32, or float32 for a real-valued one, got ", describe(*zero_point));
+    const bool is_real = check_zero_point(op, *zero_point, scale);
     const bool one = zero_point->numel() == 1 && zero_point->dim() <= 1;
-    TORCH_CHECK_VALUE(one || zero_point->sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
-                      scale.sizes(), " or hold one value, got ", describe(*zero_point));
     const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes()).contiguous();
     if (is_real) {
       std::copy_n(z.const_data_ptr<float>(), n, p.real_zero.data());
