@@ -63,6 +63,9 @@ class _Functions(TorchFunctionMode):
             return args[0]
         if func is Tensor.__getitem__ and isinstance(args[0], Pretended):
             return Pretended(values(args[0].detach())[args[1]])
+        if func is Tensor.__deepcopy__ and isinstance(args[0], Pretended):
+            tensor, memo = args
+            return memo.setdefault(id(tensor), Pretended(values(tensor.detach()).clone()))
         return func(*args, **(kwargs or {}))
 
 

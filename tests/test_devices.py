@@ -4,6 +4,7 @@ What only a GPU can show is in test_cuda_modules.py.
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
-import torchquant.verify as verify_module
 from torchquant import (
     FakeQuantizer,
     Int8StaticActivationInt8WeightConfig,
@@ -40,6 +40,7 @@ from torchquant.nn import LayerNorm, QATLinear, QuantizedLinear, RMSNorm
 from torchquant.ops._arguments import packed_shape
 
 HOST = torch.device("cpu")
+verify_module = sys.modules["torchquant.verify"]  # the name in the package is the function's
 
 
 def static_layer() -> QuantizedLinear:
@@ -212,7 +213,7 @@ def test_quantized_where_the_float_layer_is(static: bool) -> None:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+        self.q, self.k, self.v = nn.Linear(64, 128), nn.Linear(64, 64, False), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
@@ -235,7 +236,7 @@ def test_groups_form_again_on_the_gpu() -> None:
         assert first == 64 * rows[0], "the members' weights are parts of the group's, no copies"
         arguments = (group.weight_scale, group.weight_zero_point, group.bias)
         packed = ops.linear_dynamic_split(
-            on_cuda(x), group.packed, *arguments, out_features=[64, 32, 32], symmetric=False
+            on_cuda(x), group.packed, *arguments, out_features=[128, 64, 64], symmetric=False
         )
         apart = model(on_cuda(x))
         copied = copy.deepcopy(model)
@@ -501,9 +502,7 @@ def test_devices_that_no_file_is_loaded_onto(tmp_path: Path, device: str, text: 
 
 @pytest.mark.parametrize("kind", ["converted", "prepared", "quantized"])
 @pytest.mark.parametrize("to_cuda", ["first", "second", "both"])
-def test_verify_between_devices(
-    monkeypatch: pytest.MonkeyPatch, kind: str, to_cuda: str
-) -> None:
+def test_verify_between_devices(monkeypatch: pytest.MonkeyPatch, kind: str, to_cuda: str) -> None:
     monkeypatch.setattr(verify_module, "_cuda_generators", lambda devices: [])
     torch.manual_seed(0)
     first: nn.Module = Net()
@@ -541,7 +540,8 @@ def test_verify_finds_a_difference_between_devices(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         second.down.bias[3] += 1
     with pretended_cuda() as cuda:
-        for models in ((first, copy.deepcopy(second).to(cuda)), (first.to(cuda), second)):
+        pairs = [(first, copy.deepcopy(second).to(cuda)), (copy.deepcopy(first).to(cuda), second)]
+        for models in pairs:
             report = verify(*models, [floats(3, 64)])
             assert (report.layers[0].bits, report.layers[1].differing) == (0, 3)
             assert report.first_difference is not None
