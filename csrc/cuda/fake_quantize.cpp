@@ -21,11 +21,6 @@ using OptInt = std::optional<int64_t>;
 
 bool present(const OptTensor& t) { return t && t->defined(); }
 
-void check_range(const char* op, int64_t qmin, int64_t qmax) {
-  TORCH_CHECK_VALUE(-kMaxZeroPoint <= qmin && qmin < qmax && qmax <= kMaxZeroPoint, op,
-                    ": qmin must be less than qmax, both within [-2^22, 2^22], got qmin = ", qmin, ", qmax = ", qmax);
-}
-
 at::Tensor bit_numbers(const at::Tensor& like) { return at::arange(8, like.options().dtype(at::kByte)); }
 
 at::Tensor packed_bits(const at::Tensor& truth) {  // of a bool tensor, in contiguous order
@@ -101,7 +96,7 @@ FakeQuantized fake_quantize_of(const char* op, const at::Tensor& input, const at
   check_float(op, "input", input);
   check_device(op, "scale", scale, input);
   check_device(op, "zero_point", zero_point, input);
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Parts parts = make_parts(op, input, scale, axis, group_size);
   const FakeParams p = make_fake_params(op, scale, zero_point, qmin, qmax);
   if (input.numel() == 0)
@@ -156,7 +151,7 @@ at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scal
   check_float(op, "input", input);
   check_device(op, "scale", scale, input);
   check_device(op, "offset", offset, input);
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Parts parts = make_parts(op, input, scale, axis, group_size);
   check_dtype(op, "scale", scale, at::kFloat);
   FakeParams p;
@@ -189,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
   check_dtype(op, "grad", grad, input.scalar_type());
   TORCH_CHECK_VALUE(grad.sizes() == input.sizes(), op, ": grad must have input's shape ", input.sizes(), ", got ",
                     describe(grad));
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Parts parts = make_parts(op, input, scale, axis, group_size);
   check_dtype(op, "scale", scale, at::kFloat);
   at::Tensor zero = at::zeros(scale.sizes(), scale.options().dtype(at::kInt));
