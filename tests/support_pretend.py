@@ -57,15 +57,17 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.copy_ and isinstance(args[0], Pretended):
-            with torch._C.DisableTorchFunctionSubclass():
-                values(args[0].detach()).copy_(values(args[1].detach()))
+        if not (args and isinstance(args[0], Pretended)):
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.copy_:
+            values(args[0].detach()).copy_(values(args[1].detach()))
             return args[0]
-        if func is Tensor.__getitem__ and isinstance(args[0], Pretended):
-            return Pretended(values(args[0].detach())[args[1]])
-        if func is Tensor.__deepcopy__ and isinstance(args[0], Pretended):
+        if func is Tensor.__deepcopy__:
             tensor, memo = args
             return memo.setdefault(id(tensor), Pretended(values(tensor.detach()).clone()))
+        if func in (Tensor.__getitem__, Tensor.nonzero, Tensor.tolist):
+            result = func(values(args[0].detach()), *args[1:])
+            return Pretended(result) if isinstance(result, Tensor) else result
         return func(*args, **(kwargs or {}))
 
 

@@ -213,6 +213,8 @@ class QuantizedLinear(nn.Module):
         # Past nn.Module.__getattr__ and torch.ops: 4 us less a call.
         kernels = type(input) is Tensor and (input.is_cpu or input.is_cuda)
         if kernels and not _is_dynamo_compiling():
+            if not input.is_cpu:  # the GPU's layout knows in_features to a multiple of 64 only
+                self._check_input(input)
             if self._group is not None:
                 shared = self._group.output(self._group_index, input)
                 if shared is not None:

@@ -188,6 +188,7 @@ class ProjectionGroup:
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(self._device_type)
             or _peek_functorch() is not None
+            or (self._device_type != "cpu" and input.shape[-1:] != self._rows)
             or not self._intact()
         ):
             return None
@@ -233,6 +234,7 @@ class ProjectionGroup:
         self._symmetric = members[0].config.activation_symmetric
         self._activations = [member.activation for member in members]
         self._device_type = members[0].packed.device.type
+        self._rows = (members[0].in_features,)  # what the GPU's layout cannot tell the operator
         self.packed = torch.cat([member.packed for member in members])
         self.weight_scale = torch.cat([member.weight_scale for member in members])
         zero_points = [m.weight_zero_point for m in members if m.weight_zero_point is not None]
