@@ -51,6 +51,9 @@ class Pretended(Tensor):
         return _run(func, args, kwargs or {})
 
 
+_READING = (Tensor.__getitem__, Tensor.__int__, Tensor.item, Tensor.nonzero, Tensor.tolist)
+
+
 class _Functions(TorchFunctionMode):
     """What asks the CUDA runtime before it comes to the dispatcher."""
 
@@ -65,7 +68,7 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.__deepcopy__:
             tensor, memo = args
             return memo.setdefault(id(tensor), Pretended(values(tensor.detach()).clone()))
-        if func in (Tensor.__getitem__, Tensor.nonzero, Tensor.tolist):
+        if func in _READING:
             result = func(values(args[0].detach()), *args[1:])
             return Pretended(result) if isinstance(result, Tensor) else result
         return func(*args, **(kwargs or {}))
