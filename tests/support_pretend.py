@@ -60,8 +60,11 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            return Pretended(torch.tensor(*args, **{**kwargs, "device": "cpu"}))
         if not (args and isinstance(args[0], Pretended)):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if func is Tensor.copy_:
             values(args[0].detach()).copy_(values(args[1].detach()))
             return args[0]
@@ -71,7 +74,7 @@ class _Functions(TorchFunctionMode):
         if func in _READING:
             result = func(values(args[0].detach()), *args[1:])
             return Pretended(result) if isinstance(result, Tensor) else result
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _Mode(TorchDispatchMode):
