@@ -72,7 +72,7 @@ class _Functions(TorchFunctionMode):
             tensor, memo = args
             return memo.setdefault(id(tensor), Pretended(values(tensor.detach()).clone()))
         if func in _READING:
-            result = func(values(args[0].detach()), *args[1:])
+            result = func(*tree_map_only(Pretended, lambda x: values(x.detach()), args))
             return Pretended(result) if isinstance(result, Tensor) else result
         return func(*args, **kwargs)
 
