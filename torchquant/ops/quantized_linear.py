@@ -77,7 +77,7 @@ def quantized_linear(
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
 
     Returns:
-        ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every CPU.
+        ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every device.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.
