@@ -261,6 +261,27 @@ inline void check_linear_output(const char* op, at::ScalarType dtype, const std:
                     dtype_name(dtype), ", got ", qmin, ", ", zero_point, ", ", qmax);
 }
 
+// rms_norm's and layer_norm's arguments.
+inline void check_norm(const char* op, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                       const std::optional<at::Tensor>& bias, double eps, const std::optional<at::Tensor>& residual) {
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  TORCH_CHECK_VALUE(eps >= 0.0 && eps <= 0x1.fffffep127, op, ": eps must be finite and not negative, got ", eps);
+  const auto channels = [&](const char* name, const std::optional<at::Tensor>& t) {
+    if (!t || !t->defined()) return false;
+    check_float(op, name, *t);
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == input.size(-1), op, ": ", name, " must be [", input.size(-1),
+                      "], one value per element of input's last dimension, got ", describe(*t));
+    return true;
+  };
+  const bool has_weight = channels("weight", weight), has_bias = channels("bias", bias);
+  TORCH_CHECK_VALUE(has_weight || !has_bias, op, ": bias must come with a weight, got bias alone");
+  if (!residual || !residual->defined()) return;
+  check_dtype(op, "residual", *residual, input.scalar_type());
+  TORCH_CHECK_VALUE(residual->sizes() == input.sizes(), op, ": residual must have input's shape ", input.sizes(),
+                    ", got ", describe(*residual));
+}
+
 inline Activation activation_from(const char* op, std::string_view name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;

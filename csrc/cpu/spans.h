@@ -18,6 +18,11 @@ namespace torchquant {
 inline constexpr int64_t kGrain = 16384;                    // elements a thread should have at least
 inline constexpr int64_t kMaxZeroPoint = int64_t{1} << 22;  // so far fp32 holds differences of integers exactly
 
+inline void check_fake_range(const char* op, int64_t qmin, int64_t qmax) {
+  TORCH_CHECK_VALUE(-kMaxZeroPoint <= qmin && qmin < qmax && qmax <= kMaxZeroPoint, op,
+                    ": qmin must be less than qmax, both within [-2^22, 2^22], got qmin = ", qmin, ", qmax = ", qmax);
+}
+
 struct Spans {
   bool by_element = false;
   int64_t count = 1, length = 1;               // spans and elements in each (the last of a row may be shorter)
