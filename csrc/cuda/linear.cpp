@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -64,12 +65,16 @@ Rows float_rows(const at::Tensor& x, const RowParams& p, int64_t qmin, int64_t q
   return rows;
 }
 
+bool is_aligned(const at::Tensor& t) {  // an allocation is; memory from elsewhere need not be
+  if (t.storage_offset() * t.element_size() % kRowAlignment != 0) return false;
+  return !t.is_cuda() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kRowAlignment == 0;
+}
+
 Rows byte_rows(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero) {
   Rows rows{x.size(0), x.size(1), {}, scale, zero};
   const bool is_signed = x.scalar_type() == at::kChar;
   const bool as_it_is = is_signed && rows.m >= kFewestRows && rows.k % kAlignK == 0 && x.stride(1) == 1 &&
-                        x.stride(0) >= rows.k && x.stride(0) % kRowAlignment == 0 &&
-                        x.storage_offset() % kRowAlignment == 0;
+                        x.stride(0) >= rows.k && x.stride(0) % kRowAlignment == 0 && is_aligned(x);
   rows.q = as_it_is ? x : padded_rows(x, rows.m, rows.k);
   at::Tensor to = filled(rows.q, rows.m, rows.k);
   if (is_signed) {
