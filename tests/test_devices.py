@@ -313,7 +313,7 @@ def test_autocast_for_gpus_between_layers_is_a_change_of_mode() -> None:
 def test_a_fused_activation_is_tried_on_the_layers_device(
     kind: type[nn.Module], fits: bool
 ) -> None:
-    layer = layer_of()
+    layer = layer_of(bias=False)  # gradients are on there, and a pretended GPU has none
     with pretended_cuda() as cuda:
         pair = fuse_activations._Pair(layer.to(cuda), torch.float32)
         assert fuse_activations._agree(pair, kind(), "gelu") is fits
