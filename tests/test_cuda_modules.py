@@ -71,7 +71,7 @@ LAYERS: dict[str, Callable[[], QuantizedLinear]] = {
 
 
 class Block(nn.Module):
-    """Norm, query, key and value, a gated layer: what models are made of, without torch's products."""
+    """What models are made of: a norm, layers on one tensor, a residual; no product of torch's."""
 
     def __init__(self, size: int = 64) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def test_a_model_is_quantized_where_it_is() -> None:
     there = copy.deepcopy(here).to(CUDA)
     reports = []
     for model in (here, there):
-        assert "2 of 2" not in str(replace_norms_(model))
+        assert len(replace_norms_(model).replaced) == 1
         reports.append(quantize_(model))
     assert devices_of(there) == {CUDA}
     assert str(reports[0].fusions) == str(reports[1].fusions)
@@ -315,13 +315,15 @@ def test_projections(shared: list[int]) -> None:
     model, x = quantized_block(), floats(5, 64)
     with torch.inference_mode():
         expected = model(x)
-        for move in ("cuda", "cpu", CUDA):
-            model.to(move)
-            assert model.q._group is not None
-            assert model.q._group.active
+    for move in ("cuda", "cpu", CUDA):
+        model.to(move)
+        assert model.q._group is not None
+        assert model.q._group.active
+        with torch.inference_mode():
             assert_same_bits(model(x.to(move)).cpu(), expected)
-        assert shared == [3, 3, 3, 3]
-        copied = copy.deepcopy(model)
+    assert shared == [3, 3, 3, 3]
+    copied = copy.deepcopy(model)
+    with torch.inference_mode():
         assert_same_bits(copied(x.to(CUDA)).cpu(), expected)
         assert len(shared) == 5
         with torch.autocast("cuda", torch.bfloat16):
@@ -356,7 +358,7 @@ def test_projections_on_a_stream_of_their_own(shared: list[int]) -> None:
     assert shared == [3]
 
 
-def test_a_cuda_graph(no_waiting: Any) -> None:
+def test_a_cuda_graph() -> None:
     model, x = quantized_block().to(CUDA), floats(6, 64).to(CUDA)
     rows, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
     with torch.inference_mode():
@@ -373,9 +375,10 @@ def test_a_forward_does_not_wait(no_waiting: Any) -> None:
     models = [quantized_block().to(CUDA), static_layer().to(CUDA)]
     for model, k in zip(models, (64, 100), strict=True):
         x = floats(5, k).to(CUDA)
-        model(x)
-        with no_waiting, torch.inference_mode():
+        with torch.inference_mode():
             model(x)
+            with no_waiting:
+                model(x)
 
 
 # ---------------------------------------------------------------- training
@@ -429,7 +432,7 @@ def test_a_step_of_training_in_both_places(config: QATConfig) -> None:
         if seed == 0:  # the first step is a mean, whose last bits may differ
             with torch.no_grad():
                 for a, b in zip(here.parameters(), there.parameters(), strict=True):
-                    torch.testing.assert_close(b.cpu(), a, rtol=1e-6, atol=0)
+                    torch.testing.assert_close(b.cpu(), a, rtol=1e-6, atol=1e-7)
                     b.copy_(a)
             continue
         assert_same_bits(z.detach().cpu(), y.detach())
