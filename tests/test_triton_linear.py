@@ -283,10 +283,11 @@ def test_linear_dynamic_split(scale_and_zero: bool) -> None:
 # ---------------------------------------------------------------- configurations
 
 SMALL = {
-    "pointer": gemm.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2),
+    "pointer": gemm.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2, subtiles=2),
     "split": gemm.Config("pointer", 32, 16, 64, warps=4, stages=2, split=3),
     "tma": gemm.Config("tma", 32, 32, 64, warps=4, stages=2, group=2),
     "tma_in_two_parts": gemm.Config("tma", 32, 64, 32, warps=4, stages=2, subtiles=2),
+    "tma_in_four_parts": gemm.Config("tma", 16, 64, 32, warps=4, stages=2, subtiles=4),
 }
 
 
