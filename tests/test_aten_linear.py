@@ -385,12 +385,11 @@ def test_deep(m, n, k):
 @pytest.mark.parametrize(
     ("m", "n", "bias"),
     [
-        (2050, 4100, "float"),  # two blocks of the epilogue, of columns
-        (4500, 1900, "none"),  # of rows
-        (9, 950_000, "float"),  # a row at a time would be less than a block
-        (2050, 8200, "int32"),  # two products summed in int64
-        (4100, 16_400, "none"),  # and in int32
-        (65, 1_100_000, "none"),  # the last one of a row
+        (2050, 4100, "float"),  # the epilogue in parts of columns
+        (4500, 1900, "none"),  # and of rows
+        (9, 950_000, "float"),  # few and long rows
+        (2050, 8200, "int32"),  # two products in int64
+        (65, 700_000, "none"),  # and in int32, the last of one row
     ],
 )
 def test_more_outputs_than_a_block(m, n, bias):
