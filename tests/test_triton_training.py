@@ -89,7 +89,7 @@ def layouts_of_scales(shape):
 
 def scales_of(x, layout, seed=0):
     """Ordinary steps and, now and then, the least and a huge one."""
-    _, shape = tiles.spans_of(x, layout.get("axis"), layout.get("group_size"))
+    _, shape = tiles.spans_of(x.shape, layout.get("axis"), layout.get("group_size"))
     s = torch.rand(shape, generator=generator(seed)) * 0.3 + 1e-3
     pick = torch.randint(0, 40, shape, generator=generator(seed + 1))
     s[pick == 0] = 2.0**-126

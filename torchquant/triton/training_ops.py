@@ -314,7 +314,7 @@ def mm_fake_quantized(
 
 
 def minmax(input: Tensor, axis: int | None = None, group_size: int | None = None) -> Any:
-    found = spans_of(input, axis, group_size)
+    found = spans_of(input.shape, axis, group_size)
     if found is None or input.dtype not in FLOATS:
         return NotImplemented
     spans, shape = found
@@ -555,7 +555,7 @@ def row_stride(input: Tensor) -> int | None:
 
 def _scaled(input: Tensor, scale: Tensor, axis: int | None, group_size: int | None) -> Spans | None:
     """Input's spans, if scale fits them."""
-    found = spans_of(input, axis, group_size)
+    found = spans_of(input.shape, axis, group_size)
     if found is None or scale.dtype != torch.float32 or scale.device != input.device:
         return None
     spans, shape = found
