@@ -532,7 +532,7 @@ class Device:
         return Device((found.major, found.minor), found.multi_processor_count, shared)
 
 
-# Tiles of the persistent kernel. Sums take 128 registers a thread at most; the epilogue of a quarter
+# Tiles of the persistent kernel. Sums take 128 registers a thread at most; an epilogue of a quarter
 # tile fits beside them. Triton waits for an integer product before the next step, so either a step
 # is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one multiplies while the
 # other waits.
