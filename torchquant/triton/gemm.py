@@ -22,7 +22,7 @@ way, which is fine while the final value fits.
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -72,7 +72,7 @@ def _finish(
     is_row = row < m
     is_column = column < n
     if zx_ptr is not None or UNSIGNED:
-        shifted = tl.zeros_like(row)
+        shifted = row * 0
         if zx_ptr is not None:
             shifted += tl.load(zx_ptr + row * ZX, mask=is_row, other=0)
         if UNSIGNED:
@@ -109,6 +109,27 @@ def _finish(
             hi = (qmax - zo).to(tl.float32)
             result = quantize(y, inverse, lo, hi, zo)
     return result
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(acc, SUBTILES: tl.constexpr):
+    """1, 2 or 4 parts of the columns: an epilogue on all of them at once runs out of registers."""
+    if SUBTILES == 1:
+        parts = (acc,)
+    elif SUBTILES == 2:
+        parts = _halves(acc)
+    else:
+        tl.static_assert(SUBTILES == 4)
+        left, right = _halves(acc)
+        parts = _halves(left) + _halves(right)
+    return parts
 
 
 @triton.jit
@@ -152,6 +173,7 @@ def _pointer_kernel(
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    SUBTILES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -187,38 +209,42 @@ def _pointer_kernel(
             x = x ^ -128  # uint8 seen as int8: x - 128
         acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
 
-    out_at = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    is_output = is_row & (column < n)[None, :]
+    out_rows = out_ptr + row.to(tl.int64)[:, None] * out_stride
     if SPLIT > 1:
-        plane = m.to(tl.int64) * out_stride
-        tl.store(out_at + tl.program_id(1) * plane, acc, mask=is_output)
-    else:
-        result = _finish(
-            acc,
-            row,
-            column,
-            m,
-            n,
-            k,
-            sx_ptr,
-            zx_ptr,
-            row_sums_ptr,
-            sw_ptr,
-            zw_ptr,
-            sums_ptr,
-            bias_ptr,
-            so_ptr,
-            zo,
-            qmin,
-            qmax,
-            SX,
-            ZX,
-            SW,
-            ZW,
-            UNSIGNED,
-            ACTIVATION,
-        )
-        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=is_output)
+        out_rows += tl.program_id(1) * m.to(tl.int64) * out_stride
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    parts = _parts(acc, SUBTILES)
+    for part in tl.static_range(SUBTILES):
+        column = tile_n * BLOCK_N + part * PART + tl.arange(0, PART)
+        is_output = is_row & (column < n)[None, :]
+        result = parts[part]
+        if SPLIT == 1:
+            result = _finish(
+                result,
+                row,
+                column,
+                m,
+                n,
+                k,
+                sx_ptr,
+                zx_ptr,
+                row_sums_ptr,
+                sw_ptr,
+                zw_ptr,
+                sums_ptr,
+                bias_ptr,
+                so_ptr,
+                zo,
+                qmin,
+                qmax,
+                SX,
+                ZX,
+                SW,
+                ZW,
+                UNSIGNED,
+                ACTIVATION,
+            )
+        tl.store(out_rows + column[None, :], result.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
 @triton.jit(do_not_specialize=["m", "zo", "qmin", "qmax"])
@@ -318,7 +344,6 @@ def _tma_kernel(
     OUT_DESC: tl.constexpr,
     SUBTILES: tl.constexpr,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -328,7 +353,8 @@ def _tma_kernel(
     tiles_n = tl.cdiv(n, BLOCK_N)
     steps = tl.cdiv(columns, BLOCK_K)
     PART: tl.constexpr = BLOCK_N // SUBTILES
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+    programs = tl.num_programs(0)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
         tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP)
         first_row = tile_m * BLOCK_M
         first_column = tile_n * BLOCK_N
@@ -341,11 +367,7 @@ def _tma_kernel(
             acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
 
         row = first_row + tl.arange(0, BLOCK_M)
-        if SUBTILES == 2:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1))
-            parts = tl.split(halves)
-        else:
-            parts = (acc,)
+        parts = _parts(acc, SUBTILES)
         for part in tl.static_range(SUBTILES):
             column = first_column + part * PART + tl.arange(0, PART)
             result = _finish(
@@ -510,28 +532,36 @@ class Device:
         return Device((found.major, found.minor), found.multi_processor_count, shared)
 
 
-# Tiles of the persistent kernel: warps stand along M, so that two warpgroups with 256 columns each
-# issue the widest product there is (m64n256k32), and the sums take 128 registers a thread.
+# Tiles of the persistent kernel. Sums take 128 registers a thread at most; an epilogue of a quarter
+# tile fits beside them. Triton waits for an integer product before the next step, so either a step
+# is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one multiplies while the
+# other waits.
 _TMA = (
-    Config("tma", 128, 256, 128, warps=8, stages=3),
-    Config("tma", 128, 256, 128, warps=8, stages=4, subtiles=2),
-    Config("tma", 256, 128, 128, warps=8, stages=4, subtiles=2),
-    Config("tma", 128, 128, 128, warps=4, stages=3),
-    Config("tma", 128, 128, 128, warps=8, stages=4),
-    Config("tma", 64, 256, 128, warps=4, stages=4),
-    Config("tma", 64, 128, 128, warps=4, stages=4),
+    Config("tma", 128, 256, 128, warps=8, stages=4, subtiles=4),
+    Config("tma", 128, 128, 128, warps=4, stages=3, subtiles=4),
+    Config("tma", 128, 256, 256, warps=8, stages=2, subtiles=4),
+    Config("tma", 256, 128, 128, warps=8, stages=4, subtiles=4),
+    Config("tma", 128, 128, 128, warps=8, stages=4, subtiles=2),
+    Config("tma", 128, 64, 128, warps=4, stages=4, subtiles=2),
+    Config("tma", 64, 128, 128, warps=4, stages=4, subtiles=2),
 )
 _POINTER = (
-    Config("pointer", 128, 256, 64, warps=8, stages=3),
-    Config("pointer", 128, 128, 128, warps=8, stages=3),
-    Config("pointer", 128, 128, 64, warps=4, stages=3),
-    Config("pointer", 64, 128, 128, warps=4, stages=3),
+    Config("pointer", 128, 256, 64, warps=8, stages=3, subtiles=4),
+    Config("pointer", 128, 128, 128, warps=8, stages=3, subtiles=2),
+    Config("pointer", 128, 128, 64, warps=4, stages=3, subtiles=4),
+    Config("pointer", 64, 128, 128, warps=4, stages=3, subtiles=2),
     Config("pointer", 64, 64, 128, warps=4, stages=3),
     Config("pointer", 32, 64, 128, warps=4, stages=4),
 )
 # Columns, K, warps, stages where rows are few: what streams is the weight, 16 bytes a thread, and
-# stages times block_n times block_k bytes of it are under way at any time, for each program.
-_FEW_ROWS = ((32, 256, 4, 4), (64, 256, 4, 4), (16, 512, 4, 4), (32, 512, 4, 4), (128, 128, 4, 4))
+# (stages - 1) * block_n * block_k bytes of it are under way at any time, for each program.
+_FEW_ROWS = ((16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 4, 4), (64, 256, 4, 4), (128, 128, 4, 4))
+# What may share out K between 65 and _SPLIT_ROWS rows.
+_SOME_ROWS = (
+    Config("pointer", 128, 128, 128, warps=8, stages=3, subtiles=2),
+    Config("pointer", 128, 64, 128, warps=4, stages=4, subtiles=2),
+)
+_SPLIT_ROWS = 512
 _MOST_SPLIT = 16
 
 
@@ -539,41 +569,50 @@ def shared_bytes(config: Config, out_bytes: int = 4) -> int:
     """Shared memory that a configuration takes, about: the buffers, and the output on its way."""
     buffers = config.stages * (config.block_m + config.block_n) * config.block_k
     if config.kind == "tma":
-        buffers += config.block_m * config.block_n // config.subtiles * out_bytes + 1024
+        buffers += config.block_m * config.block_n // config.subtiles * out_bytes + 256
     return buffers
 
 
-def _few_rows(problem: Problem, device: Device) -> list[Config]:
-    block_m = max(16, next_power_of_2(problem.m))
+def _resident(config: Config, problem: Problem, device: Device) -> int:
+    """Programs that share a multiprocessor."""
+    shared = shared_bytes(config, problem.out.element_size()) + 1024
+    return 2 if config.warps == 4 and 2 * shared <= device.shared + 1024 else 1
+
+
+def _splits(config: Config, problem: Problem, device: Device) -> list[Config]:
+    """The configuration with K in one part, and in so many that all multiprocessors have work."""
+    tiles = _tiles(config, problem)
+    steps = triton.cdiv(problem.columns, config.block_k)
+    fill = triton.cdiv(device.sms, tiles)
     configs = []
-    for block_n, block_k, warps, stages in _FEW_ROWS:
-        tiles = triton.cdiv(problem.n, block_n)
-        steps = triton.cdiv(problem.columns, block_k)
-        fill = triton.cdiv(device.sms, tiles)
-        for split in {1, fill, 2 * fill} if tiles < 2 * device.sms else {1}:
-            # No share may be without a step.
-            share = triton.cdiv(steps, min(split, _MOST_SPLIT))
-            split = triton.cdiv(steps, share)
-            configs.append(
-                Config("pointer", block_m, block_n, block_k, warps, stages, split=split, group=1)
-            )
+    for split in (1, fill, 2 * fill) if tiles < 2 * device.sms else (1,):
+        share = triton.cdiv(steps, min(split, _MOST_SPLIT))
+        # No part may be without a step.
+        configs.append(replace(config, split=triton.cdiv(steps, share)))
     return configs
 
 
+def _tiles(config: Config, problem: Problem) -> int:
+    rows: int = triton.cdiv(problem.m, config.block_m)
+    columns: int = triton.cdiv(problem.n, config.block_n)
+    return rows * columns
+
+
 def _cost(config: Config, problem: Problem, device: Device) -> float:
-    """About proportional to the time, to put candidates in order."""
-    tiles: int = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
-    if problem.m <= 64:
-        programs = tiles * config.split
-        waves = max(1.0, programs / device.sms)
-        share: int = triton.cdiv(problem.columns, config.split) * config.block_n
-        start = 32768 + 8192 * (config.split > 1)  # what a launch costs, in bytes of weight
-        return share * waves + start * (1 + (config.split > 1))
-    resident = 2 if config.warps == 4 else 1
-    rounds: int = triton.cdiv(tiles, device.sms * resident)
-    rate = {128 * 256: 1.0, 128 * 128: 0.85, 64 * 256: 0.8, 64 * 128: 0.7}
-    area = config.block_m * config.block_n
-    return rounds * resident * area / (rate.get(area, 0.5) * (1.0 if config.kind == "tma" else 0.7))
+    """Estimated cycles of a multiprocessor, to put candidates in order; rates of an H200."""
+    c, programs = config, _tiles(config, problem) * config.split
+    area, k = c.block_m * c.block_n, problem.columns / c.split
+    rounds: int = triton.cdiv(programs, device.sms)
+    rate = {128 * 256: 1.0, 128 * 128: 0.85, 128 * 64: 0.7}.get(area, 0.5)
+    rate *= 1.0 if c.kind == "tma" else 0.7
+    products = area * k / (2600 * rate)
+    shared = (c.block_n + min(problem.m, c.block_m)) * k / 40  # out of the L2 cache
+    memory = 0.0
+    if problem.m <= c.block_m:  # every weight is read once, out of memory
+        resident = max(1, min(rounds, device.shared // (shared_bytes(c) + 1024)))
+        under_way = resident * (c.stages - 1) * c.block_n * c.block_k
+        memory = c.block_n * k / (21 * min(1.0, under_way / 40960))
+    return rounds * (max(products, shared, memory) + 1000) + (4000 if c.split > 1 else 0)
 
 
 def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
@@ -581,11 +620,17 @@ def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
     device = device or Device.of(problem.x.device)
     found: list[Config] = []
     if problem.m <= 64:
-        found += _few_rows(problem, device)
+        block_m = max(16, next_power_of_2(problem.m))
+        for block_n, block_k, warps, stages in _FEW_ROWS:
+            config = Config("pointer", block_m, block_n, block_k, warps, stages, group=1)
+            found += _splits(config, problem, device)
     else:
         if device.capability[0] >= 9 and problem.loads_by_tma:
             found += _TMA
         found += _POINTER
+        if problem.m <= _SPLIT_ROWS:
+            for config in _SOME_ROWS:
+                found += _splits(config, problem, device)
     found = [c for c in found if shared_bytes(c, problem.out.element_size()) <= device.shared]
     found = found or [Config("pointer", 32, 32, 64, warps=4, stages=2)]
     return sorted(dict.fromkeys(found), key=lambda config: _cost(config, problem, device))
@@ -596,11 +641,14 @@ def default_config(problem: Problem) -> Config:
     return candidates(problem)[0]
 
 
-_choose: Callable[[Problem], Config] = default_config
+_choose: Callable[[Problem], Config | None] = default_config
 
 
-def set_chooser(choose: Callable[[Problem], Config] | None) -> None:
-    """Who says which configuration runs a problem; None: :func:`default_config`."""
+def set_chooser(choose: Callable[[Problem], Config | None] | None) -> None:
+    """Who says which configuration runs a problem, or None for the ATen fallback.
+
+    None in its place: :func:`default_config`.
+    """
     global _choose
     _choose = default_config if choose is None else choose
 
@@ -610,7 +658,10 @@ def set_chooser(choose: Callable[[Problem], Config] | None) -> None:
 
 def matmul(problem: Problem) -> Tensor:
     """Runs the problem as the chooser says; returns its ``out``."""
-    run(problem, _choose(problem))
+    config = _choose(problem)
+    if config is None:
+        return problem.out.copy_(reference(problem))
+    run(problem, config)
     return problem.out
 
 
@@ -635,15 +686,17 @@ def run(problem: Problem, config: Config) -> None:
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BLOCK_K": c.block_k,
+        "SUBTILES": c.subtiles,
         "num_warps": c.warps,
         "num_stages": c.stages,
     }
-    tiles = triton.cdiv(p.m, c.block_m) * triton.cdiv(p.n, c.block_n)
+    tiles = _tiles(c, p)
     shape = (p.m, p.n, p.columns)
     if c.kind == "tma":
         part = [c.block_m, c.block_n // c.subtiles]
         by_tma = p.stores_by_tma
-        programs = min(tiles, Device.of(device).sms * (2 if c.warps == 4 else 1))
+        found = Device.of(device)
+        programs = min(tiles, found.sms * _resident(c, p, found))
         launch(
             _tma_kernel,
             (programs,),
@@ -655,8 +708,6 @@ def run(problem: Problem, config: Config) -> None:
             *shape,
             *epilogue,
             OUT_DESC=by_tma,
-            SUBTILES=c.subtiles,
-            PROGRAMS=programs,
             **flags,
             **blocks,
         )
