@@ -112,7 +112,7 @@ def compile_all(capability: int) -> list[dict]:
         options = {"num_warps": config.warps, "num_stages": config.stages}
         name = f"{what} {out} {epilogue} {dataclasses.asdict(config)}"
         if config.kind == "tma":
-            constants |= {"OUT_DESC": True, "PROGRAMS": 132}
+            constants |= {"OUT_DESC": True}
             part = config.block_n // config.subtiles
             blocks = {
                 "x_desc": f"tensordesc<i8[{config.block_m},{config.block_k}]>",

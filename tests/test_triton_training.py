@@ -89,7 +89,7 @@ def layouts_of_scales(shape):
 
 def scales_of(x, layout, seed=0):
     """Ordinary steps and, now and then, the least and a huge one."""
-    _, shape = tiles.spans_of(x, layout.get("axis"), layout.get("group_size"))
+    _, shape = tiles.spans_of(x.shape, layout.get("axis"), layout.get("group_size"))
     s = torch.rand(shape, generator=generator(seed)) * 0.3 + 1e-3
     pick = torch.randint(0, 40, shape, generator=generator(seed + 1))
     s[pick == 0] = 2.0**-126
@@ -172,6 +172,30 @@ def test_every_kind_of_tile(shape, layout, dtype):
     grad = torch.randn(shape, generator=generator(1)).to(dtype)
     x = x.nan_to_num(0.3, 9.0, -9.0)
     check_learned_gradients(grad, x, s, z, -8, 7, **layout)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((60_001,), {}),
+        ((6, 9000), {"axis": 0}),
+        ((3, 30, 768), {"axis": 1}),
+        ((90, 776), {"axis": 1}),
+        ((90, 768), {"group_size": 64}),
+        ((90, 776), {"group_size": 32}),
+        ((90, 777), {"group_size": 777}),
+    ],
+    ids=str,
+)
+def test_tiles_of_their_true_size(monkeypatch, shape, layout):
+    monkeypatch.setattr(tiles, "TILE", 4096)
+    x, grad = awkward(*shape, share=0.5), torch.randn(shape, generator=generator(1))
+    s = scales_of(x, layout).nan_to_num(0.1).clamp(0.01, 0.4)
+    z = zero_points("integer", s.shape, 0, 15)
+    check("fake_quantize_mask", x, s, z, 0, 15, **layout)
+    check("quantize", x, s, z, 0, 15, **layout)
+    check("minmax", x, **layout)
+    check_learned_gradients(grad, x.nan_to_num(0.3, 9.0, -9.0), s, z, 0, 15, **layout)
 
 
 @settings(deadline=None, max_examples=40)

@@ -22,7 +22,7 @@ way, which is fine while the final value fits.
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -72,7 +72,7 @@ def _finish(
     is_row = row < m
     is_column = column < n
     if zx_ptr is not None or UNSIGNED:
-        shifted = tl.zeros_like(row)
+        shifted = row * 0
         if zx_ptr is not None:
             shifted += tl.load(zx_ptr + row * ZX, mask=is_row, other=0)
         if UNSIGNED:
@@ -344,7 +344,6 @@ def _tma_kernel(
     OUT_DESC: tl.constexpr,
     SUBTILES: tl.constexpr,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -354,7 +353,8 @@ def _tma_kernel(
     tiles_n = tl.cdiv(n, BLOCK_N)
     steps = tl.cdiv(columns, BLOCK_K)
     PART: tl.constexpr = BLOCK_N // SUBTILES
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+    programs = tl.num_programs(0)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
         tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP)
         first_row = tile_m * BLOCK_M
         first_column = tile_n * BLOCK_N
@@ -532,7 +532,7 @@ class Device:
         return Device((found.major, found.minor), found.multi_processor_count, shared)
 
 
-# Tiles of the persistent kernel. Sums take 128 registers a thread at most; the epilogue of a quarter
+# Tiles of the persistent kernel. Sums take 128 registers a thread at most; an epilogue of a quarter
 # tile fits beside them. Triton waits for an integer product before the next step, so either a step
 # is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one multiplies while the
 # other waits.
@@ -554,8 +554,14 @@ _POINTER = (
     Config("pointer", 32, 64, 128, warps=4, stages=4),
 )
 # Columns, K, warps, stages where rows are few: what streams is the weight, 16 bytes a thread, and
-# stages times block_n times block_k bytes of it are under way at any time, for each program.
-_FEW_ROWS = ((32, 256, 4, 4), (64, 256, 4, 4), (16, 512, 4, 4), (32, 512, 4, 4), (128, 128, 4, 4))
+# (stages - 1) * block_n * block_k bytes of it are under way at any time, for each program.
+_FEW_ROWS = ((16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 4, 4), (64, 256, 4, 4), (128, 128, 4, 4))
+# What may share out K between 65 and _SPLIT_ROWS rows.
+_SOME_ROWS = (
+    Config("pointer", 128, 128, 128, warps=8, stages=3, subtiles=2),
+    Config("pointer", 128, 64, 128, warps=4, stages=4, subtiles=2),
+)
+_SPLIT_ROWS = 512
 _MOST_SPLIT = 16
 
 
@@ -573,39 +579,40 @@ def _resident(config: Config, problem: Problem, device: Device) -> int:
     return 2 if config.warps == 4 and 2 * shared <= device.shared + 1024 else 1
 
 
-def _few_rows(problem: Problem, device: Device) -> list[Config]:
-    block_m = max(16, next_power_of_2(problem.m))
+def _splits(config: Config, problem: Problem, device: Device) -> list[Config]:
+    """The configuration with K in one part, and in so many that all multiprocessors have work."""
+    tiles = _tiles(config, problem)
+    steps = triton.cdiv(problem.columns, config.block_k)
+    fill = triton.cdiv(device.sms, tiles)
     configs = []
-    for block_n, block_k, warps, stages in _FEW_ROWS:
-        tiles = triton.cdiv(problem.n, block_n)
-        steps = triton.cdiv(problem.columns, block_k)
-        fill = triton.cdiv(device.sms, tiles)
-        for split in {1, fill, 2 * fill} if tiles < 2 * device.sms else {1}:
-            # No share may be without a step.
-            share = triton.cdiv(steps, min(split, _MOST_SPLIT))
-            split = triton.cdiv(steps, share)
-            configs.append(
-                Config("pointer", block_m, block_n, block_k, warps, stages, split=split, group=1)
-            )
+    for split in (1, fill, 2 * fill) if tiles < 2 * device.sms else (1,):
+        share = triton.cdiv(steps, min(split, _MOST_SPLIT))
+        # No part may be without a step.
+        configs.append(replace(config, split=triton.cdiv(steps, share)))
     return configs
 
 
+def _tiles(config: Config, problem: Problem) -> int:
+    rows: int = triton.cdiv(problem.m, config.block_m)
+    columns: int = triton.cdiv(problem.n, config.block_n)
+    return rows * columns
+
+
 def _cost(config: Config, problem: Problem, device: Device) -> float:
-    """About proportional to the time, to put candidates in order."""
-    tiles: int = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
-    if problem.m <= 64:
-        programs = tiles * config.split
-        waves = max(1.0, programs / device.sms)
-        share: int = triton.cdiv(problem.columns, config.split) * config.block_n
-        start = 32768 + 8192 * (config.split > 1)  # what a launch costs, in bytes of weight
-        return share * waves + start * (1 + (config.split > 1))
-    resident = _resident(config, problem, device)
-    rounds: int = triton.cdiv(tiles, device.sms * resident)
-    area = config.block_m * config.block_n
-    rate = {128 * 256: 1.0, 128 * 128: 0.9, 128 * 64: 0.7}.get(area, 0.5)
-    rate *= 1.0 if config.kind == "tma" else 0.7
-    rate *= 0.8 if config.warps == 8 and area == 128 * 128 else 1.0
-    return rounds * resident * area / rate
+    """Estimated cycles of a multiprocessor, to put candidates in order; rates of an H200."""
+    c, programs = config, _tiles(config, problem) * config.split
+    area, k = c.block_m * c.block_n, problem.columns / c.split
+    rounds: int = triton.cdiv(programs, device.sms)
+    rate = {128 * 256: 1.0, 128 * 128: 0.85, 128 * 64: 0.7}.get(area, 0.5)
+    rate *= 1.0 if c.kind == "tma" else 0.7
+    products = area * k / (2600 * rate)
+    shared = (c.block_n + min(problem.m, c.block_m)) * k / 40  # out of the L2 cache
+    memory = 0.0
+    if problem.m <= c.block_m:  # every weight is read once, out of memory
+        resident = max(1, min(rounds, device.shared // (shared_bytes(c) + 1024)))
+        under_way = resident * (c.stages - 1) * c.block_n * c.block_k
+        memory = c.block_n * k / (21 * min(1.0, under_way / 40960))
+    return rounds * (max(products, shared, memory) + 1000) + (4000 if c.split > 1 else 0)
 
 
 def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
@@ -613,11 +620,17 @@ def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
     device = device or Device.of(problem.x.device)
     found: list[Config] = []
     if problem.m <= 64:
-        found += _few_rows(problem, device)
+        block_m = max(16, next_power_of_2(problem.m))
+        for block_n, block_k, warps, stages in _FEW_ROWS:
+            config = Config("pointer", block_m, block_n, block_k, warps, stages, group=1)
+            found += _splits(config, problem, device)
     else:
         if device.capability[0] >= 9 and problem.loads_by_tma:
             found += _TMA
         found += _POINTER
+        if problem.m <= _SPLIT_ROWS:
+            for config in _SOME_ROWS:
+                found += _splits(config, problem, device)
     found = [c for c in found if shared_bytes(c, problem.out.element_size()) <= device.shared]
     found = found or [Config("pointer", 32, 32, 64, warps=4, stages=2)]
     return sorted(dict.fromkeys(found), key=lambda config: _cost(config, problem, device))
@@ -628,11 +641,14 @@ def default_config(problem: Problem) -> Config:
     return candidates(problem)[0]
 
 
-_choose: Callable[[Problem], Config] = default_config
+_choose: Callable[[Problem], Config | None] = default_config
 
 
-def set_chooser(choose: Callable[[Problem], Config] | None) -> None:
-    """Who says which configuration runs a problem; None: :func:`default_config`."""
+def set_chooser(choose: Callable[[Problem], Config | None] | None) -> None:
+    """Who says which configuration runs a problem, or None for the ATen fallback.
+
+    None in its place: :func:`default_config`.
+    """
     global _choose
     _choose = default_config if choose is None else choose
 
@@ -642,7 +658,10 @@ def set_chooser(choose: Callable[[Problem], Config] | None) -> None:
 
 def matmul(problem: Problem) -> Tensor:
     """Runs the problem as the chooser says; returns its ``out``."""
-    run(problem, _choose(problem))
+    config = _choose(problem)
+    if config is None:
+        return problem.out.copy_(reference(problem))
+    run(problem, config)
     return problem.out
 
 
@@ -671,7 +690,7 @@ def run(problem: Problem, config: Config) -> None:
         "num_warps": c.warps,
         "num_stages": c.stages,
     }
-    tiles = triton.cdiv(p.m, c.block_m) * triton.cdiv(p.n, c.block_n)
+    tiles = _tiles(c, p)
     shape = (p.m, p.n, p.columns)
     if c.kind == "tma":
         part = [c.block_m, c.block_n // c.subtiles]
@@ -689,7 +708,6 @@ def run(problem: Problem, config: Config) -> None:
             *shape,
             *epilogue,
             OUT_DESC=by_tma,
-            PROGRAMS=programs,
             **flags,
             **blocks,
         )

@@ -15,7 +15,7 @@ from torchquant.triton.language import divide, fma
 ROWS = 8  # of a program of one warp
 COLUMNS = 128  # that it writes at once
 CACHED_BYTES = 24 * 2**20  # half of a large GPU's second cache
-LEAST_PROGRAMS = 1024  # else long rows would leave it waiting
+LEAST_PROGRAMS = 512  # else long rows would leave it waiting
 
 
 @triton.jit

@@ -14,13 +14,13 @@ to 8 neighbours, which a tile of such spans tears apart. Its integer divisions m
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from torchquant.triton.launch import next_power_of_2
 
@@ -51,39 +51,40 @@ class Spans:
         return self.count // self.per_row * self.row
 
 
+@functools.lru_cache(maxsize=4096)
 def spans_of(
-    input: Tensor, axis: int | None, group_size: int | None
+    shape: tuple[int, ...], axis: int | None, group_size: int | None
 ) -> tuple[Spans, tuple[int, ...]] | None:
     """The spans and the shape that the scales must have; None for what is left to others."""
-    n = input.numel()
+    n = math.prod(shape)
     if n == 0 or (axis is not None and group_size is not None):
         return None
-    shape: tuple[int, ...] = (1,)
+    scales: tuple[int, ...] = (1,)
     spans = Spans("one", 1, n, n, 1, 1)
     if axis is not None:
-        if not -input.dim() <= axis < input.dim():
+        if not -len(shape) <= axis < len(shape):
             return None
-        axis %= input.dim()
-        channels = input.shape[axis]
-        inner = math.prod(input.shape[axis + 1 :])
-        shape = (channels,)
+        axis %= len(shape)
+        channels = shape[axis]
+        inner = math.prod(shape[axis + 1 :])
+        scales = (channels,)
         if channels > 1 and inner == 1:
             spans = Spans("column", n // channels, channels, channels, 1, channels)
         elif channels > 1:
             spans = Spans("span", n // inner, inner, inner, 1, channels)
     elif group_size is not None:
-        if input.dim() == 0 or group_size < 1:
+        if len(shape) == 0 or group_size < 1:
             return None
-        row = input.shape[-1]
+        row = shape[-1]
         length = min(group_size, row)
         per_row = -(-row // length)
         count = n // row * per_row
-        shape = (*input.shape[:-1], per_row)
+        scales = (*shape[:-1], per_row)
         if row % length == 0:  # spans of one length only, as slices along the first axis are
             row, per_row = length, 1
         if count > 1:
             spans = Spans("span", count, length, row, per_row, count)
-    return (spans, shape) if spans.count < MOST_SPANS else None
+    return (spans, scales) if spans.count < MOST_SPANS else None
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,21 @@ class Tiles:
 
 def tiles_of(spans: Spans, bits: bool = False) -> Tiles | None:
     """Tiles of about ``TILE`` elements; with ``bits`` such that no byte of a mask is torn apart."""
+    return _tiles_of(spans, bits, TILE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles_of(spans: Spans, bits: bool, tile: int) -> Tiles | None:
     n = spans.numel
     if bits and spans.layout != "one" and (spans.length % 8 or spans.row % 8):
-        if n >= 2**31 - TILE:
+        if n >= 2**31 - tile:
             return None
         if spans.layout == "column":
             spans = replace(spans, row=1, run=1)
         else:
             spans = replace(spans, run=spans.length)
         spans = replace(spans, layout="element", count=1, length=n)
-    size = min(TILE, next_power_of_2(max(n // 512, TILE // 4)))  # small tensors: more programs
+    size = min(tile, next_power_of_2(max(n // 512, tile // 4)))  # small tensors: more programs
     warps = max(1, min(8, size // (32 * _PER_THREAD)))
     scales = 32 * warps // _THREADS_OF_A_SCALE
     most = min(size, scales) if spans.layout == "column" else size

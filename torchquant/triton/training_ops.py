@@ -39,6 +39,7 @@ def quantize(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Any:
+    """See :func:`torchquant.ops.quantize`."""
     spans = _scaled(input, scale, axis, group_size)
     zero = _kind_of_zero(zero_point, scale)
     if spans is None or zero is None or input.dtype not in FLOATS or dtype not in BYTES:
@@ -75,6 +76,7 @@ def dequantize(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
+    """See :func:`torchquant.ops.dequantize`."""
     spans = _scaled(input, scale, axis, group_size)
     zero = _kind_of_zero(zero_point, scale)
     if spans is None or zero is None or input.dtype not in BYTES or dtype not in FLOATS:
@@ -99,10 +101,12 @@ def dequantize(
 
 
 def activation(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Any:
+    """See :func:`torchquant.ops.activation`."""
     return _activation(input, None, activation, input.dtype if dtype is None else dtype)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Any:
+    """See :func:`torchquant.ops.gated_activation`."""
     if up.dtype != gate.dtype or up.shape != gate.shape or up.device != gate.device:
         return NotImplemented
     return _activation(gate, up, activation, gate.dtype)
@@ -111,6 +115,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Any:
 def rms_norm(
     input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False
 ) -> Any:
+    """See :func:`torchquant.ops.rms_norm`."""
     return _norm(input, weight, None, eps, None, centered=False, cast=cast_before_weight)
 
 
@@ -121,6 +126,7 @@ def layer_norm(
     eps: float,
     residual: Tensor | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.layer_norm`."""
     return _norm(input, weight, bias, eps, residual, centered=True)
 
 
@@ -133,6 +139,7 @@ def fake_quantize(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.fake_quantize`."""
     result = _fake_quantize(input, scale, zero_point, qmin, qmax, axis, group_size, bits=False)
     return result if result is NotImplemented else result[0]
 
@@ -146,6 +153,7 @@ def fake_quantize_mask(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.fake_quantize_mask`."""
     return _fake_quantize(input, scale, zero_point, qmin, qmax, axis, group_size)
 
 
@@ -158,6 +166,7 @@ def in_range(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.in_range`."""
     result = _fake_quantize(input, scale, zero_point, qmin, qmax, axis, group_size, out=False)
     return result if result is NotImplemented else result[1]
 
@@ -172,6 +181,7 @@ def fake_quantize_learned(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.fake_quantize_learned`."""
     spans = _scaled(input, scale, axis, group_size)
     if spans is None or input.dtype not in FLOATS or not _is_range(qmin, qmax):
         return NotImplemented
@@ -195,6 +205,7 @@ def fake_quantize_learned_backward(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    """See :func:`torchquant.ops.fake_quantize_learned_backward`."""
     spans = _scaled(input, scale, axis, group_size)
     if spans is None or input.dtype not in FLOATS or not _is_range(qmin, qmax):
         return NotImplemented
@@ -247,6 +258,7 @@ def fake_quantize_learned_backward(
 
 
 def positive(input: Tensor) -> Any:
+    """See :func:`torchquant.ops.positive`."""
     n = input.numel()
     if n == 0 or input.dtype not in FLOATS:
         return NotImplemented
@@ -265,6 +277,7 @@ def positive(input: Tensor) -> Any:
 
 
 def mask_gradient(grad: Tensor, bits: Tensor) -> Any:
+    """See :func:`torchquant.ops.mask_gradient`."""
     n = grad.numel()
     if n == 0 or grad.dtype not in FLOATS or bits.dtype != torch.uint8:
         return NotImplemented
@@ -293,6 +306,7 @@ def mm_fake_quantized(
     qmin: int,
     qmax: int,
 ) -> Any:
+    """See :func:`torchquant.ops.mm_fake_quantized`."""
     if weight.dim() != 2 or grad.dim() != 2 or grad.shape[1] != weight.shape[0]:
         return NotImplemented
     if grad.dtype != torch.float32 or weight.dtype != torch.float32 or grad.device != weight.device:
@@ -314,7 +328,8 @@ def mm_fake_quantized(
 
 
 def minmax(input: Tensor, axis: int | None = None, group_size: int | None = None) -> Any:
-    found = spans_of(input, axis, group_size)
+    """See :func:`torchquant.ops.minmax`."""
+    found = spans_of(input.shape, axis, group_size)
     if found is None or input.dtype not in FLOATS:
         return NotImplemented
     spans, shape = found
@@ -555,7 +570,7 @@ def row_stride(input: Tensor) -> int | None:
 
 def _scaled(input: Tensor, scale: Tensor, axis: int | None, group_size: int | None) -> Spans | None:
     """Input's spans, if scale fits them."""
-    found = spans_of(input, axis, group_size)
+    found = spans_of(input.shape, axis, group_size)
     if found is None or scale.dtype != torch.float32 or scale.device != input.device:
         return None
     spans, shape = found
