@@ -513,6 +513,7 @@ def test_a_file_is_loaded_onto_the_gpu(tmp_path: Path) -> None:
         assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {CUDA}
         output = loaded(on_cuda(x))
         save(loaded, tmp_path / "again")
+        assert not any(module._state_dict_hooks for module in loaded.modules())
         load(tmp_path / "file", loaded)  # the CPU, as ever
     assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {HOST}
     assert_same_bits(values(output), model(x).detach())
