@@ -7,7 +7,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -585,6 +585,26 @@ def test_a_prepared_model_in_its_first_stage_is_refused(monkeypatch: pytest.Monk
     second.up.enable_quantization(False)
     with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"first stage \(up\)"):
         verify(first, second.to(cuda), [floats(3, 64)])
+
+
+class Sample(NamedTuple):
+    x: Tensor
+    rows: list[Tensor]
+    name: str
+
+
+def test_batches_of_all_kinds_are_moved() -> None:
+    x = floats(2, 3)
+    batch = {"sample": Sample(x, [x, x], "text"), "rest": (x, 3)}
+    assert verify_module._moved(batch, {HOST}) is batch, "nothing to move"
+    assert verify_module._moved(batch, {HOST, CUDA}) is batch, "the model has several devices"
+    with pretended_cuda():
+        moved = verify_module._moved(batch, {CUDA})
+    assert type(moved["sample"]) is Sample
+    assert moved["sample"].name == "text"
+    assert moved["rest"][1] == 3
+    tensors = [moved["sample"].x, *moved["sample"].rows, moved["rest"][0]]
+    assert all(tensor.device == CUDA and torch.equal(values(tensor), x) for tensor in tensors)
 
 
 def test_generators_of_both_models() -> None:
