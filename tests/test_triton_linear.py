@@ -33,7 +33,7 @@ gemm, linear_ops, quantize = (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.ops.torchquant
-EXAMPLES = settings(max_examples=60)
+EXAMPLES = settings(max_examples=30)
 SIZES = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 70])
 DEPTHS = st.sampled_from([1, 2, 7, 16, 63, 64, 65, 100, 128, 200])
 
@@ -113,19 +113,31 @@ def test_quantize_rows(data: st.DataObject) -> None:
         scale = torch.tensor([data.draw(st.sampled_from([0.03, 2.0**-130, 1e30, float("nan")]))])
         if data.draw(st.booleans()):
             zero = torch.tensor([data.draw(st.integers(qmin, qmax))], dtype=torch.int32)
-    args = [x, scale, zero, qmin, qmax, data.draw(st.booleans())]
+    symmetric = qmin < 0 and data.draw(st.booleans())  # a symmetric range has both signs
+    args = [x, scale, zero, qmin, qmax, symmetric]
     check("quantize_rows", args, args)
 
 
-def test_rows_beyond_one_pass() -> None:
-    k = quantize._ONE_PASS + 5
-    x = floats(3, k)
+@pytest.fixture
+def narrow_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows of a few hundred elements go in two passes."""
+    monkeypatch.setattr(quantize, "_ONE_PASS", 32)
+    monkeypatch.setattr(quantize, "_LOOP", 64)
+
+
+@pytest.mark.usefixtures("narrow_passes")
+@pytest.mark.parametrize("k", [33, 64, 200])
+def test_rows_in_two_passes(k: int) -> None:
+    x = floats(4, k)
     x[1, -1] = float("nan")
     x[2, -1] = 1e4
     for symmetric in (True, False):
         check("quantize_per_token", [x, symmetric], [x, symmetric])
     args = [x, torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32), -128, 127, False]
     check("quantize_rows", args, args)
+    w = integers(20, k)
+    args = [torch.full((20,), 0.02), torch.full((20,), 3, dtype=torch.int32), None, 20]
+    check("linear_dynamic", [x, CPU.pack_weight(w), *args], [x, in_rows(w), *args])
 
 
 @EXAMPLES
@@ -145,14 +157,14 @@ def test_quantize_pack(data: st.DataObject) -> None:
         assert_same_bits(got.cpu(), want)
 
 
-def test_quantize_pack_beyond_one_pass() -> None:
-    k = quantize._ONE_PASS + 70
-    for w in (floats(3, k), floats(1, k).half()):
-        for scale in (None, torch.tensor([0.5])):
-            packed, *_ = call("quantize_pack", w, scale, None, -127, 127, False)
-            expected, *_ = CPU.quantize_pack(w, scale, None, -127, 127, False)
-            unpacked = CPU.unpack_weight(expected, *w.shape)
-            assert_same_bits(packed.cpu(), in_rows(unpacked))
+@pytest.mark.usefixtures("narrow_passes")
+@pytest.mark.parametrize("n, k", [(1, 100), (17, 33), (16, 64)])
+def test_quantize_pack_in_two_passes(n: int, k: int) -> None:
+    w = floats(n, k).half()
+    for scale in (None, torch.tensor([0.5])):
+        packed, *_ = call("quantize_pack", w, scale, None, -127, 127, False)
+        expected, *_ = CPU.quantize_pack(w, scale, None, -127, 127, False)
+        assert_same_bits(packed.cpu(), in_rows(CPU.unpack_weight(expected, n, k)))
 
 
 # ---------------------------------------------------------------- products
@@ -271,10 +283,11 @@ def test_linear_dynamic_split(scale_and_zero: bool) -> None:
 # ---------------------------------------------------------------- configurations
 
 SMALL = {
-    "pointer": gemm.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2),
+    "pointer": gemm.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2, subtiles=2),
     "split": gemm.Config("pointer", 32, 16, 64, warps=4, stages=2, split=3),
     "tma": gemm.Config("tma", 32, 32, 64, warps=4, stages=2, group=2),
     "tma_in_two_parts": gemm.Config("tma", 32, 64, 32, warps=4, stages=2, subtiles=2),
+    "tma_in_four_parts": gemm.Config("tma", 16, 64, 32, warps=4, stages=2, subtiles=4),
 }
 
 
@@ -396,7 +409,7 @@ def test_what_is_not_covered_is_left_to_the_fallback() -> None:
     assert call("linear_dynamic", x, w, scale[:3], None, None, 20) is NotImplemented
     assert call("linear_dynamic", x, w, scale, None, None, 20, True, "swish") is NotImplemented
     assert call("linear_static", q, scale, None, w, scale, None, None, 20) is NotImplemented
-    assert call("int8_mm", q[:, :7], w, 20) is NotImplemented
+    assert call("int8_mm", q.repeat(1, 2), w, 20) is NotImplemented
     assert call("quantize_rows", x, None, zeros[:1], -128, 127, True) is NotImplemented
     assert call("quantize_rows", x, None, None, 1, 127, True) is NotImplemented
     assert call("quantize_pack", x, scale, None, -128, 127, True) is NotImplemented

@@ -22,7 +22,7 @@ from support import (
     integers,
     sprinkle,
 )
-from support_triton import DEVICE, module, to_device
+from support_triton import DEVICE, module
 from torch import Tensor
 
 from torchquant import functional
@@ -52,9 +52,13 @@ def small_tiles_and_poisoned_memory(monkeypatch):
         torch.use_deterministic_algorithms(before)
 
 
+def moved(*arguments):
+    return [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
+
+
 def run(name, *args, **kwargs):
     """The operator in Triton, and on the CPU."""
-    got = training_ops.OPERATORS[name](*to_device(*args), **kwargs)
+    got = training_ops.OPERATORS[name](*moved(*args), **kwargs)
     assert got is not NotImplemented
     expected = getattr(torch.ops.torchquant, name)(*args, **kwargs)
     return got, expected
@@ -151,8 +155,8 @@ ROWS_OF_BYTES = (  # masks of tiles whose spans are whole bytes, and of those wh
     ((2, 3, 3, 3), {"axis": 0}),
     ((2, 3, 3, 3), {"axis": 1}),
     ((1030,), {}),
-    ((2000, 1), {"axis": 0}),
-    ((2000, 1), {"axis": 1}),
+    ((600, 1), {"axis": 0}),
+    ((600, 1), {"axis": 1}),
 )
 
 
@@ -242,16 +246,16 @@ def test_learned_gradients(shape, dtype, memory, limits, with_zero, seed, data):
 
 @pytest.mark.parametrize("layout", [{}, {"axis": 0}, {"axis": 1}, {"group_size": 77}], ids=str)
 def test_sums_of_several_turns_and_parts(monkeypatch, layout):
-    """Where there are many tiles, a program takes several; what is summed twice has the same bits."""
+    """Where there are many tiles, a program takes several; summing again gives the same bits."""
     monkeypatch.setattr(tiles, "TILE", 256)
     monkeypatch.setattr(tiles, "PARTS", 4)
-    x = torch.randn(70, 150, generator=generator(0)) * 3
-    grad = torch.randn(70, 150, generator=generator(1))
+    x = torch.randn(20, 150, generator=generator(0)) * 3
+    grad = torch.randn(20, 150, generator=generator(1))
     s = scales_of(x, layout).nan_to_num(0.1).clamp(0.01, 0.4)
     check_learned_gradients(grad, x, s, None, -8, 7, **layout)
     x.view(-1)[::101] = NAN
     check("minmax", x, **layout)
-    args = to_device(grad, x, s, None)
+    args = moved(grad, x, s, None)
     first, second = (
         training_ops.fake_quantize_learned_backward(*args, -8, 7, **layout) for _ in range(2)
     )
@@ -309,8 +313,8 @@ def test_masks_of_several_programs():
 def test_a_row_alone_gives_what_it_gives_in_a_batch():
     x, s = awkward(7, 75), torch.rand(7, 1) * 0.1 + 0.01
     for i in range(7):
-        whole = training_ops.fake_quantize(*to_device(x, s, None), -8, 7, group_size=75)
-        alone = training_ops.fake_quantize(*to_device(x[i], s[i], None), -8, 7, group_size=75)
+        whole = training_ops.fake_quantize(*moved(x, s, None), -8, 7, group_size=75)
+        alone = training_ops.fake_quantize(*moved(x[i], s[i], None), -8, 7, group_size=75)
         assert_same_bits(alone, whole[i])
 
 
@@ -325,7 +329,7 @@ def test_product_with_a_fake_quantized_weight(shape, kind):
         got, expected = run("mm_fake_quantized", grad, weight, s, z, -8, 7)
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            again = training_ops.mm_fake_quantized(*to_device(grad, weight, s, z), -8, 7)
+            again = training_ops.mm_fake_quantized(*moved(grad, weight, s, z), -8, 7)
         assert_same_bits(again, got)
 
 
@@ -374,7 +378,8 @@ def test_activations(shape, dtype, wanted, memory, other, activation, seed):
     check("gated_activation", x, up, activation)
     for name, args in (("activation", (x, activation)), ("gated_activation", (x, up, activation))):
         got, expected = run(name, *args)
-        assert got.stride() == expected.stride()
+        strides = zip(got.shape, got.stride(), expected.stride(), strict=True)
+        assert all(size == 1 or ours == theirs for size, ours, theirs in strides)
 
 
 def test_activations_of_halves_and_of_other_orders_of_dimensions():
@@ -475,4 +480,4 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_what_is_left_to_others(case):
     name, *args = LEFT[case]
-    assert training_ops.OPERATORS[name](*to_device(*args)) is NotImplemented
+    assert training_ops.OPERATORS[name](*moved(*args)) is NotImplemented

@@ -112,6 +112,27 @@ def _finish(
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(acc, SUBTILES: tl.constexpr):
+    """1, 2 or 4 parts of the columns: an epilogue on all of them at once runs out of registers."""
+    if SUBTILES == 1:
+        parts = (acc,)
+    elif SUBTILES == 2:
+        parts = _halves(acc)
+    else:
+        tl.static_assert(SUBTILES == 4)
+        left, right = _halves(acc)
+        parts = _halves(left) + _halves(right)
+    return parts
+
+
+@triton.jit
 def _tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of tiles: down GROUP tile rows, then the next column."""
     per_group = GROUP * tiles_n
@@ -152,6 +173,7 @@ def _pointer_kernel(
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    SUBTILES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -187,38 +209,42 @@ def _pointer_kernel(
             x = x ^ -128  # uint8 seen as int8: x - 128
         acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
 
-    out_at = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    is_output = is_row & (column < n)[None, :]
+    out_rows = out_ptr + row.to(tl.int64)[:, None] * out_stride
     if SPLIT > 1:
-        plane = m.to(tl.int64) * out_stride
-        tl.store(out_at + tl.program_id(1) * plane, acc, mask=is_output)
-    else:
-        result = _finish(
-            acc,
-            row,
-            column,
-            m,
-            n,
-            k,
-            sx_ptr,
-            zx_ptr,
-            row_sums_ptr,
-            sw_ptr,
-            zw_ptr,
-            sums_ptr,
-            bias_ptr,
-            so_ptr,
-            zo,
-            qmin,
-            qmax,
-            SX,
-            ZX,
-            SW,
-            ZW,
-            UNSIGNED,
-            ACTIVATION,
-        )
-        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=is_output)
+        out_rows += tl.program_id(1) * m.to(tl.int64) * out_stride
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    parts = _parts(acc, SUBTILES)
+    for part in tl.static_range(SUBTILES):
+        column = tile_n * BLOCK_N + part * PART + tl.arange(0, PART)
+        is_output = is_row & (column < n)[None, :]
+        result = parts[part]
+        if SPLIT == 1:
+            result = _finish(
+                result,
+                row,
+                column,
+                m,
+                n,
+                k,
+                sx_ptr,
+                zx_ptr,
+                row_sums_ptr,
+                sw_ptr,
+                zw_ptr,
+                sums_ptr,
+                bias_ptr,
+                so_ptr,
+                zo,
+                qmin,
+                qmax,
+                SX,
+                ZX,
+                SW,
+                ZW,
+                UNSIGNED,
+                ACTIVATION,
+            )
+        tl.store(out_rows + column[None, :], result.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
 @triton.jit(do_not_specialize=["m", "zo", "qmin", "qmax"])
@@ -341,11 +367,7 @@ def _tma_kernel(
             acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
 
         row = first_row + tl.arange(0, BLOCK_M)
-        if SUBTILES == 2:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1))
-            parts = tl.split(halves)
-        else:
-            parts = (acc,)
+        parts = _parts(acc, SUBTILES)
         for part in tl.static_range(SUBTILES):
             column = first_column + part * PART + tl.arange(0, PART)
             result = _finish(
@@ -510,22 +532,24 @@ class Device:
         return Device((found.major, found.minor), found.multi_processor_count, shared)
 
 
-# Tiles of the persistent kernel: warps stand along M, so that two warpgroups with 256 columns each
-# issue the widest product there is (m64n256k32), and the sums take 128 registers a thread.
+# Tiles of the persistent kernel. Sums take 128 registers a thread at most; the epilogue of a quarter
+# tile fits beside them. Triton waits for an integer product before the next step, so either a step
+# is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one multiplies while the
+# other waits.
 _TMA = (
-    Config("tma", 128, 256, 128, warps=8, stages=3),
-    Config("tma", 128, 256, 128, warps=8, stages=4, subtiles=2),
-    Config("tma", 256, 128, 128, warps=8, stages=4, subtiles=2),
-    Config("tma", 128, 128, 128, warps=4, stages=3),
-    Config("tma", 128, 128, 128, warps=8, stages=4),
-    Config("tma", 64, 256, 128, warps=4, stages=4),
-    Config("tma", 64, 128, 128, warps=4, stages=4),
+    Config("tma", 128, 256, 128, warps=8, stages=4, subtiles=4),
+    Config("tma", 128, 128, 128, warps=4, stages=3, subtiles=4),
+    Config("tma", 128, 256, 256, warps=8, stages=2, subtiles=4),
+    Config("tma", 256, 128, 128, warps=8, stages=4, subtiles=4),
+    Config("tma", 128, 128, 128, warps=8, stages=4, subtiles=2),
+    Config("tma", 128, 64, 128, warps=4, stages=4, subtiles=2),
+    Config("tma", 64, 128, 128, warps=4, stages=4, subtiles=2),
 )
 _POINTER = (
-    Config("pointer", 128, 256, 64, warps=8, stages=3),
-    Config("pointer", 128, 128, 128, warps=8, stages=3),
-    Config("pointer", 128, 128, 64, warps=4, stages=3),
-    Config("pointer", 64, 128, 128, warps=4, stages=3),
+    Config("pointer", 128, 256, 64, warps=8, stages=3, subtiles=4),
+    Config("pointer", 128, 128, 128, warps=8, stages=3, subtiles=2),
+    Config("pointer", 128, 128, 64, warps=4, stages=3, subtiles=4),
+    Config("pointer", 64, 128, 128, warps=4, stages=3, subtiles=2),
     Config("pointer", 64, 64, 128, warps=4, stages=3),
     Config("pointer", 32, 64, 128, warps=4, stages=4),
 )
@@ -539,8 +563,14 @@ def shared_bytes(config: Config, out_bytes: int = 4) -> int:
     """Shared memory that a configuration takes, about: the buffers, and the output on its way."""
     buffers = config.stages * (config.block_m + config.block_n) * config.block_k
     if config.kind == "tma":
-        buffers += config.block_m * config.block_n // config.subtiles * out_bytes + 1024
+        buffers += config.block_m * config.block_n // config.subtiles * out_bytes + 256
     return buffers
+
+
+def _resident(config: Config, problem: Problem, device: Device) -> int:
+    """Programs that share a multiprocessor."""
+    shared = shared_bytes(config, problem.out.element_size()) + 1024
+    return 2 if config.warps == 4 and 2 * shared <= device.shared + 1024 else 1
 
 
 def _few_rows(problem: Problem, device: Device) -> list[Config]:
@@ -569,11 +599,13 @@ def _cost(config: Config, problem: Problem, device: Device) -> float:
         share: int = triton.cdiv(problem.columns, config.split) * config.block_n
         start = 32768 + 8192 * (config.split > 1)  # what a launch costs, in bytes of weight
         return share * waves + start * (1 + (config.split > 1))
-    resident = 2 if config.warps == 4 else 1
+    resident = _resident(config, problem, device)
     rounds: int = triton.cdiv(tiles, device.sms * resident)
-    rate = {128 * 256: 1.0, 128 * 128: 0.85, 64 * 256: 0.8, 64 * 128: 0.7}
     area = config.block_m * config.block_n
-    return rounds * resident * area / (rate.get(area, 0.5) * (1.0 if config.kind == "tma" else 0.7))
+    rate = {128 * 256: 1.0, 128 * 128: 0.9, 128 * 64: 0.7}.get(area, 0.5)
+    rate *= 1.0 if config.kind == "tma" else 0.7
+    rate *= 0.8 if config.warps == 8 and area == 128 * 128 else 1.0
+    return rounds * resident * area / rate
 
 
 def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
@@ -635,6 +667,7 @@ def run(problem: Problem, config: Config) -> None:
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BLOCK_K": c.block_k,
+        "SUBTILES": c.subtiles,
         "num_warps": c.warps,
         "num_stages": c.stages,
     }
@@ -643,7 +676,8 @@ def run(problem: Problem, config: Config) -> None:
     if c.kind == "tma":
         part = [c.block_m, c.block_n // c.subtiles]
         by_tma = p.stores_by_tma
-        programs = min(tiles, Device.of(device).sms * (2 if c.warps == 4 else 1))
+        found = Device.of(device)
+        programs = min(tiles, found.sms * _resident(c, p, found))
         launch(
             _tma_kernel,
             (programs,),
@@ -655,7 +689,6 @@ def run(problem: Problem, config: Config) -> None:
             *shape,
             *epilogue,
             OUT_DESC=by_tma,
-            SUBTILES=c.subtiles,
             PROGRAMS=programs,
             **flags,
             **blocks,

@@ -29,7 +29,7 @@ TILE = 4096
 _PER_THREAD = 16  # elements: fp32 in four accesses of 16 bytes
 MOST_SPANS = 2**30  # they are counted in 32 bits
 _LEAST_COLUMNS = 32  # fp32: a line of the cache
-_PARTS = 2**16  # of sums that are added in a second step: about so many, if there are many
+PARTS = 2**16  # of sums that are added in a second step: about so many, if there are many
 _MOST_TURNS = 16
 _THREADS_OF_A_SCALE = 2  # Triton loads more scales at once through shared memory, data in tow
 
@@ -113,7 +113,7 @@ class Tiles:
         """How many tiles a program should take whose result is one number for each scale."""
         across = self.spans.layout != "column"
         least = 1 if across else 8  # columns: a program's sum is a whole row of numbers
-        turns = max(least, min(_MOST_TURNS, self.programs // _PARTS))
+        turns = max(least, min(_MOST_TURNS, self.programs // PARTS))
         return max(1, min(turns, self.across if across else self.down))
 
     def arguments(self) -> dict[str, Any]:
