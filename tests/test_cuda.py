@@ -38,6 +38,8 @@ from torchquant import cuda
 from torchquant._cuda_host import MODULES
 
 CUDA = "cuda"
+# A kernel that fails leaves its operator to ATen with a message: here that is a failure.
+pytestmark = pytest.mark.filterwarnings("error:torchquant:RuntimeWarning")
 
 
 def on_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
@@ -312,7 +314,7 @@ def test_cases_of_operators_on_the_cpu(name: str, data: Any) -> None:
 @pytest.mark.parametrize("path", ["triton", "aten"])
 @pytest.mark.parametrize("name", CASES)
 @given(data=DRAWS)
-@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 def test_the_cpus_bits(name: str, path: str, data: Any) -> None:
     if path not in cuda.available_paths():
         pytest.skip(f"path {path}: not on this GPU")
@@ -410,9 +412,8 @@ def test_a_cuda_graph(path: str) -> None:
 @on_gpu
 def test_a_cuda_graph_without_a_call_before(fresh: None) -> None:
     call, x, expected = layer()
-    cuda._dispatcher._sound.clear()
-    for prepared in cuda._dispatcher._prepared.values():
-        prepared.clear()
+    with cuda.use_path("aten"):  # cuBLAS wants to be there before a capture
+        call(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with (

@@ -36,6 +36,8 @@ from torchquant.ops._arguments import packed_shape
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    # A kernel that fails leaves its operator to ATen with a message: here that is a failure.
+    pytest.mark.filterwarnings("error:torchquant:RuntimeWarning"),
 ]
 CUDA = torch.device("cuda", 0)
 QAT_CONFIGS = {

@@ -378,6 +378,14 @@ def test_strict_raises_where_a_kernel_fails(strict, host):
     assert caught.value.__cause__ is host.error
 
 
+def test_strict_raises_for_a_first_call_in_a_capture(strict, host):
+    host.is_capturing = True
+    with pytest.raises(RuntimeError, match="Call the model once before capturing"):
+        strict.call()
+    host.is_capturing = False
+    assert strict.call() == "triton"
+
+
 def test_strict_leaves_wrong_arguments_to_aten(strict, host):
     strict.call()
     host.error = ValueError("inside Triton")

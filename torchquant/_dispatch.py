@@ -135,12 +135,7 @@ class Dispatcher:
                 return prepared.setdefault(index, aten)
             reason = self.reason(index)
             if reason is None and self.host.capturing():
-                self._say(
-                    f"torchquant.{name}: the first call on {self.host.device(index)} came during "
-                    "the capture of a CUDA graph, which cannot wait for Triton's compiler; the "
-                    "graph holds ATen's kernels. Call the model once before capturing it."
-                )
-                return aten
+                return self._unprepared_in_a_capture(name, index, aten)
             if reason is None:
                 kernel = self._checked_kernel(name, index)
                 if kernel is not None:
@@ -154,6 +149,16 @@ class Dispatcher:
             prepared[index] = aten
             self._say_left_to_aten(name, index)
             return aten
+
+    def _unprepared_in_a_capture(self, name: str, index: int, aten: Kernel) -> Kernel:
+        """What a CUDA graph records whose capture is an operator's first call."""
+        first = f"torchquant.{name}: the first call on {self.host.device(index)} came during the "
+        first += "capture of a CUDA graph, which cannot wait for Triton's compiler"
+        remedy = "Call the model once before capturing it."
+        if self.path == "triton":
+            raise RuntimeError(f"{first}. {remedy}")
+        self._say(f"{first}; the graph holds ATen's kernels. {remedy}")
+        return aten
 
     def _checked_kernel(self, name: str, index: int) -> Kernel | None:
         """The operator's function if it works; else None, and the reason is recorded."""
