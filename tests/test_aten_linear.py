@@ -28,8 +28,19 @@ from support import (
     positive,
     sprinkle,
 )
-from support_aten import ATEN, DEVICES, KERNELS, check_same, check_schema, moved, packed
+from support_aten import (
+    ATEN,
+    DEVICES,
+    KERNELS,
+    arguments,
+    check_same,
+    check_schema,
+    flat,
+    moved,
+    packed,
+)
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from torchquant.scheme import quant_range
 
@@ -442,6 +453,28 @@ SCHEMA: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
 def test_schema(name, args, kwargs):
     check_schema(name, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
+def test_a_gpu_without_values(name, args, kwargs):
+    """Fake tensors of a GPU: no step waits for a value, and none leaves the device."""
+    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
+    expected = flat(getattr(ATEN, name)(*positional, **named))
+    with FakeTensorMode():
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="cuda"
+            )
+
+        results = getattr(ATEN, name)(
+            *map(fake, positional), **{n: fake(v) for n, v in named.items()}
+        )
+        for got, want in zip(flat(results), expected, strict=True):
+            assert got.device.type == "cuda"
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
 def test_results_require_no_gradient():
