@@ -35,7 +35,7 @@ def check_same(name: str, *args: Any) -> None:
         there = [moved(a, device) if isinstance(a, Tensor) else a for a in args]
         got = getattr(ATEN, name)(*there)
         assert_same_bits(got.cpu(), expected, (name, device))
-        assert got.stride() == expected.stride()
+        assert got.stride() == expected.stride() or got.numel() == 0
 
 
 def numbers_of_every_kind(seed: int) -> Tensor:
@@ -81,7 +81,7 @@ def test_any_tensor(sizes, activation, dtype, layouts, seed):
 def test_more_elements_than_a_block():
     """Large tensors are worked on in parts."""
     x = torch.randn(3, 2**22 + 5, generator=generator(4))[:, 1:-1].t()
-    check_same("activation", x, "tanh", None)
+    check_same("activation", x, "relu", None)
 
 
 def test_the_result_is_a_tensor_of_its_own():

@@ -272,7 +272,6 @@ def test_schemas(name: str) -> None:
 def test_autograd_and_autocast_stay_outside(name: str) -> None:
     """The gradients are torchquant's; nothing inside is recorded or rounded."""
     arguments = samples()[name]
-    check_same(name, *arguments)
     leaves = [
         a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
         for a in arguments
