@@ -503,7 +503,8 @@ class Problem:
             kind(self.weight_zero_point),
             kind(self.bias),
             self.activation,
-            "aligned" if self.loads_by_tma and self.stores_by_tma else "unaligned",
+            "aligned input" if self.loads_by_tma else "any input",
+            "aligned output" if self.stores_by_tma else "any output",
         )
 
 
