@@ -38,7 +38,8 @@ def _compile(
 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in NARROW]
+    sizes = [n for n in NARROW if signature.get(n) == "i32"]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + sizes
     source = ASTSource(
         kernel,
         signature=signature,
@@ -144,6 +145,11 @@ def compile_all(capability: int) -> list[dict]:
     small = dataclasses.replace(gemm._POINTER[-1])
     for activation in ("relu", "gelu_tanh", "tanh", "sigmoid"):
         facts.append(product(small, "fp16", "other", activation=activation, to_int8=False))
+    # A size of 1 is a constant to Triton, without what only its tensors have.
+    one = dict.fromkeys(("n", "columns", "k", "x_stride", "out_stride"), 1)
+    constants = _epilogue(**everything) | shapes(small) | {"EVEN_K": False, "SPLIT": 1} | one
+    out = types | {"out_ptr": "*u8"}
+    facts.append(_compile("ones", gemm._pointer_kernel, capability, out, constants, num_warps=4))
     constants = _epilogue() | {"SPLIT": 4, "BLOCK_M": 4, "BLOCK_N": 256}
     out = types | {"out_ptr": "*bf16"}
     facts.append(_compile("add", gemm._add_kernel, capability, out, constants, num_warps=4))
