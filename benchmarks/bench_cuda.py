@@ -525,8 +525,8 @@ def fake_quantize(run: Run) -> None:
         axis = 0 if channels else None
         leaves = [x, scale] if learned else [x]
 
-        def ours(x: Tensor = x, s: Tensor = scale, l: bool = learned, a: Any = axis) -> Tensor:  # noqa: E741
-            if l:
+        def ours(x: Tensor = x, s: Tensor = scale, learns: bool = learned, a: Any = axis) -> Tensor:
+            if learns:
                 return torch.ops.torchquant.fake_quantize_learned(x, s, None, -127, 127, 1.0, a)
             return torch.ops.torchquant.fake_quantize(x, s, None, -127, 127, a)
 
@@ -535,11 +535,11 @@ def fake_quantize(run: Run) -> None:
             s: Tensor = scale,
             z: Tensor = zero,
             l: bool = learned,
-            a: Any = axis,  # noqa: E741
+            a: Any = axis,
         ) -> Tensor:
-            if l and a is None:
+            if learns and a is None:
                 return torch._fake_quantize_learnable_per_tensor_affine(x, s, z, -127, 127, 1.0)
-            if l:
+            if learns:
                 learnable = torch._fake_quantize_learnable_per_channel_affine
                 return learnable(x, s, z, 0, -127, 127, 1.0)
             if a is None:
