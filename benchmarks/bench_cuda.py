@@ -534,7 +534,7 @@ def fake_quantize(run: Run) -> None:
             x: Tensor = x,
             s: Tensor = scale,
             z: Tensor = zero,
-            l: bool = learned,
+            learns: bool = learned,
             a: Any = axis,
         ) -> Tensor:
             if learns and a is None:
