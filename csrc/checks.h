@@ -140,6 +140,20 @@ inline void check_float_weight(const char* op, const at::Tensor& weight, const s
   if (scale && scale->defined()) check_channels(op, "scale", *scale, at::kFloat, n, true);
 }
 
+// mm_fake_quantized's arguments.
+inline void check_mm_fake_quantized(const char* op, const at::Tensor& grad, const at::Tensor& weight,
+                                    const at::Tensor& scale, const std::optional<at::Tensor>& zero_point, int64_t qmin,
+                                    int64_t qmax) {
+  check_dtype(op, "grad", grad, at::kFloat);
+  check_dtype(op, "weight", weight, at::kFloat);
+  check_signed_range(op, qmin, qmax);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(0), op,
+                    ": grad must have shape [M, N] and weight [N, K], got ", describe(grad), " and ", describe(weight));
+  check_channels(op, "scale", scale, at::kFloat, weight.size(0), true);
+  if (zero_point && zero_point->defined())
+    check_channels(op, "zero_point", *zero_point, at::kInt, weight.size(0), true);
+}
+
 inline void check_features(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
   TORCH_CHECK_VALUE(n >= 1, op, ": out_features must be at least 1, got ", n);

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.library import Library
 
-import torchquant
+from torchquant import cpu
 
 VARIABLE = "TORCHQUANT_TEST_PATH"
 PATHS = ("aten", "triton")
@@ -91,6 +91,8 @@ def run_tests(
 def pytest_configure(config: object) -> None:
     if path := os.environ.get(VARIABLE):
         config._torchquant_path = replace_cpu_kernels(path)  # type: ignore[attr-defined]
+        only = (cpu.active_isa(),)  # no use in taking turns
+        cpu.available_isas = lambda: only  # type: ignore[assignment]
 
 
 __all__ = ["PATHS", "VARIABLE", "replace_cpu_kernels", "run_tests"]

@@ -328,12 +328,13 @@ def test_integer_input_as_it_is_or_copied():
     weight = packed(integers(20, 128, seed=1))
     memory = integers(80, 256, seed=2)
     views = (
+        memory[:64, :128],
         memory[:40, :128],
-        memory[:40, 16:144],
-        memory[:40, 1:129],
-        memory.view(-1)[: 40 * 136].view(40, 136)[:, :128],
-        memory[:1, :128].expand(40, 128),
-        memory.view(-1)[: 40 * 64].as_strided((40, 128), (64, 1)),
+        memory[:64, 16:144],
+        memory[:64, 1:129],
+        memory.view(-1)[: 64 * 136].view(64, 136)[:, :128],
+        memory[:1, :128].expand(64, 128),
+        memory.view(-1)[: 66 * 64].as_strided((64, 128), (64, 1)),
     )
     for x in views:
         check_same("int8_mm", x, weight, 20)
@@ -389,6 +390,7 @@ def test_deep(m, n, k):
         (9, 950_000, "float"),  # a row at a time would be less than a block
         (2050, 8200, "int32"),  # two products summed in int64
         (4100, 16_400, "none"),  # and in int32
+        (65, 1_100_000, "none"),  # the last one of a row
     ],
 )
 def test_more_outputs_than_a_block(m, n, bias):

@@ -120,15 +120,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
 at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& scale,
                              const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
   const char* op = "mm_fake_quantized";
-  check_dtype(op, "grad", grad, at::kFloat);
-  check_dtype(op, "weight", weight, at::kFloat);
-  check_signed_range(op, qmin, qmax);
-  TORCH_CHECK_VALUE(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(0), op,
-                    ": grad must have shape [M, N] and weight [N, K], got ", describe(grad), " and ", describe(weight));
+  check_mm_fake_quantized(op, grad, weight, scale, zero_point, qmin, qmax);
   const int64_t n = weight.size(0), k = weight.size(1), m = grad.size(0);
-  check_channels(op, "scale", scale, at::kFloat, n, true);
   const bool has_zero = zero_point && zero_point->defined();
-  if (has_zero) check_channels(op, "zero_point", *zero_point, at::kInt, n, true);
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor out = empty_output({m, k}, grad.options());
   if (m == 0 || n == 0 || k == 0) return out.zero_();
@@ -176,7 +170,7 @@ TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   m.impl("mm_fake_quantized", &mm_fake_quantized);
   m.impl("quantize_rows", &quantize_rows);
   m.impl("quantize_pack", &quantize_pack);
-  m.impl("qat_linear", &qat_linear_forward);
+  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquant>);
 }
 
 }  // namespace

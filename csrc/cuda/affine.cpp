@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/spans.h"
 #include "cuda/arithmetic.h"
 #include "cuda/blocks.h"
 #include "cuda/device.h"
 #include "cuda/register.h"
 #include "cuda/rows.h"
+#include "cuda/spans.h"
 
 namespace torchquant {
 namespace {
@@ -22,50 +22,8 @@ using OptInt = std::optional<int64_t>;
 
 bool present(const OptTensor& t) { return t && t->defined(); }
 
-// Which elements share a scale, as views [a, b, c] in which scales broadcast: two where the last group is shorter.
-class Granularity {
- public:
-  Granularity(const char* op, const at::Tensor& input, const at::Tensor& scale, OptInt axis, OptInt group_size)
-      : spans_(make_spans(op, input, scale, axis, group_size)), one_(scale.numel() == 1), grouped_(group_size) {}
-
-  std::vector<at::Tensor> views(const at::Tensor& data) const {  // contiguous, not empty
-    const Spans& s = spans_;
-    if (one_) return {data.view({1, 1, data.numel()})};
-    if (!grouped_) return {data.view({-1, s.channels, s.by_element ? 1 : s.length})};
-    const at::Tensor rows = data.view({-1, s.row});
-    const int64_t whole = s.row / s.length, tail = s.row - whole * s.length;
-    std::vector<at::Tensor> parts = {rows.narrow(1, 0, s.row - tail).view({-1, whole, s.length})};
-    if (tail > 0) parts.push_back(rows.narrow(1, s.row - tail, tail).unsqueeze(1));
-    return parts;
-  }
-
-  std::vector<at::Tensor> parameters(const at::Tensor& t) const {  // scale, or what has its shape or holds one value
-    const size_t parts = !one_ && grouped_ && spans_.row % spans_.length > 0 ? 2 : 1;
-    if (!t.defined() || t.numel() == 1) return std::vector<at::Tensor>(parts, t.defined() ? t.reshape({1, 1, 1}) : t);
-    if (!grouped_) return {t.reshape({1, -1, 1})};
-    const at::Tensor groups = t.reshape({-1, spans_.per_row, 1});
-    if (parts == 1) return {groups};
-    return {groups.narrow(1, 0, spans_.per_row - 1), groups.narrow(1, spans_.per_row - 1, 1)};
-  }
-
- private:
-  Spans spans_;
-  bool one_, grouped_;
-};
-
-// run(in, out, scale, zero) on corresponding views, block by block.
-template <class Run>
-void for_scales(const Granularity& granularity, const at::Tensor& in, const at::Tensor& out, const at::Tensor& scale,
-                const at::Tensor& zero, const Run& run) {
-  const auto from = granularity.views(in), to = granularity.views(out);
-  const auto scales = granularity.parameters(scale), zeros = granularity.parameters(zero);
-  for (size_t i = 0; i < from.size(); ++i)
-    in_blocks<4>({from[i], to[i], scales[i], zeros[i]},
-                 [&](const std::array<at::Tensor, 4>& t) { run(t[0], t[1], t[2], t[3]); });
-}
-
 struct ZeroPoint {
-  at::Tensor value;  // float32, exact for the integers allowed; undefined: 0
+  at::Tensor value;  // float32 of scale's shape, exact for the integers allowed; undefined: 0
   bool real = false;
 };
 
@@ -76,7 +34,18 @@ ZeroPoint check_parameters(const char* op, const at::Tensor& input, const at::Te
   check_dtype(op, "scale", scale, at::kFloat);
   if (!present(zero_point)) return {};
   const bool real = check_zero_point(op, *zero_point, scale);
-  return {zero_point->to(at::kFloat), real};
+  const at::Tensor value = zero_point->to(at::kFloat);
+  return {value.numel() == 1 ? value.reshape({}).expand(scale.sizes()) : value, real};
+}
+
+// run(in, out, scale, zero) on corresponding elements, block by block; all have dimensions, so that a product with a half
+// type is float32.
+template <class Run>
+void for_scales(const Parts& parts, const at::Tensor& in, const at::Tensor& out, const at::Tensor& scale,
+                const at::Tensor& zero, const Run& run) {
+  in_blocks<4>(
+      {parts.elements(in), parts.elements(out), parts.spread(scale), zero.defined() ? parts.spread(zero) : zero},
+      [&](const std::array<at::Tensor, 4>& t) { run(t[0], t[1], t[2], t[3]); });
 }
 
 at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero_point, int64_t qmin,
@@ -84,13 +53,12 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const OptT
   const char* op = "quantize";
   check_float(op, "input", input);
   check_byte_range(op, dtype, qmin, qmax);
-  const Granularity granularity(op, input, scale, axis, group_size);
+  const Parts parts = make_parts(op, input, scale, axis, group_size);
   const ZeroPoint zero = check_parameters(op, input, scale, zero_point);
-  const at::Tensor x = input.contiguous(), out = at::empty(x.sizes(), x.options().dtype(dtype));
-  if (x.numel() == 0) return out;
-  for_scales(granularity, x, out, torchquant::reciprocal(scale), zero.value,
+  const at::Tensor out = at::empty(input.sizes(), input.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+  for_scales(parts, input, out, torchquant::reciprocal(scale), zero.value,
              [&](const at::Tensor& x, const at::Tensor& q, const at::Tensor& inverse, const at::Tensor& z) {
-               // float32, also of a half type: scale and zero point have dimensions
                at::Tensor y = zero.real ? at::sub(x, z).mul_(inverse) : at::mul(x, inverse);
                y.round_().nan_to_num_(0.0);
                // Before the clamp: adding rounds monotonically and is exact where the sum is within the limits.
@@ -105,11 +73,11 @@ at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const Op
   const char* op = "dequantize";
   check_byte(op, "input", input);
   check_float_type(op, "dtype", dtype);
-  const Granularity granularity(op, input, scale, axis, group_size);
+  const Parts parts = make_parts(op, input, scale, axis, group_size);
   const ZeroPoint zero = check_parameters(op, input, scale, zero_point);
-  const at::Tensor q = input.contiguous(), out = at::empty(q.sizes(), q.options().dtype(dtype));
-  if (q.numel() == 0) return out;
-  for_scales(granularity, q, out, scale, zero.value,
+  const at::Tensor out = at::empty(input.sizes(), input.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+  for_scales(parts, input, out, scale, zero.value,
              [&](const at::Tensor& q, const at::Tensor& x, const at::Tensor& s, const at::Tensor& z) {
                // the difference of integers is exact in float32
                at::Tensor y = z.defined() && !zero.real ? at::sub(q, z).mul_(s) : at::mul(q, s);
@@ -124,7 +92,7 @@ using Quantized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Quantized rows_of(const at::Tensor& input, const RowParams& p, const at::Tensor& q) {  // in input's shape
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = 1;
-  const at::Tensor zero = p.zero.defined() ? p.zero.expand_as(p.scale).contiguous()
+  const at::Tensor zero = p.zero.defined() ? p.zero.expand_as(p.scale).clone(at::MemoryFormat::Contiguous)
                                            : at::zeros_like(p.scale, p.scale.options().dtype(at::kInt));
   return {q.view(input.sizes()), p.scale.view(sizes), zero.view(sizes)};
 }

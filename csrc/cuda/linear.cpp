@@ -30,14 +30,16 @@ namespace {
 
 using OptTensor = std::optional<at::Tensor>;
 
-// What CUDA's _int_mm asks for: more than 16 rows, and rows that start at multiples of 16 bytes.
-constexpr int64_t kFewestRows = 17;
-constexpr int64_t kFewRowsPadded = 32;
+// CUDA's _int_mm refuses less than 17 rows, and its library some shapes that are no multiples of 4 or 8, depending on the
+// device. Rows, outputs and inputs are multiples of 32, 16 and 64 here, rows start at multiples of 16 bytes.
+constexpr int64_t kRowMultiple = 32;
 constexpr int64_t kRowAlignment = 16;
 // 128 * 128 * K stays below 2^31: libraries may saturate their sums instead of wrapping around. A multiple of 64.
 constexpr int64_t kMaxSignedChunkK = 131'008;
 constexpr int64_t kProductElements = int64_t{1} << 26;  // int32 sums at a time
-constexpr int64_t kLeastHeight = 64;                    // rows of such a block
+constexpr int64_t kLeastHeight = 64;                    // rows of such a block, a multiple of kRowMultiple
+
+constexpr int64_t padded_m(int64_t m) { return ceil_div(m, kRowMultiple) * kRowMultiple; }
 
 bool present(const OptTensor& t) { return t && t->defined(); }
 
@@ -45,13 +47,13 @@ bool present(const OptTensor& t) { return t && t->defined(); }
 
 struct Rows {
   int64_t m = 0, k = 0;
-  at::Tensor q;      // int8 [at least m and kFewestRows, padded_k(k)], zeros behind m and k
+  at::Tensor q;      // int8 [padded_m(m), padded_k(k)], zeros behind m and k
   at::Tensor scale;  // float32 [m, 1] or [1, 1]
   at::Tensor zero;   // int32 [m, 1] or [1, 1]; undefined: 0
 };
 
 at::Tensor padded_rows(const at::Tensor& like, int64_t m, int64_t k) {
-  const int64_t rows = m < kFewestRows ? kFewRowsPadded : m, k64 = padded_k(k);
+  const int64_t rows = padded_m(m), k64 = padded_k(k);
   const at::Tensor q = at::empty({rows, k64}, like.options().dtype(at::kChar));
   if (k < k64) q.narrow(0, 0, m).narrow(1, k, k64 - k).zero_();
   if (m < rows) q.narrow(0, m, rows - m).zero_();
@@ -73,7 +75,7 @@ bool is_aligned(const at::Tensor& t) {  // an allocation is; memory from elsewhe
 Rows byte_rows(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero) {
   Rows rows{x.size(0), x.size(1), {}, scale, zero};
   const bool is_signed = x.scalar_type() == at::kChar;
-  const bool as_it_is = is_signed && rows.m >= kFewestRows && rows.k % kAlignK == 0 && x.stride(1) == 1 &&
+  const bool as_it_is = is_signed && rows.m % kRowMultiple == 0 && rows.k % kAlignK == 0 && x.stride(1) == 1 &&
                         x.stride(0) >= rows.k && x.stride(0) % kRowAlignment == 0 && is_aligned(x);
   rows.q = as_it_is ? x : padded_rows(x, rows.m, rows.k);
   at::Tensor to = filled(rows.q, rows.m, rows.k);
@@ -145,15 +147,16 @@ at::Tensor wide_product(const at::Tensor& q, const at::Tensor& w) {  // int64, i
   return sum;
 }
 
-// run(sums, first row, rows): the products of all rows, some rows at a time, each block above kFewestRows.
+// run(sums, first row, rows): the products of all rows, some rows at a time.
 template <class Run>
 void for_products(const Rows& rows, const Weight& w, bool wide, const Run& run) {
-  const int64_t outputs = w.q.size(0), elements = wide ? kProductElements / 4 : kProductElements;
-  const int64_t blocks = ceil_div(rows.m, std::max(kLeastHeight, elements / outputs));
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = rows.m * i / blocks, count = rows.m * (i + 1) / blocks - first;
-    const at::Tensor q = blocks == 1 ? rows.q : rows.q.narrow(0, first, count);
+  const int64_t total = rows.q.size(0), elements = wide ? kProductElements / 4 : kProductElements;
+  const int64_t blocks = ceil_div(total, std::max(kLeastHeight, elements / w.q.size(0)));
+  const int64_t height = padded_m(ceil_div(total, blocks));
+  for (int64_t first = 0; first < total; first += height) {
+    const at::Tensor q = rows.q.narrow(0, first, std::min(height, total - first));
     const at::Tensor sums = wide ? wide_product(q, w.q) : product(q, w.q);
+    const int64_t count = std::min(height, rows.m - first);
     run(filled(sums, count, w.n), first, count);
   }
 }

@@ -52,11 +52,17 @@ class NoGradients {
 }  // namespace torchquant
 
 // implement: template <class Library> void implement(Library& m) { m.impl("name", &function); ... }
-#define TORCHQUANT_IMPLEMENT_ATEN(implement)                          \
-  TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {                           \
-    torchquant::AtenKernels kernels(m);                               \
-    implement(kernels);                                               \
-  }                                                                   \
+#define TORCHQUANT_IMPLEMENT_ATEN(implement) \
+  TORCHQUANT_IMPLEMENT_ON_CUDA(implement)    \
+  TORCHQUANT_IMPLEMENT_AS_ATEN(implement)
+
+#define TORCHQUANT_IMPLEMENT_ON_CUDA(implement) \
+  TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {     \
+    torchquant::AtenKernels kernels(m);         \
+    implement(kernels);                         \
+  }
+
+#define TORCHQUANT_IMPLEMENT_AS_ATEN(implement)                       \
   TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, m) { \
     torchquant::AtenKernels kernels(m);                               \
     implement(kernels);                                               \
