@@ -15,7 +15,7 @@ LAYERS = (
     ("_extension",),
     ("scheme",),
     ("functional",),
-    ("compat", "cpu"),
+    ("compat", "cpu", "triton"),
     ("ops",),
     ("fake_quantize", "_training"),
     ("observers", "_range_search"),
