@@ -17,6 +17,7 @@ from support_pretend import CUDA, Pretended, pretended_cuda, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import torchquant.fuse.activations as fuse_activations
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
@@ -308,6 +309,17 @@ def test_autocast_for_gpus_between_layers_is_a_change_of_mode() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
+@pytest.mark.parametrize(("kind", "fits"), [(nn.GELU, True), (nn.SiLU, False)])
+def test_a_fused_activation_is_tried_on_the_layers_device(
+    kind: type[nn.Module], fits: bool
+) -> None:
+    layer = layer_of(bias=False)  # gradients are on there, and a pretended GPU has none
+    with pretended_cuda() as cuda:
+        pair = fuse_activations._Pair(layer.to(cuda), torch.float32)
+        assert fuse_activations._agree(pair, kind(), "gelu") is fits
+        assert layer.activation == "none"
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -364,6 +376,22 @@ def test_ranges_and_steps_move_alike(config: QATConfig) -> None:
                 assert_same_bits(values(output), here(batch))
             there.to("cpu")
     assert_same_state(there, here)
+
+
+def test_first_steps_and_offsets_are_the_cpus() -> None:
+    x = floats(64, 64)
+    with torch.no_grad():
+        for make in (
+            lambda: LSQQuantizer(num_bits=4, symmetric=False),
+            lambda: LSQQuantizer(num_bits=4, symmetric=False, per_channel=True, num_channels=64),
+        ):
+            here = make()
+            here(x)
+            with pretended_cuda() as cuda:
+                there = make().to(cuda)
+                there(on_cuda(x))
+                there.to("cpu")
+            assert_same_state(there, here)
 
 
 def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
