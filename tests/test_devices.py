@@ -7,7 +7,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -513,6 +513,7 @@ def test_a_file_is_loaded_onto_the_gpu(tmp_path: Path) -> None:
         assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {CUDA}
         output = loaded(on_cuda(x))
         save(loaded, tmp_path / "again")
+        assert not any(module._state_dict_hooks for module in loaded.modules())
         load(tmp_path / "file", loaded)  # the CPU, as ever
     assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {HOST}
     assert_same_bits(values(output), model(x).detach())
@@ -584,6 +585,26 @@ def test_a_prepared_model_in_its_first_stage_is_refused(monkeypatch: pytest.Monk
     second.up.enable_quantization(False)
     with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"first stage \(up\)"):
         verify(first, second.to(cuda), [floats(3, 64)])
+
+
+class Sample(NamedTuple):
+    x: Tensor
+    rows: list[Tensor]
+    name: str
+
+
+def test_batches_of_all_kinds_are_moved() -> None:
+    x = floats(2, 3)
+    batch = {"sample": Sample(x, [x, x], "text"), "rest": (x, 3)}
+    assert verify_module._moved(batch, {HOST}) is batch, "nothing to move"
+    assert verify_module._moved(batch, {HOST, CUDA}) is batch, "the model has several devices"
+    with pretended_cuda():
+        moved = verify_module._moved(batch, {CUDA})
+    assert type(moved["sample"]) is Sample
+    assert moved["sample"].name == "text"
+    assert moved["rest"][1] == 3
+    tensors = [moved["sample"].x, *moved["sample"].rows, moved["rest"][0]]
+    assert all(tensor.device == CUDA and torch.equal(values(tensor), x) for tensor in tensors)
 
 
 def test_generators_of_both_models() -> None:
