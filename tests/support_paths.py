@@ -19,6 +19,7 @@ import torch
 from torch.library import Library
 
 from torchquant import cpu
+from torchquant.ops import _arguments
 
 VARIABLE = "TORCHQUANT_TEST_PATH"
 PATHS = ("aten", "triton")
@@ -73,7 +74,7 @@ def replace_cpu_kernels(path: str) -> Library:
 def run_tests(
     path: str, files: Iterable[str], deselect: str = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """pytest over ``path`` in a fresh process: test files' names, and a ``-k`` of what to leave out."""
+    """pytest over ``path`` in a fresh process: files in tests, and what to leave out (``-k``)."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "support_paths", "--no-header"]
     command += ["-k", f"not ({deselect})"] if deselect else []
     folder = str(ROOT / "tests")
@@ -91,6 +92,7 @@ def run_tests(
 def pytest_configure(config: object) -> None:
     if path := os.environ.get(VARIABLE):
         config._torchquant_path = replace_cpu_kernels(path)  # type: ignore[attr-defined]
+        _arguments.layout_of = lambda device: "rows"  # for fake tensors: of an accelerator
         only = (cpu.active_isa(),)  # no use in taking turns
         cpu.available_isas = lambda: only  # type: ignore[assignment]
 

@@ -28,8 +28,19 @@ from support import (
     positive,
     sprinkle,
 )
-from support_aten import ATEN, DEVICES, KERNELS, check_same, check_schema, moved, packed
+from support_aten import (
+    ATEN,
+    DEVICES,
+    KERNELS,
+    arguments,
+    check_same,
+    check_schema,
+    flat,
+    moved,
+    packed,
+)
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from torchquant.scheme import quant_range
 
@@ -385,12 +396,11 @@ def test_deep(m, n, k):
 @pytest.mark.parametrize(
     ("m", "n", "bias"),
     [
-        (2050, 4100, "float"),  # two blocks of the epilogue, of columns
-        (4500, 1900, "none"),  # of rows
-        (9, 950_000, "float"),  # a row at a time would be less than a block
-        (2050, 8200, "int32"),  # two products summed in int64
-        (4100, 16_400, "none"),  # and in int32
-        (65, 1_100_000, "none"),  # the last one of a row
+        (2050, 4100, "float"),  # the epilogue in parts of columns
+        (4500, 1900, "none"),  # and of rows
+        (9, 950_000, "float"),  # few and long rows
+        (2050, 8200, "int32"),  # two products in int64
+        (65, 700_000, "none"),  # and in int32, the last of one row
     ],
 )
 def test_more_outputs_than_a_block(m, n, bias):
@@ -443,6 +453,28 @@ SCHEMA: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
 def test_schema(name, args, kwargs):
     check_schema(name, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
+def test_a_gpu_without_values(name, args, kwargs):
+    """Fake tensors of a GPU: no step waits for a value, and none leaves the device."""
+    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
+    expected = flat(getattr(ATEN, name)(*positional, **named))
+    with FakeTensorMode():
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="cuda"
+            )
+
+        results = getattr(ATEN, name)(
+            *map(fake, positional), **{n: fake(v) for n, v in named.items()}
+        )
+        for got, want in zip(flat(results), expected, strict=True):
+            assert got.device.type == "cuda"
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
 def test_results_require_no_gradient():

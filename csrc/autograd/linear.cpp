@@ -239,8 +239,7 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
   const int64_t k = input.size(-1);
   const bool in_rows = packed.dim() == 2 && packed.size(1) == padded_k(k);
   const auto height = [&](int64_t n) { return in_rows ? layout_rows(n, k) : num_tiles(n); };
-  if (!in_rows)
-    check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
+  if (!in_rows) check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   std::vector<at::Tensor> outputs;
   int64_t first = 0, row = 0;
   for (size_t i = 0; i < out_features.size(); ++i) {

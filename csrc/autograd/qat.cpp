@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cuda/device.h"
 
 namespace torchquant {
 namespace {
@@ -185,6 +186,12 @@ void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& b
            const Settings& s) {
   check_float(kOp, "input", input);
   check_dim(kOp, "input", input, 1);
+  check_device(kOp, "weight", weight, input);
+  check_device(kOp, "bias", bias, input);
+  check_device(kOp, "input_scale", input_scale, input);
+  check_device(kOp, "input_zero_point", input_zero_point, input);
+  check_device(kOp, "input_offset", input_offset, input);
+  check_device(kOp, "weight_scale", weight_scale, input);
   check_float(kOp, "weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have shape [out_features, in_features], got ",
                     describe(weight));

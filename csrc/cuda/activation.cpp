@@ -2,19 +2,18 @@
 // where the derivation and the error bounds are.
 #include "cuda/activation.h"
 
-#include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
 
 #include "checks.h"
 #include "cuda/arithmetic.h"
+#include "cuda/blocks.h"
 #include "cuda/device.h"
 #include "cuda/register.h"
 
 namespace torchquant {
 namespace {
-
-constexpr int64_t kBlock = int64_t{1} << 24;  // elements at a time: a fused multiply-add needs many temporaries
 
 at::Tensor max_of(double limit, const at::Tensor& x) {  // x for NaN and for a zero of either sign
   return at::where(x < limit, constant_like(x, limit), x);
@@ -152,17 +151,9 @@ TORCHQUANT_IMPLEMENT_ATEN(implement)
 }  // namespace
 
 at::Tensor apply_activation(const at::Tensor& x, Activation activation) {
-  const int64_t n = x.numel();
-  if (n <= kBlock || activation == Activation::kNone || activation == Activation::kRelu)
-    return activated(x, activation);
-  const bool dense = x.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false();
-  const at::Tensor held = dense ? x : at::clone(x);  // dense, in the order of x's memory
-  const at::Tensor out = at::empty_like(held);
-  const at::Tensor in_order = held.as_strided({n}, {1}), results = out.as_strided({n}, {1});
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = std::min(kBlock, n - i);
-    results.narrow(0, i, count).copy_(activated(in_order.narrow(0, i, count), activation));
-  }
+  if (x.numel() <= kBlockElements || activation == Activation::kNone) return activated(x, activation);
+  const at::Tensor out = at::empty_like(x);
+  in_blocks<2>({x, out}, [&](const std::array<at::Tensor, 2>& part) { part[1].copy_(activated(part[0], activation)); });
   return out;
 }
 

@@ -7,7 +7,7 @@
 
 namespace torchquant {
 
-// fp32 of any shape and strides; NaN stays NaN. Memory: some ten times that of 16 million elements, however many x has.
+// fp32 of any shape and strides; NaN stays NaN.
 at::Tensor apply_activation(const at::Tensor& x, Activation activation);
 
 }  // namespace torchquant

@@ -12,10 +12,10 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <vector>
 
 #include "attention_arguments.h"
 #include "cuda/arithmetic.h"
+#include "cuda/blocks.h"
 #include "cuda/device.h"
 #include "cuda/lanes.h"
 #include "cuda/register.h"
@@ -25,8 +25,7 @@ namespace {
 
 using OptTensor = std::optional<at::Tensor>;
 
-constexpr int64_t kStep = 32;                 // products that are summed before they are added
-constexpr int64_t kBlock = int64_t{1} << 24;  // sums at a time
+constexpr int64_t kStep = 32;  // products that are summed before they are added
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 at::Tensor rounded(const at::Tensor& x) { return x.to(at::kBFloat16); }
@@ -41,7 +40,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor right = (missing ? at::constant_pad_nd(b, {0, 0, 0, missing}) : b)
                                .reshape({batch, heads, steps, kStep / 2, 2, 1, n})
                                .permute({3, 0, 1, 2, 4, 5, 6});  // [16, batch, heads, steps, 2, 1, N]
-  const int64_t at_once = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, 2 * batch * heads * m * n));
+  const int64_t at_once = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, 2 * batch * heads * m * n));
   at::Tensor total = at::zeros({batch, heads, m, n}, a.options().dtype(at::kFloat));
   for (int64_t first = 0; first < steps; first += at_once) {
     const int64_t count = std::min(at_once, steps - first);
@@ -112,7 +111,7 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   const at::Tensor q = rounded(query), k = rounded(key).repeat_interleave(group, 1).transpose(2, 3),
                    v = rounded(value).repeat_interleave(group, 1);
   const int64_t sums = s.keys * std::max<int64_t>(1, ceil_div(s.d, kStep) * 2);
-  const int64_t rows = std::max<int64_t>(1, kBlock / sums);  // that a block may have
+  const int64_t rows = std::max<int64_t>(1, kBlockElements / sums);  // that a block may have
   const int64_t queries = std::min(s.queries, rows), heads = std::clamp<int64_t>(rows / s.queries, 1, s.heads),
                 batch = std::clamp<int64_t>(rows / (s.queries * s.heads), 1, s.batch);
   for (int64_t b = 0; b < s.batch; b += batch) {

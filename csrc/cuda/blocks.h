@@ -1,5 +1,5 @@
 // Work on large tensors in parts, so that temporaries (fp32 of an int8 result, float64 of a fused multiply-add) take
-// the same few hundred megabytes whatever the tensors' size.
+// at most a few hundred megabytes, whatever the tensors' size.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,7 +9,7 @@
 
 namespace torchquant {
 
-inline constexpr int64_t kBlockElements = int64_t{1} << 23;
+inline constexpr int64_t kBlockElements = int64_t{1} << 22;
 
 // run(parts) on corresponding parts of the tensors: cut where the first is cut, of at most kBlockElements of it. All
 // have as many dimensions as the first, of its sizes or 1 (broadcast); undefined ones stay so.

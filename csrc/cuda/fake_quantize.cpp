@@ -2,13 +2,14 @@
 // sums are taken in float64 by ATen's reductions, whose order is fixed.
 #include <ATen/ATen.h>
 
-#include <cmath>
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
 
 #include "checks.h"
 #include "cuda/arithmetic.h"
+#include "cuda/blocks.h"
 #include "cuda/device.h"
 #include "cuda/register.h"
 #include "cuda/spans.h"
@@ -37,8 +38,7 @@ at::Tensor unpacked_bits(const at::Tensor& bits, at::IntArrayRef shape) {
 
 // One value for each scale; real_zero: where there is one.
 struct FakeParams {
-  at::Tensor scale, inverse, lo, hi;
-  OptTensor real_zero;
+  at::Tensor scale, inverse, lo, hi, real_zero;
 };
 
 FakeParams make_fake_params(const char* op, const at::Tensor& scale, const OptTensor& zero_point, int64_t qmin,
@@ -50,12 +50,8 @@ FakeParams make_fake_params(const char* op, const at::Tensor& scale, const OptTe
   p.lo = at::full_like(p.scale, static_cast<double>(qmin));
   p.hi = at::full_like(p.scale, static_cast<double>(qmax));
   if (!present(zero_point)) return p;
-  const bool is_real = zero_point->scalar_type() == at::kFloat;
-  TORCH_CHECK_TYPE(is_real || zero_point->scalar_type() == at::kInt, op,
-                   ": zero_point must be int32, or float32 for a real-valued one, got ", describe(*zero_point));
+  const bool is_real = check_zero_point(op, *zero_point, scale);
   const bool one = zero_point->numel() == 1 && zero_point->dim() <= 1;
-  TORCH_CHECK_VALUE(one || zero_point->sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
-                    scale.sizes(), " or hold one value, got ", describe(*zero_point));
   const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes());
   if (is_real) {
     p.real_zero = z;
@@ -73,20 +69,26 @@ struct FakeQuantized {
 // NaN stays: clamp passes it on.
 FakeQuantized fake_quantized(const at::Tensor& input, const Parts& parts, const FakeParams& p, bool want_values,
                              bool want_inside) {
-  const at::Tensor lo = parts.spread(p.lo), hi = parts.spread(p.hi);
-  at::Tensor x = parts.elements(input).to(at::kFloat);
-  if (p.real_zero) x = x - parts.spread(*p.real_zero);
-  at::Tensor steps = x * parts.spread(p.inverse);
-  x.reset();
-  steps.round_();
   FakeQuantized result;
-  if (want_inside) result.inside = (steps >= lo).logical_and_(steps <= hi);
-  if (want_values) {
-    at::clamp_out(steps, steps, lo, hi);
-    steps.add_(0.0).mul_(parts.spread(p.scale));  // the integers have no negative zero
-    if (p.real_zero) steps.add_(parts.spread(*p.real_zero));
-    result.values = steps.to(input.scalar_type()).view(input.sizes());
-  }
+  if (want_values) result.values = at::empty(input.sizes(), input.options());
+  if (want_inside) result.inside = at::empty(input.sizes(), input.options().dtype(at::kBool));
+  if (input.numel() == 0) return result;
+  const auto elements = [&](const at::Tensor& t) { return t.defined() ? parts.elements(t) : t; };
+  const auto spread = [&](const at::Tensor& t) { return t.defined() ? parts.spread(t) : t; };
+  in_blocks<8>({parts.elements(input), elements(result.values), elements(result.inside), spread(p.scale),
+                spread(p.inverse), spread(p.lo), spread(p.hi), spread(p.real_zero)},
+               [](const std::array<at::Tensor, 8>& part) {
+                 const auto& [x, values, inside, scale, inverse, lo, hi, real_zero] = part;
+                 at::Tensor steps = x.to(at::kFloat);
+                 steps = (real_zero.defined() ? steps - real_zero : steps) * inverse;
+                 steps.round_();
+                 if (inside.defined()) inside.copy_((steps >= lo).logical_and_(steps <= hi));
+                 if (!values.defined()) return;
+                 at::clamp_out(steps, steps, lo, hi);
+                 steps.add_(0.0).mul_(scale);  // the integers have no negative zero
+                 if (real_zero.defined()) steps.add_(real_zero);
+                 values.copy_(steps);
+               });
   return result;
 }
 
@@ -99,8 +101,6 @@ FakeQuantized fake_quantize_of(const char* op, const at::Tensor& input, const at
   check_fake_range(op, qmin, qmax);
   const Parts parts = make_parts(op, input, scale, axis, group_size);
   const FakeParams p = make_fake_params(op, scale, zero_point, qmin, qmax);
-  if (input.numel() == 0)
-    return {at::empty(input.sizes(), input.options()), at::empty({0}, input.options().dtype(at::kBool))};
   return fake_quantized(input, parts, p, want_values, want_inside);
 }
 
@@ -169,7 +169,6 @@ at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scal
   p.inverse = torchquant::reciprocal(p.scale);
   p.lo = at::rsub(zero, qmin);
   p.hi = at::rsub(zero, qmax);
-  if (input.numel() == 0) return at::empty(input.sizes(), input.options());
   return fake_quantized(input, parts, p, true, false).values;
 }
 
@@ -197,20 +196,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
   if (input.numel() == 0)
     return {at::empty(input.sizes(), input.options()), at::zeros(scale.sizes(), scale.options()),
             at::zeros(scale.sizes(), scale.options())};
-  const at::Tensor used = learned_scale(scale), inverse = parts.spread(torchquant::reciprocal(used));
-  const at::Tensor lo = parts.spread(at::rsub(zero, qmin).to(at::kFloat)),
-                   hi = parts.spread(at::rsub(zero, qmax).to(at::kFloat));
-  const at::Tensor x = parts.elements(input).to(at::kFloat), g = parts.elements(grad).to(at::kFloat);
-  const at::Tensor v = x * inverse, nothing = at::zeros({}, x.options());
-  const at::Tensor inside = (lo < v).logical_and_(v < hi), steps = at::clamp(v.round(), lo, hi);
-  const at::Tensor grad_input = at::where(inside, g, nothing).to(input.scalar_type()).view(input.sizes());
-  // rint(v) - v from the residual steps * scale - x, which keeps all its bits where v has rounded them away.
-  const at::Tensor residual = steps.to(at::kDouble).mul_(parts.spread(used)).sub_(x).to(at::kFloat);
-  const at::Tensor slope = at::where(inside, residual * inverse, steps + parts.spread(zero.to(at::kFloat)));
+  const at::Tensor used = learned_scale(scale), inverse = torchquant::reciprocal(used);
+  const at::Tensor lo = at::rsub(zero, qmin).to(at::kFloat), hi = at::rsub(zero, qmax).to(at::kFloat);
+  const at::Tensor grad_input = at::empty(input.sizes(), input.options()), x = parts.elements(input);
+  const at::Tensor to_scale = at::empty(x.sizes(), x.options().dtype(at::kFloat)), to_offset = at::empty_like(to_scale);
+  in_blocks<10>({x, parts.elements(grad), parts.elements(grad_input), to_scale, to_offset, parts.spread(used),
+                 parts.spread(inverse), parts.spread(lo), parts.spread(hi), parts.spread(zero.to(at::kFloat))},
+                [](const std::array<at::Tensor, 10>& part) {
+                  const auto& [x, grad, grad_x, to_scale, to_offset, s, inverse, lo, hi, zero] = part;
+                  const at::Tensor v = x.to(at::kFloat) * inverse, g = grad.to(at::kFloat);
+                  const at::Tensor inside = (lo < v).logical_and_(v < hi), steps = at::clamp(v.round(), lo, hi);
+                  const at::Tensor none = at::zeros({}, v.options());
+                  grad_x.copy_(at::where(inside, g, none));
+                  to_offset.copy_(at::where(inside, none, g));
+                  // rint(v) - v from the residual steps * s - x, which keeps all its bits where v has rounded them away
+                  const at::Tensor residual = steps.to(at::kDouble).mul_(s).sub_(x).to(at::kFloat);
+                  to_scale.copy_(at::where(inside, residual * inverse, steps + zero).mul_(g));
+                });
   const auto sums = [&](const at::Tensor& terms) {
     return parts.gathered(terms, 0.0).sum(parts.within, false, at::kDouble).to(at::kFloat).view(scale.sizes());
   };
-  return {grad_input, sums(g * slope), sums(at::where(inside, nothing, g))};
+  return {grad_input, sums(to_scale), sums(to_offset)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> minmax(const at::Tensor& input, OptInt axis, OptInt group_size) {

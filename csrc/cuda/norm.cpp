@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cuda/arithmetic.h"
+#include "cuda/blocks.h"
 #include "cuda/device.h"
 #include "cuda/lanes.h"
 #include "cuda/register.h"
@@ -15,8 +16,6 @@ namespace torchquant {
 namespace {
 
 using OptTensor = std::optional<at::Tensor>;
-
-constexpr int64_t kBlock = int64_t{1} << 24;  // elements at a time: a fused multiply-add needs many temporaries
 
 at::Tensor float_or_none(const OptTensor& t) { return t && t->defined() ? t->to(at::kFloat) : at::Tensor(); }
 
@@ -50,7 +49,7 @@ at::Tensor norm(const char* op, const at::Tensor& input, const OptTensor& weight
   check_norm(op, input, weight, bias, s.eps, residual);
   const at::Tensor out = at::empty(input.sizes(), input.options());
   if (out.numel() == 0) return out;
-  const int64_t k = input.size(-1), rows = out.numel() / k, block = std::max<int64_t>(1, kBlock / k);
+  const int64_t k = input.size(-1), rows = out.numel() / k, block = std::max<int64_t>(1, kBlockElements / k);
   const at::Tensor w = float_or_none(weight), b = float_or_none(bias), x = input.reshape({rows, k});
   const at::Tensor r = residual && residual->defined() ? residual->reshape({rows, k}) : at::Tensor();
   for (int64_t m = 0; m < rows; m += block) {
