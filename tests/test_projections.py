@@ -482,14 +482,25 @@ def test_moves_keep_the_group(
     assert shared == [3]
 
 
-def test_a_move_to_another_device_ends_it() -> None:
+def test_on_another_device_the_group_forms_again(shared: Calls, gradients_off: None) -> None:
     plain, model, _ = both(Attention())
-    state = model.state_dict()
+    group, state = model.q._group, model.state_dict()
     model.to("meta")
+    assert not group.active
+    assert model.q._group is group
     model.to_empty(device="cpu")
+    assert group.active
     model.load_state_dict(state)
-    with torch.no_grad():
-        assert_same_bits(model(X), plain(X))
+    assert_same_bits(model(X), plain(X))
+    assert shared == [3]
+
+
+def test_a_group_keeps_no_weights_where_it_was(gradients_off: None) -> None:
+    _, model, _ = both(Attention())
+    weights = weakref.ref(model.q._group.packed)
+    model.to("meta")
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.parametrize("there", ["float", "grouped", "plain"])

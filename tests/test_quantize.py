@@ -280,7 +280,7 @@ def test_another_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cpu", False)  # for want of such a device
     report = quantize_(model)
     monkeypatch.undo()
-    assert outcome(report) == {"0": "skipped: on cpu; move it to the CPU first"}
+    assert outcome(report) == {"0": "skipped: on cpu; move it to the CPU or to a CUDA device first"}
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

@@ -106,7 +106,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    device: torch.device | str | int | None = None,
+) -> nn.Module:
     """Fill a model from a file that :func:`save` wrote; layers become quantized where it says so.
 
     The file is read and checked before the model is touched, and whatever goes wrong after that is
@@ -116,9 +121,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         path: the file.
         model: the architecture, in float or already quantized, fused or not; also on the meta
             device, which skips the work of initialising weights that are replaced.
+        device: where the file's tensors go; None is the CPU. Buffers that are in no file stay
+            where they are, so build the model on that device or on the meta device.
 
     Returns:
-        ``model``, changed in place: tensors of the file's dtypes, on the CPU; ``requires_grad``,
+        ``model``, changed in place: tensors of the file's dtypes, on ``device``; ``requires_grad``,
         hooks and training mode as they were. Parameters that the model ties stay tied.
 
     Raises:
@@ -142,6 +149,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     _check_model("load", model)
     path = Path(path)
+    target = _checked_device(device)
     tensors, header = _read(path)
     state = {**tensors, **{key: tensors[source] for key, source in header["aliases"].items()}}
     with _refusing(path), _undoing(model):
@@ -153,7 +161,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
                 parent._modules[attribute] = other.train(place.training)
         current = _current_tensors(model)
         _check_fit(state, current)
-        ready = _as_tied(state, current, header["layers"])
+        ready = _as_tied(state, current, header["layers"], target)
         model.load_state_dict(ready, strict=True, assign=True)
     group_again(model, header.get("projections", []))
     _warn_of_missing_buffers(model)
@@ -165,6 +173,17 @@ def _check_model(who: str, model: nn.Module) -> None:
         raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
 
 
+def _checked_device(device: torch.device | str | int | None) -> torch.device:
+    """A device that holds values, before anything is read or changed."""
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"load: device must name one of torch's devices, got {device!r}") from None
+    if place.type == "meta":
+        raise ValueError("load: device must hold values, got 'meta'; leave it out for the CPU")
+    return place
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -173,7 +192,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     tensors: dict[str, Tensor] = {}
     aliases = _repeated_qweights(model)
     first_key: dict[Hashable, str] = {}
-    state = model.state_dict()  # held, so that no memory is used twice
+    with _qweights_on_cpu(model):
+        state = model.state_dict()  # held, so that no memory is used twice
     for key, value in state.items():
         if key in aliases:
             continue
@@ -197,6 +217,27 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         else:
             tensors[key] = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return _unshared(tensors), aliases
+
+
+@contextmanager
+def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
+    """While a state dict is made: unpacked on a GPU, they would take a second model's memory."""
+
+    def move(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        key = f"{prefix}qweight"
+        if key in state:  # another hook may have taken it out
+            state[key] = state[key].cpu()
+
+    handles = [
+        module.register_state_dict_post_hook(move)
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear) and module.packed.is_cuda
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _repeated_qweights(model: nn.Module) -> dict[str, str]:
@@ -492,9 +533,12 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _as_tied(
-    state: Mapping[str, Tensor], current: Mapping[str, Tensor | None], quantized: Container[str]
+    state: Mapping[str, Tensor],
+    current: Mapping[str, Tensor | None],
+    quantized: Container[str],
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """The state in memory of its own, each tensor once for all keys that the model ties.
+    """The state on a device, in memory of its own, each tensor once for all keys that are tied.
 
     ``.to("meta")`` unties parameters; there the file's ties hold, but for quantized layers, which
     are tied as modules or not at all.
@@ -504,14 +548,15 @@ def _as_tied(
     for key, tensor in state.items():
         here = current[key]
         if here is None:
-            ready[key] = tensor.clone()
+            ready[key] = tensor.to(device, copy=True)
             continue
         layer, _, name = key.rpartition(".")
         untied = here.is_meta and layer not in quantized
         tie = ("file", id(tensor)) if untied else ("model", memory_key(here))
         if tie not in made:
             # A copy, for these are views of the mapped file; a layer packs its qweight into one.
-            own = tensor if name == "qweight" and layer in quantized else tensor.clone()
+            packs = name == "qweight" and layer in quantized
+            own = tensor.to(device, copy=not packs)
             trained = isinstance(here, nn.Parameter)
             made[tie] = nn.Parameter(own, here.requires_grad) if trained else own
         ready[key] = made[tie]

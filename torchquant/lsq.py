@@ -40,6 +40,7 @@ class LSQQuantizer(Float32State):
     cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
     the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``. A graph that
     torch.compile traced before that reads ``initialized`` in every step; one traced after does not.
+    Only the first batch waits for a GPU.
 
     State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
     symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.

@@ -80,7 +80,7 @@ def replace_norms_(
     :class:`torchquant.nn.RMSNorm` does, which also finds out whether it rounds before or behind its
     weight. Parameters are the same objects as before under the same names, so state dicts, ties and
     optimizers stay valid; hooks move along. Results change by rounding only: sums are taken in
-    another order, the same one on every CPU.
+    another order, the same one on every device.
 
     A LayerNorm can then take the addition before it: ``norm(x, residual=y)``. That is for the code
     that calls it to do.

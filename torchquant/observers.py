@@ -46,7 +46,8 @@ class Observer(Float32State):
     With torch.distributed initialised, least, greatest and count are reduced over the processes in
     one collective before anything is averaged, so that every process holds the range of the whole
     batch; all processes must then call the observer equally often. The second forward of activation
-    checkpointing runs inside a backward pass and is not observed.
+    checkpointing runs inside a backward pass and is not observed. On a GPU nothing waits for the
+    device but a change of mode, which looks whether values that were not finite have to be told of.
 
     Args:
         bits, signed, narrow_range: the integer range, see :func:`torchquant.quant_range`.

@@ -41,7 +41,7 @@ HOOKS = (
 
 
 def too_small(out_features: int, in_features: int) -> bool:
-    """Whether a linear layer is too small to gain from int8; the same answer on every CPU.
+    """Whether a linear layer is too small to gain from int8; the same answer everywhere.
 
     Example:
         >>> too_small(10, 768), too_small(64, 64)

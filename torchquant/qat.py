@@ -22,6 +22,7 @@ from torchquant.fuse.projections import group_projections
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
 from torchquant.nn.qat_linear import QATLinear, qat_config
+from torchquant.ops._arguments import has_kernels
 from torchquant.plan import (
     FilterFn,
     Step,
@@ -266,9 +267,12 @@ def _plan(model: nn.Module, config: QATConfig, filter_fn: FilterFn | None) -> li
 
     def refused(module: nn.Module) -> str | None:
         reason = refusal(module)
-        if reason is None and config.simulate and module.weight.is_cuda:  # computes anywhere
-            return None
-        return reason or value_refusal(module)
+        if reason is not None:
+            return reason
+        weight = module._parameters["weight"]
+        if config.simulate and weight is not None and not (has_kernels(weight) or weight.is_meta):
+            return None  # computes anywhere
+        return value_refusal(module)
 
     return plan_layers(model, filter_fn, done, refused)
 

@@ -52,6 +52,8 @@ def quantize_(
     reported and left alone. A weight shared with an embedding is untied: the layer gets its own
     int8 copy.
 
+    The model may lie on the CPU or on CUDA devices; each new layer is where the old one was.
+
     Memory never exceeds the float model plus its largest layer. Should a conversion fail halfway
     (out of memory), the layers before it are quantized, the others in float, and the model works.
 

@@ -3,7 +3,7 @@
 Two models that ought to be equal drift apart from the first difference on, and then every layer
 behind it differs too. So each pair of layers is given the identical input, the one that the trained
 layer gets; a difference then belongs to the layer where it arises. The outputs of the whole models
-are compared beside that.
+are compared beside that. The two models may lie on different devices.
 """
 
 from __future__ import annotations
@@ -118,12 +118,13 @@ class VerifyReport:
     """Result of :func:`verify`; ``print`` it for a table.
 
     ``layers`` are in the order of their first calls, those that were never called last; ``outputs``
-    are the whole models'.
+    are the whole models'. ``devices`` are those of the trained model and of the converted one.
     """
 
     layers: tuple[Comparison, ...]
     outputs: Comparison
     batches: int
+    devices: tuple[str, str] = ("cpu", "cpu")
 
     @property
     def differing_bits(self) -> int:
@@ -155,6 +156,8 @@ class VerifyReport:
             f"{self.differing_bits:,} differing bits in {values:,} values of {len(called)} layers; "
             f"outputs of the models: {self.outputs.bits:,} in {self.outputs.values:,}"
         )
+        if self.devices[0] != self.devices[1]:
+            line += f"\nDevices: {self.devices[0]} (trained) and {self.devices[1]} (converted)"
         if self.first_difference is not None:
             line += f"\nFirst difference: {self.first_difference}"
         if self.never_called:
@@ -194,11 +197,15 @@ def verify(
     where it arises; the outputs of the whole models are compared too. Modes, stages, hooks and
     random numbers are as before afterwards.
 
+    The models may lie on different devices. Then they may also be two copies of one model, both
+    prepared or both quantized: this is how to compare a GPU with the CPU. Of the whole models'
+    outputs expect differences there, which come from torch's own float operators.
+
     Args:
         qat_model: the trained model, before ``convert_``: convert a ``copy.deepcopy`` of it.
         quantized_model: the converted one, with layers of the same names.
         batches: inputs: each a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments.
+            keyword arguments. Their tensors are moved to each model's device, where it has one.
         training: run the trained layers in training mode, ranges frozen, with gradients on; all
             other modules stay in evaluation mode, so there is no dropout.
 
@@ -224,6 +231,8 @@ def verify(
     layers = {name: Comparison(name) for name in pairs}
     outputs = Comparison("outputs of the models")
     called: dict[str, None] = {}
+    places = tuple(_devices(model) for model in (qat_model, quantized_model))
+    generators = _cuda_generators(set().union(*places))
     current = 0
 
     def compare(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -231,13 +240,14 @@ def verify(
         input: Tensor = args[0] if args else kwargs["input"]
         with torch.no_grad():
             # Its forward alone: hooks are the model's, and in it they run when it runs.
-            converted = type(pairs[name][1]).forward(pairs[name][1], input.detach())
+            layer: Any = pairs[name][1]
+            converted = type(layer).forward(layer, input.detach().to(_device_of(layer)))
         layers[name].compare(output, converted, current)
 
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(qat_model))
         stack.enter_context(_as_it_was(quantized_model))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng(devices=generators))
         stack.enter_context(torch.set_grad_enabled(training))
         qat_model.eval()
         quantized_model.eval()
@@ -253,15 +263,20 @@ def verify(
         _freeze_ranges(qat_model)
         count = 0
         for current, batch in enumerate(batches):
-            seed = torch.get_rng_state()
-            trained_output = _call(qat_model, batch)
-            torch.set_rng_state(seed)
-            outputs.compare(trained_output, _call(quantized_model, batch), current)
+            seed = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in generators]
+            trained_output = _call(qat_model, _moved(batch, places[0]))
+            torch.set_rng_state(seed[0])
+            for index, state in zip(generators, seed[1], strict=True):
+                torch.cuda.set_rng_state(state, index)
+            outputs.compare(
+                trained_output, _call(quantized_model, _moved(batch, places[1])), current
+            )
             count += 1
     if not count:
         raise ValueError("verify: batches must hold at least one batch, got none")
     order = [*called, *(name for name in layers if name not in called)]
-    return VerifyReport(tuple(layers[name] for name in order), outputs, count)
+    devices = tuple(", ".join(sorted(map(str, place))) for place in places)
+    return VerifyReport(tuple(layers[name] for name in order), outputs, count, devices)  # type: ignore[arg-type]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -285,20 +300,29 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-def _pairs(
-    qat_model: nn.Module, quantized_model: nn.Module
-) -> dict[str, tuple[QATLinear, QuantizedLinear]]:
+Layer = QATLinear | QuantizedLinear
+
+
+def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[Layer, Layer]]:
     for argument, model in (("qat_model", qat_model), ("quantized_model", quantized_model)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"verify: {argument} must be an nn.Module, got {type(model).__name__}")
-    trained = {n: m for n, m in qat_model.named_modules() if isinstance(m, QATLinear)}
-    converted = {n: m for n, m in quantized_model.named_modules() if isinstance(m, QuantizedLinear)}
+    ours, theirs = _layers(qat_model), _layers(quantized_model)
+    elsewhere = {_device_of(m) for m in ours.values()} != {_device_of(m) for m in theirs.values()}
+    trained = {n: m for n, m in ours.items() if isinstance(m, QATLinear)}
+    converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedLinear)}
+    if elsewhere:  # copies of one model are worth comparing then
+        trained = trained or ours  # type: ignore[assignment]
+        converted = converted or theirs  # type: ignore[assignment]
     if not trained:
         raise ValueError(
             "verify: qat_model must hold QATLinear layers, got none; keep a copy.deepcopy of the "
             "model before convert_"
         )
-    floating = [name for name, layer in trained.items() if not bool(layer.quantize_enabled)]
+    prepared = [
+        item for item in (*trained.items(), *theirs.items()) if isinstance(item[1], QATLinear)
+    ]
+    floating = [name for name, layer in prepared if not bool(layer.quantize_enabled)]
     if floating:
         raise ValueError(
             "verify: qat_model must compute with integers, got layers in the first stage "
@@ -311,6 +335,39 @@ def _pairs(
             f"QuantizedLinear at {', '.join(missing)}"
         )
     return {name: (layer, converted[name]) for name, layer in trained.items()}
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    kinds = (QATLinear, QuantizedLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _device_of(layer: Layer) -> torch.device:
+    return (layer.packed if isinstance(layer, QuantizedLinear) else layer.weight).device
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _cuda_generators(devices: Iterable[torch.device]) -> list[int]:
+    """The GPUs whose random numbers the models may draw."""
+    return sorted(device.index for device in devices if device.type == "cuda")
+
+
+def _moved(batch: Any, devices: set[torch.device]) -> Any:
+    """A batch on a model's device; as it is where the model has several."""
+    if len(devices) != 1 or all(tensor.device in devices for tensor in tensors_in(batch)):
+        return batch
+    (device,) = devices
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, devices) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [_moved(value, devices) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
 
 
 @contextmanager
@@ -357,7 +414,7 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def _popcount(bits: Tensor) -> int:
-    ones = torch.tensor([byte.bit_count() for byte in range(256)])
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], device=bits.device)
     return int(ones[bits.flatten().view(torch.uint8).long()].sum())
 
 

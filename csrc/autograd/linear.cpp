@@ -6,6 +6,7 @@
 
 #include "autograd/activation.h"
 #include "checks.h"
+#include "cuda/rows_layout.h"
 #include "kernels/layout.h"
 
 namespace torchquant {
@@ -232,19 +233,24 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
   if (!wants_gradient(input, bias))
     return split_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
                        output_dtype);
-  check_split("linear_dynamic_split", input, packed, weight_scale, weight_zero_point, bias, out_features,
-              activations.size());
+  const char* op = "linear_dynamic_split";
+  check_members(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
+  // The layout (csrc/kernels/layout.h, csrc/cuda/rows_layout.h) shows in the second dimension.
+  const int64_t k = input.size(-1);
+  const bool in_rows = packed.dim() == 2 && packed.size(1) == padded_k(k);
+  const auto height = [&](int64_t n) { return in_rows ? layout_rows(n, k) : num_tiles(n); };
+  if (!in_rows) check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   std::vector<at::Tensor> outputs;
-  int64_t first = 0, tile = 0;
+  int64_t first = 0, row = 0;
   for (size_t i = 0; i < out_features.size(); ++i) {
-    const int64_t n = out_features[i], tiles = num_tiles(n);
+    const int64_t n = out_features[i], rows = height(n);
     const auto part = [&](const OptTensor& t) { return present(t) ? OptTensor(t->narrow(0, first, n)) : std::nullopt; };
     const std::string activation = activations.empty() ? "none" : activations.get(i);
-    outputs.push_back(linear_dynamic_autograd(input, packed.narrow(0, tile, tiles), weight_scale.narrow(0, first, n),
+    outputs.push_back(linear_dynamic_autograd(input, packed.narrow(0, row, rows), weight_scale.narrow(0, first, n),
                                               part(weight_zero_point), part(bias), n, symmetric, activation,
                                               output_dtype, 8));
     first += n;
-    tile += tiles;
+    row += rows;
   }
   return outputs;
 }

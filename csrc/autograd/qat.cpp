@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cuda/device.h"
 
 namespace torchquant {
 namespace {
@@ -50,32 +51,49 @@ Quantized quantize_rows(const at::Tensor& x, const OptTensor& scale, const OptTe
   return op.call(x, scale, zero, qmin, qmax, symmetric);
 }
 
-Quantized quantize_pack(const at::Tensor& w, const OptTensor& scale, int64_t qmin, int64_t qmax, bool symmetric) {
-  static auto op =
-      operator_of<Quantized(const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, int64_t, bool)>(
-          "torchquant::quantize_pack");
-  return op.call(w, scale, std::nullopt, qmin, qmax, symmetric);
-}
+using PackSignature = Quantized(const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, int64_t, bool);
+using DynamicSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
+                                    const OptTensor&, int64_t, bool, std::string_view, std::optional<at::ScalarType>,
+                                    int64_t);
+using StaticSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&,
+                                   const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, std::string_view,
+                                   at::ScalarType, const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t);
 
-at::Tensor linear_dynamic(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
-                          const OptTensor& weight_zero, const OptTensor& bias, int64_t n, bool symmetric,
-                          std::string_view activation, at::ScalarType dtype, int64_t bits) {
-  static auto op = operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
-                                          const OptTensor&, int64_t, bool, std::string_view,
-                                          std::optional<at::ScalarType>, int64_t)>("torchquant::linear_dynamic");
-  return op.call(x, packed, weight_scale, weight_zero, bias, n, symmetric, activation, dtype, bits);
-}
+// The operators of the converted layer.
+struct Layer {
+  c10::TypedOperatorHandle<PackSignature> pack;
+  c10::TypedOperatorHandle<DynamicSignature> dynamic;
+  c10::TypedOperatorHandle<StaticSignature> fixed;
 
-at::Tensor linear_static(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, const at::Tensor& packed,
-                         const at::Tensor& weight_scale, const OptTensor& weight_zero, const OptTensor& bias, int64_t n,
-                         std::string_view activation, at::ScalarType dtype, int64_t qmin = -128, int64_t qmax = 127) {
-  static auto op =
-      operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&,
-                             const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, std::string_view,
-                             at::ScalarType, const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t)>(
-          "torchquant::linear_static");
-  return op.call(x, scale, zero, packed, weight_scale, weight_zero, bias, n, activation, dtype, std::nullopt, 0, -128,
-                 127, qmin, qmax);
+  explicit Layer(const std::string& library)
+      : pack(operator_of<PackSignature>((library + "::quantize_pack").c_str())),
+        dynamic(operator_of<DynamicSignature>((library + "::linear_dynamic").c_str())),
+        fixed(operator_of<StaticSignature>((library + "::linear_static").c_str())) {}
+
+  Quantized quantize_pack(const at::Tensor& w, const OptTensor& scale, int64_t qmin, int64_t qmax,
+                          bool symmetric) const {
+    return pack.call(w, scale, std::nullopt, qmin, qmax, symmetric);
+  }
+
+  at::Tensor linear_dynamic(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
+                            const OptTensor& weight_zero, const OptTensor& bias, int64_t n, bool symmetric,
+                            std::string_view activation, at::ScalarType dtype, int64_t bits) const {
+    return dynamic.call(x, packed, weight_scale, weight_zero, bias, n, symmetric, activation, dtype, bits);
+  }
+
+  at::Tensor linear_static(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero,
+                           const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& weight_zero,
+                           const OptTensor& bias, int64_t n, std::string_view activation, at::ScalarType dtype,
+                           int64_t qmin = -128, int64_t qmax = 127) const {
+    return fixed.call(x, scale, zero, packed, weight_scale, weight_zero, bias, n, activation, dtype, std::nullopt, 0,
+                      -128, 127, qmin, qmax);
+  }
+};
+
+template <OperatorsOf library>
+const Layer& layer_of() {
+  static const Layer layer(library == OperatorsOf::kTorchquant ? "torchquant" : "torchquant_aten");
+  return layer;
 }
 
 at::Tensor fake_quantize(const at::Tensor& x, const at::Tensor& scale, const OptTensor& zero, int64_t qmin,
@@ -168,6 +186,12 @@ void check(const at::Tensor& input, const at::Tensor& weight, const OptTensor& b
            const Settings& s) {
   check_float(kOp, "input", input);
   check_dim(kOp, "input", input, 1);
+  check_device(kOp, "weight", weight, input);
+  check_device(kOp, "bias", bias, input);
+  check_device(kOp, "input_scale", input_scale, input);
+  check_device(kOp, "input_zero_point", input_zero_point, input);
+  check_device(kOp, "input_offset", input_offset, input);
+  check_device(kOp, "weight_scale", weight_scale, input);
   check_float(kOp, "weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight must have shape [out_features, in_features], got ",
                     describe(weight));
@@ -223,16 +247,17 @@ struct QatLinear : public torch::autograd::Function<QatLinear> {
 
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
+    const Layer& layer = layer_of<OperatorsOf::kTorchquant>();
     const auto [packed, channel_scale, channel_zero] =
-        quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+        layer.quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
     const int64_t shift = shift_of(s.input_qmax);
     const auto [q, row_scale, row_zero] =
         quantize_rows(input, scale, zero, s.input_qmin - shift, s.input_qmax - shift, s.input_symmetric);
     const bool own_zeros = !scale && !s.input_symmetric;  // a zero point per row
     const OptTensor weight_zero = s.weight_symmetric ? std::nullopt : OptTensor(channel_zero);
     const at::Tensor output =
-        linear_static(q, row_scale, own_zeros ? OptTensor(row_zero) : zero, packed, channel_scale, weight_zero,
-                      float_bias(bias), weight.size(0), s.activation, s.output_dtype);
+        layer.linear_static(q, row_scale, own_zeros ? OptTensor(row_zero) : zero, packed, channel_scale, weight_zero,
+                            float_bias(bias), weight.size(0), s.activation, s.output_dtype);
 
     const bool relu = s.activation == "relu";
     Variable bits;  // of a static range; a learned one needs the input itself
@@ -397,6 +422,7 @@ TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { m.impl("qat_linear", &qat_linear_a
 
 }  // namespace
 
+template <OperatorsOf library>
 at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
                               const OptTensor& input_scale, const OptTensor& input_zero_point,
                               const OptTensor& input_offset, int64_t input_qmin, int64_t input_qmax,
@@ -408,16 +434,30 @@ at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight,
       settings(input_qmin, input_qmax, input_symmetric, weight_qmin, weight_qmax, weight_symmetric, activation,
                input_grad_factor, weight_grad_factor, output_dtype.value_or(input.scalar_type()));
   check(input, weight, bias, input_scale, input_zero_point, input_offset, weight_scale, s);
+  const Layer& layer = layer_of<library>();
   const auto [packed, channel_scale, channel_zero] =
-      quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+      layer.quantize_pack(weight, weight_scale, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
   const OptTensor weight_zero = s.weight_symmetric ? std::nullopt : OptTensor(channel_zero);
   const int64_t n = weight.size(0);
   if (!present(input_scale))
-    return linear_dynamic(input, packed, channel_scale, weight_zero, float_bias(bias), n, s.input_symmetric,
-                          s.activation, s.output_dtype, bits_of(s.input_qmax));
+    return layer.linear_dynamic(input, packed, channel_scale, weight_zero, float_bias(bias), n, s.input_symmetric,
+                                s.activation, s.output_dtype, bits_of(s.input_qmax));
   const auto [scale, zero] = input_params(input_scale, input_zero_point, input_offset, s.input_qmin, s.input_qmax);
-  return linear_static(input, *scale, zero, packed, channel_scale, weight_zero, float_bias(bias), n, s.activation,
-                       s.output_dtype, s.input_qmin - shift_of(s.input_qmax), s.input_qmax - shift_of(s.input_qmax));
+  return layer.linear_static(input, *scale, zero, packed, channel_scale, weight_zero, float_bias(bias), n, s.activation,
+                             s.output_dtype, s.input_qmin - shift_of(s.input_qmax),
+                             s.input_qmax - shift_of(s.input_qmax));
 }
+
+template at::Tensor qat_linear_forward<OperatorsOf::kTorchquant>(const at::Tensor&, const at::Tensor&, const OptTensor&,
+                                                                 const OptTensor&, const OptTensor&, const OptTensor&,
+                                                                 int64_t, int64_t, bool, const OptTensor&, int64_t,
+                                                                 int64_t, bool, std::string_view, double, double,
+                                                                 std::optional<at::ScalarType>);
+template at::Tensor qat_linear_forward<OperatorsOf::kTorchquantAten>(const at::Tensor&, const at::Tensor&,
+                                                                     const OptTensor&, const OptTensor&,
+                                                                     const OptTensor&, const OptTensor&, int64_t,
+                                                                     int64_t, bool, const OptTensor&, int64_t, int64_t,
+                                                                     bool, std::string_view, double, double,
+                                                                     std::optional<at::ScalarType>);
 
 }  // namespace torchquant

@@ -8,6 +8,10 @@
 
 namespace torchquant {
 
+enum class OperatorsOf { kTorchquant, kTorchquantAten };
+
+// library: whose linear layer it is, torchquant's with whatever kernels it has on the device or torchquant_aten's.
+template <OperatorsOf library>
 at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const std::optional<at::Tensor>& input_scale,
                               const std::optional<at::Tensor>& input_zero_point,

@@ -31,11 +31,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 using OptTensor = std::optional<at::Tensor>;
 using OptInt = std::optional<int64_t>;
 
-void check_range(const char* op, int64_t qmin, int64_t qmax) {
-  TORCH_CHECK_VALUE(-kMaxZeroPoint <= qmin && qmin < qmax && qmax <= kMaxZeroPoint, op,
-                    ": qmin must be less than qmax, both within [-2^22, 2^22], got qmin = ", qmin, ", qmax = ", qmax);
-}
-
 at::Tensor empty_bits(const at::Tensor& x) { return at::empty({ceil_div(x.numel(), 8)}, x.options().dtype(at::kByte)); }
 
 void* at_element(const at::Tensor& t, int64_t i) {
@@ -80,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_of(const char* op, const at::Te
                                                     const OptTensor& zero_point, int64_t qmin, int64_t qmax,
                                                     OptInt axis, OptInt group_size, bool want_out, bool want_bits) {
   check_float(op, "input", input);
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   const Params p = make_params(op, scale, zero_point, qmin, qmax, true);
   const at::Tensor x = input.contiguous();
@@ -167,7 +162,7 @@ at::Tensor fake_quantize_learned(const at::Tensor& input, const at::Tensor& scal
                                  int64_t qmin, int64_t qmax, double /*grad_factor*/, OptInt axis, OptInt group_size) {
   const char* op = "fake_quantize_learned";
   check_float(op, "input", input);
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   Params p = learned_params(op, scale, qmin, qmax);
   if (offset && offset->defined()) {
@@ -235,7 +230,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learned_backward(
   check_dtype(op, "grad", grad, input.scalar_type());
   TORCH_CHECK_VALUE(grad.sizes() == input.sizes(), op, ": grad must have input's shape ", input.sizes(), ", got ",
                     describe(grad));
-  check_range(op, qmin, qmax);
+  check_fake_range(op, qmin, qmax);
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   Params p = learned_params(op, scale, qmin, qmax);
   const int64_t scales = scale.numel();

@@ -23,18 +23,13 @@ at::Tensor as_rows(const at::Tensor& input) {
 }
 int64_t distance(const at::Tensor& rows) { return row_stride(rows).value_or(rows.size(-1)); }  // none: no rows at all
 
-OutType out_type_from(const char* op, at::ScalarType type) {
+OutType out_type_from(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return OutType::kF32;
     case at::kBFloat16: return OutType::kBF16;
     case at::kHalf: return OutType::kF16;
     case at::kChar: return OutType::kI8;
     case at::kByte: return OutType::kU8;
-    default:
-      TORCH_CHECK_TYPE(false, op,
-                       ": output_dtype must be float32, bfloat16 or float16 (int8 or uint8 with "
-                       "output_scale), got ",
-                       dtype_name(type));
+    default: return OutType::kF32;
   }
 }
 
@@ -68,10 +63,7 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
     check_zero_points(op, "weight_zero_point", side.args.weight_zero, n, -128, 127);
   }
   if (bias && bias->defined()) {
-    const bool integer = integer_bias_allowed && bias->scalar_type() == at::kInt;
-    TORCH_CHECK_TYPE(integer || !integer_bias_allowed || bias->scalar_type() == at::kFloat, op,
-                     ": bias must be float32 or int32, got ", describe(*bias));
-    check_channels(op, "bias", *bias, integer ? at::kInt : at::kFloat, n, false);
+    const bool integer = check_bias(op, *bias, integer_bias_allowed, n);
     const at::Tensor& b = contiguous_in(side, *bias, n);
     if (integer) side.args.bias_i32 = b.const_data_ptr<int32_t>();
     else side.args.bias = b.const_data_ptr<float>();
@@ -113,18 +105,16 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
   const char* op = "linear_dynamic";
   check_float(op, "input", input);
   check_dim(op, "input", input, 1);
-  TORCH_CHECK_VALUE(2 <= activation_bits && activation_bits <= 8, op, ": activation_bits must be from 2 to 8, got ",
-                    activation_bits);
+  check_activation_bits(op, activation_bits);
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, false, n, k, activation);
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
-  TORCH_CHECK_TYPE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
-                   dtype_name(out_dtype));
+  check_float_type(op, "output_dtype", out_dtype);
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(out_dtype));
   if (m == 0) return out;
-  side.args.out_type = out_type_from(op, out_dtype);
+  side.args.out_type = out_type_from(out_dtype);
   side.args.c = out.mutable_data_ptr();
   side.args.ldc = n;
   side.args.same_row_zero = symmetric;
@@ -149,8 +139,7 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
   check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   const int64_t k = input.size(-1);
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
-  TORCH_CHECK_TYPE(is_float_input(out_dtype), op, ": output_dtype must be float32, bfloat16 or float16, got ",
-                   dtype_name(out_dtype));
+  check_float_type(op, "output_dtype", out_dtype);
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
   const std::vector<std::string> names = activations.vec();
@@ -168,7 +157,7 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
                                 activations.empty() ? std::string_view("none") : std::string_view(names[i])));
     outputs.push_back(empty_output(output_sizes(input, n), input.options().dtype(out_dtype)));
     GemmArgs args = sides.back().args;
-    args.out_type = out_type_from(op, out_dtype);
+    args.out_type = out_type_from(out_dtype);
     args.c = outputs.back().mutable_data_ptr();
     args.ldc = n;
     args.same_row_zero = symmetric;
@@ -190,24 +179,12 @@ struct InputParams {
   at::Tensor scale, zero;  // [1] or [m], contiguous
 };
 
-InputParams input_params(const char* op, const at::Tensor& input, int64_t m, const at::Tensor& scale,
-                         const std::optional<at::Tensor>& zero_point, bool per_tensor_only) {
-  const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
-  auto is_per_row = [&](const at::Tensor& t) {  // of input's leading shape, or [..., 1]
-    const bool kept = t.dim() == input.dim() && t.size(-1) == 1;
-    return (kept ? t.sizes().slice(0, t.dim() - 1) : t.sizes()) == leading;
-  };
-  auto check = [&](const char* name, const at::Tensor& t, at::ScalarType type) {
-    check_dtype(op, name, t, type);
-    const bool one = t.numel() == 1 && t.dim() <= 1;
-    TORCH_CHECK_VALUE(one || (!per_tensor_only && is_per_row(t)), op, ": ", name, " must hold one value",
-                      per_tensor_only ? " (float input is quantized per tensor)" : ", or one per row of input [..., 1]",
-                      ", got ", describe(t), " for input ", describe(input));
-  };
-  check("input_scale", scale, at::kFloat);
+InputParams input_params(const char* op, const at::Tensor& input, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& zero_point) {
+  check_input_parameter(op, "input_scale", scale, at::kFloat, input);
   InputParams p{scale.contiguous(), {}};
   if (zero_point && zero_point->defined()) {
-    check("input_zero_point", *zero_point, at::kInt);
+    check_input_parameter(op, "input_zero_point", *zero_point, at::kInt, input);
     p.zero = zero_point->contiguous();
     const bool is_unsigned = input.scalar_type() == at::kByte;
     if (p.zero.numel() > 0)
@@ -249,32 +226,17 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
                          int64_t output_zero_point, int64_t output_qmin, int64_t output_qmax, int64_t input_qmin,
                          int64_t input_qmax) {
   const char* op = "linear_static";
+  check_linear_input(op, input);
   const bool float_input = is_float_input(input.scalar_type());
-  TORCH_CHECK_TYPE(float_input || input.scalar_type() == at::kChar || input.scalar_type() == at::kByte, op,
-                   ": input must be int8, uint8, float32, bfloat16 or float16, got ", describe(input));
-  check_dim(op, "input", input, 1);
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, true, n, k, activation);
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
-  const InputParams params = input_params(op, input, m, input_scale, input_zero_point, float_input);
+  const InputParams params = input_params(op, input, input_scale, input_zero_point);
 
-  const bool to_int = output_scale && output_scale->defined();
-  const bool int_dtype = output_dtype == at::kChar || output_dtype == at::kByte;
-  TORCH_CHECK_TYPE(to_int == int_dtype, op,
-                   ": output_dtype must be int8 or uint8 exactly where output_scale is given, got ",
-                   dtype_name(output_dtype), to_int ? " with" : " without", " output_scale");
-  side.args.out_type = out_type_from(op, output_dtype);
-  if (to_int) {
-    check_dtype(op, "output_scale", *output_scale, at::kFloat);
-    TORCH_CHECK_VALUE(output_scale->numel() == 1, op, ": output_scale must hold one value, got ",
-                      describe(*output_scale));
-    const int64_t least = output_dtype == at::kChar ? -128 : 0, most = output_dtype == at::kChar ? 127 : 255;
-    TORCH_CHECK_VALUE(least <= output_qmin && output_qmin < output_qmax && output_qmax <= most &&
-                          output_qmin <= output_zero_point && output_zero_point <= output_qmax,
-                      op, ": output_qmin <= output_zero_point <= output_qmax must lie within ", least, " .. ", most,
-                      " for ", dtype_name(output_dtype), ", got ", output_qmin, ", ", output_zero_point, ", ",
-                      output_qmax);
+  check_linear_output(op, output_dtype, output_scale, output_zero_point, output_qmin, output_qmax);
+  side.args.out_type = out_type_from(output_dtype);
+  if (output_scale && output_scale->defined()) {
     check_scale(op, "output_scale", *output_scale->const_data_ptr<float>());
     side.args.inv_out_scale = 1.0f / *output_scale->const_data_ptr<float>();
     side.args.out_zero = static_cast<int32_t>(output_zero_point);
@@ -323,8 +285,7 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
   check_dim(op, "input", input, 1);
   const int64_t n = out_features, k = input.size(-1);
   check_packed(op, packed, n, k);
-  TORCH_CHECK_VALUE(k <= kMaxProductK, op, ": in_features must be at most ", kMaxProductK,
-                    " for sums that fit int32, got ", k, "; split the input along its last dimension and add in int64");
+  check_product_inputs(op, k);
   const at::Tensor rows = as_rows(input);
   const int64_t m = rows.numel() / k;
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(at::kInt));

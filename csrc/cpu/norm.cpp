@@ -15,28 +15,16 @@ namespace {
 constexpr int64_t kGrain = 1 << 13;  // elements a thread should have at least
 using OptTensor = std::optional<at::Tensor>;
 
-at::Tensor optional_channels(const char* op, const char* name, const OptTensor& t, const at::Tensor& input) {
-  if (!t || !t->defined()) return {};
-  check_float(op, name, *t);
-  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == input.size(-1), op, ": ", name, " must be [", input.size(-1),
-                    "], one value per element of input's last dimension, got ", describe(*t));
-  return t->contiguous();
-}
+at::Tensor contiguous_or_none(const OptTensor& t) { return t && t->defined() ? t->contiguous() : at::Tensor(); }
 
 at::Tensor norm(const char* op, NormArgs args, const at::Tensor& input, const OptTensor& weight, const OptTensor& bias,
                 double eps, const OptTensor& residual) {
-  check_float(op, "input", input);
-  check_dim(op, "input", input, 1);
-  TORCH_CHECK_VALUE(eps >= 0.0 && eps <= 0x1.fffffep127, op, ": eps must be finite and not negative, got ", eps);
-  const at::Tensor w = optional_channels(op, "weight", weight, input), b = optional_channels(op, "bias", bias, input);
-  TORCH_CHECK_VALUE(w.defined() || !b.defined(), op, ": bias must come with a weight, got bias alone");
+  check_norm(op, input, weight, bias, eps, residual);
+  const at::Tensor w = contiguous_or_none(weight), b = contiguous_or_none(bias);
   const auto x_stride = row_stride(input);
   const at::Tensor x = x_stride ? input : input.contiguous();
   at::Tensor r;
   if (residual && residual->defined()) {
-    check_dtype(op, "residual", *residual, input.scalar_type());
-    TORCH_CHECK_VALUE(residual->sizes() == input.sizes(), op, ": residual must have input's shape ", input.sizes(),
-                      ", got ", describe(*residual));
     r = row_stride(*residual) ? *residual : residual->contiguous();
     args.residual = r.const_data_ptr();
     args.residual_stride = row_stride(r).value_or(r.size(-1));

@@ -12,14 +12,8 @@ namespace {
 constexpr int64_t kGrainBytes = 1 << 18;
 
 at::Tensor pack_weight_op(const at::Tensor& weight) {
-  const char* op = "pack_weight";
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, op, ": weight must be int8 [out_features, in_features], got ",
-                   describe(weight), "; quantize it first (torchquant.ops.quantize)");
-  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be int8 [out_features, in_features], got ", describe(weight));
+  check_weight("pack_weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
-  TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
-                    kMaxK, " inputs, got ", describe(weight));
-  TORCH_CHECK_VALUE(n <= kMaxN, op, ": weight must have at most ", kMaxN, " outputs, got ", describe(weight));
   at::Tensor packed = at::empty({num_tiles(n), tile_bytes(k)}, weight.options());
   const int8_t* w = weight.const_data_ptr<int8_t>();
   int8_t* out = packed.mutable_data_ptr<int8_t>();

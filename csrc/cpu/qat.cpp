@@ -24,11 +24,6 @@ constexpr int64_t kGrain = 16384;         // elements a thread should have at le
 constexpr int64_t kBlockBytes = 4 << 20;  // of a weight's rows in scratch memory
 constexpr float kLeastScale = 0x1p-126f;
 
-void check_signed_range(const char* op, int64_t qmin, int64_t qmax) {
-  TORCH_CHECK_VALUE(-128 <= qmin && qmin < qmax && qmax <= 127 && qmin <= 0 && qmax >= 1, op,
-                    ": qmin <= 0 < qmax must lie within -128 .. 127, got ", qmin, " and ", qmax);
-}
-
 // Every row its own copy of the zero point, checked against the range.
 int32_t one_zero_point(const char* op, const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
   if (!zero_point || !zero_point->defined()) return 0;
@@ -91,19 +86,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
                                                              const std::optional<at::Tensor>& zero_point, int64_t qmin,
                                                              int64_t qmax, bool symmetric) {
   const char* op = "quantize_pack";
-  check_float(op, "weight", weight);
-  check_signed_range(op, qmin, qmax);
-  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must have shape [out_features, in_features], got ",
-                    describe(weight));
+  check_float_weight(op, weight, scale, zero_point, qmin, qmax);
   const int64_t n = weight.size(0), k = weight.size(1);
-  TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
-                    kMaxK, " inputs, got ", describe(weight));
-  TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
-                    ": zero_point must be None (a weight's given scales have none), got one");
   at::Tensor row_scale, row_zero = at::empty({n}, weight.options().dtype(at::kInt));
   const bool fixed = scale && scale->defined();
   if (fixed) {
-    check_channels(op, "scale", *scale, at::kFloat, n, true);
     row_scale = at::empty({n}, weight.options().dtype(at::kFloat));
     row_scale.copy_(scale->detach().expand({n}));
   } else {
@@ -133,15 +120,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
 at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& scale,
                              const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
   const char* op = "mm_fake_quantized";
-  check_dtype(op, "grad", grad, at::kFloat);
-  check_dtype(op, "weight", weight, at::kFloat);
-  check_signed_range(op, qmin, qmax);
-  TORCH_CHECK_VALUE(weight.dim() == 2 && grad.dim() == 2 && grad.size(1) == weight.size(0), op,
-                    ": grad must have shape [M, N] and weight [N, K], got ", describe(grad), " and ", describe(weight));
+  check_mm_fake_quantized(op, grad, weight, scale, zero_point, qmin, qmax);
   const int64_t n = weight.size(0), k = weight.size(1), m = grad.size(0);
-  check_channels(op, "scale", scale, at::kFloat, n, true);
   const bool has_zero = zero_point && zero_point->defined();
-  if (has_zero) check_channels(op, "zero_point", *zero_point, at::kInt, n, true);
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor out = empty_output({m, k}, grad.options());
   if (m == 0 || n == 0 || k == 0) return out.zero_();
@@ -189,7 +170,7 @@ TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   m.impl("mm_fake_quantized", &mm_fake_quantized);
   m.impl("quantize_rows", &quantize_rows);
   m.impl("quantize_pack", &quantize_pack);
-  m.impl("qat_linear", &qat_linear_forward);
+  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquant>);
 }
 
 }  // namespace

@@ -48,11 +48,7 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std:
                     at::ScalarType dtype) {
   const char* op = "quantize";
   check_float(op, "input", input);
-  TORCH_CHECK_TYPE(dtype == at::kChar || dtype == at::kByte, op, ": dtype must be int8 or uint8, got ",
-                   dtype_name(dtype));
-  const int64_t least = dtype == at::kChar ? -128 : 0, most = dtype == at::kChar ? 127 : 255;
-  TORCH_CHECK_VALUE(least <= qmin && qmin < qmax && qmax <= most, op, ": qmin < qmax must lie within ", least, " .. ",
-                    most, " for ", dtype_name(dtype), ", got ", qmin, " and ", qmax);
+  check_byte_range(op, dtype, qmin, qmax);
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   const Params p = make_params(op, scale, zero_point, qmin, qmax, true);
   const at::Tensor x = input.contiguous();
@@ -77,7 +73,7 @@ at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const st
                       std::optional<int64_t> axis, std::optional<int64_t> group_size, at::ScalarType dtype) {
   const char* op = "dequantize";
   check_byte(op, "input", input);
-  TORCH_CHECK_TYPE(is_float_input(dtype), op, ": dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  check_float_type(op, "dtype", dtype);
   const Spans spans = make_spans(op, input, scale, axis, group_size);
   const Params p = make_params(op, scale, zero_point, 0, 0, false);
   const at::Tensor q = input.contiguous();

@@ -18,6 +18,11 @@ namespace torchquant {
 inline constexpr int64_t kGrain = 16384;                    // elements a thread should have at least
 inline constexpr int64_t kMaxZeroPoint = int64_t{1} << 22;  // so far fp32 holds differences of integers exactly
 
+inline void check_fake_range(const char* op, int64_t qmin, int64_t qmax) {
+  TORCH_CHECK_VALUE(-kMaxZeroPoint <= qmin && qmin < qmax && qmax <= kMaxZeroPoint, op,
+                    ": qmin must be less than qmax, both within [-2^22, 2^22], got qmin = ", qmin, ", qmax = ", qmax);
+}
+
 struct Spans {
   bool by_element = false;
   int64_t count = 1, length = 1;               // spans and elements in each (the last of a row may be shorter)
@@ -80,6 +85,17 @@ inline std::vector<int64_t> scale_sizes(const at::Tensor& input, std::optional<i
   return sizes;
 }
 
+// Type and shape of a zero point; whether it is a real-valued one.
+inline bool check_zero_point(const char* op, const at::Tensor& zero_point, const at::Tensor& scale) {
+  const bool is_real = zero_point.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(is_real || zero_point.scalar_type() == at::kInt, op,
+                   ": zero_point must be int32, or float32 for a real-valued one, got ", describe(zero_point));
+  const bool one = zero_point.numel() == 1 && zero_point.dim() <= 1;
+  TORCH_CHECK_VALUE(one || zero_point.sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
+                    scale.sizes(), " or hold one value, got ", describe(zero_point));
+  return is_real;
+}
+
 // Scales, zero points and limits as the kernels want them. Vectors: small tensors would be carved out of the large block
 // that the last call freed, so that the next result no longer fits into it and comes from colder memory.
 struct Params {
@@ -98,12 +114,8 @@ inline Params make_params(const char* op, const at::Tensor& scale, const std::op
   p.zero.assign(size, 0);
   p.real_zero.assign(size, 0.0f);
   if (zero_point && zero_point->defined()) {
-    const bool is_real = zero_point->scalar_type() == at::kFloat;
-    TORCH_CHECK_TYPE(is_real || zero_point->scalar_type() == at::kInt, op,
-                     ": zero_point must be int32, or float32 for a real-valued one, got ", describe(*zero_point));
+    const bool is_real = check_zero_point(op, *zero_point, scale);
     const bool one = zero_point->numel() == 1 && zero_point->dim() <= 1;
-    TORCH_CHECK_VALUE(one || zero_point->sizes() == scale.sizes(), op, ": zero_point must have scale's shape ",
-                      scale.sizes(), " or hold one value, got ", describe(*zero_point));
     const at::Tensor z = (one ? zero_point->reshape({}) : *zero_point).expand(scale.sizes()).contiguous();
     if (is_real) {
       std::copy_n(z.const_data_ptr<float>(), n, p.real_zero.data());

@@ -8,8 +8,66 @@
 // specification's (torchquant/functional).
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#define TORCHQUANT_IMPLEMENT_ATEN(implement)                \
-  TORCH_LIBRARY_IMPL(torchquant, CUDA, m) { implement(m); } \
-  TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, m) { implement(m); }
+#include <utility>
+
+namespace torchquant {
+
+// Registers functions so that the ATen operators inside run below autograd and autocast. Autograd would record them, one
+// by one, where the operator itself has no gradient and is looked through; autocast would round a product's operands.
+class AtenKernels {
+ public:
+  explicit AtenKernels(torch::Library& library) : library_(library) {}
+
+  template <class Result, class... Arguments>
+  void impl(const char* name, Result (*kernel)(Arguments...)) {
+    library_.impl(name, [kernel](Arguments... arguments) -> Result {
+      at::AutoDispatchBelowADInplaceOrView no_autograd;
+      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      return kernel(std::forward<Arguments>(arguments)...);
+    });
+  }
+
+ private:
+  torch::Library& library_;
+};
+
+// The gradients belong to torchquant's operators: autograd looks through torchquant_aten's.
+class NoGradients {
+ public:
+  explicit NoGradients(torch::Library& library) : library_(library) {}
+
+  template <class Kernel>
+  void impl(const char* name, Kernel) {
+    library_.impl(name, torch::CppFunction::makeFallthrough());
+  }
+
+ private:
+  torch::Library& library_;
+};
+
+}  // namespace torchquant
+
+// implement: template <class Library> void implement(Library& m) { m.impl("name", &function); ... }
+#define TORCHQUANT_IMPLEMENT_ATEN(implement) \
+  TORCHQUANT_IMPLEMENT_ON_CUDA(implement)    \
+  TORCHQUANT_IMPLEMENT_AS_ATEN(implement)
+
+#define TORCHQUANT_IMPLEMENT_ON_CUDA(implement) \
+  TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {     \
+    torchquant::AtenKernels kernels(m);         \
+    implement(kernels);                         \
+  }
+
+#define TORCHQUANT_IMPLEMENT_AS_ATEN(implement)                       \
+  TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, m) { \
+    torchquant::AtenKernels kernels(m);                               \
+    implement(kernels);                                               \
+  }                                                                   \
+  TORCH_LIBRARY_IMPL(torchquant_aten, Autograd, m) {                  \
+    torchquant::NoGradients none(m);                                  \
+    implement(none);                                                  \
+  }

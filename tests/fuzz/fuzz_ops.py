@@ -1,6 +1,6 @@
 """Fuzzer of the operators' checks: whatever arguments come, an operator computes or raises.
 
-    python tests/fuzz/fuzz_ops.py [--seconds 20] [--cases 0] [--seed 0]
+    python tests/fuzz/fuzz_ops.py [--seconds 20] [--cases 0] [--seed 0] [--namespace torchquant]
 
 Arguments are drawn from each operator's schema, so that a new operator is covered the day it is
 registered: tensors of every dtype, small and odd shapes, layouts, devices without data; numbers at
@@ -41,8 +41,9 @@ TEXTS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "", "é
 class Arguments:
     """Draws one call's arguments; sizes and dtypes are the same wherever they have to fit."""
 
-    def __init__(self, draw: random.Random, operator: str) -> None:
+    def __init__(self, draw: random.Random, namespace: str, operator: str) -> None:
         self.draw, self.operator = draw, operator
+        self.pack_weight = getattr(torch.ops, namespace).pack_weight  # each has its own layout
         self.rows, self.inputs = draw.choice(SIZES), draw.choice(SIZES)
         layers = 1 + draw.randrange(3) if operator == "linear_dynamic_split" else 1
         self.layers = [draw.choice(SIZES) for _ in range(layers)]
@@ -65,7 +66,7 @@ class Arguments:
         outputs, inputs, draw = self.outputs, self.inputs, self.draw
         if "packed" in name:
             weights = [self.filled((n, inputs), torch.int8) for n in self.layers]
-            return torch.cat([torch.ops.torchquant.pack_weight(weight) for weight in weights])
+            return torch.cat([self.pack_weight(weight) for weight in weights])
         if name in ("query", "key", "value"):
             return self.filled((1, 2, self.rows, inputs), self.dtype)
         if name == "mask":
@@ -176,11 +177,11 @@ class Arguments:
         return self.integer(name)
 
 
-def operators() -> list[Any]:
+def operators(namespace: str) -> list[Any]:
     """All that are registered, in alphabetical order."""
     names = {name.partition(".")[0].partition("::") for name in _all_names()}
-    ours = sorted(name for space, _, name in names if space == "torchquant")
-    return [getattr(torch.ops.torchquant, name).default for name in ours]
+    ours = sorted(name for space, _, name in names if space == namespace)
+    return [getattr(getattr(torch.ops, namespace), name).default for name in ours]
 
 
 def _all_names() -> list[str]:
@@ -199,7 +200,7 @@ def peak() -> int:
 
 
 def run(operator: Any, draw: random.Random, trace: Path) -> str:
-    arguments = Arguments(draw, operator._opname)
+    arguments = Arguments(draw, operator.namespace, operator._opname)
     values = {a.name: arguments.value(str(a.type), a.name) for a in operator._schema.arguments}
     described = "\n".join(f"  {name}: {describe(value)}" for name, value in values.items())
     trace.write_text(f"{operator}\n{described}\n")
@@ -215,7 +216,7 @@ def run(operator: Any, draw: random.Random, trace: Path) -> str:
         raise AssertionError(f"{operator}: {peak() - before} bytes of memory\n{described}")
     results = result if isinstance(result, tuple | list) else (result,)
     for tensor in results:  # every byte is there to be read
-        if tensor.device.type == "cpu":
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided:
             tensor.detach().clone().reshape(-1).view(torch.uint8).sum()
     return "computed"
 
@@ -225,6 +226,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--cases", type=int, default=0, help="0: as many as the time allows")
     parser.add_argument("--seed", type=int, default=0)
+    spaces = ("torchquant", "torchquant_aten")
+    parser.add_argument("--namespace", choices=spaces, default=spaces[0])
     scratch = Path(tempfile.gettempdir())
     parser.add_argument("--trace", type=Path, default=scratch / "torchquant-fuzz-ops.txt")
     options = parser.parse_args()
@@ -233,7 +236,7 @@ def main() -> int:
     torch.set_num_threads(2)
     draw, ends = random.Random(options.seed), collections.Counter[str]()
     until, cases = time.monotonic() + options.seconds, 0
-    found = operators()
+    found = operators(options.namespace)
     while time.monotonic() < until and cases != (options.cases or -1):
         operator = found[cases % len(found)]
         ends[f"{operator._opname} {run(operator, draw, options.trace)}"] += 1

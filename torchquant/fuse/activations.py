@@ -262,7 +262,8 @@ def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
     with torch.inference_mode(False), torch.device("cpu"):
         shape = (_TEST_ROWS, layer.in_features)
         rows = torch.randn(shape, generator=generator, dtype=torch.float32)
-        x = (rows * torch.exp2(torch.arange(_TEST_ROWS) - 3.0)[:, None]).to(pair.dtype)
+        x = rows * torch.exp2(torch.arange(_TEST_ROWS) - 3.0)[:, None]
+        x = x.to(layer.packed.device, pair.dtype)
         between = QuantizedLinear.forward(layer, x)
         expected = activation(between.clone())
         layer.activation = name

@@ -139,6 +139,7 @@ def _trace(
             torch.inference_mode(not training),
             torch.set_grad_enabled(training),
             torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
         ):
             warnings.simplefilter("ignore")
             result = type(module).forward(shell, *args, **kwargs)
@@ -184,6 +185,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
         )
         return proxy
 

@@ -12,7 +12,7 @@ _fast_activation = load().activation
 
 
 class Activation(nn.Module):
-    """The activation function of a given name, in one pass, with the same bits on every CPU.
+    """The activation function of a given name, in one pass, with the same bits on every device.
 
     Args:
         name: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".

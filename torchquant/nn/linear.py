@@ -13,6 +13,7 @@ from torchquant._extension import load
 from torchquant.configs import Config, check_config
 from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.projections import ProjectionGroup
+from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
@@ -28,9 +29,10 @@ class QuantizedLinear(nn.Module):
     Activations are quantized per token with the range of the token, or, where the configuration is
     static, with one scale that training has found.
 
-    In memory the weight exists once, packed for the kernels; in a state dict it is the canonical
-    int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not depend on a CPU or
-    a layout. Pickling, ``copy.deepcopy`` and ``torch.save`` go through the canonical form too.
+    In memory the weight exists once, packed for the kernels of its device; in a state dict it is
+    the canonical int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not
+    depend on a device or a layout. ``.to(device)``, pickling, ``copy.deepcopy`` and ``torch.save``
+    go through the canonical form too, so a layer computes the same integers on a GPU.
 
     State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point``
     int32 ``[N]`` (absent when symmetric), ``input_scale`` float32 ``[1]`` and ``input_zero_point``
@@ -116,17 +118,19 @@ class QuantizedLinear(nn.Module):
         Hooks stay with the float layer; :func:`torchquant.quantize_` carries them over.
 
         Args:
-            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU.
+            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU or on a
+                CUDA device, where the new layer is too.
             config: how; :class:`~torchquant.Int8DynamicActivationInt8WeightConfig` when None.
             activation: to fuse behind it.
-            input_scale, input_zero_point: float32 ``[1]`` and int32 ``[1]`` for a static
-                configuration, which has no way to find them itself; zero point None is 0.
+            input_scale, input_zero_point: float32 ``[1]`` and int32 ``[1]``, on any device, for a
+                static configuration, which has no way to find them itself; zero point None is 0.
 
         Raises:
             TypeError: not exactly an nn.Linear with a float weight of its own (subclasses,
                 parametrized or pruned weights), or config is not a configuration.
-            ValueError: the weight is empty, holds NaN or infinities, or is not on the CPU; a
-                static configuration without input_scale, or one with it that is not static.
+            ValueError: the weight is empty, holds NaN or infinities, or is on a device that has no
+                kernels; a static configuration without input_scale, or one with it that is not
+                static.
         """
         config = check_config("QuantizedLinear.from_float", config)
         _check_activation(activation)
@@ -159,7 +163,7 @@ class QuantizedLinear(nn.Module):
 
         ``weight_range`` None is the configuration's; learned steps use -128 too.
         """
-        scale, zero_point = _static_parameters(config, input_scale, input_zero_point)
+        scale, zero_point = _static_parameters(config, input_scale, input_zero_point, weight.device)
         out_features, in_features = weight.shape  # a layer's own attributes may be out of date
         layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
         qmin, qmax = config.weight_range if weight_range is None else weight_range
@@ -206,8 +210,9 @@ class QuantizedLinear(nn.Module):
         """
         if self.config.static:
             return self._static_forward(input)
-        # Past nn.Module.__getattr__, and on the CPU past torch.ops too: 4 us less a call.
-        if type(input) is Tensor and input.is_cpu and not _is_dynamo_compiling():
+        # Past nn.Module.__getattr__ and torch.ops: 4 us less a call.
+        kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))
+        if kernels and not _is_dynamo_compiling():
             if self._group is not None:
                 shared = self._group.output(self._group_index, input)
                 if shared is not None:
@@ -261,6 +266,13 @@ class QuantizedLinear(nn.Module):
             input_qmax=qmax,
         )
 
+    def _is_for_gpu(self, input: Tensor) -> bool:
+        """Whether it is on one; checked, for that layout knows in_features to a multiple of 64."""
+        if not input.is_cuda:
+            return False
+        self._check_input(input)
+        return True
+
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
             if isinstance(input, torch.fx.Proxy):
@@ -297,13 +309,28 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        packed, was_meta = self.packed, self.packed.is_meta
-        super()._apply(keep_dtype, recurse)
-        if self._group is not None and self.packed is not packed:
-            self._group.dissolve()
-        if was_meta and not self.packed.is_meta:  # to_empty(): no values, but a valid layout
-            self.packed = _pack_zeros(self.out_features, self.in_features, self.packed.device)
+        packed = self.packed
+        self._buffers["packed"] = None
+        try:
+            super()._apply(keep_dtype, recurse)
+            moved = self._moved(packed, keep_dtype)
+        except BaseException:
+            self._buffers["packed"] = packed
+            raise
+        self.packed = moved
+        if self._group is not None and moved is not packed:
+            self._group.moved()
         return self
+
+    def _moved(self, packed: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """The packed weight where ``fn`` has put the scales, in that device's layout."""
+        device = self.weight_scale.device
+        if device.type == packed.device.type:
+            return fn(packed)
+        if packed.is_meta or device.type == "meta":  # to_empty(): no values, but a valid layout
+            return _pack_zeros(self.out_features, self.in_features, device)
+        qweight = ops.unpack_weight(packed, self.out_features, self.in_features)
+        return ops.pack_weight(fn(qweight))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -439,8 +466,8 @@ def value_refusal(module: nn.Module) -> str | None:
     weight = module.weight.detach()
     if weight.is_meta:
         return "on the meta device, without values; load its weights first"
-    if not weight.is_cpu:
-        return f"on {weight.device}; move it to the CPU first"
+    if not has_kernels(weight):
+        return f"on {weight.device}; move it to the CPU or to a CUDA device first"
     if weight.dim() != 2 or not 1 <= weight.shape[1] <= _MAX_IN_FEATURES or weight.shape[0] < 1:
         return f"weight of shape {list(weight.shape)}"
     least, greatest = torch.aminmax(weight)  # no temporary of the weight's size
@@ -450,9 +477,10 @@ def value_refusal(module: nn.Module) -> str | None:
 
 
 def _static_parameters(
-    config: Config, scale: Tensor | None, zero_point: Tensor | None
+    config: Config, scale: Tensor | None, zero_point: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Copies of a static layer's input_scale and input_zero_point; None for a dynamic one."""
+    """A static layer's input_scale and input_zero_point, copied to its device; None for a dynamic
+    one."""
     who = "QuantizedLinear.from_float"
     if not config.static:
         if scale is not None or zero_point is not None:
@@ -469,14 +497,16 @@ def _static_parameters(
             "input_zero_point"
         )
     qmin, qmax = config.activation_range
-    scale = scale_tensor(who, "input_scale", scale, torch.device("cpu"), (1,)).detach().clone()
+    if isinstance(scale, Tensor):
+        scale = scale.detach().to(device, copy=True)
+    if isinstance(zero_point, Tensor):
+        zero_point = zero_point.to(device)
+    scale = scale_tensor(who, "input_scale", scale, device, (1,))
     if not MIN_SCALE <= scale.item() < float("inf"):
         raise ValueError(
             f"{who}: input_scale must be finite and at least 2^-126, got {scale.item()}"
         )
-    zero_point = zero_point_tensor(
-        who, "input_zero_point", zero_point, torch.device("cpu"), qmin, qmax, (1,)
-    )
+    zero_point = zero_point_tensor(who, "input_zero_point", zero_point, device, qmin, qmax, (1,))
     if not qmin <= zero_point.item() <= qmax:
         raise ValueError(
             f"{who}: input_zero_point must be from {qmin} to {qmax}, got {zero_point.item()}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant._extension import load
+from torchquant.ops._arguments import has_kernels
 
 _C = load()
 _fast_rms_norm, _fast_layer_norm = _C.rms_norm, _C.layer_norm
@@ -199,8 +200,10 @@ def _check_weight(who: str, weight: Any, size: int) -> None:
         raise ValueError(
             f"{who}: weight must be float [{size}], got {weight.dtype} {list(weight.shape)}"
         )
-    if not weight.is_cpu:
-        raise ValueError(f"{who}: weight must be on the CPU, got one on {weight.device}")
+    if not has_kernels(weight):
+        raise ValueError(
+            f"{who}: weight must be on the CPU or on a CUDA device, got one on {weight.device}"
+        )
 
 
 def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
@@ -209,7 +212,9 @@ def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
     probe = torch.randn(4, ours.size, generator=generator)
     probe *= torch.tensor([[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]])
     probe[1] += 50.0  # a mean, for those that subtract it
-    dtype = torch.float32 if ours.weight is None else ours.weight.dtype
+    dtype = torch.float32
+    if ours.weight is not None:
+        dtype, probe = ours.weight.dtype, probe.to(ours.weight.device)
     half = probe.to(torch.bfloat16)
     with torch.inference_mode():
         theirs, expected = norm(probe), ops.rms_norm(probe, ours.weight, ours.eps)

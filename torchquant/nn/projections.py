@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
+from torchquant.ops._arguments import has_kernels
 
 if TYPE_CHECKING:
     from torchquant.nn.linear import QuantizedLinear
@@ -51,14 +52,20 @@ _split = _library.linear_dynamic_split
 class _Kept:
     """The outputs that one call computed for the members after the first."""
 
-    __slots__ = ("input", "next", "outputs")
+    __slots__ = ("input", "next", "outputs", "stream")
 
     def __init__(self, input: Tensor, outputs: list[Any]) -> None:
         self.outputs = outputs
         self.next = 1
+        self.stream = _stream_of(input)
         # Nobody can ask any more once the input is gone. The callback does not hold self: in such
         # a cycle the outputs would wait for the garbage collector.
         self.input = weakref.ref(input, lambda reference: outputs.clear())
+
+
+def _stream_of(input: Tensor) -> Any:
+    """The queue of a GPU's work on this tensor; what was computed in one is not there in others."""
+    return torch.cuda.current_stream(input.device) if input.is_cuda else None
 
 
 class _Slot(threading.local):
@@ -107,24 +114,40 @@ class ProjectionGroup:
             return "their activations are not quantized per token to 8 bits"
         if any(member.out_features % _library.TILE_OUT_FEATURES for member in members):
             return f"out_features must be a multiple of {_library.TILE_OUT_FEATURES}"
-        if any(not member.packed.is_cpu for member in members):
-            return "they are not on the CPU"
-        return None
+        if any(member.packed.device != first.packed.device for member in members):
+            return "they are on different devices"
+        return None if has_kernels(first.packed) else f"they are on {first.packed.device}"
 
     def join(self, index: int, member: QuantizedLinear) -> None:
         """Take a layer in at its place in the order; with the last one the group is active."""
         if self.active or self.members[index] is not None:
             return
         self.members[index] = weakref.ref(member)
+        self._form_if_complete()
+
+    def moved(self) -> None:
+        """A member's weight was put elsewhere; with the last one there the group is active again.
+
+        A member that stays behind computes for itself, and so do the others.
+        """
+        self._stop()
+        for name in ("packed", "weight_scale", "weight_zero_point", "bias"):
+            self.__dict__.pop(name, None)  # or their memory would live on
+        self._form_if_complete()
+
+    def _form_if_complete(self) -> None:
         present = [layer for ref in self.members if ref is not None and (layer := ref())]
         if len(present) == len(self.codes) and self.obstacle(present) is None:
             self._form(present)
 
-    def dissolve(self) -> None:
-        """From now on the members compute for themselves."""
+    def _stop(self) -> None:
         self.active = False
         self._slot = _Slot()
         self._parts = []
+
+    def dissolve(self) -> None:
+        """From now on the members compute for themselves."""
+        self._stop()
         for reference in self.members:
             member = None if reference is None else reference()
             if member is not None and member.__dict__.get("_group") is self:
@@ -141,6 +164,8 @@ class ProjectionGroup:
             return self._lead(input)
         kept = self._slot.kept
         if kept is None or kept.next != index or kept.input() is not input:
+            return None
+        if kept.stream is not None and kept.stream != _stream_of(input):
             return None
         output: Tensor = kept.outputs[index]
         kept.outputs[index] = None
@@ -161,8 +186,9 @@ class ProjectionGroup:
         if (
             not self.active
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(self._device_type)
             or _peek_functorch() is not None
+            or (self._device_type != "cpu" and input.shape[-1:] != self._rows)
             or not self._intact()
         ):
             return None
@@ -207,6 +233,8 @@ class ProjectionGroup:
         self._out_features = [member.out_features for member in members]
         self._symmetric = members[0].config.activation_symmetric
         self._activations = [member.activation for member in members]
+        self._device_type = members[0].packed.device.type
+        self._rows = (members[0].in_features,)  # what the GPU's layout cannot tell the operator
         self.packed = torch.cat([member.packed for member in members])
         self.weight_scale = torch.cat([member.weight_scale for member in members])
         zero_points = [m.weight_zero_point for m in members if m.weight_zero_point is not None]
@@ -223,21 +251,20 @@ class ProjectionGroup:
                 ]
             )
         self._parts = []
-        tile = first = 0
+        at = first = 0
         for index, member in enumerate(members):
-            rows = slice(first, first + member.out_features)
-            tiles = slice(tile, tile + member.packed.shape[0])
-            member.packed = self.packed[tiles]
-            member.weight_scale = self.weight_scale[rows]
+            rows, size = (0, first, member.out_features), member.packed.shape[0]
+            member.packed = self.packed.narrow(0, at, size)
+            member.weight_scale = self.weight_scale.narrow(*rows)
             if self.weight_zero_point is not None:
-                member.weight_zero_point = self.weight_zero_point[rows]
+                member.weight_zero_point = self.weight_zero_point.narrow(*rows)
             if member.bias is not None and self.bias is not None:
-                member.bias.data = self.bias[rows]  # the parameter stays the object that it is
+                member.bias.data = self.bias.narrow(*rows)  # the parameter stays the same object
             state = member.__dict__
             tensors = (member.packed, member.weight_scale, member.weight_zero_point, member.bias)
             self._parts.append((state, member.activation, *tensors, 4 * first))
             state["_group"], state["_group_index"] = self, index
-            tile, first = tiles.stop, rows.stop
+            at, first = at + size, first + member.out_features
         self.active = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:

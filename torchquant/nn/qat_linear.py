@@ -14,6 +14,7 @@ from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
 from torchquant.observers import MovingAverageMinMaxObserver
+from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis, PerToken, quant_range
 
 _ACTIVATIONS = ("none", "relu")
@@ -178,7 +179,7 @@ class QATLinear(nn.Module):
         if not self._quantizing:
             self._observe(input)
             return self._activate(nn.functional.linear(input, self.weight, self.bias))
-        if self.simulate or not self.weight.is_cpu:
+        if self.simulate or not has_kernels(self.weight):
             return self._simulated(input)
         config = self.config
         scale = zero_point = offset = weight_scale = None

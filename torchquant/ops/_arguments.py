@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchquant.functional._checks import describe, scale_tensor, zero_point_tensor
@@ -59,7 +60,20 @@ def require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None
             )
 
 
-def packed_shape(out_features: Any, in_features: Any) -> tuple[Any, Any]:
-    """Shape of :func:`pack_weight`'s result; also for symbolic sizes."""
-    tiles = (out_features + 15) // 16
-    return tiles, (in_features + 63) // 64 * 64 * 16 + 128
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the operators run where a tensor lies: on the CPU and on CUDA devices."""
+    return tensor.is_cpu or tensor.is_cuda
+
+
+def layout_of(device: torch.device) -> str:
+    """How a packed weight is laid out: in "rows" on CUDA (csrc/cuda/rows_layout.h), else in "tiles"
+    (csrc/kernels/layout.h)."""
+    return "rows" if device.type == "cuda" else "tiles"
+
+
+def packed_shape(out_features: Any, in_features: Any, device: torch.device) -> tuple[Any, Any]:
+    """Shape of :func:`pack_weight`'s result on a device; also for symbolic sizes."""
+    tiles, width = (out_features + 15) // 16, (in_features + 63) // 64 * 64
+    if layout_of(device) == "tiles":
+        return tiles, width * 16 + 128
+    return tiles * 16 + (tiles * 64 + width - 1) // width, width  # int32 sums behind the rows

@@ -20,7 +20,7 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
 
     Returns:
         Of input's shape and, where it is dense in memory, its strides; the bits of
-        ``torchquant.functional.ACTIVATIONS[activation]``, the same on every CPU.
+        ``torchquant.functional.ACTIVATIONS[activation]``, the same on every device.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.

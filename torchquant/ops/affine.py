@@ -152,14 +152,17 @@ def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Reorder an int8 weight for the kernels; the result is the same on every CPU.
+    """Reorder an int8 weight for its device's kernels; the same on every CPU, and on every GPU.
+
+    These two layouts differ: between devices move what :func:`unpack_weight` returns.
 
     Args:
         weight: int8 ``[out_features, in_features]``, any strides.
 
     Returns:
-        int8 ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/kernels/layout.h, with
-        in_features padded to 64 and the column sums beside the weights.
+        int8, in_features padded to 64 and the column sums with the weights. On the CPU
+        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/kernels/layout.h; on CUDA
+        ``[rows, padded in_features]``: that of csrc/cuda/rows_layout.h.
 
     Example:
         >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
@@ -170,7 +173,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 @torch.library.register_fake("torchquant::pack_weight")
 def _(weight: Tensor) -> Tensor:
-    return torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device)
+    shape = packed_shape(weight.shape[0], weight.shape[1], weight.device)
+    return torch.empty(shape, dtype=torch.int8, device=weight.device)
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:

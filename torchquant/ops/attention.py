@@ -39,7 +39,7 @@ def attention(
     Returns:
         ``[B, H, Q, E]`` of query's dtype, which in memory is ``[B, Q, H, E]``: the output
         projection reads ``result.transpose(1, 2).reshape(B, Q, H * E)`` without a copy. A query
-        that may attend to no key gives zeros. The same bits on every CPU, with any number of
+        that may attend to no key gives zeros. The same bits on every device, with any number of
         threads, alone or in a batch (unless magnitudes below 1e-18 are involved: AMX takes products
         below 1e-38 for zero).
 

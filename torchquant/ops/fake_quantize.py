@@ -44,7 +44,7 @@ def fake_quantize(
 
     Returns:
         Of input's shape and dtype, contiguous; the bits of
-        :func:`torchquant.functional.fake_quantize` on every CPU. NaN stays NaN, infinities
+        :func:`torchquant.functional.fake_quantize` on every device. NaN stays NaN, infinities
         saturate.
 
     Raises:
@@ -331,7 +331,8 @@ def fake_quantize_learned_backward(
     Returns:
         ``(grad_input, grad_scale, grad_offset)``: input's shape and dtype; float32 of scale's
         shape. Sums in a fixed order: the same bits on every CPU and with any number of threads.
-        They are rounded from float64 sums of blocks of at most 4096 elements in float32.
+        They are rounded from float64 sums of blocks of at most 4096 elements in float32. A GPU's
+        order is fixed too, but another one: its sums may differ from the CPU's in the last bits.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.

@@ -25,7 +25,7 @@ def rms_norm(
 
     Returns:
         Of input's shape and dtype, contiguous; the bits of
-        :func:`torchquant.functional.rms_norm` on every CPU and with any number of threads.
+        :func:`torchquant.functional.rms_norm` on every device and with any number of threads.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.
@@ -66,7 +66,7 @@ def layer_norm(
 
     Returns:
         Of input's shape and dtype, contiguous; the bits of
-        :func:`torchquant.functional.layer_norm` on every CPU and with any number of threads.
+        :func:`torchquant.functional.layer_norm` on every device and with any number of threads.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.

@@ -111,9 +111,12 @@ def _(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_one_device("quantize_pack", weight, scale=scale, zero_point=zero_point)
-    channels = weight.shape[:1]
+    channels, shape = (
+        weight.shape[:1],
+        packed_shape(weight.shape[0], weight.shape[1], weight.device),
+    )
     return (
-        torch.empty(packed_shape(*weight.shape), dtype=torch.int8, device=weight.device),
+        torch.empty(shape, dtype=torch.int8, device=weight.device),
         torch.empty(channels, dtype=torch.float32, device=weight.device),
         torch.empty(channels, dtype=torch.int32, device=weight.device),
     )

@@ -37,6 +37,12 @@ class PackedWeight:
         """The int8 ``[N, K]`` weight."""
         return unpack_weight(self.packed, self.out_features, self.in_features)
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight packed for another device's kernels; itself where it is there."""
+        if torch.device(device) == self.packed.device:
+            return self
+        return PackedWeight.pack(self.unpack().to(device))
+
 
 def quantized_linear(
     input: Tensor,
@@ -71,7 +77,7 @@ def quantized_linear(
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
 
     Returns:
-        ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every CPU.
+        ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every device.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.

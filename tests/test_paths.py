@@ -1,0 +1,34 @@
+"""Layers and training over what a GPU falls back on: existing tests, in a process of their own."""
+
+import pytest
+from support_paths import run_tests
+
+# What these tests are about a path does not have: values that a CPU kernel reads and refuses, the
+# tiles' knowledge of their shape, instruction sets. And what takes long and says nothing about it.
+NOT_OF_A_PATH = (
+    "refus",
+    "errors",
+    "wrong",
+    "bad_input",
+    "isa",
+    "instruction_set",
+    "thread",
+    "memory",
+    "compile",
+    "export",
+    "process",
+    "wait",
+    "absurd",
+)
+FILES = {
+    "fake quantization": ("test_fake_quantize.py", "test_fake_quantizer.py"),
+    "learned steps": ("test_lsq.py",),
+    "quantization aware training": ("test_ops_qat.py", "test_qat_linear.py", "test_qat.py"),
+    "layers": ("test_nn_linear.py", "test_quantize.py", "test_fuse.py"),
+}
+
+
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
+def test_existing_tests_over_the_fallback(files: tuple[str, ...]) -> None:
+    result = run_tests("aten", files, " or ".join(NOT_OF_A_PATH))
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
