@@ -38,7 +38,8 @@ def _compile(
 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in NARROW]
+    sizes = [n for n in NARROW if signature.get(n) == "i32"]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + sizes
     source = ASTSource(
         kernel,
         signature=signature,
@@ -134,18 +135,21 @@ def compile_all(capability: int) -> list[dict]:
 
     facts = []
     for m in (8, 64, 8192):
-        for config in gemm.candidates(problem(m, 8192, 8192), device)[: 8 if m > 64 else 2]:
-            facts.append(product(config, "bf16", "rows" if m == 8192 else "few rows"))
-    for config in (*gemm._TMA, *gemm._POINTER):
-        if config.kind == "tma" and capability < 90:
-            continue
-        if gemm.shared_bytes(config, 4) <= device.shared:
-            facts.append(product(config, "fp32", "rows", activation="gelu", zero_points=True))
-    best = gemm.candidates(problem(8192, 8192, 8192), device)[0]
-    facts.append(product(best, "i8", "rows", activation="silu", to_int8=True))
+        config = gemm.candidates(problem(m, 8192, 8192), device)[0]
+        facts.append(product(config, "bf16", "rows" if m == 8192 else "few rows"))
+    everything = {"activation": "gelu", "zero_points": True}
+    # Hopper: every tile with the longest epilogue and the widest output.
+    for tile in (*gemm._TMA, *gemm._POINTER) if capability == 90 else (config,):
+        facts.append(product(tile, "fp32", "rows", **everything))
+    facts.append(product(config, "i8", "rows", activation="silu", to_int8=True))
     small = dataclasses.replace(gemm._POINTER[-1])
     for activation in ("relu", "gelu_tanh", "tanh", "sigmoid"):
         facts.append(product(small, "fp16", "other", activation=activation, to_int8=False))
+    # A size of 1 is a constant to Triton, without what only its tensors have.
+    one = dict.fromkeys(("n", "columns", "k", "x_stride", "out_stride"), 1)
+    constants = _epilogue(**everything) | shapes(small) | {"EVEN_K": False, "SPLIT": 1} | one
+    out = types | {"out_ptr": "*u8"}
+    facts.append(_compile("ones", gemm._pointer_kernel, capability, out, constants, num_warps=4))
     constants = _epilogue() | {"SPLIT": 4, "BLOCK_M": 4, "BLOCK_N": 256}
     out = types | {"out_ptr": "*bf16"}
     facts.append(_compile("add", gemm._add_kernel, capability, out, constants, num_warps=4))
@@ -226,7 +230,8 @@ def test_tensor_cores_and_accelerator_are_used(compiled: tuple[int, list[dict]])
             assert "cp.async.bulk.tensor.2d.shared" in found, fact
             assert "cp.async.bulk.tensor.2d.global" in found, fact
             if capability == 90:
-                assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in found, fact
+                width = 64 if "'block_n': 64" in fact["name"] else 128
+                assert f"wgmma.mma_async.sync.aligned.m64n{width}k32.s32.s8.s8" in found, fact
         elif fact["name"].startswith(("rows", "few rows")):
             assert "cp.async.cg.shared.global" in found, fact  # 16 bytes at a time, under way
     assert any("'tma'" in fact["name"] for fact in facts) == (capability >= 90)
@@ -235,7 +240,7 @@ def test_tensor_cores_and_accelerator_are_used(compiled: tuple[int, list[dict]])
 def test_registers_and_shared_memory_suffice(compiled: tuple[int, list[dict]]) -> None:
     capability, facts = compiled
     for fact in facts:
-        # gelu with every zero point beside a tile loaded by pointers is the one that needs more.
-        tight = "'pointer'" in fact["name"] and "gelu" in fact["name"]
-        assert fact["stack"] <= (128 if tight else 0), f"spilled: {fact}"
+        # gelu with every zero point is the longest epilogue: a few registers of some tiles leave.
+        most = 128 if "gelu'" in fact["name"] else 0
+        assert fact["stack"] <= most, f"spilled: {fact}"
         assert fact["registers"] <= 255 and fact["shared"] <= SHARED[capability], fact

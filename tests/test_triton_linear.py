@@ -366,6 +366,18 @@ def problem(
     ), expected
 
 
+@pytest.mark.parametrize("output", [torch.float16, torch.int8, torch.int32], ids=str)
+def test_reference_is_the_fallback(output: torch.dtype) -> None:
+    """What the tuner compares with; also where no configuration has its bits."""
+    ours, expected = problem(5, 20, 70, output, unsigned=True)
+    assert_same_bits(gemm.reference(ours).cpu(), expected)
+    gemm.set_chooser(lambda problem: None)
+    try:
+        assert_same_bits(gemm.matmul(ours).cpu(), expected)
+    finally:
+        gemm.set_chooser(None)
+
+
 def test_default_configurations_fit_what_they_are_for() -> None:
     """Legal on each kind of GPU, the split never without work, and covering its multiprocessors."""
     a100, rtx3090, h200 = ((8, 0), 108, 166912), ((8, 6), 82, 101376), ((9, 0), 132, 232448)
