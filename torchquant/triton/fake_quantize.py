@@ -30,6 +30,7 @@ from torchquant.triton.tiles import (
 
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
+_NAN = tl.constexpr(float("nan"))
 _SIGN_BIT = tl.constexpr(-(2**31))
 _BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
 
@@ -55,11 +56,24 @@ def round_within(x, lo, hi):
 
 
 @triton.jit
+def least_rounding_to(integer):
+    """The least fp32 number that rounds, half to even, to ``integer`` or more.
+
+    integer: of magnitude below 2^23, as fp32. A number is compared with this instead of being
+    rounded without a clamp for its mask.
+    """
+    tie = integer - 0.5
+    above = tl.where(tie > 0.0, 1, -1)  # the next number towards infinity, in a float's bits
+    odd = integer.to(tl.int32) & 1  # then the tie goes to the even number below
+    return (tie.to(tl.int32, bitcast=True) + above * odd).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool ``[ROWS, COLUMNS]`` as uint8 ``[ROWS, COLUMNS / 8]``, the first of 8 the lowest bit."""
     BYTES: tl.constexpr = COLUMNS // 8
-    each = tl.reshape(flags.to(tl.int32), (ROWS, BYTES, 8))
-    return tl.sum(each << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+    each = tl.where(flags, 1 << (tl.arange(0, COLUMNS)[None, :] % 8), 0)
+    return tl.sum(tl.reshape(each, (ROWS, BYTES, 8)), axis=2).to(tl.uint8)
 
 
 @triton.jit
@@ -97,7 +111,8 @@ def fake_quantize_kernel(
     offsets, inside, index, present = tile(
         down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
     )
-    v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    # NaN behind the end: its bits in the mask's last byte are 0.
+    v = tl.load(x + offsets, mask=inside, other=_NAN).to(tl.float32)
     s = load_scale(scale, index, present, 1.0, LAYOUT)
     if LEARNED:
         s = used_scale(s)
@@ -112,21 +127,19 @@ def fake_quantize_kernel(
     inverse = reciprocal(s)
     if ZERO == "real":
         v = v - z
-    if WANT_BITS:  # what lies outside may come nearer, but not in
-        rounded = round_within(v * inverse, lo - 1.0, hi + 1.0)
-        steps = minimum(maximum(rounded, lo), hi)
-    else:
-        steps = round_within(v * inverse, lo, hi)
+    v = v * inverse
     if WANT_OUT:
-        y = steps * s
+        y = round_within(v, lo, hi) * s
         if ZERO == "real":
             y = y + z
         tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
     if WANT_BITS:
+        least = least_rounding_to(lo + tl.zeros((1, 1), tl.float32))
+        greatest = -least_rounding_to(tl.zeros((1, 1), tl.float32) - hi)
+        flags = (v >= least) & (v <= greatest)
         at, there = bytes_of_tile(
             down, across, count, length, row, per_row, channels, run, TAIL, ROWS, COLUMNS
         )
-        flags = inside & (rounded >= lo) & (rounded <= hi)
         tl.store(bits + at, packed(flags, ROWS, COLUMNS), mask=there)
 
 
