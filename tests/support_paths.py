@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from torch.library import Library
 
@@ -24,6 +25,7 @@ from torchquant.ops import _arguments
 VARIABLE = "TORCHQUANT_TEST_PATH"
 PATHS = ("aten", "triton")
 ROOT = Path(__file__).resolve().parents[1]
+_LIBRARY = pytest.StashKey[Library]()
 
 
 def aten_operators() -> dict[str, Callable]:
@@ -89,12 +91,14 @@ def run_tests(
     )
 
 
-def pytest_configure(config: object) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before conftest.py asks for the instruction sets."""
     if path := os.environ.get(VARIABLE):
-        config._torchquant_path = replace_cpu_kernels(path)  # type: ignore[attr-defined]
+        early_config.stash[_LIBRARY] = replace_cpu_kernels(path)
         _arguments.layout_of = lambda device: "rows"  # for fake tensors: of an accelerator
         only = (cpu.active_isa(),)  # no use in taking turns
-        cpu.available_isas = lambda: only  # type: ignore[assignment]
+        cpu.available_isas = lambda: only
 
 
 __all__ = ["PATHS", "VARIABLE", "replace_cpu_kernels", "run_tests"]

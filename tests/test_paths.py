@@ -10,6 +10,7 @@ NOT_OF_A_PATH = (
     "errors",
     "wrong",
     "bad_input",
+    "pack_weight",
     "isa",
     "instruction_set",
     "thread",
@@ -21,6 +22,7 @@ NOT_OF_A_PATH = (
     "absurd",
 )
 FILES = {
+    "exactness": ("test_exactness.py",),
     "fake quantization": ("test_fake_quantize.py", "test_fake_quantizer.py"),
     "learned steps": ("test_lsq.py",),
     "quantization aware training": ("test_ops_qat.py", "test_qat_linear.py", "test_qat.py"),

@@ -109,8 +109,9 @@ Weight packed_side(const char* op, const at::Tensor& input, const at::Tensor& pa
   check_packed_rows(op, packed, n, k);
   Weight w;
   w.n = n;
-  w.q = packed_weight(packed, n);
-  w.sums = packed_sums(packed, n).narrow(0, 0, n).unsqueeze(0);
+  const at::Tensor aligned = packed.storage_offset() % kRowAlignment == 0 ? packed : packed.clone();
+  w.q = packed_weight(aligned, n);
+  w.sums = packed_sums(aligned, n).narrow(0, 0, n).unsqueeze(0);
   return w;
 }
 
