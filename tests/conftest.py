@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ from torchquant import cpu
 # The tests are no package (an __init__.py would make pytest import the source tree): this is how
 # they find support.py.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Without a GPU Triton's kernels run in its interpreter (support_triton.py). Triton reads this where
+# it is imported, which torch.compile may do before a test of the kernels does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every run: a failure in CI is a failure here. No deadline: machines differ.
 settings.register_profile("torchquant", derandomize=True, deadline=None)

@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import torchquant
-from torchquant import cli, cpu, demo, info
+from torchquant import cli, cpu, cuda, demo, info
+from torchquant._cuda_host import triton_version
 from torchquant.models import load_digits_data
 
 
@@ -147,6 +148,50 @@ def test_wrong_environment_variable_is_named():
     assert done.stdout == ""
     assert "TORCHQUANT_ISA must be one of" in done.stderr
     assert "scalar, got 'sse9' (unknown)" in done.stderr
+
+
+GPUS = (
+    cuda.GPU(0, "NVIDIA H200", "9.0", 150_000_000_000, "triton", None, {"minmax": "ValueError: x"}),
+    cuda.GPU(1, "Tesla V100", "7.0", 16 << 30, "aten", "Triton's kernels need more", {}),
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_without_a_gpu(monkeypatch):
+    for name in info.CUDA_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    text = invoke("info").stdout
+    (line,) = [line for line in text.splitlines() if "GPU" in line]
+    assert line.startswith("GPU: none (torch ")
+    assert "CUDA_" not in text
+    data = json.loads(invoke("info", "--json").stdout)
+    assert data["gpus"] == []
+    assert data["cuda_version"] == torch.version.cuda
+    assert data["triton_version"] == triton_version()
+    assert not data["environment"].keys() & set(info.CUDA_ENVIRONMENT)
+
+
+def test_info_shows_variables_for_the_gpu_if_set(monkeypatch):
+    monkeypatch.setenv("TORCHQUANT_CACHE_DIR", "elsewhere")
+    environment = json.loads(invoke("info", "--json").stdout)["environment"]
+    assert environment["TORCHQUANT_CACHE_DIR"] == "elsewhere"
+
+
+def test_info_with_gpus(monkeypatch):
+    monkeypatch.setattr(cuda, "gpus", lambda *, probe: GPUS if probe else ())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("TORCHQUANT_CUDA_PATH", "auto")
+    text = flat(invoke("info").stdout)
+    assert "GPUs (CUDA 13.0, triton" in text
+    assert "cuda:0 NVIDIA H200 9.0 139.7 GiB triton" in text
+    assert "cuda:1 Tesla V100 7.0 16.0 GiB aten" in text
+    assert "cuda:1 runs with ATen's kernels: Triton's kernels need more" in text
+    assert "cuda:0 runs minmax with ATen's kernels: ValueError: x" in text
+    assert "TORCHQUANT_CUDA_PATH auto" in text
+    data = json.loads(invoke("info", "--json").stdout)
+    assert data["gpus"][0]["name"] == "NVIDIA H200"
+    assert [gpu["path"] for gpu in data["gpus"]] == ["triton", "aten"]
+    assert data["environment"].keys() >= set(info.CUDA_ENVIRONMENT)
 
 
 def test_openmp_in_words():

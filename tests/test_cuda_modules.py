@@ -287,7 +287,11 @@ def test_files(tmp_path: Path) -> None:
         empty = Block().eval()
     there = load(tmp_path / "here", empty, device="cuda")
     assert devices_of(there) == {CUDA}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated(CUDA)
     save(there, tmp_path / "there")
+    qweights = [m.qweight.nbytes for m in there.modules() if isinstance(m, QuantizedLinear)]
+    assert torch.cuda.max_memory_allocated(CUDA) - before < sum(qweights), "one at a time"
     assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
     replace_norms_(there)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from support_pretend import CUDA, Pretended, pretended_cuda, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import torchquant.fuse.activations as fuse_activations
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
@@ -308,6 +309,17 @@ def test_autocast_for_gpus_between_layers_is_a_change_of_mode() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
+@pytest.mark.parametrize(("kind", "fits"), [(nn.GELU, True), (nn.SiLU, False)])
+def test_a_fused_activation_is_tried_on_the_layers_device(
+    kind: type[nn.Module], fits: bool
+) -> None:
+    layer = layer_of(bias=False)  # gradients are on there, and a pretended GPU has none
+    with pretended_cuda() as cuda:
+        pair = fuse_activations._Pair(layer.to(cuda), torch.float32)
+        assert fuse_activations._agree(pair, kind(), "gelu") is fits
+        assert layer.activation == "none"
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -364,6 +376,22 @@ def test_ranges_and_steps_move_alike(config: QATConfig) -> None:
                 assert_same_bits(values(output), here(batch))
             there.to("cpu")
     assert_same_state(there, here)
+
+
+def test_first_steps_and_offsets_are_the_cpus() -> None:
+    x = floats(64, 64)
+    with torch.no_grad():
+        for make in (
+            lambda: LSQQuantizer(num_bits=4, symmetric=False),
+            lambda: LSQQuantizer(num_bits=4, symmetric=False, per_channel=True, num_channels=64),
+        ):
+            here = make()
+            here(x)
+            with pretended_cuda() as cuda:
+                there = make().to(cuda)
+                there(on_cuda(x))
+                there.to("cpu")
+            assert_same_state(there, here)
 
 
 def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,6 +513,7 @@ def test_a_file_is_loaded_onto_the_gpu(tmp_path: Path) -> None:
         assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {CUDA}
         output = loaded(on_cuda(x))
         save(loaded, tmp_path / "again")
+        assert not any(module._state_dict_hooks for module in loaded.modules())
         load(tmp_path / "file", loaded)  # the CPU, as ever
     assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {HOST}
     assert_same_bits(values(output), model(x).detach())
@@ -556,6 +585,26 @@ def test_a_prepared_model_in_its_first_stage_is_refused(monkeypatch: pytest.Monk
     second.up.enable_quantization(False)
     with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"first stage \(up\)"):
         verify(first, second.to(cuda), [floats(3, 64)])
+
+
+class Sample(NamedTuple):
+    x: Tensor
+    rows: list[Tensor]
+    name: str
+
+
+def test_batches_of_all_kinds_are_moved() -> None:
+    x = floats(2, 3)
+    batch = {"sample": Sample(x, [x, x], "text"), "rest": (x, 3)}
+    assert verify_module._moved(batch, {HOST}) is batch, "nothing to move"
+    assert verify_module._moved(batch, {HOST, CUDA}) is batch, "the model has several devices"
+    with pretended_cuda():
+        moved = verify_module._moved(batch, {CUDA})
+    assert type(moved["sample"]) is Sample
+    assert moved["sample"].name == "text"
+    assert moved["rest"][1] == 3
+    tensors = [moved["sample"].x, *moved["sample"].rows, moved["rest"][0]]
+    assert all(tensor.device == CUDA and torch.equal(values(tensor), x) for tensor in tensors)
 
 
 def test_generators_of_both_models() -> None:

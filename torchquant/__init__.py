@@ -1,13 +1,13 @@
 """torchquant: quantization for PyTorch with exact integer kernels that are fast in eager mode.
 
 The verbs are here; :mod:`torchquant.functional` is the specification in plain torch,
-:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` the
-choice of instruction set.
+:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` and
+:mod:`torchquant.cuda` the choice of instruction set and of the path on a GPU.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from torchquant import cpu, functional, nn, observers, ops, qat
+from torchquant import cpu, cuda, functional, nn, observers, ops, qat
 from torchquant.attention import replace_attention_
 from torchquant.configs import (
     Fusion,
@@ -78,6 +78,7 @@ __all__ = [
     "__version__",
     "convert_",
     "cpu",
+    "cuda",
     "functional",
     "load",
     "nn",

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import torchquant
-from torchquant import _build_info, cpu
+from torchquant import _build_info, cpu, cuda
+from torchquant._cuda_host import triton_version
 
 # They change what runs or how fast, so a report without them misleads.
 ENVIRONMENT = (
@@ -23,6 +24,13 @@ ENVIRONMENT = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "ATEN_CPU_CAPABILITY",
+)
+# The same where there is a GPU; elsewhere only shown if set.
+CUDA_ENVIRONMENT = (
+    cuda.ENVIRONMENT_VARIABLE,
+    cuda.AUTOTUNE_VARIABLE,
+    "TORCHQUANT_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES",
 )
 OPENMP_LIBRARIES = ("libgomp", "libomp", "libiomp")
 
@@ -45,6 +53,9 @@ class Info:
     isas_built: tuple[str, ...]
     isas_supported: tuple[str, ...]
     isa_active: str
+    cuda_version: str | None
+    triton_version: str | None
+    gpus: tuple[cuda.GPU, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON-ready data."""
@@ -60,6 +71,8 @@ def collect() -> Info:
         >>> info.isa_active in info.isas_supported
         True
     """
+    gpus = cuda.gpus(probe=True)
+    environment = {name: os.environ.get(name) for name in ENVIRONMENT + CUDA_ENVIRONMENT}
     return Info(
         torchquant=torchquant.__version__,
         built_for_torch=_build_info.TORCH_VERSION,
@@ -71,10 +84,17 @@ def collect() -> Info:
         cpus=usable_cpus(),
         threads=torch.get_num_threads(),
         openmp=openmp_runtimes(),
-        environment={name: os.environ.get(name) for name in ENVIRONMENT},
+        environment={
+            name: value
+            for name, value in environment.items()
+            if gpus or value is not None or name in ENVIRONMENT
+        },
         isas_built=cpu.built_isas(),
         isas_supported=cpu.available_isas(),
         isa_active=cpu.active_isa(),
+        cuda_version=torch.version.cuda,
+        triton_version=triton_version(),
+        gpus=gpus,
     )
 
 
@@ -101,8 +121,9 @@ def openmp_runtimes() -> list[str]:
 
 
 def render(info: Info) -> RenderableType:
-    """The facts as two tables."""
-    return Group(facts_table(info), Text(), instruction_set_table(info))
+    """The facts as two tables; a third where there is a GPU, else one line."""
+    gpus = gpu_table(info) if info.gpus else Text(f"GPU: none ({cuda.no_gpu_reason()})")
+    return Group(facts_table(info), Text(), instruction_set_table(info), Text(), gpus)
 
 
 def facts_table(info: Info) -> Table:
@@ -146,3 +167,24 @@ def instruction_set_table(info: Info) -> Table:
         active = isa == info.isa_active
         table.add_row(isa, supported, "yes" if active else "", style="bold" if active else None)
     return table
+
+
+def gpu_table(info: Info) -> RenderableType:
+    """One row per GPU, and below what ATen's kernels compute instead of Triton's, and why."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(
+        f"GPUs (CUDA {info.cuda_version}, triton {info.triton_version or 'not installed'})"
+    )
+    table.add_column("capability")
+    table.add_column("memory")
+    table.add_column("path")
+    for gpu in info.gpus:
+        memory = f"{gpu.memory / 2**30:.1f} GiB"
+        table.add_row(f"cuda:{gpu.index} {gpu.name}", gpu.capability, memory, gpu.path)
+    notes = []
+    for gpu in info.gpus:
+        if gpu.reason is not None:
+            notes.append(f"cuda:{gpu.index} runs with ATen's kernels: {gpu.reason}")
+        for name, reason in gpu.left_to_aten.items():
+            notes.append(f"cuda:{gpu.index} runs {name} with ATen's kernels: {reason}")
+    return Group(table, *(Text(note) for note in notes))

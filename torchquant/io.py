@@ -192,7 +192,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     tensors: dict[str, Tensor] = {}
     aliases = _repeated_qweights(model)
     first_key: dict[Hashable, str] = {}
-    state = model.state_dict()  # held, so that no memory is used twice
+    with _qweights_on_cpu(model):
+        state = model.state_dict()  # held, so that no memory is used twice
     for key, value in state.items():
         if key in aliases:
             continue
@@ -216,6 +217,27 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         else:
             tensors[key] = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return _unshared(tensors), aliases
+
+
+@contextmanager
+def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
+    """While a state dict is made: unpacked on a GPU, they would take a second model's memory."""
+
+    def move(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        key = f"{prefix}qweight"
+        if key in state:  # another hook may have taken it out
+            state[key] = state[key].cpu()
+
+    handles = [
+        module.register_state_dict_post_hook(move)
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear) and module.packed.is_cuda
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _repeated_qweights(model: nn.Module) -> dict[str, str]:

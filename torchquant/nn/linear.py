@@ -211,10 +211,8 @@ class QuantizedLinear(nn.Module):
         if self.config.static:
             return self._static_forward(input)
         # Past nn.Module.__getattr__ and torch.ops: 4 us less a call.
-        kernels = type(input) is Tensor and (input.is_cpu or input.is_cuda)
+        kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))
         if kernels and not _is_dynamo_compiling():
-            if not input.is_cpu:  # the GPU's layout knows in_features to a multiple of 64 only
-                self._check_input(input)
             if self._group is not None:
                 shared = self._group.output(self._group_index, input)
                 if shared is not None:
@@ -267,6 +265,13 @@ class QuantizedLinear(nn.Module):
             input_qmin=qmin,
             input_qmax=qmax,
         )
+
+    def _is_for_gpu(self, input: Tensor) -> bool:
+        """Whether it is on one; checked, for that layout knows in_features to a multiple of 64."""
+        if not input.is_cuda:
+            return False
+        self._check_input(input)
+        return True
 
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):

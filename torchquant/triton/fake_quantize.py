@@ -1,0 +1,315 @@
+"""Fake quantization in training: values, bit masks, a learned step's gradients, ranges.
+
+All of it is bound by memory. A program reads a tile (:mod:`torchquant.triton.tiles`) once, 16 bytes
+an access, and writes what is wanted of it. Sums and ranges take two steps without atomics: each
+program writes those of its tile, a second kernel combines them in a fixed order; both divisions
+depend on shapes alone, so a sum's bits do too.
+"""
+# Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
+
+import triton
+import triton.language as tl
+
+from torchquant.triton.language import (
+    divide,
+    fma,
+    is_finite,
+    maximum,
+    minimum,
+    reciprocal,
+    rint,
+)
+from torchquant.triton.tiles import (
+    bytes_of_tile,
+    limits,
+    load_scale,
+    part_of,
+    tile,
+    tile_of_turn,
+)
+
+_LEAST_SCALE = tl.constexpr(2.0**-126)
+_INFINITY = tl.constexpr(float("inf"))
+_SIGN_BIT = tl.constexpr(-(2**31))
+_BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
+
+
+@triton.jit
+def used_scale(s):
+    """A learned step as it is used: at least 2^-126; NaN stays."""
+    return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
+
+
+@triton.jit
+def round_within(x, lo, hi):
+    """``clamp(rint(x), lo, hi)`` with NaN kept; a zero comes out as +0.
+
+    lo, hi: integers of magnitude up to 2^23, as fp32. Rounding commutes with the clamp, and up to
+    2^23 adding 2^23 with the number's sign rounds it half to even.
+    """
+    y = minimum(maximum(x, lo), hi)
+    away = ((y.to(tl.int32, bitcast=True) & _SIGN_BIT) | _BITS_OF_2_TO_23).to(
+        tl.float32, bitcast=True
+    )
+    return (y + away) - away
+
+
+@triton.jit
+def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """bool ``[ROWS, COLUMNS]`` as uint8 ``[ROWS, COLUMNS / 8]``, the first of 8 the lowest bit."""
+    BYTES: tl.constexpr = COLUMNS // 8
+    each = tl.reshape(flags.to(tl.int32), (ROWS, BYTES, 8))
+    return tl.sum(each << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def fake_quantize_kernel(
+    x,
+    scale,
+    zero,
+    out,
+    bits,
+    zero_step,
+    qmin,
+    qmax,
+    count,
+    length,
+    row,
+    per_row,
+    channels,
+    run,
+    ZERO: tl.constexpr,
+    LEARNED: tl.constexpr,
+    WANT_OUT: tl.constexpr,
+    WANT_BITS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Quantize and dequantize in one step, and where the rounded value lies in the range.
+
+    ZERO: "none", "integer", "real", or "offset": the integer is to be made of a learned one.
+    LEARNED: the scale may be anything. qmin, qmax: up to 2^20 in magnitude.
+    """
+    pid = tl.program_id(0)
+    down, across = tile_of_turn(pid, 0, 1, length, LAYOUT, COLUMNS)
+    offsets, inside, index, present = tile(
+        down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
+    )
+    v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    s = load_scale(scale, index, present, 1.0, LAYOUT)
+    if LEARNED:
+        s = used_scale(s)
+    if ZERO == "offset":
+        offset = load_scale(zero, index, present, 0.0, LAYOUT)
+        z = rint(divide(-offset, s))
+        s = tl.where(z == z, s, z)  # an integer cannot hold NaN: the values show it
+        z = tl.minimum(tl.maximum(z, qmin), qmax)
+        lo, hi = qmin - z, qmax - z
+    else:
+        z, lo, hi = limits(zero, index, present, zero_step, qmin, qmax, ZERO, LAYOUT)
+    inverse = reciprocal(s)
+    if ZERO == "real":
+        v = v - z
+    if WANT_BITS:  # what lies outside may come nearer, but not in
+        rounded = round_within(v * inverse, lo - 1.0, hi + 1.0)
+        steps = minimum(maximum(rounded, lo), hi)
+    else:
+        steps = round_within(v * inverse, lo, hi)
+    if WANT_OUT:
+        y = steps * s
+        if ZERO == "real":
+            y = y + z
+        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+    if WANT_BITS:
+        at, there = bytes_of_tile(
+            down, across, count, length, row, per_row, channels, run, TAIL, ROWS, COLUMNS
+        )
+        flags = inside & (rounded >= lo) & (rounded <= hi)
+        tl.store(bits + at, packed(flags, ROWS, COLUMNS), mask=there)
+
+
+@triton.jit
+def learned_backward_kernel(
+    grad,
+    x,
+    scale,
+    zero,
+    grad_x,
+    scale_sums,
+    offset_sums,
+    turns,
+    qmin,
+    qmax,
+    count,
+    length,
+    row,
+    per_row,
+    channels,
+    run,
+    ZERO: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """grad_x, and for each part and scale the sums of the terms of grad_scale and grad_offset.
+
+    scale_sums, offset_sums: fp32 ``[parts, spans]``; layout "column": ``[parts, channels]``.
+    """
+    pid = tl.program_id(0)
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    offsets, inside, index, present = tile(
+        down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
+    )
+    s = used_scale(load_scale(scale, index, present, 1.0, LAYOUT))
+    z, lo, hi = limits(zero, index, present, 1, qmin, qmax, ZERO, LAYOUT)
+    inverse = reciprocal(s)
+    scale_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    offset_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for turn in range(turns):
+        down, across = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
+        offsets, inside, _index, _present = tile(
+            down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
+        )
+        # Behind the ends there are zeros, whose terms are zero or, as all terms then, NaN.
+        g_given = tl.load(grad + offsets, mask=inside, other=0.0)
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        g = g_given.to(tl.float32)
+        v = value * inverse
+        steps = round_within(v, lo, hi)
+        passes = (lo < v) & (v < hi)
+        tl.store(grad_x + offsets, tl.where(passes, g_given, 0.0), mask=inside)
+        # rint(v) - v from the exact residual: it keeps its bits where v has rounded them away.
+        slope = tl.where(passes, fma(steps, s, -value) * inverse, steps + z)
+        scale_sum = fma(g, slope, scale_sum)
+        offset_sum += tl.where(passes, 0.0, g)
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    part = part_of(pid, turns, length, LAYOUT, COLUMNS)
+    if LAYOUT == "column":
+        lanes = across * COLUMNS + tl.arange(0, COLUMNS)
+        at = part * length + lanes
+        tl.store(scale_sums + at, tl.sum(scale_sum, axis=0), mask=lanes < length)
+        tl.store(offset_sums + at, tl.sum(offset_sum, axis=0), mask=lanes < length)
+    else:
+        lanes = down * ROWS + tl.arange(0, ROWS)
+        at = part * count + lanes
+        tl.store(scale_sums + at, tl.sum(scale_sum, axis=1), mask=lanes < count)
+        tl.store(offset_sums + at, tl.sum(offset_sum, axis=1), mask=lanes < count)
+
+
+@triton.jit
+def add_parts_kernel(
+    scale_sums,
+    offset_sums,
+    grad_scale,
+    grad_offset,
+    parts,
+    channels,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """fp32 ``[parts, channels]`` added along the parts in float64, in order, to ``[channels]``."""
+    lanes = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    first = tl.zeros((PARTS, CHANNELS), tl.float64)
+    second = tl.zeros((PARTS, CHANNELS), tl.float64)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)[:, None]
+        at, there = part.to(tl.int64) * channels + lanes, (part < parts) & (lanes < channels)
+        first += tl.load(scale_sums + at, mask=there, other=0.0).to(tl.float64)
+        second += tl.load(offset_sums + at, mask=there, other=0.0).to(tl.float64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    there = channel < channels
+    tl.store(grad_scale + channel, tl.sum(first, axis=0).to(tl.float32), mask=there)
+    tl.store(grad_offset + channel, tl.sum(second, axis=0).to(tl.float32), mask=there)
+
+
+@triton.jit
+def minmax_kernel(
+    x,
+    least,
+    greatest,
+    nonfinite,
+    turns,
+    count,
+    length,
+    row,
+    per_row,
+    channels,
+    run,
+    LAYOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """For each part and scale least and greatest finite element; what is not finite by program.
+
+    least, greatest: as learned_backward_kernel's sums; nonfinite: int32 ``[programs]``.
+    """
+    pid = tl.program_id(0)
+    low = tl.full((ROWS, COLUMNS), _INFINITY, tl.float32)
+    high = tl.full((ROWS, COLUMNS), -_INFINITY, tl.float32)
+    missing = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for turn in range(turns):
+        down, across = tile_of_turn(pid, turn, turns, length, LAYOUT, COLUMNS)
+        offsets, inside, _index, _present = tile(
+            down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
+        )
+        v = tl.load(x + offsets, mask=inside, other=_INFINITY).to(tl.float32)
+        finite = is_finite(v)
+        low = tl.where(finite & (v < low), v, low)
+        high = tl.where(finite & (v > high), v, high)
+        missing += (inside & (finite == 0)).to(tl.int32)
+    tl.store(nonfinite + pid, tl.sum(tl.sum(missing, axis=1), axis=0))
+    down, across = tile_of_turn(pid, 0, turns, length, LAYOUT, COLUMNS)
+    part = part_of(pid, turns, length, LAYOUT, COLUMNS)
+    if LAYOUT == "column":
+        lanes = across * COLUMNS + tl.arange(0, COLUMNS)
+        at = part * length + lanes
+        tl.store(least + at, tl.min(low, axis=0), mask=lanes < length)
+        tl.store(greatest + at, tl.max(high, axis=0), mask=lanes < length)
+    else:
+        lanes = down * ROWS + tl.arange(0, ROWS)
+        at = part * count + lanes
+        tl.store(least + at, tl.min(low, axis=1), mask=lanes < count)
+        tl.store(greatest + at, tl.max(high, axis=1), mask=lanes < count)
+
+
+@triton.jit
+def combine_ranges_kernel(
+    lows,
+    highs,
+    counts,
+    least,
+    greatest,
+    nonfinite,
+    parts,
+    channels,
+    programs,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """fp32 ``[parts, channels]`` to ``[channels]``; one program more adds the counts up."""
+    pid = tl.program_id(0)
+    if pid == tl.num_programs(0) - 1:
+        total = tl.zeros((COUNTS,), tl.int64)
+        for begin in range(0, programs, COUNTS):
+            i = begin + tl.arange(0, COUNTS)
+            total += tl.load(counts + i, mask=i < programs, other=0).to(tl.int64)
+        tl.store(nonfinite, tl.sum(total, axis=0))
+    else:
+        lanes = pid * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        low = tl.full((PARTS, CHANNELS), _INFINITY, tl.float32)
+        high = tl.full((PARTS, CHANNELS), -_INFINITY, tl.float32)
+        for begin in range(0, parts, PARTS):
+            part = begin + tl.arange(0, PARTS)[:, None]
+            at, there = part.to(tl.int64) * channels + lanes, (part < parts) & (lanes < channels)
+            low = tl.minimum(low, tl.load(lows + at, mask=there, other=_INFINITY))
+            high = tl.maximum(high, tl.load(highs + at, mask=there, other=-_INFINITY))
+        channel = pid * CHANNELS + tl.arange(0, CHANNELS)
+        there = channel < channels
+        # Of -0 and +0 either might come first: always +0.
+        tl.store(least + channel, tl.min(low, axis=0) + 0.0, mask=there)
+        tl.store(greatest + channel, tl.max(high, axis=0) + 0.0, mask=there)

@@ -1,0 +1,33 @@
+"""How every kernel is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
+) -> None:
+    """Run ``kernel[grid](*args, **options)`` on ``device``, multiplications and additions unfused.
+
+    Triton launches on the current device, whatever its arguments' device is, and by default lets
+    the assembler fuse multiplications with additions, which changes bits.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along up to three axes.
+        device: of the tensors; a CPU works under Triton's interpreter.
+        args, options: the kernel's arguments; num_warps, num_stages and the like.
+    """
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        kernel[grid](*args, enable_fp_fusion=False, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, enable_fp_fusion=False, **options)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, for n >= 1."""
+    return 1 << (n - 1).bit_length()

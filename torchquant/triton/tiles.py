@@ -1,0 +1,279 @@
+"""Which elements share a scale, and how a kernel's programs divide them: for every granularity.
+
+A contiguous tensor is a sequence of *spans* that share a scale (csrc/cpu/spans.h): the whole
+tensor, a slice along an axis, a group, a token. A program handles a tile of ``ROWS`` spans by
+``COLUMNS`` elements; what a scale costs (a load, a division) is paid once for a row of the tile::
+
+    one      1 span, the tensor                   every element has scale 0
+    span     scale index = span % channels        one for each row of the tile
+    column   rows of the last axis' channels      a vector of them for the tile
+    element  flat                                 each element looks its scale up
+
+``element`` is for bit masks of spans whose length is no multiple of 8: a byte of the mask belongs
+to 8 neighbours, which a tile of such spans tears apart. Its integer divisions make it slower.
+"""
+# Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchquant.triton.launch import next_power_of_2
+
+# Elements of a program. Tests make it small, so that small tensors take many programs.
+TILE = 4096
+_PER_THREAD = 16  # elements: fp32 in four accesses of 16 bytes
+MOST_SPANS = 2**30  # they are counted in 32 bits
+_LEAST_COLUMNS = 32  # fp32: a line of the cache
+PARTS = 2**16  # of sums that are added in a second step: about so many, if there are many
+_MOST_TURNS = 16
+_THREADS_OF_A_SCALE = 2  # Triton loads more scales at once through shared memory, data in tow
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Spans of one length, which lie one after the other; the last of a row may be shorter."""
+
+    layout: str
+    count: int
+    length: int
+    row: int  # elements in a row
+    per_row: int  # spans in a row
+    channels: int  # scales: span i has scale i % channels
+    run: int = 1  # layout "element": elements of a row that share a scale
+
+    @property
+    def numel(self) -> int:
+        return self.count // self.per_row * self.row
+
+
+def spans_of(
+    input: Tensor, axis: int | None, group_size: int | None
+) -> tuple[Spans, tuple[int, ...]] | None:
+    """The spans and the shape that the scales must have; None for what is left to others."""
+    n = input.numel()
+    if n == 0 or (axis is not None and group_size is not None):
+        return None
+    shape: tuple[int, ...] = (1,)
+    spans = Spans("one", 1, n, n, 1, 1)
+    if axis is not None:
+        if not -input.dim() <= axis < input.dim():
+            return None
+        axis %= input.dim()
+        channels = input.shape[axis]
+        inner = math.prod(input.shape[axis + 1 :])
+        shape = (channels,)
+        if channels > 1 and inner == 1:
+            spans = Spans("column", n // channels, channels, channels, 1, channels)
+        elif channels > 1:
+            spans = Spans("span", n // inner, inner, inner, 1, channels)
+    elif group_size is not None:
+        if input.dim() == 0 or group_size < 1:
+            return None
+        row = input.shape[-1]
+        length = min(group_size, row)
+        per_row = -(-row // length)
+        count = n // row * per_row
+        shape = (*input.shape[:-1], per_row)
+        if row % length == 0:  # spans of one length only, as slices along the first axis are
+            row, per_row = length, 1
+        if count > 1:
+            spans = Spans("span", count, length, row, per_row, count)
+    return (spans, shape) if spans.count < MOST_SPANS else None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How programs divide the spans: ``down * across`` tiles of ``rows * columns``."""
+
+    spans: Spans
+    rows: int
+    columns: int
+    warps: int
+
+    @property
+    def down(self) -> int:
+        return -(-self.spans.count // self.rows)
+
+    @property
+    def across(self) -> int:
+        return -(-self.spans.length // self.columns)
+
+    @property
+    def programs(self) -> int:
+        """One for each tile."""
+        return self.down * self.across
+
+    @property
+    def turns(self) -> int:
+        """How many tiles a program should take whose result is one number for each scale."""
+        across = self.spans.layout != "column"
+        least = 1 if across else 8  # columns: a program's sum is a whole row of numbers
+        turns = max(least, min(_MOST_TURNS, self.programs // PARTS))
+        return max(1, min(turns, self.across if across else self.down))
+
+    def arguments(self) -> dict[str, Any]:
+        """Of :func:`tile`, and the number of warps."""
+        s = self.spans
+        return {
+            "count": s.count,
+            "length": s.length,
+            "row": s.row,
+            "per_row": s.per_row,
+            "channels": s.channels,
+            "run": s.run,
+            "LAYOUT": s.layout,
+            "TAIL": s.per_row > 1 and s.layout == "span",
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "num_warps": self.warps,
+        }
+
+
+def tiles_of(spans: Spans, bits: bool = False) -> Tiles | None:
+    """Tiles of about ``TILE`` elements; with ``bits`` such that no byte of a mask is torn apart."""
+    n = spans.numel
+    if bits and spans.layout != "one" and (spans.length % 8 or spans.row % 8):
+        if n >= 2**31 - TILE:
+            return None
+        if spans.layout == "column":
+            spans = replace(spans, row=1, run=1)
+        else:
+            spans = replace(spans, run=spans.length)
+        spans = replace(spans, layout="element", count=1, length=n)
+    size = min(TILE, next_power_of_2(max(n // 512, TILE // 4)))  # small tensors: more programs
+    warps = max(1, min(8, size // (32 * _PER_THREAD)))
+    scales = 32 * warps // _THREADS_OF_A_SCALE
+    most = min(size, scales) if spans.layout == "column" else size
+    columns = _columns(spans.length, most, 8 if bits else 1)
+    rows = min(size // columns, next_power_of_2(spans.count))
+    if spans.layout == "span":
+        rows = min(rows, scales)
+    return Tiles(spans, rows, columns, warps)
+
+
+def _columns(length: int, most: int, least: int) -> int:
+    """A power of two: wide, but with few idle lanes behind the end of a span."""
+    columns = max(least, min(next_power_of_2(length), _LEAST_COLUMNS, most))
+    best, busy = columns, -(-length // columns) * columns
+    while columns < min(length, most):
+        columns *= 2
+        lanes = -(-length // columns) * columns
+        if lanes <= busy + busy // 8:
+            best, busy = columns, min(busy, lanes)
+    return best
+
+
+@triton.jit
+def tile(
+    down,
+    across,
+    count,
+    length,
+    row,
+    per_row,
+    channels,
+    run,
+    LAYOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of the tile at (down, across): offsets and where they are inside, indices of scales and
+    where those are. int64 and bool ``[ROWS, COLUMNS]``; the index of its shape, of one row or
+    column, or a scalar.
+    """
+    spans = down * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = across.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    present = spans < count
+    inside = present & (columns < length)
+    if TAIL:
+        behind = (spans % per_row).to(tl.int64) * length
+        inside = inside & (behind + columns < row)
+        offsets = (spans // per_row).to(tl.int64) * row + behind + columns
+    else:
+        offsets = spans.to(tl.int64) * length + columns
+    if LAYOUT == "one":
+        return offsets, inside, 0, True
+    elif LAYOUT == "span":
+        return offsets, inside, spans % channels, present
+    elif LAYOUT == "column":
+        return offsets, inside, columns, columns < length
+    else:
+        i = offsets.to(tl.int32)
+        of_row = i // row
+        return offsets, inside, (of_row * per_row + (i - of_row * row) // run) % channels, inside
+
+
+@triton.jit
+def bytes_of_tile(
+    down,
+    across,
+    count,
+    length,
+    row,
+    per_row,
+    channels,
+    run,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The same for the bytes of a bit mask: offsets and where they are inside, ``COLUMNS / 8``."""
+    length, row = (length - 1) // 8 + 1, (row - 1) // 8 + 1
+    BYTES: tl.constexpr = COLUMNS // 8
+    offsets, inside, _index, _present = tile(
+        down, across, count, length, row, per_row, channels, run, "one", TAIL, ROWS, BYTES
+    )
+    return offsets, inside
+
+
+@triton.jit
+def tile_of_turn(pid, turn, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
+    """(down, across) of one of the ``turns`` tiles of a program, which share their scales."""
+    blocks = (length - 1) // COLUMNS + 1
+    if LAYOUT == "column":
+        return (pid // blocks).to(tl.int32) * turns + turn, pid % blocks
+    else:
+        parts = (blocks - 1) // turns + 1
+        return (pid // parts).to(tl.int32), pid % parts * turns + turn
+
+
+@triton.jit
+def part_of(pid, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which part of its scales' elements a program has."""
+    blocks = (length - 1) // COLUMNS + 1
+    if LAYOUT == "column":
+        return (pid // blocks).to(tl.int64)
+    else:
+        return (pid % ((blocks - 1) // turns + 1)).to(tl.int64)
+
+
+@triton.jit
+def load_scale(pointer, index, present, other, LAYOUT: tl.constexpr):
+    """Scales, or what has their shape."""
+    if LAYOUT == "one":
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer + index, mask=present, other=other)
+
+
+@triton.jit
+def limits(zero, index, present, zero_step, qmin, qmax, ZERO: tl.constexpr, LAYOUT: tl.constexpr):
+    """Zero point as fp32, ``qmin - zero_point`` and ``qmax - zero_point``; a real one is not in
+    the limits.
+
+    zero_step: 0 where there is one zero point for all, else 1. qmin, qmax: fp32.
+    """
+    if ZERO == "none":
+        return 0.0, qmin, qmax
+    else:
+        z = load_scale(zero, index * zero_step, present, 0, LAYOUT).to(tl.float32)
+        if ZERO == "real":
+            return z, qmin, qmax
+        else:
+            return z, qmin - z, qmax - z
