@@ -19,6 +19,7 @@ NOT_OF_A_PATH = (
     "export",
     "process",
     "wait",
+    "opcheck",
     "absurd",
 )
 FILES = {

@@ -6,6 +6,7 @@
 
 #include "autograd/activation.h"
 #include "checks.h"
+#include "cuda/arithmetic.h"
 #include "cuda/rows_layout.h"
 #include "kernels/layout.h"
 
@@ -164,7 +165,7 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
     if (ctx->needs_input_grad(0)) {
       const at::Tensor w = float_weight(saved[3], saved[4], weight_zero, n, input.sym_size(-1));
       // Straight through where the rounded value lies in the range (numerics.md, section 6).
-      at::Tensor q = (input.to(at::kFloat) * scale.reshape({}).reciprocal()).round();
+      at::Tensor q = (input.to(at::kFloat) * torchquant::reciprocal(scale.reshape({}))).round();
       if (zero) q = q + zero->reshape({}).to(at::kFloat);
       const at::Tensor inside = (q >= qmin).logical_and(q <= qmax);
       const at::Tensor through = at::matmul(grad, w);
@@ -236,8 +237,8 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
   const char* op = "linear_dynamic_split";
   check_members(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   // The layout (csrc/kernels/layout.h, csrc/cuda/rows_layout.h) shows in the second dimension.
-  const int64_t k = input.size(-1);
-  const bool in_rows = packed.dim() == 2 && packed.size(1) == padded_k(k);
+  const int64_t k = input.sym_size(-1).guard_int(__FILE__, __LINE__);
+  const bool in_rows = packed.dim() == 2 && packed.sym_size(1).guard_int(__FILE__, __LINE__) == padded_k(k);
   const auto height = [&](int64_t n) { return in_rows ? layout_rows(n, k) : num_tiles(n); };
   if (!in_rows) check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   std::vector<at::Tensor> outputs;
