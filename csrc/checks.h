@@ -102,10 +102,13 @@ inline void check_byte_range(const char* op, at::ScalarType dtype, int64_t qmin,
                     most, " for ", dtype_name(dtype), ", got ", qmin, " and ", qmax);
 }
 
-// A range with a positive end, as symmetric quantization wants it.
-inline void check_signed_range(const char* op, int64_t qmin, int64_t qmax) {
+// A range with a positive end, as symmetric quantization wants it. own_symmetric: scales come from the data and there is
+// no zero point, so the integers reach down to -qmax.
+inline void check_signed_range(const char* op, int64_t qmin, int64_t qmax, bool own_symmetric = false) {
   TORCH_CHECK_VALUE(-128 <= qmin && qmin < qmax && qmax <= 127 && qmin <= 0 && qmax >= 1, op,
                     ": qmin <= 0 < qmax must lie within -128 .. 127, got ", qmin, " and ", qmax);
+  TORCH_CHECK_VALUE(!own_symmetric || qmin <= -qmax, op, ": qmin must be at most -qmax = ", -qmax,
+                    " with symmetric=True and no scale, got ", qmin, "; pass symmetric=False for a range like this");
 }
 
 // NaN passes: what is computed with it becomes NaN and stays visible.
@@ -127,9 +130,10 @@ inline void check_weight(const char* op, const at::Tensor& weight) {
 
 // quantize_pack's arguments.
 inline void check_float_weight(const char* op, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
-                               const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
+                               const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax,
+                               bool symmetric) {
   check_float(op, "weight", weight);
-  check_signed_range(op, qmin, qmax);
+  check_signed_range(op, qmin, qmax, symmetric && !(scale && scale->defined()));
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must have shape [out_features, in_features], got ",
                     describe(weight));
   const int64_t n = weight.size(0), k = weight.size(1);

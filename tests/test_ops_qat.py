@@ -1,6 +1,7 @@
 """quantize_rows, quantize_pack, qat_linear: the deployed bits forward, the formulas backward."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,6 +102,25 @@ def test_rows_without_elements() -> None:
         assert q.shape == shape
         assert scale.shape == zero.shape == (*shape[:-1], 1)
     assert torch.equal(ops.quantize_rows(torch.empty(3, 0))[1], torch.ones(3, 1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ops.quantize_rows,
+        ops.quantize_pack,
+        functional.quantize_rows,
+        functional.quantize_channels,
+        lambda x, **o: torch.ops.torchquant_aten.quantize_rows(x, None, None, *o.values()),
+        lambda x, **o: torch.ops.torchquant_aten.quantize_pack(x, None, None, *o.values()),
+    ],
+)
+def test_a_symmetric_range_of_its_own_reaches_below_zero(call: Callable[..., Any]) -> None:
+    x = torch.tensor([[-1.0, 1.0]])
+    for qmin, qmax in ((0, 127), (-126, 127), (-1, 7)):
+        with pytest.raises(ValueError, match=f"qmin must be at most -qmax = -{qmax} .* got {qmin}"):
+            call(x, qmin=qmin, qmax=qmax, symmetric=True)
+        call(x, qmin=qmin, qmax=qmax, symmetric=False)
 
 
 # ---------------------------------------------------------------- quantize_pack

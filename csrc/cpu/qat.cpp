@@ -41,8 +41,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& i
   const char* op = "quantize_rows";
   check_float(op, "input", input);
   check_dim(op, "input", input, 1);
-  check_signed_range(op, qmin, qmax);
   const bool fixed = scale && scale->defined();
+  check_signed_range(op, qmin, qmax, symmetric && !fixed);
   QuantizeRowsArgs g{};
   g.mode = fixed ? RowMode::kStatic : (symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
   g.qmin = static_cast<int32_t>(qmin);
@@ -86,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
                                                              const std::optional<at::Tensor>& zero_point, int64_t qmin,
                                                              int64_t qmax, bool symmetric) {
   const char* op = "quantize_pack";
-  check_float_weight(op, weight, scale, zero_point, qmin, qmax);
+  check_float_weight(op, weight, scale, zero_point, qmin, qmax, symmetric);
   const int64_t n = weight.size(0), k = weight.size(1);
   at::Tensor row_scale, row_zero = at::empty({n}, weight.options().dtype(at::kInt));
   const bool fixed = scale && scale->defined();

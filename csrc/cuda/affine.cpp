@@ -129,7 +129,7 @@ Quantized quantize_rows(const at::Tensor& input, const OptTensor& scale, const O
   const char* op = "quantize_rows";
   check_float(op, "input", input);
   check_dim(op, "input", input, 1);
-  check_signed_range(op, qmin, qmax);
+  check_signed_range(op, qmin, qmax, symmetric && !present(scale));
   if (!present(scale)) {
     TORCH_CHECK_VALUE(!present(zero_point), op,
                       ": zero_point must be None without scale (each row finds its own), got one");

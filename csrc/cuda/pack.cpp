@@ -46,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
                                                              bool symmetric) {
   const char* op = "quantize_pack";
   check_device(op, "scale", scale, weight, "weight");
-  check_float_weight(op, weight, scale, zero_point, qmin, qmax);
+  check_float_weight(op, weight, scale, zero_point, qmin, qmax, symmetric);
   const int64_t n = weight.size(0), k = weight.size(1);
   RowParams p;
   if (scale && scale->defined()) {

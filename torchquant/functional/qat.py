@@ -64,6 +64,7 @@ def quantize_rows(
         tensor([[-2,  1]], dtype=torch.int8)
     """
     require_dtype("quantize_rows", "input", input, FLOAT_DTYPES)
+    _check_symmetric("quantize_rows", scale, qmin, qmax, symmetric)
     x = input.to(torch.float32)
     token = (*x.shape[:-1], 1)
     if scale is None:
@@ -106,6 +107,7 @@ def quantize_channels(
                 [   0,  127]], dtype=torch.int8)
     """
     require_dtype("quantize_channels", "weight", weight, FLOAT_DTYPES)
+    _check_symmetric("quantize_channels", scale, qmin, qmax, symmetric)
     w = weight.to(torch.float32)
     if scale is None:
         scales, zeros = qparams_from_range(
@@ -232,6 +234,16 @@ def qat_linear_backward(
     return LinearGradients(
         grad_input, grad_weight, grad.sum(0), input_scale, input_offset, weight_scale
     )
+
+
+def _check_symmetric(
+    who: str, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool
+) -> None:
+    if symmetric and scale is None and qmin > -qmax:
+        raise ValueError(
+            f"{who}: qmin must be at most -qmax = {-qmax} with symmetric=True and no scale, got "
+            f"{qmin}; pass symmetric=False for a range like this"
+        )
 
 
 def _inside(

@@ -27,7 +27,7 @@ def quantize_rows(
         scale: float32 ``[1]``, the scale of all rows; None: each row has its own, from its range.
         zero_point: int32 ``[1]`` within [qmin, qmax], with ``scale`` only; None is 0.
         qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
-        symmetric: rows of their own scale have zero point 0.
+        symmetric: rows of their own scale have zero point 0, and qmin is at most -qmax.
 
     Returns:
         ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
@@ -79,7 +79,7 @@ def quantize_pack(
         scale: float32 ``[N]`` or ``[1]``; None: each channel's from its range. Scales below 2^-126
             count as 2^-126.
         qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
-        symmetric: channels of their own scale have zero point 0.
+        symmetric: channels of their own scale have zero point 0, and qmin is at most -qmax.
 
     Returns:
         ``(packed, scale, zero_point)``: as :func:`torchquant.ops.pack_weight` returns it, float32

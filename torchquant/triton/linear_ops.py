@@ -96,13 +96,15 @@ def quantize_rows(
 ) -> Any:
     """See :func:`torchquant.ops.quantize_rows`."""
     given = _one(scale, torch.float32) and _one(zero_point, torch.int32)
-    if not given or (scale is None and zero_point is not None) or not _is_range(qmin, qmax):
+    if not given or (scale is None and zero_point is not None):
+        return NotImplemented
+    if not _is_range(qmin, qmax, symmetric and scale is None):
         return NotImplemented
     return _per_token(input, qmin, qmax, symmetric, scale, zero_point)
 
 
-def _is_range(qmin: int, qmax: int) -> bool:
-    return -128 <= qmin <= 0 < qmax <= 127
+def _is_range(qmin: int, qmax: int, own_symmetric: bool) -> bool:
+    return -128 <= qmin <= 0 < qmax <= 127 and (qmin <= -qmax or not own_symmetric)
 
 
 def _per_token(
@@ -144,7 +146,7 @@ def quantize_pack(
 ) -> Any:
     """See :func:`torchquant.ops.quantize_pack`."""
     covered = _covers(weight, _FLOATS, scale) and weight.dim() == 2 and zero_point is None
-    if not covered or not _is_range(qmin, qmax):
+    if not covered or not _is_range(qmin, qmax, symmetric and scale is None):
         return NotImplemented
     if not _channels(scale, weight.shape[0], torch.float32):
         return NotImplemented
