@@ -9,7 +9,6 @@ It is a pytest plugin: ``TORCHQUANT_TEST_PATH=aten pytest -p support_paths tests
 
 import importlib
 import os
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import torch
 from torch.library import Library
 
 from torchquant import cpu
+from torchquant._cuda_host import MODULES
 from torchquant.ops import _arguments
 
 VARIABLE = "TORCHQUANT_TEST_PATH"
@@ -41,14 +41,14 @@ def aten_operators() -> dict[str, Callable]:
 
 def triton_operators() -> dict[str, Callable]:
     """The Triton kernels' functions; a call that they do not cover goes to the fallback."""
-    package = importlib.import_module("torchquant.triton")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("support_triton")  # repairs the interpreter
     fallback = aten_operators()
-    operators: dict[str, Callable] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.endswith("_ops"):
-            found = importlib.import_module(f"torchquant.triton.{module.name}").OPERATORS
-            for name, function in found.items():
-                operators[name] = _with_fallback(function, fallback[name])
+    operators = {}
+    for name, module in MODULES.items():
+        function = importlib.import_module(f"torchquant.triton.{module}").OPERATORS[name]
+        operators[name] = _with_fallback(function, fallback[name])
     return operators
 
 
@@ -74,11 +74,11 @@ def replace_cpu_kernels(path: str) -> Library:
 
 
 def run_tests(
-    path: str, files: Iterable[str], deselect: str = "", timeout: float = 600
+    path: str, files: Iterable[str], select: str = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """pytest over ``path`` in a fresh process: files in tests, and what to leave out (``-k``)."""
+    """pytest over ``path`` in a fresh process: files in tests, and which of theirs (``-k``)."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "support_paths", "--no-header"]
-    command += ["-k", f"not ({deselect})"] if deselect else []
+    command += ["-k", select] if select else []
     folder = str(ROOT / "tests")
     search = os.pathsep.join(filter(None, (str(ROOT), folder, os.environ.get("PYTHONPATH"))))
     return subprocess.run(

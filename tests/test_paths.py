@@ -1,4 +1,4 @@
-"""Layers and training over what a GPU falls back on: existing tests, in a process of their own."""
+"""Layers and training over what a GPU runs: existing tests, in a process of their own."""
 
 import pytest
 from support_paths import run_tests
@@ -24,8 +24,7 @@ NOT_OF_A_PATH = (
 )
 FILES = {
     "exactness": ("test_exactness.py",),
-    "fake quantization": ("test_fake_quantize.py", "test_fake_quantizer.py"),
-    "learned steps": ("test_lsq.py",),
+    "fake quantization": ("test_fake_quantize.py", "test_fake_quantizer.py", "test_lsq.py"),
     "quantization aware training": ("test_ops_qat.py", "test_qat_linear.py", "test_qat.py"),
     "layers": ("test_nn_linear.py", "test_quantize.py", "test_fuse.py"),
 }
@@ -33,5 +32,13 @@ FILES = {
 
 @pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
 def test_existing_tests_over_the_fallback(files: tuple[str, ...]) -> None:
-    result = run_tests("aten", files, " or ".join(NOT_OF_A_PATH))
+    result = run_tests("aten", files, f"not ({' or '.join(NOT_OF_A_PATH)})")
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_learned_steps_over_triton() -> None:
+    """A selection: without a GPU Triton's interpreter runs it, slowly."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    select = "(learned or mask) and not (refus or compile)"
+    result = run_tests("triton", ("test_fake_quantize.py",), select)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
