@@ -236,9 +236,7 @@ def qat_linear_backward(
     )
 
 
-def _check_symmetric(
-    who: str, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool
-) -> None:
+def _check_symmetric(who: str, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool) -> None:
     if symmetric and scale is None and qmin > -qmax:
         raise ValueError(
             f"{who}: qmin must be at most -qmax = {-qmax} with symmetric=True and no scale, got "
