@@ -31,20 +31,33 @@ NARROW = ("n", "columns", "k", "out_stride", "x_stride", "w_stride", "q_stride")
 def _compile(
     name: str, kernel: Any, capability: int, types: dict, constants: dict, **options: int
 ) -> dict:
-    """Facts about one kernel. Every pointer and size counts as a multiple of 16."""
+    """Facts about one kernel. Every pointer and size counts as a multiple of 16.
+
+    Args:
+        types: name -> type. A NamedTuple has a type for each part, or a constant that is no string.
+        constants: name -> value.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    sizes = [n for n in NARROW if signature.get(n) == "i32"]
-    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + sizes
+    constexprs = {(names.index(n),): value for n, value in constants.items()}
+    aligned = [(names.index(n),) for n in NARROW if signature.get(n) == "i32"]
+    for at, (argument, kind) in enumerate(signature.items()):
+        if not isinstance(kind, str):
+            parts = [part if isinstance(part, str) else "constexpr" for part in kind]
+            constexprs |= {(at, i): kind[i] for i, part in enumerate(parts) if part == "constexpr"}
+            aligned += [(at, i) for i, part in enumerate(parts) if part != "constexpr"]
+            signature[argument] = type(kind)(*parts)
+        elif kind.startswith("*"):
+            aligned.append((at,))
     source = ASTSource(
         kernel,
         signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        constexprs=constexprs,
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
@@ -78,24 +91,44 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def _epilogue(activation: str = "none", zero_points: bool = False, to_int8: bool = False) -> dict:
-    """Constants of the products' epilogue; with a scale for each row and channel, and a bias."""
-    constants = {"SX": 1, "ZX": 1, "SW": 1, "ZW": 1, "UNSIGNED": False, "ACTIVATION": activation}
-    if not zero_points:
-        constants |= {"zx_ptr": None, "zw_ptr": None, "row_sums_ptr": None}
-    if not to_int8:
-        constants |= {"so_ptr": None}
-    return constants
+def _epilogue(
+    activation: str = "none", zero_points: bool = False, to_int8: bool = False, k: Any = "i32"
+) -> Any:
+    """Types of a product's epilogue, with a scale for each row and channel, and a bias."""
+    import triton.language as tl
+
+    from torchquant.triton.gemm_kernels import Epilogue
+
+    integers = "*i32" if zero_points else None
+    one = tl.constexpr(1)
+    return Epilogue(
+        k=k,
+        scale="*fp32",
+        zero_point=integers,
+        row_sums=integers,
+        weight_scale="*fp32",
+        weight_zero_point=integers,
+        sums="*i32",
+        bias="*fp32",
+        output_scale="*fp32" if to_int8 else None,
+        scale_stride=one,
+        zero_point_stride=one,
+        weight_scale_stride=one,
+        weight_zero_point_stride=one,
+        unsigned=tl.constexpr(False),
+        activation=tl.constexpr(activation),
+    )
 
 
 def compile_all(capability: int) -> list[dict]:
     import torch
 
-    from torchquant.triton import gemm, quantize
+    from torchquant.triton import gemm_configs, gemm_kernels, quantize
+    from torchquant.triton.gemm_problem import Problem
 
-    device = gemm.Device((capability // 10, 0), 132, SHARED[capability])
-    floats = ("sx_ptr", "sw_ptr", "bias_ptr", "so_ptr", "scale_ptr", "given_scale_ptr")
-    integers = ("zx_ptr", "zw_ptr", "row_sums_ptr", "sums_ptr", "partial_ptr", "zero_ptr")
+    device = gemm_configs.Device((capability // 10, 0), 132, SHARED[capability])
+    floats = ("scale_ptr", "given_scale_ptr")
+    integers = ("sums_ptr", "partial_ptr", "zero_ptr")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(integers, "*i32")
     types |= {"x_ptr": "*i8", "w_ptr": "*i8", "q_ptr": "*i8", "given_zero_ptr": "*i32"}
 
@@ -108,10 +141,11 @@ def compile_all(capability: int) -> list[dict]:
             "SUBTILES": config.subtiles,
         }
 
-    def product(config: Any, out: str, what: str, **epilogue: Any) -> dict:
-        constants = {**_epilogue(**epilogue), **shapes(config)}
+    def product(config: Any, out: str, what: str, **given: Any) -> dict:
+        epilogue = _epilogue(**given)
+        constants = shapes(config)
         options = {"num_warps": config.warps, "num_stages": config.stages}
-        name = f"{what} {out} {epilogue} {dataclasses.asdict(config)}"
+        name = f"{what} {out} {given} {dataclasses.asdict(config)}"
         if config.kind == "tma":
             constants |= {"OUT_DESC": True}
             part = config.block_n // config.subtiles
@@ -119,40 +153,43 @@ def compile_all(capability: int) -> list[dict]:
                 "x_desc": f"tensordesc<i8[{config.block_m},{config.block_k}]>",
                 "w_desc": f"tensordesc<i8[{config.block_n},{config.block_k}]>",
                 "out": f"tensordesc<{out}[{config.block_m},{part}]>",
+                "epilogue": epilogue,
             }
-            return _compile(
-                name, gemm._tma_kernel, capability, types | blocks, constants, **options
-            )
+            kernel = gemm_kernels.tma_kernel
+            return _compile(name, kernel, capability, types | blocks, constants, **options)
         constants |= {"EVEN_K": True, "SPLIT": config.split}
-        pointers = types | {"out_ptr": "*i32" if config.split > 1 else f"*{out}"}
-        return _compile(name, gemm._pointer_kernel, capability, pointers, constants, **options)
+        pointers = {"out_ptr": "*i32" if config.split > 1 else f"*{out}", "epilogue": epilogue}
+        kernel = gemm_kernels.pointer_kernel
+        return _compile(name, kernel, capability, types | pointers, constants, **options)
 
     def problem(m: int, n: int, k: int) -> Any:
         x = torch.empty(m, k, dtype=torch.int8, device="meta")
         w = torch.empty(n, k, dtype=torch.int8, device="meta")
         out = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
-        return gemm.Problem(x, w, torch.empty(n, device="meta"), out, k)
+        return Problem(x, w, torch.empty(n, device="meta"), out, k)
 
     facts = []
     for m in (8, 64, 8192):
-        config = gemm.candidates(problem(m, 8192, 8192), device)[0]
+        config = gemm_configs.candidates(problem(m, 8192, 8192), device)[0]
         facts.append(product(config, "bf16", "rows" if m == 8192 else "few rows"))
     everything = {"activation": "gelu", "zero_points": True}
     # Hopper: the large tiles with the longest epilogue and the widest output.
-    for tile in (*gemm._TMA, *gemm._POINTER[:2]) if capability == 90 else (config,):
+    for tile in (*gemm_configs._TMA, *gemm_configs._POINTER[:2]) if capability == 90 else (config,):
         facts.append(product(tile, "fp32", "rows", **everything))
     facts.append(product(config, "i8", "rows", activation="silu", to_int8=True))
-    small = dataclasses.replace(gemm._POINTER[-1])
+    small = dataclasses.replace(gemm_configs._POINTER[-1])
     for activation in ("relu", "gelu_tanh", "tanh", "sigmoid"):
         facts.append(product(small, "fp16", "other", activation=activation, to_int8=False))
     # A size of 1 is a constant to Triton, without what only its tensors have.
-    one = dict.fromkeys(("n", "columns", "k", "x_stride", "out_stride"), 1)
-    constants = _epilogue(**everything) | shapes(small) | {"EVEN_K": False, "SPLIT": 1} | one
-    out = types | {"out_ptr": "*u8"}
-    facts.append(_compile("ones", gemm._pointer_kernel, capability, out, constants, num_warps=4))
-    constants = _epilogue() | {"SPLIT": 4, "BLOCK_M": 4, "BLOCK_N": 256}
-    out = types | {"out_ptr": "*bf16"}
-    facts.append(_compile("add", gemm._add_kernel, capability, out, constants, num_warps=4))
+    one = dict.fromkeys(("n", "columns", "x_stride", "out_stride"), 1)
+    out = types | {"out_ptr": "*u8", "epilogue": _epilogue(**everything, k=1)}
+    constants = {**shapes(small), "EVEN_K": False, "SPLIT": 1, **one}
+    kernel = gemm_kernels.pointer_kernel
+    facts.append(_compile("ones", kernel, capability, out, constants, num_warps=4))
+    out = types | {"out_ptr": "*bf16", "epilogue": _epilogue()}
+    constants = {"SPLIT": 4, "BLOCK_M": 4, "BLOCK_N": 256}
+    kernel = gemm_kernels.add_kernel
+    facts.append(_compile("add", kernel, capability, out, constants, num_warps=4))
 
     for mode, pack, k in (
         ("symmetric", False, 4096),

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import torchquant  # noqa: F401  (the operators)
 
-gemm, linear_ops, quantize = (
-    support_triton.module(name) for name in ("gemm", "linear_ops", "quantize")
+gemm, gemm_configs, gemm_problem, linear_ops, quantize = (
+    support_triton.module(name)
+    for name in ("gemm", "gemm_configs", "gemm_problem", "linear_ops", "quantize")
 )
 
 # numpy, with which the interpreter computes, warns of overflow and NaN.
@@ -283,19 +284,19 @@ def test_linear_dynamic_split(scale_and_zero: bool) -> None:
 # ---------------------------------------------------------------- configurations
 
 SMALL = {
-    "pointer": gemm.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2, subtiles=2),
-    "split": gemm.Config("pointer", 32, 16, 64, warps=4, stages=2, split=3),
-    "tma": gemm.Config("tma", 32, 32, 64, warps=4, stages=2, group=2),
-    "tma_in_two_parts": gemm.Config("tma", 32, 64, 32, warps=4, stages=2, subtiles=2),
-    "tma_in_four_parts": gemm.Config("tma", 16, 64, 32, warps=4, stages=2, subtiles=4),
+    "pointer": gemm_configs.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2, subtiles=2),
+    "split": gemm_configs.Config("pointer", 32, 16, 64, warps=4, stages=2, split=3),
+    "tma": gemm_configs.Config("tma", 32, 32, 64, warps=4, stages=2, group=2),
+    "tma_in_two_parts": gemm_configs.Config("tma", 32, 64, 32, warps=4, stages=2, subtiles=2),
+    "tma_in_four_parts": gemm_configs.Config("tma", 16, 64, 32, warps=4, stages=2, subtiles=4),
 }
 
 
 @pytest.fixture
 def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that persistent programs take several tiles each."""
-    few = gemm.Device((9, 0), 1, 232448)
-    monkeypatch.setattr(gemm.Device, "of", staticmethod(lambda device: few))
+    few = gemm_configs.Device((9, 0), 1, 232448)
+    monkeypatch.setattr(gemm_configs.Device, "of", staticmethod(lambda device: few))
     yield
 
 
@@ -325,7 +326,7 @@ def test_candidates_for_many_rows(m: int, n: int, k: int) -> None:
 
 def check_candidates(m: int, n: int, k: int) -> None:
     for output in (torch.bfloat16, torch.float32, torch.int8):
-        for config in gemm.candidates(problem(m, n, k, output)[0]):
+        for config in gemm_configs.candidates(problem(m, n, k, output)[0]):
             check_config(config, m, n, k, output)
 
 
@@ -351,7 +352,7 @@ def problem(
     parts = (wide, rows[: quantize.padded_n(n)], quantize.packed_sums(rows, n))
     out = support_triton.poisoned(m, n, dtype=output)
     if output == torch.int32:
-        return gemm.Problem(*parts, out, k), CPU.int8_mm(x, CPU.pack_weight(w), n)
+        return gemm_problem.Problem(*parts, out, k), CPU.int8_mm(x, CPU.pack_weight(w), n)
     sx, zx = positive(m, 1), _zeros(m, x.dtype, 1).reshape(m, 1)
     sw, zw, bias = positive(n, seed=1), _zeros(n, torch.int8, 2), floats(n)
     so = None if output.is_floating_point else torch.tensor([3.0])
@@ -359,7 +360,7 @@ def problem(
     expected = CPU.linear_static(x, sx, zx, CPU.pack_weight(w), *after)
     sums = x.sum(1, dtype=torch.int32)
     sx, zx, sums, sw, zw, bias, so = support_triton.to_device(sx, zx, sums, sw, zw, bias, so)
-    return gemm.Problem(
+    return gemm_problem.Problem(
         *(*parts, out, k),
         *(sx.reshape(-1), zx.reshape(-1), sums, sw, zw, bias),
         *("gelu", so, 5, -100, 100),
@@ -382,20 +383,20 @@ def test_default_configurations_fit_what_they_are_for() -> None:
     """Legal on each kind of GPU, the split never without work, and covering its multiprocessors."""
     a100, rtx3090, h200 = ((8, 0), 108, 166912), ((8, 6), 82, 101376), ((9, 0), 132, 232448)
     for capability, sms, shared in (a100, rtx3090, h200):
-        device = gemm.Device(capability, sms, shared)
+        device = gemm_configs.Device(capability, sms, shared)
         for m in (1, 16, 33, 64, 65, 300, 8192):
             for n, k in (1024, 1024), (4096, 4096), (1024, 16384), (16384, 1024), (37, 64):
                 ours = _shapes_only(m, n, k)
-                for config in gemm.candidates(ours, device):
-                    assert gemm.shared_bytes(config, 2) <= shared
+                for config in gemm_configs.candidates(ours, device):
+                    assert gemm_configs.shared_bytes(config, 2) <= shared
                     assert config.kind == "pointer" or (capability[0] >= 9 and m > 64)
                     steps = -(-k // config.block_k)
                     share = -(-steps // config.split)
                     assert (config.split - 1) * share < steps, "a share without work"
-    big = gemm.candidates(_shapes_only(8192, 8192, 8192), gemm.Device(*h200))[0]
+    big = gemm_configs.candidates(_shapes_only(8192, 8192, 8192), gemm_configs.Device(*h200))[0]
     assert (big.kind, big.block_m * big.block_n) == ("tma", 128 * 256)
     for n, k in (4096, 4096), (1024, 16384), (16384, 16384):
-        small = gemm.candidates(_shapes_only(8, n, k), gemm.Device(*h200))[0]
+        small = gemm_configs.candidates(_shapes_only(8, n, k), gemm_configs.Device(*h200))[0]
         assert -(-n // small.block_n) * small.split >= 100, "most multiprocessors have work"
 
 
@@ -403,7 +404,7 @@ def _shapes_only(m: int, n: int, k: int) -> object:
     x = torch.empty(m, k, dtype=torch.int8, device="meta")
     w = torch.empty(n, k, dtype=torch.int8, device="meta")
     out = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
-    return gemm.Problem(x, w, torch.empty(n, device="meta"), out, k)
+    return gemm_problem.Problem(x, w, torch.empty(n, device="meta"), out, k)
 
 
 # ---------------------------------------------------------------- what is left to the fallback

@@ -10,8 +10,9 @@ from support import assert_same_bits, floats, integers, positive
 
 from torchquant.triton import tuning
 
-gemm, gemm_tuning, linear_ops, quantize = (
-    support_triton.module(name) for name in ("gemm", "gemm_tuning", "linear_ops", "quantize")
+gemm, gemm_configs, gemm_tuning, linear_ops, quantize = (
+    support_triton.module(name)
+    for name in ("gemm", "gemm_configs", "gemm_tuning", "linear_ops", "quantize")
 )
 
 M, N, K = 5, 37, 83
@@ -97,7 +98,7 @@ def test_every_candidate_is_right_and_the_fastest_runs(call, tuner, problems, mo
         warnings.filterwarnings("ignore", "(overflow|invalid value) encountered")
         call()
     (problem,) = problems
-    wanted = gemm.candidates(problem)[: gemm_tuning.MOST_CANDIDATES]
+    wanted = gemm_configs.candidates(problem)[: gemm_tuning.MOST_CANDIDATES]
     assert ran[-1] == wanted[-1] == tuner.chosen[gemm_tuning.key_of(problem)]
     assert ran == [*(config for config in wanted for _ in range(2)), wanted[-1]]
     call()
@@ -170,11 +171,11 @@ def test_keys(problems):
 
 def test_configurations_survive_the_file(tmp_path, problems):
     PROBLEMS["dynamic"]()
-    options = gemm.candidates(problems[0])
+    options = gemm_configs.candidates(problems[0])
     assert len({str(tuning.as_json(config)) for config in options}) == len(options)
 
 
 def test_install(monkeypatch):
-    monkeypatch.setattr(gemm, "_choose", gemm.default_config)
+    monkeypatch.setattr(gemm, "_choose", gemm_configs.default_config)
     gemm_tuning.install()
     assert gemm._choose is gemm_tuning.choose

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from torchquant.triton import gemm, tuning
+from torchquant.triton.gemm_configs import Config, candidates, default_config
+from torchquant.triton.gemm_problem import Problem
 from torchquant.triton.quantize import packed_sums, padded_k, padded_n
 
-MOST_CANDIDATES = 8  # a compilation takes seconds; gemm puts the likely best first
+MOST_CANDIDATES = 8  # a compilation takes seconds; candidates() puts the likely best first
 
 
 class Key(NamedTuple):
@@ -43,7 +45,7 @@ class Key(NamedTuple):
         )
 
 
-def key_of(problem: gemm.Problem) -> Key:
+def key_of(problem: Problem) -> Key:
     """The key of a problem; asked at every call."""
     p = problem
     m, n = p.out.shape
@@ -69,40 +71,40 @@ def _extent(tensor: Tensor | None) -> int | None:
     return None if tensor is None else int(tensor.numel() > 1)
 
 
-def choose(problem: gemm.Problem, tuner: tuning.Tuner | None = None) -> gemm.Config | None:
+def choose(problem: Problem, tuner: tuning.Tuner | None = None) -> Config | None:
     """The configuration for a problem: measured at its first call, by ``tuner`` or the device's.
 
     None if no candidate gives the right numbers on this device: the ATen fallback has to run.
     """
     if tuner is None:
         if problem.x.device.type != "cuda":  # Triton's interpreter has no time to tell
-            return gemm.default_config(problem)
+            return default_config(problem)
         tuner = tuning.tuner(problem.x.device)
     key = key_of(problem)
-    known: gemm.Config | None = tuner.chosen.get(key)
+    known: Config | None = tuner.chosen.get(key)
     if known is not None:
         return known
-    trial: list[gemm.Problem] = []
+    trial: list[Problem] = []
 
     def reference() -> Tensor:
         trial.append(trial_of(problem))
         return gemm.reference(trial[0])
 
-    def run(config: gemm.Config) -> Tensor:
+    def run(config: Config) -> Tensor:
         gemm.run(trial[0], config)
         return trial[0].out
 
     return tuner.choose(
         key,
-        candidates=lambda: gemm.candidates(problem)[:MOST_CANDIDATES],
-        default=lambda: gemm.default_config(problem),
+        candidates=lambda: candidates(problem)[:MOST_CANDIDATES],
+        default=lambda: default_config(problem),
         prepare=lambda: poison(trial[0].out),
         run=run,
         reference=reference,
     )
 
 
-def trial_of(problem: gemm.Problem) -> gemm.Problem:
+def trial_of(problem: Problem) -> Problem:
     """The same problem with random numbers and a poisoned output."""
     p, device = problem, problem.x.device
     generator = torch.Generator(device).manual_seed(1)

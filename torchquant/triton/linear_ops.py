@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.triton.gemm import Problem, greatest_k, matmul
+from torchquant.triton.gemm import matmul
+from torchquant.triton.gemm_problem import Problem, greatest_k
 from torchquant.triton.quantize import (
     MAX_COLUMNS,
     layout_shape,
