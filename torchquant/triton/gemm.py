@@ -50,8 +50,8 @@ def run(problem: Problem, config: Config) -> None:
     """Writes ``problem.out``, by one of ``gemm_configs.candidates``."""
     p, c = problem, config
     device, x = p.x.device, p.x.view(torch.int8)
-    by_row = (p.scale, p.zero_point, p.weight_scale, p.weight_zero_point)
-    compiled_in = (*(_stride(tensor) for tensor in by_row), p.unsigned, p.activation)
+    strided = (p.scale, p.zero_point, p.weight_scale, p.weight_zero_point)
+    compiled_in = (*(_stride(tensor) for tensor in strided), p.unsigned, p.activation)
     epilogue = Epilogue(
         *(p.k, p.scale, p.zero_point, p.row_sums, p.weight_scale, p.weight_zero_point, p.sums),
         *(p.bias, p.output_scale, *(tl.constexpr(value) for value in compiled_in)),
