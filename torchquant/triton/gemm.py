@@ -11,7 +11,9 @@ K beyond what 32-bit sums hold is left to the caller
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -54,7 +56,7 @@ def run(problem: Problem, config: Config) -> None:
     compiled_in = (*(_stride(tensor) for tensor in strided), p.unsigned, p.activation)
     epilogue = Epilogue(
         *(p.k, p.scale, p.zero_point, p.row_sums, p.weight_scale, p.weight_zero_point, p.sums),
-        *(p.bias, p.output_scale, *(tl.constexpr(value) for value in compiled_in)),
+        *(p.bias, p.output_scale, *_constants(compiled_in)),
     )
     after = (epilogue, p.output_zero_point, p.output_qmin, p.output_qmax)
     blocks = {
@@ -123,6 +125,12 @@ def run(problem: Problem, config: Config) -> None:
             BLOCK_N=block_n,
             num_warps=4,
         )
+
+
+@functools.cache
+def _constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
+    """The same objects again: Triton's look-up of a compiled kernel compares them at every call."""
+    return tuple(tl.constexpr(value) for value in values)
 
 
 def _stride(tensor: Tensor | None) -> int:
