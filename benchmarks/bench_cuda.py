@@ -62,7 +62,7 @@ class Run:
     smoke: bool
     deadline: float
     console: Console
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    file: Path | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
     failed: bool = False  # something of ours did not run
 
@@ -75,8 +75,10 @@ class Run:
         return self.deadline - time.monotonic()
 
     def keep(self, kind: str, **facts: Any) -> None:
-        """A line of the results file."""
-        self.lines.append({"kind": kind, **facts})
+        """A line of the results file, written at once: who is cut off has what was measured."""
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"kind": kind, **facts}) + "\n")
 
 
 # ---------------------------------------------------------------- correctness
@@ -199,12 +201,15 @@ def cases(m: int, n: int, k: int, dtype: torch.dtype, special: bool) -> Iterator
 
 
 def shapes_to_check(smoke: bool) -> list[tuple[int, int, int]]:
-    """M, N, K: ones, odd numbers, tile edges, a few of real layers."""
-    few = [(1, 1, 1), (3, 1, 5), (1, 7, 33), (17, 40, 64)]
+    """M, N, K: ones, odd numbers, tile edges, a few of real layers; of each kind one first, for
+    time may run out."""
+    few = [(17, 40, 64), (1, 1, 1), (3, 1, 5), (1, 7, 33)]
     if smoke:
         return few
-    more = [(1, 4096, 4096), (16, 1000, 4097), (33, 129, 257), (128, 256, 128), (255, 513, 1023)]
-    more += [(1024, 4096, 1024), (7, 50, 33_030), (2048, 2048, 2048), (300, 9, 70_000)]
+    first = [(17, 40, 64), (255, 513, 1023), (1024, 4096, 1024), (1, 4096, 4096), (1, 1, 1)]
+    more = [(16, 1000, 4097), (33, 129, 257), (128, 256, 128), (7, 50, 33_030)]
+    more += [(2048, 2048, 2048), (300, 9, 70_000)]
+    few = [*first, *(shape for shape in few if shape not in first)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(12):
         m, n, k = (int(2 ** (torch.rand((), generator=generator) * 10)) for _ in range(3))
@@ -240,24 +245,32 @@ def correctness(run: Run) -> bool:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for index, (m, n, k) in enumerate(shapes):
         if time.monotonic() > end:  # compiling takes seconds for each kind of epilogue
+            # Of the shape before, some calls may be missing too.
             left_out = ", ".join(f"{m}x{n}x{k}" for m, n, k in shapes[index:])
             run.console.print(f"correctness: out of time, left out: {left_out}", style="yellow")
             break
         for name, case in cases(m, n, k, dtypes[index % 3], special=index % 2 == 1):
             expected = case(torch.ops.torchquant, cpu)
+            if time.monotonic() > end:
+                break  # and the next shape says so
             for path in paths(run):
-                with on_path(run, path) as space:
-                    poison(run.device)
-                    got = case(space, run.device)
-                pairs = zip(as_tuple(got), as_tuple(expected), strict=True)
                 compared += 1
+                try:
+                    with on_path(run, path) as space:
+                        poison(run.device)
+                        got = case(space, run.device)
+                except Exception as error:
+                    text = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    wrong.append(f"{name}, {m}x{n}x{k}, {path}: {text[:300]}")
+                    continue
+                pairs = zip(as_tuple(got), as_tuple(expected), strict=True)
                 for a, b in pairs:
                     values += b.numel()
                     if a.dtype != b.dtype or not torch.equal(bits(a), bits(b)):
                         differing = int((bits(a) != bits(b)).sum()) if a.shape == b.shape else -1
                         wrong.append(f"{name}, {m}x{n}x{k}, {path}: {differing} of {b.numel()}")
     for line in wrong[:40]:
-        run.console.print(f"[bold red]differs[/]: {line}")
+        run.console.print(f"differs: {line}", style="bold red", markup=False)
     calls = f"{compared} calls ({', '.join(paths(run))}), {values:,} values"
     verdict = f"{len(wrong)} differ" if wrong else "every bit equals the CPU's"
     run.console.print(f"correctness: {calls}: {verdict}")
@@ -319,14 +332,16 @@ def compare(
     """
     timed: dict[str, Timed] = {}
     for name, make in makers.items():
+        stream = torch.cuda.current_stream() if run.on_gpu else None
         try:
             timed[name] = Timed(run, make(), graph)
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        except Exception as error:  # a peer's may be of any kind
             ours = name not in PEERS
             run.failed |= ours
             text = f"{name} {'FAILED' if ours else 'left out'}: {error}".partition("\n")[0]
             run.console.print(text[:200], style="bold red" if ours else "yellow", markup=False)
-            if run.on_gpu:
+            if stream is not None:  # a capture that fails leaves its own stream behind
+                torch.cuda.set_stream(stream)
                 torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(1 if run.smoke else rounds):
@@ -485,7 +500,8 @@ def linear(run: Run) -> None:
         if time.monotonic() > end and not run.smoke:
             run.console.print("linear: out of time, shapes left out", style="yellow")
             break
-        us = {a: 1e6 * s for a, s in compare(run, linear_makers(run, m, n, k)).items()}
+        with torch.no_grad():  # a layer's bias would ask for gradients
+            us = {a: 1e6 * s for a, s in compare(run, linear_makers(run, m, n, k)).items()}
         if "int8 in" not in us:
             continue
         ours, peers = us["int8 in"], [us[name] for name in us if name not in ("int8 in", "bf16 in")]
@@ -498,6 +514,14 @@ def linear(run: Run) -> None:
         table.add_row(f"{m}x{n}x{k}", *cells, f"{best:.2f}", rate, reached)
         run.keep("linear", m=m, n=n, k=k, us=us, ratio=best, tops=tops, tb=tb)
     run.console.print(table)
+
+
+def out_of_time(run: Run, part: str, needed: float) -> bool:
+    """Whether less than so many seconds are left; says what that cuts short."""
+    if run.smoke or run.left() >= needed:
+        return False
+    run.console.print(f"{part}: out of time, the rest is left out", style="yellow")
+    return True
 
 
 def share_of(run: Run, ceiling: str, value: float) -> str:
@@ -524,6 +548,8 @@ def fake_quantize(run: Run) -> None:
         table.add_column(heading, justify="right")
     wanted = itertools.product((False, True), (False, True), (torch.float32, torch.bfloat16))
     for learned, channels, dtype in wanted:
+        if out_of_time(run, "fake quantize", 60):
+            break
         x = torch.randn(shape, device=device).to(dtype).requires_grad_()
         grad = torch.randn(shape, device=device).to(dtype)
         count = shape[0] if channels else 1
@@ -623,6 +649,8 @@ def qat(run: Run) -> None:
 
         return make
 
+    if out_of_time(run, "qat", 30):
+        return
     makers = {"float32": floats(False), "bf16 autocast": floats(True)}
     for name, config in configs.items():
         makers[name] = trained(config, False)
@@ -691,12 +719,15 @@ def block(run: Run) -> None:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
         return model
 
-    for batch, tokens in ((1, 1), (16, 1), (1, 2048), (8, 1024)):
+    for batch, tokens in ((1, 1), (8, 1024), (16, 1), (1, 2048)):
+        if out_of_time(run, "block", 15):
+            break
         x = torch.randn(batch, tokens, width, device=device).bfloat16()
 
         def calls(make: Callable[[], nn.Module], through: bool, x: Tensor = x) -> list[Call]:
             model = make()
-            if through:
+            if through:  # all blocks share one code object, whose number of compilations is limited
+                torch._dynamo.reset()
                 model.compile(dynamic=False)
             return [lambda: model(x)]
 
@@ -711,7 +742,7 @@ def block(run: Run) -> None:
         with torch.inference_mode():
             us = {a: 1e6 * s for a, s in compare(run, makers).items()}
         cells = [f"{us[name]:.0f}" if name in us else "-" for name in names]
-        ratio = us["bf16"] / us.get("torchquant", math.nan)
+        ratio = us.get("bf16", math.nan) / us.get("torchquant", math.nan)
         table.add_row(f"{batch}x{tokens}", *cells, f"{ratio:.2f}")
         run.keep("block", batch=batch, tokens=tokens, width=width, us=us)
     run.console.print(table)
@@ -752,31 +783,37 @@ def main() -> int:
     if not torch.cuda.is_available() and not arguments.smoke:
         console.print("no CUDA device here; --smoke runs every part in tiny sizes on the CPU")
         return 2
-    warnings.filterwarnings("ignore", module="torch.*")
+    warnings.filterwarnings("ignore", module=r"torch(\.|$)")  # not torchquant's
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, arguments.smoke, time.monotonic() + 60 * arguments.minutes, console)
-    header = {"kind": "cuda", **machine.describe(), **describe(device)}
+    header = {**machine.describe(), **describe(device)}
+    if arguments.save and run.on_gpu:
+        name = "-".join(str(header["gpu"]).lower().split())
+        run.file = RESULTS / f"cuda-{machine.today()}-{name}.jsonl"
+        run.file.parent.mkdir(exist_ok=True)
+        run.file.write_text("")
+    run.keep("cuda", **header)
     console.print(f"{header['gpu'] or header['cpu']}, torch {torch.__version__}")
     started, right = time.monotonic(), True
     for part in PARTS:
         if part not in arguments.parts:
             continue
-        if part == "correctness":
-            right = correctness(run)
-        else:
-            globals()[part](run)
+        try:
+            if part == "correctness":
+                right = correctness(run)
+            else:
+                globals()[part](run)
+        except Exception:  # the other parts' figures are worth having
+            run.failed = True
+            console.print_exception()
         console.print(f"{part}: {time.monotonic() - started:.0f} s since the start", style="dim")
     for gpu in torchquant.cuda.gpus():
         run.keep("path", index=gpu.index, path=gpu.path, reason=gpu.reason, left=gpu.left_to_aten)
         for name, why in gpu.left_to_aten.items():  # its figures were ATen's
             run.failed = True
             console.print(f"{name} was left to ATen: {why}", style="bold red", markup=False)
-    if arguments.save and run.on_gpu:
-        name = "-".join(str(header["gpu"]).lower().split())
-        path = RESULTS / f"cuda-{machine.today()}-{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in [header, *run.lines]))
-        console.print(f"written: {path.name}")
+    if run.file is not None:
+        console.print(f"written: {run.file.name}")
     return 0 if right and not run.failed else 1
 
 

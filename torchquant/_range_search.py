@@ -59,16 +59,16 @@ def least_squares_range(
     least, greatest, extent, width, counts = (
         part.cpu() for part in (least, greatest, extent, width, counts)
     )
-    centers = least[:, None] + (torch.arange(_BINS) + 0.5) * width[:, None]
+    centers = least[:, None] + (torch.arange(_BINS, device="cpu") + 0.5) * width[:, None]
     # The errors of all values that round to one level follow from three sums over their bins.
     moments = torch.stack([counts, counts * centers, counts * centers.square()])
     sums = torch.nn.functional.pad(moments.cumsum(2), (1, 0))
 
-    grid = torch.arange(1, _COARSE + 1, dtype=torch.float64) / _COARSE
+    grid = torch.arange(1, _COARSE + 1, dtype=torch.float64, device="cpu") / _COARSE
     low, high = (end.flatten() for end in torch.meshgrid(grid, grid, indexing="ij"))
     low, high = low.expand(channels, -1), high.expand(channels, -1)
     best = _best(sums, least, greatest, width, low, high, qmin, qmax)
-    around = torch.arange(1 - _FINE, _FINE, dtype=torch.float64)
+    around = torch.arange(1 - _FINE, _FINE, dtype=torch.float64, device="cpu")
     around = around / (_COARSE * _FINE)
     down, up = (end.flatten() for end in torch.meshgrid(around, around, indexing="ij"))
     low = (low.gather(1, best) + down).clamp(max=1.0)
@@ -112,7 +112,7 @@ def _best(
     """Index ``[C, 1]`` of the fractions (low, high) ``[C, candidates]`` with the least error."""
     scale, zero_point = _qparams(least[:, None] * low, greatest[:, None] * high, qmin, qmax)
     scale, zero_point = scale.double(), zero_point.double()
-    levels = torch.arange(qmin, qmax + 1, dtype=torch.float64)
+    levels = torch.arange(qmin, qmax + 1, dtype=torch.float64, device="cpu")
     step = max(1, _BLOCK // (least.numel() * levels.numel()))
     errors = []
     for s, z in zip(scale.split(step, 1), zero_point.split(step, 1), strict=True):

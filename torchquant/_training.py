@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchquant.functional._checks import FLOAT_DTYPES, describe, require_dtype
+from torchquant.ops._arguments import wait_for_copy
 from torchquant.scheme import Granularity, PerAxis, PerGroup, PerTensor, PerToken
 
 
@@ -31,7 +32,11 @@ class Float32State(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        before = dict(self._buffers)
         super()._apply(keep_dtype, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and (moved := self._buffers[name]) is not None:
+                wait_for_copy(buffer, moved)
         self._state_replaced()
         return self
 

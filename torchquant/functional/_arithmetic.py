@@ -73,4 +73,4 @@ def _widen(name: str, value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         require_dtype("fmaf", name, value, _FP32)
         return value.to(torch.float64)
-    return torch.tensor(value, dtype=torch.float32).to(torch.float64)
+    return torch.tensor(value, dtype=torch.float32, device="cpu").to(torch.float64)

@@ -80,9 +80,10 @@ def scale_tensor(
         require_device(who, name, scale, device)
         tensor = scale.reshape(1) if scale.dim() == 0 and (1,) in shapes else scale
     elif isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        tensor = torch.tensor([scale], dtype=torch.float32, device=device)
         if not MIN_SCALE <= float(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{who}: {name} must be finite and at least 2^-126, got {scale!r}")
+        # Not torch.tensor, which copies from the host: that waits for a GPU's stream.
+        tensor = torch.full((1,), float(scale), dtype=torch.float32, device=device)
     else:
         raise TypeError(
             f"{who}: {name} must be a float or a float32 tensor of shape {wanted}, "

@@ -77,12 +77,13 @@ def attention(
     factor = _LOG2_E * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
 
     products = _product(_rounded(query), _rounded(key).transpose(2, 3))
-    scores = products * torch.tensor(factor, dtype=torch.float32)
+    scores = products * torch.tensor(factor, dtype=torch.float32, device="cpu")
     lowest = -math.inf
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, lowest)
     elif mask is not None:
-        scores = scores + mask.to(torch.float32) * torch.tensor(_LOG2_E, dtype=torch.float32)
+        log2_e = torch.tensor(_LOG2_E, dtype=torch.float32, device="cpu")
+        scores = scores + mask.to(torch.float32) * log2_e
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if causal:
         allowed = allowed.tril()

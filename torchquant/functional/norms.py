@@ -131,7 +131,7 @@ def _sum(terms: Tensor, squares: bool = False) -> Tensor:
 
 
 def _inverse_root(mean: Tensor, eps: float) -> Tensor:
-    total = mean + torch.tensor(eps, dtype=torch.float32)
+    total = mean + torch.tensor(eps, dtype=torch.float32, device="cpu")
     # torch's fp32 square root (MKL's, on the CPU) is not always rounded correctly. The double one,
     # exact to its last bit or two, is once rounded: no fp32 root lies so near a midpoint.
     root = torch.sqrt(total.to(torch.float64)).to(torch.float32)

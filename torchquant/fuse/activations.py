@@ -258,7 +258,7 @@ def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
     """Whether the fused layer computes what the two did, but for rounding between and behind."""
     layer, eps = pair.layer, torch.finfo(pair.dtype).eps
     assert isinstance(layer, QuantizedLinear)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.device("cpu"):
         shape = (_TEST_ROWS, layer.in_features)
         rows = torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -64,10 +64,12 @@ def activation_of(module: nn.Module) -> str | None:
 
 def _grid() -> Tensor:
     """Float32 [125, 16], small values and large ones mixed; so few that torch takes one thread."""
-    edges = torch.tensor(_EDGES, dtype=torch.float32)
-    inner = torch.linspace(-30, 30, 2000 - 2 * len(_EDGES), dtype=torch.float32)
+    edges = torch.tensor(_EDGES, dtype=torch.float32, device="cpu")
+    steps = 2000 - 2 * len(_EDGES)
+    inner = torch.linspace(-30, 30, steps, dtype=torch.float32, device="cpu")
     values = torch.cat([inner, edges, -edges])
-    order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(values.numel(), generator=generator, device="cpu")
     return values[order].reshape(-1, 16)
 
 

@@ -13,7 +13,7 @@ from torchquant._extension import load
 from torchquant.configs import Config, check_config
 from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.projections import ProjectionGroup
-from torchquant.ops._arguments import has_kernels
+from torchquant.ops._arguments import has_kernels, wait_for_copy
 from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
@@ -330,7 +330,9 @@ class QuantizedLinear(nn.Module):
         if packed.is_meta or device.type == "meta":  # to_empty(): no values, but a valid layout
             return _pack_zeros(self.out_features, self.in_features, device)
         qweight = ops.unpack_weight(packed, self.out_features, self.in_features)
-        return ops.pack_weight(fn(qweight))
+        moved = fn(qweight)
+        wait_for_copy(qweight, moved)
+        return ops.pack_weight(moved)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

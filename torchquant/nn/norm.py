@@ -208,9 +208,10 @@ def _check_weight(who: str, weight: Any, size: int) -> None:
 
 def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
     """Whether ``norm`` rounds before its weight; raises where it computes something else."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, ours.size, generator=generator)
-    probe *= torch.tensor([[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]])
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
+    probe = torch.randn(4, ours.size, generator=generator, dtype=torch.float32, device="cpu")
+    sizes = [[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]]
+    probe *= torch.tensor(sizes, dtype=torch.float32, device="cpu")
     probe[1] += 50.0  # a mean, for those that subtract it
     dtype = torch.float32
     if ours.weight is not None:

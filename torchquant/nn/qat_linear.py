@@ -14,7 +14,7 @@ from torchquant.fake_quantizer import FakeQuantizer
 from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
 from torchquant.observers import MovingAverageMinMaxObserver
-from torchquant.ops._arguments import has_kernels
+from torchquant.ops._arguments import has_kernels, wait_for_copy
 from torchquant.scheme import PerAxis, PerToken, quant_range
 
 _ACTIVATIONS = ("none", "relu")
@@ -307,7 +307,9 @@ class QATLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
+        before = self.quantize_enabled
         super()._apply(fn, recurse)
+        wait_for_copy(before, self.quantize_enabled)
         self._read_stage()
         return self
 

@@ -65,6 +65,16 @@ def has_kernels(tensor: Tensor) -> bool:
     return tensor.is_cpu or tensor.is_cuda
 
 
+def wait_for_copy(before: Tensor, after: Tensor) -> None:
+    """Wait until ``after`` holds the values of ``before``, which it was copied from.
+
+    ``.to("cpu", non_blocking=True)`` returns before a GPU has written them; whoever reads them on
+    the host has to wait.
+    """
+    if before.is_cuda and after.is_cpu and torch.cuda.is_initialized():
+        torch.cuda.current_stream(before.device).synchronize()
+
+
 def layout_of(device: torch.device) -> str:
     """How a packed weight is laid out: in "rows" on CUDA (csrc/cuda/rows_layout.h), else in "tiles"
     (csrc/kernels/layout.h)."""

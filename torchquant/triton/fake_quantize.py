@@ -30,7 +30,6 @@ from torchquant.triton.tiles import (
 
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _SIGN_BIT = tl.constexpr(-(2**31))
 _BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
 
@@ -111,8 +110,9 @@ def fake_quantize_kernel(
     offsets, inside, index, present = tile(
         down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
     )
-    # NaN behind the end: its bits in the mask's last byte are 0.
-    v = tl.load(x + offsets, mask=inside, other=_NAN).to(tl.float32)
+    # NaN behind the end: its bits in the mask's last byte are 0. No global of the module: Triton
+    # looks at each launch whether those are what they were, and NaN is not equal to itself.
+    v = tl.load(x + offsets, mask=inside, other=float("nan")).to(tl.float32)
     s = load_scale(scale, index, present, 1.0, LAYOUT)
     if LEARNED:
         s = used_scale(s)
