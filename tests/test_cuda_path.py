@@ -241,7 +241,15 @@ def test_the_first_kernel_does_not_compile(dispatcher, host):
     with pytest.warns(RuntimeWarning, match=r"Failed to find C compiler\. The numbers") as caught:
         assert [dispatcher.call(name) for name in NAMES] == ["aten"] * 3
     assert len(caught) == 1
-    assert len(host.checks) == 1
+    assert host.checks == [("linear_dynamic", 0), (PROBE, 0)]  # the simplest would not either
+
+
+def test_the_first_kernel_alone_does_not_compile(dispatcher, host):
+    host.check_error = {"linear_dynamic": RuntimeError("PassManager::run failed")}
+    with pytest.warns(RuntimeWarning, match=r"torchquant.linear_dynamic runs .*PassManager"):
+        assert [dispatcher.call(name) for name in NAMES] == ["aten", "triton", "triton"]
+    assert dispatcher.failures(0) == {"linear_dynamic": "RuntimeError: PassManager::run failed"}
+    assert dispatcher.reason(0) is None
 
 
 def test_one_kernel_does_not_compile(dispatcher, host):

@@ -174,7 +174,7 @@ class Dispatcher:
         except Exception as error:
             if is_device_error(error):
                 raise
-            self._record(name, index, failure(error), whole_device=broken)
+            self._record(name, index, failure(error), broken and not self._works(name, index))
             return None
         if wrong is not None:
             # Numbers cannot be trusted where one kernel computes wrong ones.
@@ -183,6 +183,22 @@ class Dispatcher:
         self._sound.add((name, index))
         self._operator_reasons.pop((name, index), None)
         return kernel
+
+    def _works(self, failed: str, index: int) -> bool:
+        """Whether the simplest operator runs where another one has failed as the first of all."""
+        if failed == PROBE or PROBE not in self.modules:
+            return False
+        try:
+            kernel = self.host.kernel(PROBE)
+            with self.host.aside(index):
+                wrong = self.host.check(PROBE, kernel, self._aten(PROBE), index)
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            return False
+        if wrong is None:
+            self._sound.add((PROBE, index))
+        return wrong is None
 
     def _record(self, name: str, index: int, reason: str, whole_device: bool) -> None:
         if not whole_device:
