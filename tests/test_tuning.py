@@ -1,7 +1,6 @@
 """The choice of kernel configurations: verified, measured once, kept in a file. No GPU needed."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchquant
 from torchquant import cuda
 from torchquant.triton import tuning
 from torchquant.triton.tuning_file import FORMAT, TuningFile, cache_folder
@@ -363,28 +363,33 @@ def test_no_half_written_file_is_left_behind(tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def _write(folder, first, count):
-    file = TuningFile(Path(folder), ENVIRONMENT)
-    for i in range(first, first + count):
-        file.write(f"problem {i}", {"config": {"name": "fast", "block": i}})
+WRITER = """
+import json, sys
+from pathlib import Path
+from torchquant.triton import tuning_file
+tuning_file._LOCK_SECONDS = 300.0  # a busy machine: the other one may be long
+folder, environment, first = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+file = tuning_file.TuningFile(folder, environment)
+for i in range(first, first + 50):
+    file.write(f"problem {i}", {"config": {"name": "fast", "block": i}})
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write, args=(str(tmp_path), 50 * i, 50)) for i in range(2)]
-    for worker in workers:
-        worker.start()
+    command = [sys.executable, "-c", WRITER, str(tmp_path), json.dumps(ENVIRONMENT)]
+    folder = str(Path(torchquant.__file__).parents[1])  # as this process found it
+    environment = {**os.environ, "PYTHONPATH": folder}
+    workers = [subprocess.Popen([*command, str(50 * i)], env=environment) for i in range(2)]
     reads = 0
     file = TuningFile(tmp_path, ENVIRONMENT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a reader never sees half a file
-        while any(worker.is_alive() for worker in workers):
+        while any(worker.poll() is None for worker in workers):
             file.read()
             reads += 1
     for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+        assert worker.wait() == 0
     assert reads > 0
     assert len(file.read()) == 100
 
