@@ -18,9 +18,8 @@ language, activation, launch = (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 apply_activation = activation.apply_activation
-fma, rint, round_clamp, quantize, reciprocal, divide = (
-    getattr(language, name)
-    for name in ("fma", "rint", "round_clamp", "quantize", "reciprocal", "divide")
+fma, rint, quantize, reciprocal, divide = (
+    getattr(language, name) for name in ("fma", "rint", "quantize", "reciprocal", "divide")
 )
 
 
@@ -43,8 +42,6 @@ def _operation_kernel(
         out = fma(x, y, z)
     elif OPERATION == "rint":
         out = rint(x)
-    elif OPERATION == "round_clamp":
-        out = round_clamp(x, y, -131.0, 124.0)
     elif OPERATION == "quantize":
         out = quantize(x, y, -131.0, 124.0, 3).to(tl.float32)
     elif OPERATION == "divide":
@@ -93,7 +90,6 @@ def test_operations_have_the_bits_of_torch() -> None:
     expected = {
         "fma": (y, fmaf(x, y, z)),
         "rint": (y, torch.round(x)),
-        "round_clamp": (inverse, steps + 0.0),
         "quantize": (inverse, torch.nan_to_num(steps, nan=0.0) + 3),
         "divide": (y, x / y),
         "reciprocal": (y, torch.ones(()) / y),

@@ -78,17 +78,6 @@ def rint(x):
 
 
 @triton.jit
-def round_clamp(x, inverse, lo, hi):
-    """``clamp(rint(x * inverse), lo, hi)`` with NaN kept; a zero comes out as +0.
-
-    ``lo`` and ``hi`` must be integers of magnitude up to 2^22 (as fp32): rounding then commutes
-    with the clamp and needs no special cases.
-    """
-    y = minimum(maximum(x * inverse, lo), hi)
-    return (y + _ROUNDING) - _ROUNDING
-
-
-@triton.jit
 def quantize(x, inverse, lo, hi, zero_point):
     """int32 ``clamp(rint(x * inverse), lo, hi) + zero_point``; NaN counts as 0 before the clamp.
 
