@@ -231,7 +231,7 @@ def on_path(run: Run, name: str) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.enter_context(torchquant.cuda.use_path(name))
         if name == "triton":  # default configurations: tuning would compile eight for each shape
-            from torchquant.triton import tuning
+            from torchquant.triton.tuning import choose as tuning
 
             stack.enter_context(tuning.paused())
         yield torch.ops.torchquant

@@ -5,7 +5,7 @@
 #include "bench/call_cost.h"
 #include "fast_call.h"
 #include "isa.h"
-#include "kernels/layout.h"
+#include "formats/int8_tiles.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu, csrc/cuda), gradients in
+// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu, csrc/aten), gradients in
 // csrc/autograd, fake kernels in torchquant/ops, in this order.
 #include <torch/library.h>
 
@@ -17,7 +17,7 @@ void define_operators(torch::Library& m) {
   // Dynamic per-token parameters: int8 [..., K], float32 [..., 1], int32 [..., 1].
   m.def("quantize_per_token(Tensor input, bool symmetric=True) -> (Tensor, Tensor, Tensor)");
 
-  // int8 [N, K] <-> the packed layout of csrc/kernels/layout.h, int8 [ceil(N / 16), tile bytes].
+  // int8 [N, K] <-> the packed layout of csrc/formats/int8_tiles.h, int8 [ceil(N / 16), tile bytes].
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
 
@@ -107,5 +107,5 @@ void define_operators(torch::Library& m) {
 
 TORCH_LIBRARY(torchquant, m) { define_operators(m); }
 
-// The same operators in plain ATen, for any device (csrc/cuda/register.h).
+// The same operators in plain ATen, for any device (csrc/aten/register.h).
 TORCH_LIBRARY(torchquant_aten, m) { define_operators(m); }

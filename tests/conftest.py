@@ -12,10 +12,10 @@ from hypothesis import settings
 from torchquant import cpu
 
 # The tests are no package (an __init__.py would make pytest import the source tree): this is how
-# they find support.py.
+# they find support.
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Without a GPU Triton's kernels run in its interpreter (support_triton.py). Triton reads this where
+# Without a GPU Triton's kernels run in its interpreter (support/triton.py). Triton reads this where
 # it is imported, which torch.compile may do before a test of the kernels does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

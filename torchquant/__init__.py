@@ -5,10 +5,8 @@ The verbs are here; :mod:`torchquant.functional` is the specification in plain t
 :mod:`torchquant.cuda` the choice of instruction set and of the path on a GPU.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from torchquant import cpu, cuda, functional, nn, observers, ops, qat
-from torchquant.attention import replace_attention_
+from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
@@ -16,21 +14,13 @@ from torchquant.configs import (
     IntxActivationIntxWeightConfig,
     QATConfig,
 )
-from torchquant.fake_quantize import FakeQuantize
-from torchquant.fake_quantizer import FakeQuantizer
-from torchquant.io import load, save
-from torchquant.lsq import LSQPlusQuantizer, LSQQuantizer, PACTQuantizer, parameter_groups
+from torchquant.convert.norms import NormReport, NormsReport, replace_norms_
+from torchquant.convert.qat import QATSchedule, convert_, prepare_qat_, to_float
+from torchquant.convert.quantize import quantize_
+from torchquant.files.io import load, save
+from torchquant.integrations.transformers.attention import replace_attention_
 from torchquant.nn import QATLinear
-from torchquant.norms import NormReport, NormsReport, replace_norms_
-from torchquant.observers import (
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    Observer,
-    report_nonfinite,
-)
 from torchquant.ops import PackedWeight, quantized_linear
-from torchquant.qat import QATSchedule, convert_, prepare_qat_, to_float
-from torchquant.quantize import quantize_
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import (
     Granularity,
@@ -40,12 +30,21 @@ from torchquant.scheme import (
     PerToken,
     quant_range,
 )
-from torchquant.verify import VerifyReport, verify
-
-try:
-    __version__ = version("torchquant")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
+from torchquant.training.fake_quantize import FakeQuantize
+from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.learned_steps import (
+    LSQPlusQuantizer,
+    LSQQuantizer,
+    PACTQuantizer,
+    parameter_groups,
+)
+from torchquant.training.observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    report_nonfinite,
+)
+from torchquant.version import __version__
 
 __all__ = [
     "FakeQuantize",

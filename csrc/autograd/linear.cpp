@@ -4,11 +4,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/activation.h"
-#include "checks.h"
-#include "cuda/arithmetic.h"
-#include "cuda/rows_layout.h"
-#include "kernels/layout.h"
+#include "autograd/activations.h"
+#include "common/checks.h"
+#include "common/arithmetic.h"
+#include "formats/int8_rows.h"
+#include "formats/int8_tiles.h"
 
 namespace torchquant {
 namespace {
@@ -236,7 +236,7 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
                        output_dtype);
   const char* op = "linear_dynamic_split";
   check_members(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
-  // The layout (csrc/kernels/layout.h, csrc/cuda/rows_layout.h) shows in the second dimension.
+  // The layout (csrc/formats/int8_tiles.h, csrc/formats/int8_rows.h) shows in the second dimension.
   const int64_t k = input.sym_size(-1).guard_int(__FILE__, __LINE__);
   const bool in_rows = packed.dim() == 2 && packed.sym_size(1).guard_int(__FILE__, __LINE__) == padded_k(k);
   const auto height = [&](int64_t n) { return in_rows ? layout_rows(n, k) : num_tiles(n); };

@@ -20,8 +20,8 @@
 
 #include <tuple>
 
-#include "checks.h"
-#include "cuda/device.h"
+#include "common/checks.h"
+#include "common/device.h"
 
 namespace torchquant {
 namespace {

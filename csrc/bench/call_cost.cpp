@@ -11,7 +11,7 @@
 #include "bench/peak.h"
 #include "cpu/output.h"
 #include "kernels/kernel_table.h"
-#include "kernels/layout.h"
+#include "formats/int8_tiles.h"
 
 namespace torchquant::bench {
 namespace {

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_arguments.h"
+#include "common/attention_arguments.h"
 #include "cpu/output.h"
 #include "cpu/workspace.h"
 #include "kernels/attention.h"

@@ -16,13 +16,13 @@
 
 #include "cpu/workspace.h"
 #include "kernels/kernel_table.h"
-#include "kernels/layout.h"
+#include "formats/int8_tiles.h"
 
 namespace torchquant {
 
 struct Panel {  // rows [0, rows) of quantized activations and what the epilogue needs to know of each
   uint8_t* q;
-  int64_t block_rows;  // layout.h: panel_rows
+  int64_t block_rows;  // int8_tiles.h: panel_rows
   float* row_scale;
   int32_t* row_zero;
   int32_t* row_term;  // null unless the weight has zero points

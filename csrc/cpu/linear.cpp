@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "checks.h"
+#include "common/checks.h"
 #include "cpu/gemm_driver.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"

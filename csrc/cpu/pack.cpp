@@ -1,10 +1,10 @@
-// pack_weight, unpack_weight: the canonical int8 [N, K] <-> the layout the kernels read (csrc/kernels/layout.h).
+// pack_weight, unpack_weight: the canonical int8 [N, K] <-> the layout the kernels read (csrc/formats/int8_tiles.h).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "checks.h"
+#include "common/checks.h"
 
 namespace torchquant {
 namespace {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "autograd/qat.h"
-#include "checks.h"
+#include "common/checks.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
 #include "cpu/workspace.h"

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
+#include "common/checks.h"
 
 namespace torchquant {
 

@@ -10,16 +10,16 @@
 #include <cmath>
 
 #include "attention.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
-#include "quantize.inc"
+#include "affine.inc"
 #include "quantize_pack.inc"
-#include "activation.inc"
-#include "norm.inc"
+#include "activations.inc"
+#include "norms.inc"
 #include "fake_quantize.inc"
 #include "epilogue.inc"
 #include "avx512_micro.inc"

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "kernel_table.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 namespace torchquant {
 

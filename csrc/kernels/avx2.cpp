@@ -1,6 +1,6 @@
 // AVX2 without saturation. vpmaddubsw(unsigned, signed) adds two products in 16 bits and saturates; with |a| as the
 // unsigned side and sign(w, a) as the signed one, |a| <= 128 and |w| <= 127 give at most 2 * 128 * 127 = 32,512: exact.
-// A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that hold one (layout.h's flag) take the widening path,
+// A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that hold one (int8_tiles.h's flag) take the widening path,
 // vpmovsxbw and vpmaddwd, exact for all bytes.
 #include "kernel_table.h"
 
@@ -10,16 +10,16 @@
 #include <cmath>
 
 #include "attention.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c")
 namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
-#include "quantize.inc"
+#include "affine.inc"
 #include "quantize_pack.inc"
-#include "activation.inc"
-#include "norm.inc"
+#include "activations.inc"
+#include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"

@@ -7,16 +7,16 @@
 #include <cmath>
 
 #include "attention.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
-#include "quantize.inc"
+#include "affine.inc"
 #include "quantize_pack.inc"
-#include "activation.inc"
-#include "norm.inc"
+#include "activations.inc"
+#include "norms.inc"
 #include "attention_avx512.inc"
 #include "attention_vector.inc"
 #include "attention.inc"

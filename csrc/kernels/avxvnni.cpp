@@ -7,16 +7,16 @@
 #include <cmath>
 
 #include "attention.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace torchquant {
 namespace avxvnni {
 #include "vec_avx2.inc"
-#include "quantize.inc"
+#include "affine.inc"
 #include "quantize_pack.inc"
-#include "activation.inc"
-#include "norm.inc"
+#include "activations.inc"
+#include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"

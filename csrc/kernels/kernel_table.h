@@ -25,7 +25,7 @@ struct QuantizeRowsArgs {
   int32_t zero_point;
   int32_t qmin, qmax;  // of q; a symmetric row's scale is its greatest |x| over qmax
   int32_t offset;      // added to every q
-  uint8_t* q;          // the panel (layout.h); from k on it is padded with the offset (q = 0)
+  uint8_t* q;          // the panel (int8_tiles.h); from k on it is padded with the offset (q = 0)
   int64_t panel_rows;  // 0: no panel but plain [m, k], not padded
   float* row_scale;    // [m]; NaN flags a row that must give NaN
   int32_t* row_zero;   // [m]: zero point + offset, in units of the panel
@@ -44,7 +44,7 @@ struct CopyRowsArgs {
   int32_t* row_term;        // [m] or null
 };
 
-// Rows of a float weight [n, k] -> tiles of the packed layout (layout.h), quantized on the way. The scale
+// Rows of a float weight [n, k] -> tiles of the packed layout (int8_tiles.h), quantized on the way. The scale
 // of an output channel comes from the range of its row, or from `scale`.
 struct QuantizePackArgs {
   const void* w;  // rows w_stride elements apart, contiguous within a row

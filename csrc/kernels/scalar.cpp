@@ -7,15 +7,15 @@
 
 #include "attention.h"
 #include "kernel_table.h"
-#include "layout.h"
+#include "formats/int8_tiles.h"
 
 namespace torchquant {
 namespace scalar {
 #include "vec_scalar.inc"
-#include "quantize.inc"
+#include "affine.inc"
 #include "quantize_pack.inc"
-#include "activation.inc"
-#include "norm.inc"
+#include "activations.inc"
+#include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"

@@ -106,7 +106,7 @@ class Harness:
         import torch
         from torch import nn
 
-        from torchquant import io
+        from torchquant.files import io
 
         assert isinstance(model, nn.Module)
         before = [(key, value.clone()) for key, value in model.state_dict().items()]

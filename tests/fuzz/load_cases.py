@@ -146,7 +146,7 @@ class File:
         self.data = data
 
     def sign(self) -> None:
-        """The checksum that fits, where there is one: as :mod:`torchquant.io` computes it."""
+        """The checksum that fits, where there is one: as :mod:`torchquant.files.io` computes it."""
         if not isinstance(self.metadata, dict):
             return
         rest = {key: value for key, value in self.metadata.items() if key != "sha256"}

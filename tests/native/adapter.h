@@ -6,7 +6,7 @@
 
 #include "isa.h"
 #include "kernels/kernel_table.h"
-#include "kernels/layout.h"
+#include "formats/int8_tiles.h"
 
 namespace native {
 

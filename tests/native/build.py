@@ -30,7 +30,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "native"
-KERNELS = sorted([*ROOT.glob("csrc/kernels/*.cpp"), ROOT / "csrc/isa.cpp"])
+KERNELS = sorted(
+    [*ROOT.glob("csrc/kernels/*.cpp"), *ROOT.glob("csrc/formats/*.cpp"), ROOT / "csrc/isa.cpp"]
+)
 
 # -ffp-contract=off as in setup.py: the reference is held to the same arithmetic.
 COMMON = ["-std=c++17", "-fno-fast-math", "-ffp-contract=off", "-pthread"]

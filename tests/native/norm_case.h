@@ -10,7 +10,7 @@ struct Norm {
   int64_t m = 0;
 };
 
-// Sixteen lanes, each adding its elements in turn, then added 8 apart, 4, 2, 1: the order that csrc/kernels/norm.inc
+// Sixteen lanes, each adding its elements in turn, then added 8 apart, 4, 2, 1: the order that csrc/kernels/norms.inc
 // promises.
 template <class Add>
 float sum_by_lanes(int64_t k, const Add& add) {

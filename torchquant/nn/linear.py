@@ -20,7 +20,7 @@ _fast_linear_dynamic = load().linear_dynamic
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # two look-ups less a call
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_IN_FEATURES = 1 << 23  # csrc/kernels/layout.h: sums of a row stay within int32
+_MAX_IN_FEATURES = 1 << 23  # csrc/formats/int8_tiles.h: sums of a row stay within int32
 
 
 class QuantizedLinear(nn.Module):

@@ -7,9 +7,9 @@ others find theirs.
 
 What makes this exact, at every call:
 
-- Only a trace of the forward forms a group (:mod:`torchquant.fuse.projections`): it shows that the
-  layers are called in one order, and that what runs between the first and the last of them cannot
-  change the tensor in place, nor the mode that torch is in.
+- Only a trace of the forward forms a group (:mod:`torchquant.convert.projections`): it shows that
+  the layers are called in one order, and that what runs between the first and the last of them
+  cannot change the tensor in place, nor the mode that torch is in.
 - A layer takes part only when called by that very code (its frame's code object), not by a hook, a
   wrapper or somebody's own loop; otherwise it computes its own output as always.
 - An output is kept for that tensor object, in that thread, for the next layer in the order.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.configs import Config, QATConfig, check_config
-from torchquant.fake_quantizer import FakeQuantizer
-from torchquant.lsq import LSQQuantizer
 from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
-from torchquant.observers import MovingAverageMinMaxObserver
 from torchquant.ops._arguments import has_kernels, wait_for_copy
 from torchquant.scheme import PerAxis, PerToken, quant_range
+from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.learned_steps import LSQQuantizer
+from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _ACTIVATIONS = ("none", "relu")
 

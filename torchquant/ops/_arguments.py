@@ -76,8 +76,8 @@ def wait_for_copy(before: Tensor, after: Tensor) -> None:
 
 
 def layout_of(device: torch.device) -> str:
-    """How a packed weight is laid out: in "rows" on CUDA (csrc/cuda/rows_layout.h), else in "tiles"
-    (csrc/kernels/layout.h)."""
+    """How a packed weight is laid out: "rows" on CUDA (csrc/formats/int8_rows.h), else "tiles"
+    (csrc/formats/int8_tiles.h)."""
     return "rows" if device.type == "cuda" else "tiles"
 
 

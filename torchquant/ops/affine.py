@@ -161,8 +161,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     Returns:
         int8, in_features padded to 64 and the column sums with the weights. On the CPU
-        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/kernels/layout.h; on CUDA
-        ``[rows, padded in_features]``: that of csrc/cuda/rows_layout.h.
+        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/formats/int8_tiles.h; on CUDA
+        ``[rows, padded in_features]``: that of csrc/formats/int8_rows.h.
 
     Example:
         >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape

@@ -2,7 +2,7 @@
 
 Each family of operators is a module with plain functions of the operators' signatures in
 ``OPERATORS``; a function returns ``NotImplemented`` for a call that it leaves to the ATen fallback
-(``csrc/cuda``). :mod:`torchquant.cuda` registers them. ``import torchquant`` does not import this
+(``csrc/aten``). :mod:`torchquant.cuda` registers them. ``import torchquant`` does not import this
 package: triton is optional, and importing it takes time.
 
 How the bits come out equal: kernels are compiled with ``enable_fp_fusion=False``, so that a fused

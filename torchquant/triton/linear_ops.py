@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.triton.gemm import matmul
-from torchquant.triton.gemm_problem import Problem, greatest_k
+from torchquant.triton.gemm.problem import Problem, greatest_k
+from torchquant.triton.gemm.run import matmul
 from torchquant.triton.quantize import (
     MAX_COLUMNS,
     layout_shape,

@@ -289,7 +289,7 @@ def quantize_rows(
 def quantize_pack(
     weight: Tensor, scale: Tensor | None, *, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight's rows quantized and packed (csrc/cuda/rows_layout.h) in one pass.
+    """A weight's rows quantized and packed (csrc/formats/int8_rows.h) in one pass.
 
     Args:
         weight: fp32, bf16 or fp16 ``[N, K]``, N and K >= 1, K up to MAX_COLUMNS; last stride 1.
@@ -359,7 +359,7 @@ def row_sums(q: Tensor) -> Tensor:
     return sums
 
 
-# ---------------------------------------------------------------- csrc/cuda/rows_layout.h
+# ---------------------------------------------------------------- csrc/formats/int8_rows.h
 
 
 def padded_k(k: int) -> int:

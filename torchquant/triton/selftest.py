@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.triton import tuning
-from torchquant.triton.tuning import difference
+from torchquant.triton.tuning import choose as tuning
+from torchquant.triton.tuning.choose import difference
 
 ROWS, OUTPUTS, INPUTS, GROUP = 19, 37, 83, 32
 Arguments = tuple[Any, ...]

@@ -1,0 +1,168 @@
+// quantize, dequantize, quantize_per_token, quantize_rows: torchquant/functional/affine.py in ATen.
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/arithmetic.h"
+#include "aten/blocks.h"
+#include "common/device.h"
+#include "aten/register.h"
+#include "aten/rows.h"
+#include "aten/spans.h"
+
+namespace torchquant {
+namespace {
+
+using OptTensor = std::optional<at::Tensor>;
+using OptInt = std::optional<int64_t>;
+
+bool present(const OptTensor& t) { return t && t->defined(); }
+
+struct ZeroPoint {
+  at::Tensor value;  // float32 of scale's shape, exact for the integers allowed; undefined: 0
+  bool real = false;
+};
+
+ZeroPoint check_parameters(const char* op, const at::Tensor& input, const at::Tensor& scale,
+                           const OptTensor& zero_point) {
+  check_device(op, "scale", scale, input);
+  check_device(op, "zero_point", zero_point, input);
+  check_dtype(op, "scale", scale, at::kFloat);
+  if (!present(zero_point)) return {};
+  const bool real = check_zero_point(op, *zero_point, scale);
+  const at::Tensor value = zero_point->to(at::kFloat);
+  return {value.numel() == 1 ? value.reshape({}).expand(scale.sizes()) : value, real};
+}
+
+// run(in, out, scale, zero) on corresponding elements, block by block; all have dimensions, so that a product with a half
+// type is float32.
+template <class Run>
+void for_scales(const Parts& parts, const at::Tensor& in, const at::Tensor& out, const at::Tensor& scale,
+                const at::Tensor& zero, const Run& run) {
+  in_blocks<4>(
+      {parts.elements(in), parts.elements(out), parts.spread(scale), zero.defined() ? parts.spread(zero) : zero},
+      [&](const std::array<at::Tensor, 4>& t) { run(t[0], t[1], t[2], t[3]); });
+}
+
+at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero_point, int64_t qmin,
+                    int64_t qmax, OptInt axis, OptInt group_size, at::ScalarType dtype) {
+  const char* op = "quantize";
+  check_float(op, "input", input);
+  check_byte_range(op, dtype, qmin, qmax);
+  const Parts parts = make_parts(op, input, scale, axis, group_size);
+  const ZeroPoint zero = check_parameters(op, input, scale, zero_point);
+  const at::Tensor out = at::empty(input.sizes(), input.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+  for_scales(parts, input, out, torchquant::reciprocal(scale), zero.value,
+             [&](const at::Tensor& x, const at::Tensor& q, const at::Tensor& inverse, const at::Tensor& z) {
+               at::Tensor y = zero.real ? at::sub(x, z).mul_(inverse) : at::mul(x, inverse);
+               y.round_().nan_to_num_(0.0);
+               // Before the clamp: adding rounds monotonically and is exact where the sum is within the limits.
+               if (z.defined() && !zero.real) y.add_(z);
+               q.copy_(y.clamp_(qmin, qmax));
+             });
+  return out;
+}
+
+at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero_point, OptInt axis,
+                      OptInt group_size, at::ScalarType dtype) {
+  const char* op = "dequantize";
+  check_byte(op, "input", input);
+  check_float_type(op, "dtype", dtype);
+  const Parts parts = make_parts(op, input, scale, axis, group_size);
+  const ZeroPoint zero = check_parameters(op, input, scale, zero_point);
+  const at::Tensor out = at::empty(input.sizes(), input.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+  for_scales(parts, input, out, scale, zero.value,
+             [&](const at::Tensor& q, const at::Tensor& x, const at::Tensor& s, const at::Tensor& z) {
+               // the difference of integers is exact in float32
+               at::Tensor y = z.defined() && !zero.real ? at::sub(q, z).mul_(s) : at::mul(q, s);
+               if (zero.real) y.add_(z);
+               x.copy_(y);
+             });
+  return out;
+}
+
+using Quantized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Quantized rows_of(const at::Tensor& input, const RowParams& p, const at::Tensor& q) {  // in input's shape
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = 1;
+  const at::Tensor zero = p.zero.defined() ? p.zero.expand_as(p.scale).clone(at::MemoryFormat::Contiguous)
+                                           : at::zeros_like(p.scale, p.scale.options().dtype(at::kInt));
+  return {q.view(input.sizes()), p.scale.view(sizes), zero.view(sizes)};
+}
+
+Quantized dynamic_rows(const at::Tensor& input, int64_t qmin, int64_t qmax, bool symmetric) {
+  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const RowParams p = dynamic_params(x, qmin, qmax, symmetric);
+  quantize_into(q, x, p, qmin, qmax);
+  return rows_of(input, p, q);
+}
+
+// Rows without elements: the range is zero, and scale and zero point are given or 1 and 0.
+Quantized empty_rows(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero) {
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  const at::Tensor q = at::empty(sizes, input.options().dtype(at::kChar));
+  sizes.back() = 1;
+  const at::Tensor scales = at::ones(sizes, input.options().dtype(at::kFloat));
+  const at::Tensor zeros = at::zeros(sizes, input.options().dtype(at::kInt));
+  if (scale.defined()) scales.copy_(scale.reshape({}));
+  if (zero.defined()) zeros.copy_(zero.reshape({}));
+  return {q, scales, zeros};
+}
+
+Quantized quantize_per_token(const at::Tensor& input, bool symmetric) {
+  const char* op = "quantize_per_token";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  if (input.size(-1) == 0) return empty_rows(input, {}, {});
+  return dynamic_rows(input, symmetric ? -127 : -128, 127, symmetric);
+}
+
+Quantized quantize_rows(const at::Tensor& input, const OptTensor& scale, const OptTensor& zero_point, int64_t qmin,
+                        int64_t qmax, bool symmetric) {
+  const char* op = "quantize_rows";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_signed_range(op, qmin, qmax, symmetric && !present(scale));
+  if (!present(scale)) {
+    TORCH_CHECK_VALUE(!present(zero_point), op,
+                      ": zero_point must be None without scale (each row finds its own), got one");
+    if (input.size(-1) == 0) return empty_rows(input, {}, {});
+    return dynamic_rows(input, qmin, qmax, symmetric);
+  }
+  check_device(op, "scale", scale, input);
+  check_dtype(op, "scale", *scale, at::kFloat);
+  TORCH_CHECK_VALUE(scale->numel() == 1, op, ": scale must hold one value, got ", describe(*scale));
+  at::Tensor zero;
+  if (present(zero_point)) {
+    check_device(op, "zero_point", zero_point, input);
+    check_dtype(op, "zero_point", *zero_point, at::kInt);
+    TORCH_CHECK_VALUE(zero_point->numel() == 1, op, ": zero_point must hold one value, got ", describe(*zero_point));
+    zero = zero_point->reshape({1, 1});
+  }
+  const at::Tensor given = scale->reshape({1, 1}).clamp_min(kLeastScale);  // a learned one may get there
+  if (input.size(-1) == 0) return empty_rows(input, given, zero);
+  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const RowParams p = static_params(x, given, zero);
+  quantize_into(q, x, p, qmin, qmax);
+  return rows_of(input, p, q);
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("quantize", &quantize);
+  m.impl("dequantize", &dequantize);
+  m.impl("quantize_per_token", &quantize_per_token);
+  m.impl("quantize_rows", &quantize_rows);
+}
+
+TORCHQUANT_IMPLEMENT_ATEN(implement)
+
+}  // namespace
+}  // namespace torchquant

@@ -1,0 +1,697 @@
+"""Packing and the linears in plain ATen: the CPU kernels' bits, for every shape and option."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    ACTIVATIONS,
+    EXTREME,
+    FLOATS,
+    FLT_MAX,
+    INF,
+    LAYOUTS,
+    NAN,
+    NOT_FINITE,
+    SHAPES,
+    SPECIAL,
+    Shape,
+    assert_same_bits,
+    floats,
+    generator,
+    in_layout,
+    integers,
+    positive,
+    sprinkle,
+)
+from support.aten import (
+    ATEN,
+    DEVICES,
+    KERNELS,
+    arguments,
+    check_same,
+    check_schema,
+    flat,
+    moved,
+    packed,
+)
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from torchquant.scheme import quant_range
+
+SPICES: dict[str, tuple[float, ...]] = {
+    "plain": (),
+    "special": SPECIAL,
+    "extreme": SPECIAL + EXTREME,
+    "not_finite": SPECIAL + NOT_FINITE,
+}
+ROWS = st.one_of(st.integers(0, 40), st.sampled_from([16, 17, 31, 32, 33, 64, 65]))
+SIZES = st.one_of(
+    st.integers(1, 10),
+    st.sampled_from([2**power + step for power in range(4, 8) for step in (-1, 0, 1)]),
+)
+BIASES = ("none", "float", "extreme")
+shape_classes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+FAR = 33_025  # beyond, sums with zero points on both sides may leave int32
+
+
+def bias_of(kind: str, n: int, seed: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "int32":
+        return integers(n, seed=seed, dtype=torch.int32)
+    bias = floats(n, seed=seed)
+    return bias if kind == "float" else sprinkle(bias, EXTREME + NOT_FINITE, seed, 0.6)
+
+
+def zeros_of(count: int, seed: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    return integers(count, seed=seed, dtype=dtype).to(torch.int32)
+
+
+# ---------------------------------------------------------------- packing
+
+
+@given(
+    n=SIZES,
+    k=SIZES,
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 10**6),
+)
+def test_pack_and_unpack(n, k, layout, seed):
+    weight = in_layout(integers(n, k, seed=seed), layout)
+    for device in DEVICES:
+        w = moved(weight, device)
+        rows = ATEN.pack_weight(w)
+        assert_same_bits(ATEN.unpack_weight(rows, n, k), w.contiguous())
+        check_layout(rows.cpu(), weight)
+
+
+def check_layout(rows: Tensor, weight: Tensor) -> None:
+    """csrc/formats/int8_rows.h: weights, zeros around them, sums, zeros behind those."""
+    n, k = weight.shape
+    n16, k64 = -(-n // 16) * 16, -(-k // 64) * 64
+    assert rows.shape == (n16 + -(-4 * n16 // k64), k64)
+    assert torch.equal(rows[:n, :k], weight)
+    assert not rows[:n, k:].any() and not rows[n:n16].any()
+    tail = rows[n16:].flatten()
+    assert torch.equal(tail[: 4 * n].view(torch.int32), weight.sum(1, dtype=torch.int32))
+    assert not tail[4 * n :].any()
+
+
+@given(
+    n=SIZES,
+    k=SIZES,
+    dtype=st.sampled_from(FLOATS),
+    spice=st.sampled_from(sorted(SPICES)),
+    layout=st.sampled_from(LAYOUTS),
+    symmetric=st.booleans(),
+    bits=st.integers(2, 8),
+    scales=st.sampled_from(["own", "one", "each", "odd"]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=200)
+def test_quantize_pack(n, k, dtype, spice, layout, symmetric, bits, scales, seed):
+    weight = in_layout(sprinkle(floats(n, k, seed=seed), SPICES[spice], seed).to(dtype), layout)
+    scale = {
+        "own": None,
+        "one": positive(1, seed=seed),
+        "each": positive(n, seed=seed),
+        "odd": sprinkle(positive(n, 1, seed=seed), (NAN, 0.0, -1.0, 1e-44, INF), seed).view(n),
+    }[scales]
+    qmin, qmax = quant_range(bits, narrow_range=symmetric)
+    args = (scale, None, qmin, qmax, symmetric)
+    tiles, *expected = KERNELS.quantize_pack(weight, *args)
+    canonical = KERNELS.unpack_weight(tiles, n, k)
+    for device in DEVICES:
+        on_device = [moved(a, device) if isinstance(a, Tensor) else a for a in args]
+        rows, *got = ATEN.quantize_pack(moved(weight, device), *on_device)
+        check_layout(rows.cpu(), canonical)
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a.cpu(), b)
+
+
+def test_the_largest_inputs():
+    """Sums of a weight's row at their bounds, and K at its own."""
+    weight = torch.full((1, 2**23), -128, dtype=torch.int8)
+    check_layout(ATEN.pack_weight(weight), weight)
+
+
+# ---------------------------------------------------------------- dynamic
+
+
+@given(
+    shape=st.builds(Shape, ROWS, SIZES, SIZES),
+    dtype=st.sampled_from(FLOATS),
+    output_dtype=st.sampled_from((None, *FLOATS)),
+    spice=st.sampled_from(sorted(SPICES)),
+    layout=st.sampled_from(LAYOUTS),
+    symmetric=st.booleans(),
+    bits=st.sampled_from([8, 8, 8, 7, 4, 2]),
+    one_scale=st.booleans(),
+    zero_points=st.booleans(),
+    bias=st.sampled_from(BIASES),
+    activation=st.sampled_from(ACTIVATIONS),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=300)
+def test_dynamic(
+    shape,
+    dtype,
+    output_dtype,
+    spice,
+    layout,
+    symmetric,
+    bits,
+    one_scale,
+    zero_points,
+    bias,
+    activation,
+    seed,
+):
+    m, n, k = shape
+    x = in_layout(sprinkle(floats(m, k, seed=seed), SPICES[spice], seed).to(dtype), layout)
+    channels = 1 if one_scale else n
+    check_same(
+        "linear_dynamic",
+        x,
+        packed(integers(n, k, seed=seed + 1)),
+        positive(channels, seed=seed + 2),
+        zeros_of(channels, seed + 3) if zero_points else None,
+        bias_of(bias, n, seed + 4),
+        n,
+        symmetric,
+        activation,
+        output_dtype,
+        bits,
+    )
+
+
+@shape_classes
+def test_dynamic_shape_classes(shapes):
+    for i, (m, n, k) in enumerate(shapes):
+        check_same(
+            "linear_dynamic",
+            floats(m, k, seed=i, dtype=FLOATS[i % 3]),
+            packed(integers(n, k, seed=i + 1)),
+            positive(n, seed=i + 2),
+            zeros_of(n, i + 3) if i % 2 else None,
+            floats(n, seed=i + 4) if i % 3 else None,
+            n,
+            i % 5 > 0,
+            ACTIVATIONS[i % len(ACTIVATIONS)],
+        )
+
+
+@pytest.mark.parametrize(
+    "shape", [(70,), (1, 70), (2, 3, 70), (2, 1, 0, 70), (3, 2, 2, 70)], ids=str
+)
+def test_leading_dimensions(shape):
+    side = (packed(integers(20, 70, seed=1)), positive(20, seed=2), zeros_of(20, 3), floats(20))
+    (y,) = check_same("linear_dynamic", floats(*shape), *side, 20, False)
+    assert y.shape == (*shape[:-1], 20)
+    for dtype in (torch.int8, torch.uint8):
+        q = integers(*shape, dtype=dtype)
+        check_same("int8_mm", q, side[0], 20)
+        for sizes in ([1], [], [*shape[:-1], 1], shape[:-1]):
+            scale, zero = positive(*sizes), integers(*sizes, dtype=dtype).to(torch.int32)
+            check_same("linear_static", q, scale, zero, *side, 20)
+
+
+@given(
+    m=ROWS,
+    k=SIZES,
+    features=st.lists(SIZES, min_size=1, max_size=4),
+    dtype=st.sampled_from(FLOATS),
+    output_dtype=st.sampled_from((None, *FLOATS)),
+    symmetric=st.booleans(),
+    zero_points=st.booleans(),
+    bias=st.booleans(),
+    activated=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_split(m, k, features, dtype, output_dtype, symmetric, zero_points, bias, activated, seed):
+    total = sum(features)
+    names = [ACTIVATIONS[(seed + i) % len(ACTIVATIONS)] for i in range(len(features))]
+    outputs = check_same(
+        "linear_dynamic_split",
+        sprinkle(floats(m, k, seed=seed), SPICES["not_finite"], seed, 0.05).to(dtype),
+        packed(*(integers(n, k, seed=seed + i) for i, n in enumerate(features))),
+        positive(total, seed=seed),
+        zeros_of(total, seed) if zero_points else None,
+        floats(total, seed=seed) if bias else None,
+        features,
+        symmetric,
+        names if activated else [],
+        output_dtype,
+    )
+    assert [y.shape for y in outputs] == [(m, n) for n in features]
+
+
+# ---------------------------------------------------------------- static
+
+
+@given(
+    shape=st.builds(Shape, ROWS, SIZES, SIZES),
+    dtype=st.sampled_from((*FLOATS, torch.int8, torch.uint8)),
+    spice=st.sampled_from(sorted(SPICES)),
+    layout=st.sampled_from(LAYOUTS),
+    per_row=st.booleans(),
+    input_zero=st.booleans(),
+    input_bits=st.integers(2, 8),
+    one_scale=st.booleans(),
+    zero_points=st.booleans(),
+    bias=st.sampled_from((*BIASES, "int32")),
+    activation=st.sampled_from(ACTIVATIONS),
+    output=st.sampled_from((*FLOATS, torch.int8, torch.uint8)),
+    output_bits=st.integers(2, 8),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=400)
+def test_static(
+    shape,
+    dtype,
+    spice,
+    layout,
+    per_row,
+    input_zero,
+    input_bits,
+    one_scale,
+    zero_points,
+    bias,
+    activation,
+    output,
+    output_bits,
+    seed,
+):
+    m, n, k = shape
+    options: dict[str, Any] = {"output_dtype": output}
+    if dtype.is_floating_point:
+        x = sprinkle(floats(m, k, seed=seed), SPICES[spice], seed).to(dtype)
+        scale = positive(1, seed=seed + 5)
+        low, high = quant_range(input_bits)
+        zero = torch.randint(low, high + 1, (1,), generator=generator(seed)).to(torch.int32)
+        options |= {"input_qmin": low, "input_qmax": high}
+    else:
+        x = integers(m, k, seed=seed, dtype=dtype)
+        rows = m if per_row else 1
+        scale = positive(rows, 1, seed=seed + 5) if per_row else positive(1, seed=seed + 5)
+        scale = sprinkle(scale, (NAN, FLT_MAX, 2.0**-126), seed, 0.1) if per_row else scale
+        zero = zeros_of(rows, seed + 6, dtype)
+    if not output.is_floating_point:
+        low, high = quant_range(output_bits, signed=output == torch.int8)
+        options |= {"output_qmin": low, "output_qmax": high, "output_scale": torch.tensor([0.7])}
+        options["output_zero_point"] = low + seed % (high - low + 1)
+    channels = 1 if one_scale else n
+    check_same(
+        "linear_static",
+        in_layout(x, layout),
+        scale,
+        zero if input_zero else None,
+        packed(integers(n, k, seed=seed + 1)),
+        positive(channels, seed=seed + 2),
+        zeros_of(channels, seed + 3) if zero_points else None,
+        bias_of(bias, n, seed + 4),
+        n,
+        activation,
+        **options,
+    )
+
+
+@given(
+    shape=st.builds(Shape, ROWS, SIZES, SIZES),
+    dtype=st.sampled_from((torch.int8, torch.uint8)),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 10**6),
+)
+def test_int8_mm(shape, dtype, layout, seed):
+    m, n, k = shape
+    x = in_layout(integers(m, k, seed=seed, dtype=dtype), layout)
+    check_same("int8_mm", x, packed(integers(n, k, seed=seed + 1)), n)
+
+
+def test_integer_input_as_it_is_or_copied():
+    """Rows that CUDA's product reads in place: aligned ones, in memory of any width."""
+    weight = packed(integers(20, 128, seed=1))
+    memory = integers(80, 256, seed=2)
+    views = (
+        memory[:64, :128],
+        memory[:40, :128],
+        memory[:64, 16:144],
+        memory[:64, 1:129],
+        memory.view(-1)[: 64 * 136].view(64, 136)[:, :128],
+        memory[:1, :128].expand(64, 128),
+        memory.view(-1)[: 66 * 64].as_strided((64, 128), (64, 1)),
+    )
+    for x in views:
+        check_same("int8_mm", x, weight, 20)
+        check_same(
+            "linear_static", x, torch.tensor([0.5]), None, weight, positive(20), None, None, 20
+        )
+
+
+# ---------------------------------------------------------------- sums at their bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_the_largest_raw_sums(dtype):
+    """K = 65,793, all integers at the ends of their ranges: the sums just fit int32."""
+    k, limits = 65_793, torch.iinfo(dtype)
+    ends = torch.tensor([limits.min, limits.max], dtype=dtype)
+    weight = torch.tensor([-128, 127], dtype=torch.int8).view(2, 1).expand(2, k)
+    for rows in (2, 20):
+        x = ends.repeat(rows // 2).view(rows, 1).expand(rows, k)
+        check_same("int8_mm", x, packed(weight), 2)
+
+
+def deep_cases() -> list[tuple[int, int, int]]:
+    deep = (FAR - 1, FAR, FAR + 1, 65_793, 65_794, 131_008, 131_009, 131_072, 262_016, 300_001)
+    return [(1 + i % 3 * 9, 1 + i % 4 * 5, k) for i, k in enumerate(deep)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), deep_cases())
+def test_deep(m, n, k):
+    """Around the bounds of int32, with zero points at the ends: the sums are the largest there."""
+    weight = integers(n, k, seed=k)
+    weight[0] = -128
+    side = (packed(weight), positive(n, seed=1), torch.full((n,), 127, dtype=torch.int32))
+    bias = floats(n, seed=2)
+    for low, high, dtype in ((-128, 127, torch.int8), (0, 255, torch.uint8)):
+        x = integers(m, k, seed=k + 1, dtype=dtype)
+        x[0], x[-1] = high, low
+        for zero in (None, low, high):
+            point = None if zero is None else torch.tensor([zero], dtype=torch.int32)
+            check_same("linear_static", x, torch.tensor([0.5]), point, *side, bias, n)
+    q = torch.full((m, k), 127, dtype=torch.int8)
+    int_bias = torch.full((n,), 2**31 - 1, dtype=torch.int32)
+    lowest = torch.tensor([-128], dtype=torch.int32)
+    check_same("linear_static", q, torch.tensor([1.0]), lowest, *side, int_bias, n)
+    check_same("linear_dynamic", floats(m, k, dtype=torch.bfloat16), *side, bias, n, False, "gelu")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "bias"),
+    [
+        (2050, 4100, "float"),  # the epilogue in parts of columns
+        (4500, 1900, "none"),  # and of rows
+        (9, 950_000, "float"),  # few and long rows
+        (2050, 8200, "int32"),  # two products in int64
+        (65, 700_000, "none"),  # and in int32, the last of one row
+    ],
+)
+def test_more_outputs_than_a_block(m, n, bias):
+    check_same(
+        "linear_static",
+        integers(m, 3),
+        positive(m, 1),
+        zeros_of(m, 3).view(m, 1),
+        packed(integers(n, 3, seed=1)),
+        positive(n, seed=2),
+        zeros_of(n, 4),
+        bias_of(bias, n, 5),
+        n,
+        output_dtype=torch.bfloat16,
+    )
+    check_same("int8_mm", integers(m, 3, dtype=torch.uint8), packed(integers(n, 3, seed=1)), n)
+
+
+# ---------------------------------------------------------------- schema, devices, refusals
+
+N, K = 20, 70
+WEIGHT = packed(integers(N, K, seed=1))
+BOTH = packed(*WEIGHT.weights, WEIGHT.weights[0][:16])
+SCALE, ZERO, BIAS = positive(N, seed=2), zeros_of(N, 3), floats(N, seed=4)
+SCALES, ZEROS, BIASES_2 = (torch.cat([t, t[:16]]) for t in (SCALE, ZERO, BIAS))
+X, Q = floats(6, K, seed=6), integers(6, K, seed=7)
+ALIGNED = integers(32, 64, seed=8)
+ONE, POINT = torch.tensor([0.02]), torch.tensor([-7], dtype=torch.int32)
+TO_INT8 = {"output_dtype": torch.int8, "output_scale": torch.tensor([0.5])}
+
+SCHEMA: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("pack_weight", (WEIGHT.weights[0],), {}),
+    ("pack_weight", (integers(16, 64),), {}),
+    ("unpack_weight", (WEIGHT, N, K), {}),
+    ("unpack_weight", (packed(integers(16, 64)), 16, 64), {}),
+    ("quantize_pack", (floats(N, K), None, None, -128, 127, False), {}),
+    ("quantize_pack", (floats(N, K), SCALE, None, -127, 127, True), {}),
+    ("int8_mm", (Q, WEIGHT, N), {}),
+    ("int8_mm", (ALIGNED, packed(integers(16, 64)), 16), {}),
+    ("int8_mm", (Q.view(torch.uint8), WEIGHT, N), {}),
+    ("linear_dynamic", (X, WEIGHT, SCALE, ZERO, BIAS, N, False, "gelu"), {}),
+    ("linear_dynamic", (X, WEIGHT, SCALE, None, None, N), {}),
+    ("linear_dynamic_split", (X, BOTH, SCALES, ZEROS, BIASES_2, [N, 16], True, []), {}),
+    ("linear_static", (X, ONE, POINT, WEIGHT, SCALE, ZERO, BIAS, N), {}),
+    ("linear_static", (ALIGNED, ONE, POINT, packed(integers(16, 64)), ONE, POINT, None, 16), {}),
+    ("linear_static", (Q, ONE, POINT, WEIGHT, SCALE, None, BIAS, N), TO_INT8),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
+def test_schema(name, args, kwargs):
+    check_schema(name, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
+def test_a_gpu_without_values(name, args, kwargs):
+    """Fake tensors of a GPU: no step waits for a value, and none leaves the device."""
+    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
+    expected = flat(getattr(ATEN, name)(*positional, **named))
+    with FakeTensorMode():
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="cuda"
+            )
+
+        results = getattr(ATEN, name)(
+            *map(fake, positional), **{n: fake(v) for n, v in named.items()}
+        )
+        for got, want in zip(flat(results), expected, strict=True):
+            assert got.device.type == "cuda"
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+def test_results_require_no_gradient():
+    x, bias = X.clone().requires_grad_(), BIAS.clone().requires_grad_()
+    rows = ATEN.pack_weight(WEIGHT.weights[0])
+    assert not ATEN.linear_dynamic(x, rows, SCALE, None, bias, N).requires_grad
+    assert not any(t.requires_grad for t in ATEN.quantize_pack(x, None, None, -127, 127, True))
+
+
+META_ROWS = ATEN.pack_weight(WEIGHT.weights[0].to("meta"))
+
+
+def test_reads_no_values():
+    """Tensors without values give shapes: nothing waits for a device."""
+    scale, zero, bias = (t.to("meta") for t in (SCALE, ZERO, BIAS))
+    x, q, one = X.to("meta"), Q.to("meta"), ONE.to("meta")
+    y = ATEN.linear_dynamic(x, META_ROWS, scale, zero, bias, N, False, "gelu")
+    assert y.is_meta and y.shape == (6, N)
+    assert ATEN.int8_mm(q, META_ROWS, N).dtype == torch.int32
+    y = ATEN.linear_static(
+        x, one, POINT.to("meta"), META_ROWS, scale, zero, bias, N, "tanh", torch.int8, one
+    )
+    assert y.shape == (6, N) and y.dtype == torch.int8
+    twice = torch.cat([META_ROWS, META_ROWS])
+    both = ATEN.linear_dynamic_split(
+        x, twice, scale.repeat(2), None, bias.repeat(2), [N, N], True, []
+    )
+    assert [y.shape for y in both] == [(6, N)] * 2
+    rows, *_ = ATEN.quantize_pack(scale.view(1, N), None, None, -127, 127, True)
+    assert ATEN.unpack_weight(rows, 1, N).shape == (1, N)
+
+
+def test_runs_under_autocast():
+    """torch.autocast changes the dtypes of ATen's operators, not of these."""
+    rows = ATEN.pack_weight(WEIGHT.weights[0])
+    expected = ATEN.linear_dynamic(X, rows, SCALE, ZERO, BIAS, N, False, "gelu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ATEN.linear_dynamic(X, rows, SCALE, ZERO, BIAS, N, False, "gelu")
+    assert_same_bits(got, expected)
+
+
+REFUSALS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "pack: type": ("pack_weight", (X,), {}),
+    "pack: dimensions": ("pack_weight", (Q[0],), {}),
+    "pack: empty": ("pack_weight", (Q[:, :0],), {}),
+    "unpack: in_features": ("unpack_weight", (WEIGHT, N, 0), {}),
+    "unpack: out_features": ("unpack_weight", (WEIGHT, 0, K), {}),
+    "unpack: type": ("unpack_weight", (X, N, K), {}),
+    "quantize_pack: type": ("quantize_pack", (Q, None, None, -127, 127, True), {}),
+    "quantize_pack: range": ("quantize_pack", (X, None, None, -129, 127, True), {}),
+    "quantize_pack: dimensions": ("quantize_pack", (X[0], None, None, -127, 127, True), {}),
+    "quantize_pack: empty": ("quantize_pack", (X[:0], None, None, -127, 127, True), {}),
+    "quantize_pack: scales": ("quantize_pack", (X, SCALE, None, -127, 127, True), {}),
+    "quantize_pack: zero point": ("quantize_pack", (X, None, POINT, -127, 127, True), {}),
+    "int8_mm: type": ("int8_mm", (X, WEIGHT, N), {}),
+    "int8_mm: no dimension": ("int8_mm", (Q[0, 0], WEIGHT, N), {}),
+    "dynamic: type": ("linear_dynamic", (Q, WEIGHT, SCALE, None, None, N), {}),
+    "dynamic: scale": ("linear_dynamic", (X, WEIGHT, SCALE[:3], None, None, N), {}),
+    "dynamic: scale's type": ("linear_dynamic", (X, WEIGHT, SCALE.half(), None, None, N), {}),
+    "dynamic: zero points": ("linear_dynamic", (X, WEIGHT, SCALE, ZERO[:3], None, N), {}),
+    "dynamic: bias": ("linear_dynamic", (X, WEIGHT, SCALE, None, BIAS[:1], N), {}),
+    "dynamic: bias type": ("linear_dynamic", (X, WEIGHT, SCALE, None, ZERO, N), {}),
+    "dynamic: activation": ("linear_dynamic", (X, WEIGHT, SCALE, None, None, N, True, "elu"), {}),
+    "dynamic: output": (
+        "linear_dynamic",
+        (X, WEIGHT, SCALE, None, None, N),
+        {"output_dtype": torch.int8},
+    ),
+    "dynamic: bits": (
+        "linear_dynamic",
+        (X, WEIGHT, SCALE, None, None, N),
+        {"activation_bits": 9},
+    ),
+    "split: type": ("linear_dynamic_split", (Q, BOTH, SCALES, None, None, [N, 16], True, []), {}),
+    "split: no layer": ("linear_dynamic_split", (X, BOTH, SCALES, None, None, [], True, []), {}),
+    "split: features": ("linear_dynamic_split", (X, BOTH, SCALES, None, None, [0], True, []), {}),
+    "split: scales": ("linear_dynamic_split", (X, BOTH, SCALE, None, None, [N, 16], True, []), {}),
+    "split: activations": (
+        "linear_dynamic_split",
+        (X, BOTH, SCALES, None, None, [N, 16], True, ["gelu"]),
+        {},
+    ),
+    "static: type": ("linear_static", (ZERO, ONE, None, WEIGHT, SCALE, None, None, N), {}),
+    "static: scales of float": (
+        "linear_static",
+        (X, positive(6, 1), None, WEIGHT, SCALE, None, None, N),
+        {},
+    ),
+    "static: scales of rows": (
+        "linear_static",
+        (Q, positive(5, 1), None, WEIGHT, SCALE, None, None, N),
+        {},
+    ),
+    "static: zero point's type": (
+        "linear_static",
+        (Q, ONE, ONE, WEIGHT, SCALE, None, None, N),
+        {},
+    ),
+    "static: bias": ("linear_static", (Q, ONE, None, WEIGHT, SCALE, None, BIAS.half(), N), {}),
+    "static: integer output alone": (
+        "linear_static",
+        (Q, ONE, None, WEIGHT, SCALE, None, None, N),
+        {"output_dtype": torch.int8},
+    ),
+    "static: output type": (
+        "linear_static",
+        (Q, ONE, None, WEIGHT, SCALE, None, None, N),
+        {"output_dtype": torch.float64},
+    ),
+    "static: output scales": (
+        "linear_static",
+        (Q, ONE, None, WEIGHT, SCALE, None, None, N),
+        {"output_dtype": torch.int8, "output_scale": SCALE},
+    ),
+    "static: output range": (
+        "linear_static",
+        (Q, ONE, None, WEIGHT, SCALE, None, None, N),
+        {**TO_INT8, "output_qmax": 200},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refuses_what_the_kernels_refuse(name, args, kwargs):
+    def call(namespace: Any) -> None:
+        resolved = [a.by(namespace, "cpu") if isinstance(a, type(WEIGHT)) else a for a in args]
+        getattr(namespace, name)(*resolved, **kwargs)
+
+    with pytest.raises((TypeError, ValueError)) as expected:
+        call(KERNELS)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        call(ATEN)
+
+
+def test_refuses_too_many_inputs_for_int32():
+    wide = torch.zeros(1, 65_794, dtype=torch.int8)
+    message = "int8_mm: in_features must be at most 65793 for sums that fit int32, got 65794"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ATEN.int8_mm(wide, ATEN.pack_weight(wide), 1)
+
+
+def test_refuses_an_input_range():
+    message = (
+        "linear_static: input_qmin <= input_zero_point <= input_qmax must lie within -128 .. 127"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rows = ATEN.pack_weight(WEIGHT.weights[0])
+        ATEN.linear_static(X, ONE, None, rows, SCALE, None, None, N, input_qmin=5, input_qmax=5)
+
+
+ROWS_LAYOUT = ATEN.pack_weight(WEIGHT.weights[0])
+LAYOUT_REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
+    "tiles": (
+        lambda: ATEN.linear_dynamic(X, WEIGHT.by(KERNELS, "cpu"), SCALE, None, None, N),
+        "linear_dynamic: packed must be the int8 [33, 128] result of pack_weight on cpu for "
+        "out_features = 20 and in_features = 70, got int8 [2, 2176]",
+    ),
+    "another weight": (
+        lambda: ATEN.int8_mm(Q, ATEN.pack_weight(integers(40, K)), N),
+        "int8_mm: packed must be the int8 [33, 128] result of pack_weight on cpu",
+    ),
+    "another input": (
+        lambda: ATEN.int8_mm(Q[:, :60], ROWS_LAYOUT, N),
+        "int8_mm: packed must be the int8 [34, 64] result of pack_weight on cpu",
+    ),
+    "rows apart": (
+        lambda: ATEN.unpack_weight(torch.cat([ROWS_LAYOUT] * 2, 1)[:, :128], N, K),
+        "unpack_weight: packed must be the int8 [33, 128] result of pack_weight on cpu",
+    ),
+    "members": (
+        lambda: ATEN.linear_dynamic_split(X, ROWS_LAYOUT, SCALES, None, None, [N, 16], True, []),
+        "linear_dynamic_split: packed must hold 50 rows for out_features [20, 16], "
+        "got int8 [33, 128]; concatenate what torchquant.ops.pack_weight returned",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), LAYOUT_REFUSALS.values(), ids=LAYOUT_REFUSALS.keys())
+def test_refuses_another_layout(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+DYNAMIC = (X, ROWS_LAYOUT, SCALE, ZERO, BIAS, N)
+STATIC = (Q, ONE, POINT, ROWS_LAYOUT, SCALE, ZERO, BIAS, N)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "place", "argument"),
+    [
+        ("linear_dynamic", DYNAMIC, 1, "packed"),
+        ("linear_dynamic", DYNAMIC, 2, "weight_scale"),
+        ("linear_dynamic", DYNAMIC, 3, "weight_zero_point"),
+        ("linear_dynamic", DYNAMIC, 4, "bias"),
+        ("linear_static", STATIC, 1, "input_scale"),
+        ("linear_static", STATIC, 2, "input_zero_point"),
+        ("linear_static", STATIC, 3, "packed"),
+        ("linear_static", STATIC, 4, "weight_scale"),
+        ("linear_static", STATIC, 6, "bias"),
+        ("int8_mm", (Q, ROWS_LAYOUT, N), 1, "packed"),
+        ("quantize_pack", (X, SCALE[:6], None, -127, 127, True), 1, "scale"),
+    ],
+)
+def test_refuses_tensors_elsewhere(name, args, place, argument):
+    for here, there in (("cpu", "meta"), ("meta", "cpu")):
+        moved_args = [
+            a.to(there if i == place else here) if isinstance(a, Tensor) else a
+            for i, a in enumerate(args)
+        ]
+        first = "weight" if name == "quantize_pack" else "input"
+        wanted = f"{name}: {argument} must be on the {first}'s device {here}, got {there}; move it"
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            getattr(ATEN, name)(*moved_args)
+
+
+def test_refuses_an_output_scale_elsewhere():
+    with pytest.raises(
+        ValueError, match="linear_static: output_scale must be on the input's device"
+    ):
+        ATEN.linear_static(*STATIC, "none", torch.int8, ONE.to("meta"))

@@ -1,0 +1,52 @@
+"""Layers and training over what a GPU runs: existing tests, in a process of their own."""
+
+import pytest
+from support.paths import run_tests
+
+# What these tests are about a path does not have: values that a CPU kernel reads and refuses, the
+# tiles' knowledge of their shape, instruction sets. And what takes long and says nothing about it.
+NOT_OF_A_PATH = (
+    "refus",
+    "errors",
+    "wrong",
+    "bad_input",
+    "pack_weight",
+    "isa",
+    "instruction_set",
+    "thread",
+    "memory",
+    "compile",
+    "export",
+    "process",
+    "wait",
+    "opcheck",
+    "absurd",
+)
+FILES = {
+    "exactness": ("ops/test_exactness.py",),
+    "fake quantization": (
+        "ops/test_fake_quantize.py",
+        "training/test_fake_quantizer.py",
+        "training/test_lsq.py",
+    ),
+    "quantization aware training": (
+        "ops/test_ops_qat.py",
+        "nn/test_qat_linear.py",
+        "convert/test_qat.py",
+    ),
+    "layers": ("nn/test_nn_linear.py", "convert/test_quantize.py", "convert/test_fuse.py"),
+}
+
+
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
+def test_existing_tests_over_the_fallback(files: tuple[str, ...]) -> None:
+    result = run_tests("aten", files, f"not ({' or '.join(NOT_OF_A_PATH)})")
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_learned_steps_over_triton() -> None:
+    """A selection: without a GPU Triton's interpreter runs it, slowly."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    select = "(learned or mask) and not (refus or compile)"
+    result = run_tests("triton", ("ops/test_fake_quantize.py",), select)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

@@ -1,0 +1,101 @@
+"""Triton's own way from a call to a launch, without a GPU: all of it but the launch.
+
+Here the compiler gets the arguments as Triton's launcher sees them: integers that are 1 become
+constants, pointers are aligned or not, what is absent is None, and globals must not have changed.
+The interpreter and a compilation by hand (test_triton_compile.py) do without all that.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# Rows, outputs, inputs: odd ones, and ones. "large" is for products alone, whose operands come by
+# the tensor memory accelerator then.
+SIZES = {"odd": (19, 37, 83), "ones": (1, 1, 1), "large": (1024, 1024, 256)}
+
+
+class _Utilities:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024  # module, function, registers, spills, most threads
+
+
+class Driver:
+    """A Hopper that runs nothing."""
+
+    utils = _Utilities()
+    launched = 0
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        assert metadata.global_scratch_size == 0, "memory that nobody would provide"
+        assert metadata.shared <= 232448
+
+        def launch(*arguments: Any) -> None:
+            Driver.launched += 1
+
+        return launch
+
+
+def main(rows: int, outputs: int, inputs: int) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(Driver())
+    import torchquant  # noqa: F401 (operators)
+    from torchquant.triton import linear_ops, selftest, training_ops
+
+    selftest.ROWS, selftest.OUTPUTS, selftest.INPUTS = rows, outputs, inputs
+    if rows < 4:  # its special values have no place
+        plain = selftest._Draw.floats
+
+        def floats(self: Any, *shape: int, dtype: Any = torch.float32, odd: bool = False) -> Any:
+            return plain(self, *shape, dtype=dtype, odd=False)
+
+        selftest._Draw.floats = floats  # type: ignore[method-assign]
+    operators = dict(linear_ops.OPERATORS)
+    if rows < 1000:
+        operators |= training_ops.OPERATORS
+    for name, function in operators.items():
+        for arguments in selftest.samples(name, torch.device("cpu")):
+            before = Driver.launched
+            result = function(*arguments)
+            assert result is NotImplemented or Driver.launched > before, name
+            function(*arguments)  # and once more, where the kernel is known
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_every_operator_gets_to_its_launch(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    here = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), *sys.path])
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, __file__, *map(str, sizes)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    main(*(int(size) for size in sys.argv[1:]))

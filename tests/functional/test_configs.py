@@ -1,0 +1,179 @@
+"""Configurations: values that cannot be wrong, and their form in JSON."""
+
+import copy
+import json
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from support.layers import ASYMMETRIC, CONFIGS
+
+import torchquant
+from torchquant import Int8DynamicActivationInt8WeightConfig as Config
+from torchquant import (
+    Int8StaticActivationInt8WeightConfig,
+    IntxActivationIntxWeightConfig,
+    QATConfig,
+)
+from torchquant.configs import check_config, config_from_dict, config_to_dict
+
+
+def test_defaults() -> None:
+    assert Config() == Config(activation_symmetric=False, symmetric=True)
+    assert torchquant.Int8DynamicActivationInt8WeightConfig is Config
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_is_a_value(config: Config) -> None:
+    assert copy.deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert len({config, copy.deepcopy(config)}) == 1
+    assert eval(repr(config), {Config.__name__: Config}) == config
+    with pytest.raises(FrozenInstanceError):
+        config.symmetric = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["symmetric", "activation_symmetric"])
+@pytest.mark.parametrize("value", [0, 1, None, "yes", 1.0, []])
+def test_fields_are_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(TypeError) as raised:
+        Config(**{name: value})
+    assert str(raised.value) == (
+        f"Int8DynamicActivationInt8WeightConfig: {name} must be True or False, got {value!r}"
+    )
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(TypeError, match="bits"):
+        Config(bits=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_json_round_trip(config: Config) -> None:
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_the_form_in_json() -> None:
+    assert config_to_dict(ASYMMETRIC) == {
+        "type": "Int8DynamicActivationInt8WeightConfig",
+        "activation_symmetric": False,
+        "symmetric": False,
+    }
+    assert config_from_dict({"type": "Int8DynamicActivationInt8WeightConfig"}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "configuration type must be one of Int8DynamicActivationInt8WeightConfig, "),
+        ({}, "IntxActivationIntxWeightConfig, got None"),
+        ({"type": "dict"}, "got 'dict'; the file may be from a newer torchquant"),
+        (
+            {"type": "Int8DynamicActivationInt8WeightConfig", "bits": 4},
+            "configuration Int8DynamicActivationInt8WeightConfig does not fit this torchquant: ",
+        ),
+        (
+            {"type": "Int8DynamicActivationInt8WeightConfig", "symmetric": 1},
+            "symmetric must be True or False, got 1",
+        ),
+    ],
+    ids=["empty", "empty_got", "type", "field", "value"],
+)
+def test_what_is_no_configuration(values: dict[str, Any], text: str) -> None:
+    before = dict(values)
+    with pytest.raises(ValueError) as raised:
+        config_from_dict(values)
+    assert text in str(raised.value)
+    assert values == before
+
+
+def test_check_config() -> None:
+    assert check_config("verb", None) == Config()
+    assert check_config("verb", ASYMMETRIC) is ASYMMETRIC
+    for wrong in (Config, "int8", {"symmetric": True}, 8):
+        with pytest.raises(TypeError) as raised:
+            check_config("verb", wrong)  # type: ignore[arg-type]
+        assert str(raised.value) == (
+            "verb: config must be a torchquant configuration such as "
+            f"Int8DynamicActivationInt8WeightConfig(), got {wrong!r}"
+        )
+
+
+OTHERS = [
+    Int8StaticActivationInt8WeightConfig(),
+    Int8StaticActivationInt8WeightConfig(True, False, activation_narrow_range=False),
+    IntxActivationIntxWeightConfig(3, 5, static=True),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=repr)
+def test_the_other_configurations_are_values_too(config: Any) -> None:
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert check_config("test", config) is config
+
+
+@pytest.mark.parametrize(
+    ("config", "weight", "activation"),
+    [
+        (Config(), (-127, 127), (-128, 127)),
+        (Config(activation_symmetric=True, symmetric=False), (-128, 127), (-127, 127)),
+        (Int8StaticActivationInt8WeightConfig(True), (-127, 127), (-127, 127)),
+        (
+            Int8StaticActivationInt8WeightConfig(True, activation_narrow_range=False),
+            (-127, 127),
+            (-128, 127),
+        ),
+        (IntxActivationIntxWeightConfig(2, 4), (-2, 1), (-8, 7)),
+        (IntxActivationIntxWeightConfig(8, 4, activation_symmetric=True), (-127, 127), (-8, 7)),
+        (QATConfig(), (-127, 127), (-128, 127)),
+        (QATConfig(learned_weights=True), (-128, 127), (-128, 127)),
+        (QATConfig(weight_bits=2), (-2, 1), (-128, 127)),
+        (
+            QATConfig(activations="static", learned_activations=True),
+            (-127, 127),
+            (-128, 127),
+        ),
+        (QATConfig(activations="static", activation_symmetric=True), (-127, 127), (-127, 127)),
+    ],
+    ids=str,
+)
+def test_ranges(config: Any, weight: tuple[int, int], activation: tuple[int, int]) -> None:
+    assert config.weight_range == weight
+    assert config.activation_range == activation
+
+
+def test_what_training_configurations_become() -> None:
+    assert QATConfig().deployed() == Config()
+    assert QATConfig(activations="static").deployed() == Int8StaticActivationInt8WeightConfig()
+    learned = {"activations": "static", "learned_activations": True}
+    signed = QATConfig(**learned).deployed()
+    assert signed == Int8StaticActivationInt8WeightConfig(True, activation_narrow_range=False)
+    for more in ({"learned_offset": True}, {"activation_signed": False}):
+        deployed = QATConfig(weight_bits=4, **learned, **more).deployed()
+        assert deployed == IntxActivationIntxWeightConfig(4, 8, static=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        ({"weight_bits": 1}, ValueError, "weight_bits must be an integer from 2 to 8, got 1"),
+        ({"activation_bits": 8.0}, ValueError, "activation_bits must be an integer from 2 to 8"),
+        ({"edge_bits": 9}, ValueError, "edge_bits must be an integer from 2 to 8, got 9"),
+        ({"activations": "observed"}, ValueError, 'activations must be "dynamic" or "static"'),
+        ({"averaging_constant": 0.0}, ValueError, r"averaging_constant must be in \(0, 1\]"),
+        ({"averaging_constant": "x"}, TypeError, "averaging_constant must be a number"),
+        ({"learned_weights": 1}, TypeError, "learned_weights must be True or False, got 1"),
+        ({"learned_activations": True}, ValueError, "computed from each token's own range"),
+        ({"learned_offset": True}, ValueError, "learned_offset needs learned_activations=True"),
+        ({"learned_weights": True, "symmetric": False}, ValueError, "no zero point"),
+        ({"activation_signed": False}, ValueError, "activation_signed must be True unless"),
+    ],
+    ids=str,
+)
+def test_training_configurations_that_make_no_sense(
+    values: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        QATConfig(**values)

@@ -1,0 +1,464 @@
+"""torchquant.functional.linear: the integer linear layer in plain torch."""
+
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchquant.functional import (
+    ACTIVATIONS,
+    choose_qparams,
+    dynamic_linear,
+    fmaf,
+    quantize,
+    quantize_bias,
+    quantize_per_token,
+    quantized_linear,
+    shift_bias,
+    static_linear,
+)
+from torchquant.scheme import PerAxis
+
+NAN, INF = math.nan, math.inf
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+def integers(shape, seed=0, dtype=torch.int8):
+    limits = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(dtype)
+
+
+def positive(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 0.1 + 1e-3
+
+
+def fp32(value: Fraction | float) -> float:
+    """Round a rational number to fp32 by going through torch's exact int and float64 types."""
+    if isinstance(value, float):
+        return float(torch.tensor(value, dtype=torch.float64).float())
+    value = Fraction(value)
+    if value == 0:
+        return 0.0
+    exponent = value.numerator.bit_length() - value.denominator.bit_length()
+    step = Fraction(2) ** (exponent - 23)
+    if abs(value) / step >= 2**24:
+        step *= 2
+    elif abs(value) / step < 2**23:
+        step /= 2
+    return float(round(value / step) * step)
+
+
+def by_hand(x, w, bias, sx, zx, sw, zw):
+    """The definition in Python integers and rationals, one output at a time."""
+    result = []
+    for m, row in enumerate(x.tolist()):
+        outputs = []
+        for n, column in enumerate(w.tolist()):
+            acc = sum((a - zx[m]) * (b - zw[n]) for a, b in zip(row, column, strict=True))
+            scale = Fraction(fp32(Fraction(sx[m]) * Fraction(sw[n])))
+            if bias is None:
+                y = fp32(Fraction(fp32(Fraction(acc))) * scale)
+            elif bias.dtype == torch.int32:
+                y = fp32(Fraction(fp32(Fraction(acc + int(bias[n])))) * scale)
+            else:
+                y = fp32(Fraction(fp32(Fraction(acc))) * scale + Fraction(float(bias[n])))
+            outputs.append(y)
+        result.append(outputs)
+    return torch.tensor(result).reshape(x.shape[0], w.shape[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    inner=st.integers(1, 70),
+    outputs=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+    unsigned=st.booleans(),
+    per_row=st.booleans(),
+    per_channel=st.booleans(),
+    bias=st.sampled_from(["none", "float", "int32"]),
+)
+def test_equals_the_definition(rows, inner, outputs, seed, unsigned, per_row, per_channel, bias):
+    dtype = torch.uint8 if unsigned else torch.int8
+    x = integers((rows, inner), seed, dtype)
+    w = integers((outputs, inner), seed + 1)
+    sx = positive(rows, 1, seed=seed) if per_row else positive(1, seed=seed)
+    zx = integers((rows, 1) if per_row else (1,), seed + 2, dtype).to(torch.int32)
+    sw = positive(outputs, seed=seed + 3) if per_channel else positive(1, seed=seed + 3)
+    zw = integers((outputs,) if per_channel else (1,), seed + 4).to(torch.int32)
+    b = {
+        "none": None,
+        "float": torch.randn(outputs),
+        "int32": integers((outputs,), seed + 5, torch.int32),
+    }[bias]
+    got = quantized_linear(
+        x,
+        w,
+        b,
+        input_scale=sx,
+        input_zero_point=zx,
+        weight_scale=sw,
+        weight_zero_point=zw,
+    )
+    wide = [p.flatten().expand(rows).tolist() for p in (sx, zx)]
+    wide += [p.expand(outputs).tolist() for p in (sw, zw)]
+    assert torch.equal(got, by_hand(x, w, b, *wide))
+
+
+@pytest.mark.parametrize("inner", [33_025, 33_026, 65_793, 65_794, 200_000])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["plain", "both_zero_points"])
+def test_extreme_sums_are_exact(inner, zero_points):
+    x = torch.full((1, inner), 255, dtype=torch.uint8)
+    w = torch.full((2, inner), -128, dtype=torch.int8)
+    w[1] = 127
+    zx, zw = (0, torch.tensor([127, -128], dtype=torch.int32)) if zero_points else (0, None)
+    bias = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)
+    y = quantized_linear(
+        x, w, bias, input_scale=1.0, input_zero_point=zx, weight_scale=1.0, weight_zero_point=zw
+    )
+    low, high = (-255, 255) if zero_points else (-128, 127)
+    sums = [255 * low * inner - 2**31, 255 * high * inner + 2**31 - 1]
+    assert y.tolist() == [torch.tensor(sums, dtype=torch.int64).float().tolist()]
+
+
+def test_float_bias_is_fused():
+    # acc * scale lies half a step from a multiple: only one rounding gives the right side
+    x = torch.full((1, 1), 1, dtype=torch.int8)
+    w = torch.full((1, 1), 3, dtype=torch.int8)
+    scale = torch.tensor([1 + 2.0**-23])
+    bias = torch.tensor([2.0**24 - 2.0])
+    y = quantized_linear(x, w, bias, input_scale=scale, weight_scale=1.0)
+    assert torch.equal(y[0], fmaf(torch.tensor([3.0]), scale, bias))
+
+
+def test_accumulator_of_zero_is_positive_zero():
+    x = torch.tensor([[0]], dtype=torch.int8)
+    w = torch.tensor([[-5]], dtype=torch.int8)
+    y = quantized_linear(x, w, input_scale=1.0, weight_scale=1.0)
+    assert not y.signbit().any()
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,), (2, 0, 3), (1, 1)])
+def test_leading_shapes(leading):
+    x, w = integers((*leading, 16)), integers((5, 16), 1)
+    rows = math.prod(leading)
+    for scale in (0.1, torch.tensor(0.1), positive(*leading, 1), positive(*leading)):
+        y = quantized_linear(x, w, input_scale=scale, weight_scale=0.01)
+        assert y.shape == (*leading, 5)
+        flat = scale.reshape(-1, 1) if isinstance(scale, torch.Tensor) else scale
+        if isinstance(flat, torch.Tensor) and flat.numel() == 1:
+            flat = flat.reshape(1)
+        again = quantized_linear(x.reshape(rows, 16), w, input_scale=flat, weight_scale=0.01)
+        assert torch.equal(y.reshape(rows, 5), again)
+
+
+def test_no_inputs_and_no_outputs():
+    y = quantized_linear(
+        integers((3, 0)),
+        integers((2, 0)),
+        torch.tensor([1.0, 2.0]),
+        input_scale=1.0,
+        weight_scale=1.0,
+    )
+    assert y.tolist() == [[1.0, 2.0]] * 3
+    assert quantized_linear(
+        integers((3, 4)), integers((0, 4)), input_scale=1.0, weight_scale=1.0
+    ).shape == (3, 0)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("output", ["float32", "bfloat16", "float16", "int8", "uint8", "int4"])
+def test_fused_equals_unfused(activation, output):
+    x, w, bias = integers((7, 40)), integers((9, 40), 1), torch.randn(9)
+    arguments = {"input_scale": positive(7, 1), "weight_scale": positive(9, seed=1)}
+    y = ACTIVATIONS[activation](quantized_linear(x, w, bias, **arguments))
+    if output.startswith(("float", "bfloat")):
+        dtype = getattr(torch, output)
+        got = quantized_linear(x, w, bias, **arguments, output_dtype=dtype, activation=activation)
+        assert torch.equal(got, y.to(dtype))
+        return
+    qmin, qmax, dtype, bits = {
+        "int8": (-128, 127, torch.int8, 8),
+        "uint8": (0, 255, torch.uint8, 8),
+        "int4": (-8, 7, torch.int8, 4),
+    }[output]
+    scale, zero_point = torch.tensor([3.1]), 5
+    got = quantized_linear(
+        x,
+        w,
+        bias,
+        **arguments,
+        output_scale=scale,
+        output_zero_point=zero_point,
+        output_bits=bits,
+        output_dtype=dtype,
+        activation=activation,
+    )
+    assert got.dtype == dtype
+    assert torch.equal(got, quantize(y, scale, zero_point, qmin=qmin, qmax=qmax, dtype=dtype))
+
+
+def test_output_scale_means_int8_by_default():
+    y = quantized_linear(
+        integers((2, 3)), integers((2, 3)), input_scale=1.0, weight_scale=1.0, output_scale=9.0
+    )
+    assert y.dtype == torch.int8
+
+
+# ---------------------------------------------------------------- from float input
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dynamic_linear_is_its_two_steps(symmetric, dtype):
+    x = torch.randn(2, 5, 24).to(dtype)
+    w, bias, sw = integers((6, 24)), torch.randn(6), positive(6)
+    q, scale, zero_point = quantize_per_token(x, symmetric=symmetric)
+    expected = quantized_linear(
+        q, w, bias, input_scale=scale, input_zero_point=zero_point, weight_scale=sw
+    )
+    got = dynamic_linear(x, w, bias, weight_scale=sw, symmetric=symmetric)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected.to(dtype))
+    wide = dynamic_linear(
+        x, w, bias, weight_scale=sw, symmetric=symmetric, output_dtype=torch.float32
+    )
+    assert torch.equal(wide, expected)
+
+
+def test_dynamic_linear_approximates_the_float_layer():
+    x, weight, bias = torch.randn(32, 256), torch.randn(64, 256), torch.randn(64)
+    scale, _ = choose_qparams(weight, granularity=PerAxis(0))
+    qweight = quantize(weight, scale, qmin=-127, granularity=PerAxis(0))
+    exact = torch.nn.functional.linear(x, weight, bias)
+    for symmetric in (True, False):
+        got = dynamic_linear(x, qweight, bias, weight_scale=scale, symmetric=symmetric)
+        assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.9995
+    asymmetric_scale, zero_point = choose_qparams(weight, symmetric=False, granularity=PerAxis(0))
+    qweight = quantize(weight, asymmetric_scale, zero_point, granularity=PerAxis(0))
+    got = dynamic_linear(
+        x, qweight, bias, weight_scale=asymmetric_scale, weight_zero_point=zero_point
+    )
+    assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.9995
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_dynamic_rows_that_are_not_finite_give_nan(bad, activation):
+    x, w = torch.randn(4, 12), integers((3, 12))
+    clean = dynamic_linear(x, w, torch.ones(3), weight_scale=0.01, activation=activation)
+    x[2, 5] = bad
+    y = dynamic_linear(x, w, torch.ones(3), weight_scale=0.01, activation=activation)
+    assert y[2].isnan().all()
+    rest = [0, 1, 3]
+    assert torch.equal(y[rest], clean[rest])
+
+
+def test_static_linear_marks_nan_and_saturates_infinity():
+    x, w = torch.randn(5, 12), integers((3, 12))
+    x[1, 5], x[2, 0], x[3, 0] = NAN, INF, -INF
+    arguments = {"input_scale": 0.05, "input_zero_point": 7, "weight_scale": positive(3)}
+    y = static_linear(x, w, torch.ones(3), **arguments)
+    expected = quantized_linear(quantize(x, 0.05, 7), w, torch.ones(3), **arguments)
+    assert y[1].isnan().all()
+    rest = [0, 2, 3, 4]
+    assert torch.equal(y[rest], expected[rest])
+    q = static_linear(
+        x, w, integers((3,), 3, torch.int32), **arguments, output_scale=0.5, output_zero_point=-9
+    )
+    assert q.dtype == torch.int8
+    assert q[1].tolist() == [-9, -9, -9]
+    assert static_linear(x.bfloat16(), w, **arguments).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- biases, reference numbers
+
+
+def test_reference_fully_connected_layer():
+    reference = json.loads((REFERENCE / "linear_quantization.json").read_text())["quantized_fc"]
+    bits, x = reference["bits"], torch.tensor(reference["input"])
+    weight, bias = torch.tensor(reference["weight"]), torch.tensor(reference["bias"])
+    observed = {"bits": bits, "symmetric": False, "preserve_range": True}
+
+    input_scale, input_zero_point = choose_qparams(x, **observed)
+    # The reference computes this scale in float64; test_compat.py reproduces it to the last bit.
+    assert input_scale.item() == pytest.approx(reference["input_scale"], rel=2e-7)
+    assert input_zero_point == reference["input_zero_point"]
+    weight_scale, _ = choose_qparams(weight, bits=bits, granularity=PerAxis(0))
+    assert weight_scale.tolist() == reference["weight_scale"]
+    output = torch.nn.functional.linear(x, weight, bias)
+    output_scale, output_zero_point = choose_qparams(output, **observed)
+    assert output_scale.item() == pytest.approx(reference["output_scale"], rel=1e-6)
+    assert output_zero_point == reference["output_zero_point"]
+
+    qweight = quantize(weight, weight_scale, qmin=-2, qmax=1, granularity=PerAxis(0))
+    qbias = quantize_bias(bias, input_scale, weight_scale)
+    assert qbias.tolist() == reference["quantized_bias"]
+    shifted = shift_bias(qbias, qweight, input_zero_point)
+    assert shifted.tolist() == reference["shifted_quantized_bias"]
+
+    qx = quantize(x, input_scale, input_zero_point, qmin=-2, qmax=1)
+    arguments = {
+        "input_scale": input_scale,
+        "weight_scale": weight_scale,
+        "output_scale": output_scale,
+        "output_zero_point": output_zero_point,
+        "output_bits": bits,
+    }
+    y = quantized_linear(qx, qweight, qbias, **arguments, input_zero_point=input_zero_point)
+    assert y.tolist() == reference["expected_output"]
+    # The shifted bias says the same to a layer that is not told the zero point.
+    assert torch.equal(quantized_linear(qx, qweight, shifted, **arguments), y)
+
+
+def test_quantize_bias_saturates():
+    bias = torch.tensor([1e30, -1e30, INF, -INF, NAN, 2.0**31, 3.0])
+    q = quantize_bias(bias, 1.0, 1.0)
+    top, bottom = 2**31 - 1, -(2**31)
+    assert q.tolist() == [top, bottom, top, bottom, 0, top, 3]
+
+
+# ---------------------------------------------------------------- errors
+
+X, W = torch.zeros(2, 6, dtype=torch.int8), torch.zeros(4, 6, dtype=torch.int8)
+SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: quantized_linear(X.float(), W, **SCALES),
+            TypeError,
+            "quantized_linear: input must be int8 or uint8, got float32 [2, 6]; quantize it first "
+            "(quantize), or use static_linear or dynamic_linear, which take float input",
+        ),
+        (
+            lambda: quantized_linear(X[0, 0], W, **SCALES),
+            ValueError,
+            "quantized_linear: input must have shape [..., K], got a 0-dimensional tensor",
+        ),
+        (
+            lambda: quantized_linear(X, W[:, :5], **SCALES),
+            ValueError,
+            "quantized_linear: weight must be int8 [N, K] with K = 6, got int8 [4, 5]",
+        ),
+        (
+            lambda: quantized_linear(X, W.float(), **SCALES),
+            TypeError,
+            "quantized_linear: weight must be int8 [N, K] with K = 6, got float32 [4, 6]",
+        ),
+        (
+            lambda: quantized_linear(X, W.to("meta"), **SCALES),
+            ValueError,
+            "quantized_linear: weight must be on the input's device cpu, got meta; "
+            "move it with .to(device)",
+        ),
+        (
+            lambda: quantized_linear(X, W, torch.zeros(3), **SCALES),
+            ValueError,
+            "quantized_linear: bias must have shape [N] with N = 4, got [3]",
+        ),
+        (
+            lambda: quantized_linear(X, W, torch.zeros(4).half(), **SCALES),
+            TypeError,
+            "quantized_linear: bias must be float32 or int32, got float16 [4]; "
+            "convert it with .to()",
+        ),
+        (
+            lambda: quantized_linear(X, W, input_scale=torch.ones(3), weight_scale=1.0),
+            ValueError,
+            "quantized_linear: input_scale must have shape [1] or [2, 1] or [2], got [3]",
+        ),
+        (
+            lambda: quantized_linear(X, W, input_scale=1.0, weight_scale=torch.ones(4, 1)),
+            ValueError,
+            "quantized_linear: weight_scale must have shape [1] or [4], got [4, 1]",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, input_zero_point=200),
+            ValueError,
+            "quantized_linear: input_zero_point must be from -128 to 127, got 200",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, weight_zero_point=torch.zeros(4)),
+            TypeError,
+            "quantized_linear: weight_zero_point must be int32, got float32 [4]; "
+            "convert it with .to()",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, output_dtype=torch.int8),
+            TypeError,
+            "quantized_linear: output_dtype must be float32, bfloat16 or float16 without "
+            "output_scale, got int8; pass output_scale for an integer result",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, output_scale=1.0, output_dtype=torch.half),
+            TypeError,
+            "quantized_linear: output_dtype must be int8 or uint8 with output_scale, "
+            "got float16; leave output_scale out for a float result",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, output_scale=1.0, output_bits=1),
+            ValueError,
+            "quant_range: bits must be an integer from 2 to 8, got 1",
+        ),
+        (
+            lambda: quantized_linear(
+                X, W, **SCALES, output_scale=1.0, output_bits=2, output_zero_point=2
+            ),
+            ValueError,
+            "quantized_linear: output_zero_point must be from -2 to 1, got 2",
+        ),
+        (
+            lambda: quantized_linear(X, W, **SCALES, activation="swish"),
+            ValueError,
+            "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
+            "sigmoid, got 'swish'",
+        ),
+        (
+            lambda: dynamic_linear(X, W, weight_scale=1.0),
+            TypeError,
+            "dynamic_linear: input must be float32, bfloat16 or float16, got int8 [2, 6]; "
+            "convert it with .to()",
+        ),
+        (
+            lambda: dynamic_linear(
+                X.float(), W, torch.zeros(4, dtype=torch.int32), weight_scale=1.0
+            ),
+            TypeError,
+            "dynamic_linear: bias must be float32, got int32 [4]; convert it with .to()",
+        ),
+        (
+            lambda: static_linear(X.float(), W, input_scale=torch.ones(2), weight_scale=1.0),
+            ValueError,
+            "static_linear: input_scale must have shape [1], got [2]",
+        ),
+        (
+            lambda: quantize_bias(torch.zeros(2, 2), 1.0, 1.0),
+            ValueError,
+            "quantize_bias: bias must have shape [N], got [2, 2]",
+        ),
+        (
+            lambda: shift_bias(torch.zeros(3, dtype=torch.int32), W, 1),
+            ValueError,
+            "shift_bias: qbias must have shape [N] and qweight [N, K], got [3] and [4, 6]",
+        ),
+        (
+            lambda: shift_bias(torch.full((4,), 2**31 - 1, dtype=torch.int32), W + 1, -1),
+            ValueError,
+            "shift_bias: the shifted bias must fit into int32, got 2147483653; "
+            "pass the unshifted bias to quantized_linear instead",
+        ),
+    ],
+)
+def test_wrong_arguments_raise(call, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()

@@ -1,0 +1,78 @@
+"""setup.py: what it requires and compiles, and the clear line where the machine lacks something."""
+
+import runpy
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def setup_file(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that setup.py defines, and under "call" what it hands to setuptools."""
+    call: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: call.update(arguments))
+    return {**runpy.run_path(str(ROOT / "setup.py")), "call": call}
+
+
+def test_requires_exactly_the_release_it_builds_against(setup_file: dict[str, Any]) -> None:
+    requirements = setup_file["call"]["install_requires"]
+    assert f"torch=={torch.__version__.partition('+')[0]}" in requirements
+
+
+def test_compiles_every_source_and_watches_every_header(setup_file: dict[str, Any]) -> None:
+    (extension,) = setup_file["call"]["ext_modules"]
+    files = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*") if p.is_file()}
+    compiled = {name for name in files if name.endswith(".cpp")}
+    assert set(extension.sources) == compiled
+    assert set(extension.depends) == files - compiled
+
+
+def test_kernels_include_no_torch_header() -> None:
+    kernels = [path for path in ROOT.glob("csrc/kernels/*") if path.is_file()]
+    assert kernels
+    torch_headers = ("<torch/", "<ATen/", "<c10/", "<pybind11/")
+    assert not [p.name for p in kernels if any(h in p.read_text() for h in torch_headers)]
+
+
+def test_prerequisites_are_there(setup_file: dict[str, Any]) -> None:
+    setup_file["check_prerequisites"](setup_file["shlex"].split(setup_file["get_cxx_compiler"]()))
+
+
+def test_missing_compiler_is_named(setup_file: dict[str, Any]) -> None:
+    with pytest.raises(CompileError, match=r"'no-such-g\+\+' is not on the PATH.*apt-get install"):
+        setup_file["check_prerequisites"](["no-such-g++"])
+
+
+def test_missing_python_headers_are_named(
+    setup_file: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(CompileError, match=r"C headers are missing.*python3-dev"):
+        setup_file["check_prerequisites"](["c++"])
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cpu"])
+def test_torch_outside_the_range_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    check = runpy.run_path(str(ROOT / "setup.py"))["check_prerequisites"]
+    with pytest.raises(
+        CompileError, match=r"needs torch>=2\.11,<2\.14 to build, found " + version[0]
+    ):
+        check(["c++"])
+
+
+def test_windows_is_pointed_to_wsl(
+    setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(CompileError, match="WSL"):
+        setup_file["check_prerequisites"](["cl"])

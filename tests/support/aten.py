@@ -1,0 +1,75 @@
+"""Comparing torchquant_aten, the operators in plain ATen, with the CPU's kernels.
+
+The same calls run on a GPU where there is one: what is device-generic is tested on both.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchquant.ops  # noqa: F401  (registers the operators)
+from support import assert_same_bits
+
+KERNELS, ATEN = torch.ops.torchquant, torch.ops.torchquant_aten
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Stands for the packed weights, one after the other: each namespace has its own layout."""
+
+    weights: tuple[Tensor, ...]
+
+    def by(self, namespace: Any, device: str) -> Tensor:
+        return torch.cat([namespace.pack_weight(moved(w, device)) for w in self.weights])
+
+
+def packed(*weights: Tensor) -> Packed:
+    return Packed(weights)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on ``device``, with its strides and its offset."""
+    if device == "cpu":
+        return tensor
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def arguments(namespace: Any, device: str, *args: Any, **kwargs: Any) -> Any:
+    """Arguments for one namespace on one device, as ``(args, kwargs)``."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Packed):
+            return value.by(namespace, device)
+        return moved(value, device) if isinstance(value, Tensor) else value
+
+    return [convert(a) for a in args], {name: convert(a) for name, a in kwargs.items()}
+
+
+def flat(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def check_same(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """``torchquant_aten``'s operator gives the CPU kernel's bits; returns them."""
+    positional, named = arguments(KERNELS, "cpu", *args, **kwargs)
+    expected = flat(getattr(KERNELS, name)(*positional, **named))
+    for device in DEVICES:
+        positional, named = arguments(ATEN, device, *args, **kwargs)
+        got = flat(getattr(ATEN, name)(*positional, **named))
+        assert len(got) == len(expected)
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert a.device.type == device and a.is_contiguous()
+            assert_same_bits(a.cpu(), b, (name, device, i))
+    return expected
+
+
+def check_schema(name: str, *args: Any, **kwargs: Any) -> None:
+    """Neither aliases nor writes to its arguments, as the schema says."""
+    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
+    torch.library.opcheck(
+        getattr(ATEN, name).default, tuple(positional), named, test_utils="test_schema"
+    )

@@ -1,0 +1,98 @@
+"""What the tests of modules share: float and quantized layers, and what to expect of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support import assert_same_bits, floats
+from torchquant import Int8DynamicActivationInt8WeightConfig as Config
+from torchquant import QuantizationReport, functional
+from torchquant.nn import QuantizedLinear
+
+CONFIGS = {
+    "default": Config(),
+    "symmetric": Config(activation_symmetric=True),
+    "asymmetric_weight": Config(activation_symmetric=True, symmetric=False),
+    "asymmetric": Config(activation_symmetric=False, symmetric=False),
+}
+ASYMMETRIC = Config(activation_symmetric=False, symmetric=False)
+
+
+def float_layer(
+    out_features: int = 32,
+    in_features: int = 64,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(floats(out_features, in_features, seed=seed))
+        if bias:
+            linear.bias.copy_(floats(out_features, seed=seed + 1))
+    return linear
+
+
+def layer_of(config: Config | None = None, activation: str = "none", **kw: Any) -> QuantizedLinear:
+    return QuantizedLinear.from_float(float_layer(**kw), config, activation)
+
+
+def expected_output(
+    layer: QuantizedLinear, x: Tensor, output_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The specification's, from the canonical state."""
+    return functional.dynamic_linear(
+        x,
+        layer.qweight,
+        None if layer.bias is None else layer.bias.detach(),
+        weight_scale=layer.weight_scale,
+        weight_zero_point=layer.weight_zero_point,
+        symmetric=layer.config.activation_symmetric,
+        output_dtype=output_dtype,
+        activation=layer.activation,
+    )
+
+
+def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
+    ours, theirs = got.state_dict(), expected.state_dict()
+    assert list(ours) == list(theirs)
+    for key in ours:
+        assert_same_bits(ours[key], theirs[key], key)
+
+
+def outcome(report: QuantizationReport) -> dict[str, str]:
+    """Each layer's name and what became of it."""
+    return {
+        layer.name: f"{layer.action}: {layer.reason}" if layer.reason else layer.action
+        for layer in report.layers
+    }
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also the non-persistent ones."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The block must leave every module, tensor, value and mode as it was."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = tensors_of(model)
+    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    modes = [module.training for module in model.modules()]
+    yield
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
+    now = tensors_of(model)
+    assert list(now) == list(tensors)
+    for key, tensor in now.items():
+        assert tensor is tensors[key]
+        if not tensor.is_meta:
+            assert_same_bits(tensor.detach(), values[key], key)
+    assert [module.training for module in model.modules()] == modes

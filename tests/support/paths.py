@@ -1,0 +1,104 @@
+"""Runs existing tests over what a GPU would run, on the CPU.
+
+In a process of its own the CPU's kernels of ``torchquant::X`` are replaced by those of a path: the
+fallback in ATen (``torchquant_aten::X``) or, over it, the Triton kernels. Layers, quantization
+aware training and the verbs then run on it as they are.
+
+It is a pytest plugin: ``TORCHQUANT_TEST_PATH=aten pytest -p support.paths tests``.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import Library
+
+from torchquant import cpu
+from torchquant.cuda.host import MODULES
+from torchquant.ops import _arguments
+
+VARIABLE = "TORCHQUANT_TEST_PATH"
+PATHS = ("aten", "triton")
+ROOT = Path(__file__).resolve().parents[2]
+_LIBRARY = pytest.StashKey[Library]()
+
+
+def aten_operators() -> dict[str, Callable]:
+    """What the fallback implements, by the operators' names."""
+    prefix, key = "torchquant_aten::", "CompositeExplicitAutograd"
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix): getattr(torch.ops.torchquant_aten, name.removeprefix(prefix))
+        for name in sorted(names)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    }
+
+
+def triton_operators() -> dict[str, Callable]:
+    """The Triton kernels' functions; a call that they do not cover goes to the fallback."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("support.triton")  # repairs the interpreter
+    fallback = aten_operators()
+    operators = {}
+    for name, module in MODULES.items():
+        function = importlib.import_module(f"torchquant.triton.{module}").OPERATORS[name]
+        operators[name] = _with_fallback(function, fallback[name])
+    return operators
+
+
+def _with_fallback(function: Callable, fallback: Callable) -> Callable:
+    def call(*args: object) -> object:
+        result = function(*args)
+        return fallback(*args) if result is NotImplemented else result
+
+    return call
+
+
+def replace_cpu_kernels(path: str) -> Library:
+    """Let ``torchquant::X`` on CPU tensors run ``path``'s kernels, as long as the result lives."""
+    if path not in PATHS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(PATHS)}, got {path!r}")
+    operators = aten_operators()
+    if path == "triton":
+        operators |= triton_operators()
+    library = Library("torchquant", "IMPL")
+    for name, function in operators.items():
+        library.impl(name, function, "CPU", allow_override=True)
+    return library
+
+
+def run_tests(
+    path: str, files: Iterable[str], select: str = "", timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """pytest over ``path`` in a fresh process: files in tests, and which of theirs (``-k``)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "support.paths", "--no-header"]
+    command += ["-k", select] if select else []
+    folder = str(ROOT / "tests")
+    search = os.pathsep.join(filter(None, (str(ROOT), folder, os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [*command, *(str(ROOT / "tests" / name) for name in files)],
+        env={**os.environ, VARIABLE: path, "PYTHONPATH": search},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before conftest.py asks for the instruction sets."""
+    if path := os.environ.get(VARIABLE):
+        early_config.stash[_LIBRARY] = replace_cpu_kernels(path)
+        _arguments.layout_of = lambda device: "rows"  # for fake tensors: of an accelerator
+        only = (cpu.active_isa(),)  # no use in taking turns
+        cpu.available_isas = lambda: only
+
+
+__all__ = ["PATHS", "VARIABLE", "replace_cpu_kernels", "run_tests"]

@@ -1,0 +1,1 @@
+"""Compare models with each other: does the converted model compute what was trained?"""

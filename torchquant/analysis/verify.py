@@ -1,0 +1,421 @@
+"""verify: whether a converted model computes the bits that it was trained with, layer by layer.
+
+Two models that ought to be equal drift apart from the first difference on, and then every layer
+behind it differs too. So each pair of layers is given the identical input, the one that the trained
+layer gets; a difference then belongs to the layer where it arises. The outputs of the whole models
+are compared beside that. The two models may lie on different devices.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.qat_linear import QATLinear
+from torchquant.training.fake_quantizer import FakeQuantizer
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two outputs differ first: the batch, the call within it, and the element.
+
+    ``index`` is empty where the shapes or dtypes differ; ``trained`` and ``converted`` then name
+    them, else they are the two values.
+
+    Example:
+        >>> print(Difference("head", 0, 0, (2, 5), "1.5", "1.25"))
+        head: batch 0, call 0, element (2, 5): 1.5 trained, 1.25 converted
+    """
+
+    layer: str
+    batch: int
+    call: int
+    index: tuple[int, ...]
+    trained: str
+    converted: str
+
+    def __str__(self) -> str:
+        where = f"{self.layer}: batch {self.batch}, call {self.call}"
+        element = f", element {self.index}" if self.index else ""
+        return f"{where}{element}: {self.trained} trained, {self.converted} converted"
+
+
+@dataclass
+class Comparison:
+    """A layer's outputs (or the whole models'): how many were compared, and how many differ.
+
+    ``values`` counts numbers, ``differing`` those that differ in any bit, ``bits`` the bits that
+    differ. Every NaN counts as the same one. ``calls`` is how often the layer was called.
+
+    Example:
+        >>> one = Comparison("layer")
+        >>> one.compare(torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0]), batch=0)
+        >>> one.values, one.differing, one.bits
+        (2, 1, 1)
+    """
+
+    name: str
+    calls: int = 0
+    values: int = 0
+    differing: int = 0
+    bits: int = 0
+    first: Difference | None = None
+
+    def compare(self, trained: Any, converted: Any, batch: int) -> None:
+        """Add one call's outputs: tensors, or what holds tensors."""
+        ours, theirs = list(tensors_in(trained)), list(tensors_in(converted))
+        if len(ours) != len(theirs):
+            counts = (f"{len(ours)} tensors", f"{len(theirs)} tensors")
+            self._differs(batch, (), counts, 1, 1)
+        for a, b in zip(ours, theirs, strict=False):
+            self._compare(a.detach(), b.detach(), batch)
+        self.calls += 1
+
+    def _compare(self, trained: Tensor, converted: Tensor, batch: int) -> None:
+        self.values += trained.numel()
+        if trained.shape != converted.shape or trained.dtype != converted.dtype:
+            size = 8 * trained.element_size()
+            kinds = [f"{t.dtype} {list(t.shape)}" for t in (trained, converted)]
+            self._differs(batch, (), kinds, trained.numel(), size * trained.numel())
+            return
+        a, b = _integers(trained), _integers(converted.to(trained.device))
+        wrong = a != b
+        if bool(wrong.any()):
+            index = tuple(wrong.nonzero()[0].tolist())[: trained.dim()]  # a complex one has parts
+            values = [repr(t[index].item()) for t in (trained, converted)]
+            self._differs(batch, index, values, int(wrong.sum()), _popcount(a ^ b))
+
+    def _differs(
+        self,
+        batch: int,
+        index: tuple[int, ...],
+        values: Sequence[str],
+        differing: int,
+        bits: int,
+    ) -> None:
+        self.differing += differing
+        self.bits += bits
+        if self.first is None:
+            self.first = Difference(self.name, batch, self.calls, index, *values)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Result of :func:`verify`; ``print`` it for a table.
+
+    ``layers`` are in the order of their first calls, those that were never called last; ``outputs``
+    are the whole models'. ``devices`` are those of the trained model and of the converted one.
+    """
+
+    layers: tuple[Comparison, ...]
+    outputs: Comparison
+    batches: int
+    devices: tuple[str, str] = ("cpu", "cpu")
+
+    @property
+    def differing_bits(self) -> int:
+        """Bits that differ in the layers' outputs, each pair of layers on identical inputs."""
+        return sum(layer.bits for layer in self.layers)
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """The first one of the earliest batch, there of the layer that was called first."""
+        found = [layer.first for layer in self.layers if layer.first is not None]
+        return min(found, key=lambda one: one.batch, default=self.outputs.first)
+
+    @property
+    def never_called(self) -> tuple[str, ...]:
+        """Layers that no batch reached, of which nothing is known."""
+        return tuple(layer.name for layer in self.layers if not layer.calls)
+
+    @property
+    def exact(self) -> bool:
+        """Whether something was compared and no bit differs, in the layers and the outputs."""
+        compared = any(layer.values for layer in self.layers)
+        return compared and not self.differing_bits and not self.outputs.bits
+
+    def summary(self) -> str:
+        """What was found, in a line."""
+        values = sum(layer.values for layer in self.layers)
+        called = [layer for layer in self.layers if layer.calls]
+        line = (
+            f"{self.differing_bits:,} differing bits in {values:,} values of {len(called)} layers; "
+            f"outputs of the models: {self.outputs.bits:,} in {self.outputs.values:,}"
+        )
+        if self.devices[0] != self.devices[1]:
+            line += f"\nDevices: {self.devices[0]} (trained) and {self.devices[1]} (converted)"
+        if self.first_difference is not None:
+            line += f"\nFirst difference: {self.first_difference}"
+        if self.never_called:
+            line += f"\nNever called, so not compared: {', '.join(self.never_called)}"
+        return line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("layer", overflow="fold")
+        for heading in ("calls", "values compared", "values differing", "bits differing"):
+            table.add_column(heading, justify="right")
+        for row in (*self.layers, self.outputs):
+            counts = (row.calls, row.values, row.differing, row.bits)
+            style = "bold red" if row.bits else "" if row.calls else "dim"
+            table.add_row(Text(row.name), *(Text(f"{n:,}") for n in counts), style=style)
+        yield table
+        yield Text(self.summary(), style="" if self.exact else "bold red")
+
+    def __str__(self) -> str:
+        """The table, as wide as the terminal; 110 columns where there is none."""
+        file = io.StringIO()
+        width = shutil.get_terminal_size((110, 0)).columns
+        Console(file=file, width=width, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def verify(
+    qat_model: nn.Module,
+    quantized_model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    training: bool = False,
+) -> VerifyReport:
+    """Count the bits in which a converted model differs from the model that was trained.
+
+    Each pair of layers gets the identical input, the trained layer's, so a difference is counted
+    where it arises; the outputs of the whole models are compared too. Modes, stages, hooks and
+    random numbers are as before afterwards.
+
+    The models may lie on different devices. Then they may also be two copies of one model, both
+    prepared or both quantized: this is how to compare a GPU with the CPU. Of the whole models'
+    outputs expect differences there, which come from torch's own float operators.
+
+    Args:
+        qat_model: the trained model, before ``convert_``: convert a ``copy.deepcopy`` of it.
+        quantized_model: the converted one, with layers of the same names.
+        batches: inputs: each a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments. Their tensors are moved to each model's device, where it has one.
+        training: run the trained layers in training mode, ranges frozen, with gradients on; all
+            other modules stay in evaluation mode, so there is no dropout.
+
+    Returns:
+        The counts, layer by layer, and the first difference; ``print`` it for a table.
+
+    Raises:
+        TypeError: a model is not a module.
+        ValueError: the models' layers do not have the same names, layers are in the first stage
+            (float), or there are no batches.
+
+    Example:
+        >>> import copy, torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> _ = torchquant.prepare_qat_(model)
+        >>> converted = copy.deepcopy(model)
+        >>> _ = torchquant.convert_(converted)
+        >>> report = verify(model, converted, [torch.randn(4, 64)])
+        >>> report.exact, report.differing_bits
+        (True, 0)
+    """
+    pairs = _pairs(qat_model, quantized_model)
+    layers = {name: Comparison(name) for name in pairs}
+    outputs = Comparison("outputs of the models")
+    called: dict[str, None] = {}
+    places = tuple(_devices(model) for model in (qat_model, quantized_model))
+    generators = _cuda_generators(set().union(*places))
+    current = 0
+
+    def compare(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
+        called[name] = None
+        input: Tensor = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            # Its forward alone: hooks are the model's, and in it they run when it runs.
+            layer: Any = pairs[name][1]
+            converted = type(layer).forward(layer, input.detach().to(_device_of(layer)))
+        layers[name].compare(output, converted, current)
+
+    with ExitStack() as stack:
+        stack.enter_context(_as_it_was(qat_model))
+        stack.enter_context(_as_it_was(quantized_model))
+        stack.enter_context(torch.random.fork_rng(devices=generators))
+        stack.enter_context(torch.set_grad_enabled(training))
+        qat_model.eval()
+        quantized_model.eval()
+        for name, (trained, _) in pairs.items():
+            if training:
+                trained.train()
+            hook = trained.register_forward_hook(
+                lambda _, args, kwargs, output, name=name: compare(name, args, kwargs, output),
+                prepend=True,  # before hooks that change the output
+                with_kwargs=True,
+            )
+            stack.callback(hook.remove)
+        _freeze_ranges(qat_model)
+        count = 0
+        for current, batch in enumerate(batches):
+            seed = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in generators]
+            trained_output = _call(qat_model, _moved(batch, places[0]))
+            torch.set_rng_state(seed[0])
+            for index, state in zip(generators, seed[1], strict=True):
+                torch.cuda.set_rng_state(state, index)
+            outputs.compare(
+                trained_output, _call(quantized_model, _moved(batch, places[1])), current
+            )
+            count += 1
+    if not count:
+        raise ValueError("verify: batches must hold at least one batch, got none")
+    order = [*called, *(name for name in layers if name not in called)]
+    devices = tuple(", ".join(sorted(map(str, place))) for place in places)
+    return VerifyReport(tuple(layers[name] for name in order), outputs, count, devices)  # type: ignore[arg-type]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output: one, or in sequences, mappings and dataclasses.
+
+    Example:
+        >>> output = {"a": torch.ones(()), "b": (torch.zeros(()), 3)}
+        >>> [tensor.item() for tensor in tensors_in(output)]
+        [1.0, 0.0]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+Layer = QATLinear | QuantizedLinear
+
+
+def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[Layer, Layer]]:
+    for argument, model in (("qat_model", qat_model), ("quantized_model", quantized_model)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"verify: {argument} must be an nn.Module, got {type(model).__name__}")
+    ours, theirs = _layers(qat_model), _layers(quantized_model)
+    elsewhere = {_device_of(m) for m in ours.values()} != {_device_of(m) for m in theirs.values()}
+    trained = {n: m for n, m in ours.items() if isinstance(m, QATLinear)}
+    converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedLinear)}
+    if elsewhere:  # copies of one model are worth comparing then
+        trained = trained or ours  # type: ignore[assignment]
+        converted = converted or theirs  # type: ignore[assignment]
+    if not trained:
+        raise ValueError(
+            "verify: qat_model must hold QATLinear layers, got none; keep a copy.deepcopy of the "
+            "model before convert_"
+        )
+    prepared = [
+        item for item in (*trained.items(), *theirs.items()) if isinstance(item[1], QATLinear)
+    ]
+    floating = [name for name, layer in prepared if not bool(layer.quantize_enabled)]
+    if floating:
+        raise ValueError(
+            "verify: qat_model must compute with integers, got layers in the first stage "
+            f"({', '.join(floating)}); call torchquant.qat.quantize(model) first"
+        )
+    missing = [name or "the model" for name in trained if name not in converted]
+    if missing:
+        raise ValueError(
+            "verify: quantized_model must be the converted qat_model, got one without a "
+            f"QuantizedLinear at {', '.join(missing)}"
+        )
+    return {name: (layer, converted[name]) for name, layer in trained.items()}
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    kinds = (QATLinear, QuantizedLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _device_of(layer: Layer) -> torch.device:
+    return (layer.packed if isinstance(layer, QuantizedLinear) else layer.weight).device
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _cuda_generators(devices: Iterable[torch.device]) -> list[int]:
+    """The GPUs whose random numbers the models may draw."""
+    return sorted(device.index for device in devices if device.type == "cuda")
+
+
+def _moved(batch: Any, devices: set[torch.device]) -> Any:
+    """A batch on a model's device; as it is where the model has several."""
+    if len(devices) != 1 or all(tensor.device in devices for tensor in tensors_in(batch)):
+        return batch
+    (device,) = devices
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, devices) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [_moved(value, devices) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode, and every quantizer has the switches, of before."""
+    modes = [(module, module.training) for module in model.modules()]
+    observing = [
+        (module, bool(module.observer_enabled.item()))
+        for module in model.modules()
+        if isinstance(module, FakeQuantizer)
+    ]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for quantizer, enabled in observing:
+            quantizer.enable_observer(enabled)
+
+
+def _freeze_ranges(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FakeQuantizer):
+            module.enable_observer(False)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, every NaN the same one."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.is_floating_point():
+        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def _popcount(bits: Tensor) -> int:
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], device=bits.device)
+    return int(ones[bits.flatten().view(torch.uint8).long()].sum())
+
+
+__all__ = ["Comparison", "Difference", "VerifyReport", "tensors_in", "verify"]

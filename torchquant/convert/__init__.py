@@ -1,0 +1,1 @@
+"""The verbs that change a model: plan first, check the plan, then change the modules."""

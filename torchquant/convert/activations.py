@@ -1,0 +1,279 @@
+"""Fuses an activation into the layer before it, where a trace shows that it may be.
+
+A pair is fused when nothing can tell the difference but by rounding: the layer's output goes into
+the activation and nowhere else, on every path through every forward that calls either; neither has
+hooks that would see other values; and on random rows the fused layer gives what the two gave (a
+ReLU needs no such trial: it is exact).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from torchquant.graph.dataflow import Dataflow
+from torchquant.graph.modules import held_by
+from torchquant.graph.recognize import activation_of
+from torchquant.graph.trace import Trace
+from torchquant.nn.fused import FusedActivation
+from torchquant.nn.linear import QuantizedLinear
+from torchquant.report import FusionReport
+
+Owners = dict[int, list[tuple[nn.Module, str]]]
+
+_FUNCTIONS = ("gelu", "relu", "relu_", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_")
+_RELU_FUNCTIONS = ("relu", "relu_")
+_LAYER_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_HOOKS = (*_LAYER_HOOKS, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_TEST_ROWS = 8
+
+
+@dataclass
+class _Pair:
+    layer: nn.Module
+    dtype: torch.dtype = torch.float32
+    activation: nn.Module | None = None
+    problem: str | None = None
+
+
+@dataclass
+class _Search:
+    flow: Dataflow
+    pairs: dict[int, _Pair]  # by the layer's id
+    owners: Owners
+    relu_only: bool = False
+    recognized: dict[int, str | None] = field(default_factory=dict)
+
+    def name_of(self, module: nn.Module) -> str | None:
+        if id(module) not in self.recognized:
+            self.recognized[id(module)] = activation_of(module)
+        return self.recognized[id(module)]
+
+
+def fuse_activations(
+    flow: Dataflow, layers: Iterable[tuple[QuantizedLinear, torch.dtype]], owners: Owners
+) -> list[FusionReport]:
+    """Fuse what may be fused behind ``layers``, in place.
+
+    Args:
+        flow: traces of the model.
+        layers: quantized layers, with the dtype that the model computes in.
+        owners: for each module's id, the (parent, attribute) pairs that hold it.
+
+    Returns:
+        A line for each pair that was fused, and for each candidate that was not.
+    """
+    search = _search(flow, [_Pair(layer, dtype) for layer, dtype in layers], owners)
+    for activation in _activations(search):
+        _fuse(search, activation)
+    return _rows(search)
+
+
+def find_relus(
+    flow: Dataflow, layers: Iterable[nn.Module], owners: Owners
+) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[FusionReport]]:
+    """The ReLUs that may move into layers before them; nothing is changed yet.
+
+    Args:
+        flow: traces of the model.
+        layers: float layers, about to become layers that compute a ReLU if asked to.
+        owners: for each module's id, the (parent, attribute) pairs that hold it.
+
+    Returns:
+        Each ReLU with the layers that it is behind, to be given to :func:`absorb`; and a line for
+        each of them, and for each activation that has to stay.
+    """
+    search = _search(flow, [_Pair(layer) for layer in layers], owners, relu_only=True)
+    found = [(a, [pair.layer for pair in _behind(search, a)]) for a in _activations(search)]
+    return found, _rows(search)
+
+
+def absorb(activation: nn.Module, name: str, owners: Owners) -> None:
+    """Put an identity in all the places of an activation that the layers before it compute."""
+    place = FusedActivation(name, activation).train(activation.training)
+    for parent, attribute in owners[id(activation)]:
+        parent._modules[attribute] = place
+
+
+def _search(flow: Dataflow, pairs: list[_Pair], owners: Owners, relu_only: bool = False) -> _Search:
+    search = _Search(flow, {id(pair.layer): pair for pair in pairs}, owners, relu_only)
+    for pair in pairs:
+        _find_activation(search, pair)
+    _drop_dependent(search)
+    return search
+
+
+def _rows(search: _Search) -> list[FusionReport]:
+    return [
+        _row(search, pair)
+        for pair in search.pairs.values()
+        if pair.problem is not None or pair.activation is not None
+    ]
+
+
+def _row(search: _Search, pair: _Pair) -> FusionReport:
+    layers = (search.flow.name(pair.layer),)
+    what = ""
+    if pair.activation is not None:
+        name = search.name_of(pair.activation)
+        kind = type(pair.activation).__name__
+        what = f"{search.flow.name(pair.activation)} ({kind if name is None else name})"
+    if pair.problem is not None:
+        return FusionReport("activation", layers, what, "not fused", pair.problem)
+    return FusionReport("activation", layers, what, "fused", "")
+
+
+def _find_activation(search: _Search, pair: _Pair) -> None:
+    """Set ``activation`` where one follows the layer, and ``problem`` where it cannot be fused."""
+    calls = search.flow.calls.get(id(pair.layer), [])
+    followers = [(trace, user) for trace, node in calls for user in node.users]
+    modules = [trace.modules[user] for trace, user in followers if user in trace.modules]
+    found = [module for module in modules if _is_candidate(search, module)]
+    failure = search.flow.why_not_traced(pair.layer)
+    if not found:
+        functions = _RELU_FUNCTIONS if search.relu_only else _FUNCTIONS
+        called = [name for _, user in followers if (name := _function(user)) in functions]
+        if called:
+            kind = type(search.flow.callers[id(pair.layer)][0]).__name__
+            example = "nn.ReLU" if search.relu_only else "nn.GELU and the like"
+            pair.problem = (
+                f"{kind}.forward calls {called[0]} itself; as a module ({example}) it could be "
+                "fused"
+            )
+        elif failure is not None and _has_activation_beside(search, pair.layer):
+            pair.problem = failure
+        return
+    pair.activation = found[0]
+    pair.problem = (
+        failure
+        or _misuse(search, pair, calls)
+        or search.flow.why_not_traced(found[0])
+        or _misuse_of_activation(search, found[0])
+    )
+    if search.relu_only and search.name_of(found[0]) != "relu":
+        pair.problem = "its gradient needs the layer's output: in training a ReLU alone is fused"
+
+
+def _is_candidate(search: _Search, module: nn.Module) -> bool:
+    """An activation, or what people would take for one."""
+    named = type(module).__module__ == "torch.nn.modules.activation"
+    return named or search.name_of(module) is not None
+
+
+def _function(user: fx.Node) -> str | None:
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    return name if user.op in ("call_function", "call_method") else None
+
+
+def _has_activation_beside(search: _Search, layer: nn.Module) -> bool:
+    callers = search.flow.callers.get(id(layer), [])
+    beside = [module for caller in callers for module in held_by(caller)]
+    return any(not m._modules and search.name_of(m) is not None for m in beside)
+
+
+def _misuse(search: _Search, pair: _Pair, calls: list[tuple[Trace, fx.Node]]) -> str | None:
+    """Why the activation cannot move into the layer, by how the layer is used and called."""
+    layer, activation = pair.layer, pair.activation
+    computed = getattr(layer, "activation", "none")
+    if computed != "none":
+        return f"the layer computes {computed} already"
+    if any(getattr(layer, hooks) for hooks in _LAYER_HOOKS):
+        return "hooks on the layer would see other values"
+    for trace, node in calls:
+        users = list(node.users)
+        follower = trace.modules.get(users[0]) if len(users) == 1 else None
+        if len(users) > 1:
+            return "the layer's output is used elsewhere too"
+        if follower is not activation:
+            return "the layer's output does not always go there"
+        if users[0].args != (node,) or users[0].kwargs:
+            return "the activation takes more than the layer's output"
+    return None
+
+
+def _misuse_of_activation(search: _Search, activation: nn.Module) -> str | None:
+    name = search.name_of(activation)
+    kind = type(activation).__name__
+    if name is None:
+        return f"{kind} is none of the functions that a layer can compute"
+    if any(getattr(module, hooks) for module in activation.modules() for hooks in _HOOKS):
+        return "hooks on the activation would see other values"
+    if id(activation) not in search.owners:
+        return f"{kind} is not registered as a module of the model"
+    for _, node in search.flow.calls.get(id(activation), []):
+        if len(node.args) != 1 or node.kwargs:
+            return "the activation takes more than the layer's output"
+    return None
+
+
+def _activations(search: _Search) -> list[nn.Module]:
+    """The activations of the pairs that are still to be fused, each once."""
+    found = {
+        id(pair.activation): pair.activation
+        for pair in search.pairs.values()
+        if pair.activation is not None and pair.problem is None
+    }
+    return list(found.values())
+
+
+def _behind(search: _Search, activation: nn.Module) -> list[_Pair]:
+    return [p for p in search.pairs.values() if p.activation is activation and p.problem is None]
+
+
+def _drop_dependent(search: _Search) -> None:
+    """An activation goes away everywhere or nowhere: every call of it must be behind a pair's."""
+    for activation in _activations(search):
+        allowed = {id(pair.layer) for pair in _behind(search, activation)}
+        for trace, node in search.flow.calls[id(activation)]:
+            before = trace.modules.get(node.args[0])  # type: ignore[arg-type]
+            if before is None or id(before) not in allowed:
+                for pair in _behind(search, activation):
+                    pair.problem = "the activation is used elsewhere too"
+                break
+
+
+def _fuse(search: _Search, activation: nn.Module) -> None:
+    pairs, name = _behind(search, activation), search.name_of(activation)
+    assert name is not None
+    if not all(_agree(pair, activation, name) for pair in pairs):
+        for pair in pairs:
+            pair.problem = "the fused layer did not give the same values on random rows"
+        return
+    absorb(activation, name, search.owners)
+    for pair in pairs:
+        assert isinstance(pair.layer, QuantizedLinear)
+        pair.layer.activation = name
+
+
+@torch.no_grad()
+def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
+    """Whether the fused layer computes what the two did, but for rounding between and behind."""
+    layer, eps = pair.layer, torch.finfo(pair.dtype).eps
+    assert isinstance(layer, QuantizedLinear)
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.inference_mode(False), torch.device("cpu"):
+        shape = (_TEST_ROWS, layer.in_features)
+        rows = torch.randn(shape, generator=generator, dtype=torch.float32)
+        x = rows * torch.exp2(torch.arange(_TEST_ROWS) - 3.0)[:, None]
+        x = x.to(layer.packed.device, pair.dtype)
+        between = QuantizedLinear.forward(layer, x)
+        expected = activation(between.clone())
+        layer.activation = name
+        try:
+            got = QuantizedLinear.forward(layer, x)
+        finally:
+            layer.activation = "none"
+    if got.dtype != expected.dtype:
+        return False
+    # Slopes are at most 1.13, so what rounding moved between comes out at most 1.13 as large.
+    allowed = 2 * eps * (between.double().abs() + 1) + 4e-7 * between.double().abs().clamp(min=1)
+    return bool(((got.double() - expected.double()).abs() <= allowed).all())

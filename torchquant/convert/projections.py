@@ -1,0 +1,218 @@
+"""Finds quantized layers that are applied to one tensor, and has them computed together.
+
+What :class:`torchquant.nn.projections.ProjectionGroup` relies on at run time is proved here, on the
+traces of the forward that calls the layers: one order on every path; between the first call and the
+last nothing that could change their input in place, nor torch's modes; one place that calls each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+from torch import fx, nn
+
+from torchquant.graph.dataflow import Dataflow
+from torchquant.graph.modules import owners_by_module
+from torchquant.graph.trace import Trace, is_shape
+from torchquant.nn.fused import FusedActivation
+from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.projections import ProjectionGroup
+from torchquant.report import FusionReport
+
+Owners = dict[int, list[tuple[nn.Module, str]]]
+Members = tuple[QuantizedLinear, ...]
+
+# Methods and functions (by their names) that only read a tensor, or make a view of it.
+_READING = frozenset(
+    (
+        *("getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("add", "sub", "mul", "truediv", "floordiv", "neg", "pos", "matmul", "pow", "rsqrt"),
+        *("view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten"),
+        *("chunk", "split", "unbind", "squeeze", "unsqueeze", "expand", "repeat", "cat", "stack"),
+        *("to", "float", "type_as", "clone", "detach", "t", "mean", "sum", "softmax"),
+    )
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def group_projections(
+    flow: Dataflow, layers: Iterable[QuantizedLinear], owners: Owners
+) -> Iterator[FusionReport]:
+    """Group what may be computed together among ``layers``.
+
+    Args:
+        flow: traces of the model.
+        layers: quantized layers.
+        owners: for each module's id, the (parent, attribute) pairs that hold it.
+
+    Yields:
+        A line for each group, and for each set of layers on one tensor that is none.
+    """
+    wanted = {id(layer) for layer in layers}
+    taken: set[int] = set()
+    for members in _candidates(flow, wanted):
+        if any(id(member) in taken for member in members):
+            continue
+        taken.update(map(id, members))
+        names = tuple(flow.name(member) for member in members)
+        codes, problem = _proof(flow, members, owners)
+        if problem is None:
+            _form(codes, members)
+        action, reason = ("fused", "one product") if problem is None else ("not fused", problem)
+        yield FusionReport("projections", names, "", action, reason)  # type: ignore[arg-type]
+    yield from _unknown(flow, wanted, taken)
+
+
+def group_again(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    """Form the groups that a saved model had, where this model's forward allows them."""
+    modules = dict(model.named_modules())
+    named = [[modules[name] for name in group if name in modules] for group in groups]
+    found = [tuple(m for m in group if isinstance(m, QuantizedLinear)) for group in named]
+    flow = Dataflow(model, [member for members in found for member in members])
+    owners = owners_by_module(model)
+    for members in found:
+        if len(members) > 1 and all(member._group is None for member in members):
+            codes, problem = _proof(flow, members, owners)
+            if problem is None:
+                _form(codes, members)
+
+
+def groups_of(model: nn.Module) -> list[list[str]]:
+    """The names of the layers that are computed together, group by group, in their order."""
+    groups: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module._group is not None:
+            groups.setdefault(id(module._group), {})[module._group_index] = name
+    return [[names[index] for index in sorted(names)] for names in groups.values()]
+
+
+def _form(codes: Sequence[CodeType], members: Members) -> None:
+    group = ProjectionGroup(codes)
+    for index, member in enumerate(members):
+        group.join(index, member)
+
+
+def _candidates(flow: Dataflow, wanted: set[int]) -> list[Members]:
+    """Sets of layers that some trace calls on one tensor, in that order; the largest first."""
+    found: dict[tuple[int, ...], Members] = {}
+    for traces in flow.traces.values():
+        for trace in traces:
+            by_input: dict[fx.Node, list[Any]] = {}
+            for node, module in trace.modules.items():
+                sole = len(node.args) == 1 and not node.kwargs
+                source = node.args[0] if sole else None
+                known = isinstance(module, QuantizedLinear) and id(module) in wanted
+                if known and isinstance(source, fx.Node):
+                    by_input.setdefault(source, []).append(module)
+            for members in by_input.values():
+                if len(members) > 1:
+                    found.setdefault(tuple(map(id, members)), tuple(members))
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def _proof(flow: Dataflow, members: Members, owners: Owners) -> tuple[list[CodeType], str | None]:
+    """The code that calls each member, and why they cannot be grouped, or None where they can."""
+    codes: list[CodeType] = []
+    ids = [id(member) for member in members]
+    if len(set(ids)) < len(ids):
+        return codes, "a layer is called twice on the tensor"
+    problem = ProjectionGroup.obstacle(members)
+    if problem is not None:
+        return codes, problem
+    if any(len(owners.get(key, ())) != 1 for key in ids):
+        return codes, "a layer is registered in more than one place"
+    if any(getattr(member, hooks) for member in members for hooks in _HOOKS):
+        return codes, "hooks on a layer could change the tensor"
+    callers = {id(caller) for member in members for caller in flow.callers.get(id(member), [])}
+    if len(callers) != 1:
+        return codes, "they are called by different modules"
+    for trace in flow.traces[callers.pop()]:
+        problem = _order(trace, ids, codes)
+        if problem is not None:
+            return codes, problem
+    return codes, None
+
+
+def _order(trace: Trace, ids: list[int], codes: list[CodeType]) -> str | None:
+    """Check one trace: members called once, in order, with nothing harmful between them."""
+    calls = [node for node, module in trace.modules.items() if id(module) in ids]
+    if not calls and (trace.failure is None or _raises_when_run(trace)):
+        return None
+    if [id(trace.modules[node]) for node in calls] != ids:
+        kind = type(trace.root).__name__
+        return (
+            "they are not called once each, in one order, on every path"
+            if trace.failure is None
+            else f"{kind}.forward could not be traced ({trace.failure})"
+        )
+    seen = [trace.code[node] for node in calls]
+    codes[:] = codes or seen
+    if codes != seen:
+        return "they are called from several places"
+    if len({trace.modes[node] for node in calls}) > 1:
+        return "torch's modes change between them"
+    nodes = list(trace.graph.nodes)
+    between = nodes[nodes.index(calls[0]) : nodes.index(calls[-1])]
+    fresh: set[fx.Node] = set()  # made after the first call, from the layers' outputs alone
+    for node in between:
+        if node in calls or is_shape(node) or _from(node, fresh):
+            fresh.add(node)
+        elif not _only_reads(trace, node):
+            return f"{_describe(trace, node)} between them could change the tensor"
+    return None
+
+
+def _raises_when_run(trace: Trace) -> bool:
+    """A forward that takes apart an argument that is None fails with real tensors too."""
+    return "NoneType" in (trace.failure or "")
+
+
+def _from(node: fx.Node, fresh: set[fx.Node]) -> bool:
+    return bool(node.all_input_nodes) and all(
+        source in fresh or is_shape(source) for source in node.all_input_nodes
+    )
+
+
+def _only_reads(trace: Trace, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = trace.modules[node]
+        torchs = type(module).__module__.startswith("torch.nn.modules.")
+        ours = isinstance(module, (QuantizedLinear, FusedActivation))
+        plain = not any(getattr(module, hooks) for hooks in _HOOKS)
+        return (torchs or ours) and plain and not getattr(module, "inplace", False)
+    if node.op in ("call_function", "call_method"):
+        return _target(node) in _READING and "out" not in node.kwargs
+    return True  # placeholders, attributes
+
+
+def _target(node: fx.Node) -> str:
+    target: Any = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", "?")
+
+
+def _describe(trace: Trace, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"{type(trace.modules[node]).__name__} ({node.target})"
+    return _target(node)
+
+
+def _unknown(flow: Dataflow, wanted: set[int], taken: set[int]) -> Iterator[FusionReport]:
+    """Layers side by side in a module that could not be traced as far as their calls."""
+    by_caller: dict[int, list[QuantizedLinear]] = {}
+    for key in wanted - taken:
+        for caller in flow.callers.get(key, []):
+            module = next(m for m in caller.modules() if id(m) == key)
+            if isinstance(module, QuantizedLinear) and key not in flow.calls:
+                by_caller.setdefault(id(caller), []).append(module)
+    for caller_id, members in by_caller.items():
+        failures = [t for t in flow.traces.get(caller_id, []) if t.failure is not None]
+        alike = len({member.in_features for member in members}) < len(members)
+        if failures and alike:
+            order = [id(m) for m in failures[0].root.modules()]
+            members.sort(key=lambda member: order.index(id(member)))
+            kind = type(failures[0].root).__name__
+            reason = f"{kind}.forward could not be traced ({failures[0].failure})"
+            names = tuple(flow.name(member) for member in members)
+            yield FusionReport("projections", names, "", "not fused", reason)

@@ -1,0 +1,318 @@
+"""From the dispatcher's CUDA key to a kernel: Triton's where it can run, ATen's (csrc/aten) else.
+
+The dispatcher calls one short Python function per operator, which looks up the function prepared
+for the tensor's device. Preparing happens at an operator's first call on a device: is the device
+served, does Triton load, and does the kernel give the fallback's bits on a small case? Whatever
+fails there, or later in compiling and launching, leaves the operator to ATen, whose bits are the
+same, with one message. Errors of the device itself (a CUDA error, no memory) are passed on: another
+path would only hide or repeat them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torchquant.cuda.host import LEAST_CAPABILITY, MODULES, Host, Kernel, is_device_error
+
+PATHS = ("auto", "triton", "aten")
+PROBE = "quantize_per_token"
+
+
+class Dispatcher:
+    """Which function runs an operator on a device; one for the process.
+
+    Args:
+        host: see :class:`Host`.
+        key: the dispatch key whose kernels are replaced.
+        modules: the operators to replace, as :data:`MODULES`.
+    """
+
+    def __init__(
+        self, host: Host, key: str = "CUDA", modules: Mapping[str, str] | None = None
+    ) -> None:
+        self.host = host
+        self.key = key
+        self.modules = MODULES if modules is None else modules
+        self.path = "auto"
+        # Operator -> device's index -> what to call. Read without the lock, by every call.
+        self._prepared: dict[str, dict[int, Kernel]] = {name: {} for name in self.modules}
+        self._sound: set[tuple[str, int]] = set()  # gave the fallback's bits
+        self._device_reasons: dict[int, str] = {}
+        self._operator_reasons: dict[tuple[str, int], str] = {}
+        self._said: set[str] = set()
+        self._lock = threading.RLock()
+        self._library: torch.library.Library | None = None
+        if hasattr(os, "register_at_fork"):  # a lock that another thread held stays locked forever
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    # ---------------------------------------------------------------- registration
+
+    def register(self) -> None:
+        """Put Python functions in front of the C++ kernels of this key; once."""
+        with self._lock:
+            if self._library is not None:
+                return
+            self._library = torch.library.Library("torchquant", "IMPL")
+            with warnings.catch_warnings():
+                # torch tells of a replaced kernel, once a process: here it is meant.
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                for name in self.modules:
+                    self._library.impl(name, self._entry(name), self.key, allow_override=True)
+
+    def _entry(self, name: str) -> Kernel:
+        """What the dispatcher calls: as little as possible."""
+        get, prepare = self._prepared[name].get, self._prepare
+
+        def call(*arguments: Any) -> Any:
+            index = arguments[0].get_device()
+            kernel = get(index)
+            if kernel is None:
+                kernel = prepare(name, index)
+            return kernel(*arguments)
+
+        _hide_from_dynamo(call)
+        return call
+
+    # ---------------------------------------------------------------- the choice
+
+    def set_path(self, path: str) -> None:
+        """Choose for all calls from now on."""
+        with self._lock:
+            self.path = path
+            for prepared in self._prepared.values():
+                prepared.clear()
+
+    def reason(self, index: int) -> str | None:
+        """Why ATen serves this device; None where Triton does, or has not failed yet."""
+        missing = self.host.missing()
+        if missing is not None:
+            return missing
+        device = self.host.device(index)
+        if device.capability < LEAST_CAPABILITY:
+            major, minor = LEAST_CAPABILITY
+            return f"Triton's kernels need compute capability {major}.{minor} or higher"
+        return self._device_reasons.get(index)
+
+    def failures(self, index: int) -> dict[str, str]:
+        """Operators that are left to ATen on this device, and why."""
+        found = self._operator_reasons.items()
+        return {name: reason for (name, device), reason in found if device == index}
+
+    def probe(self, index: int) -> None:
+        """Prepare the simplest operator, so that :meth:`reason` is as good as after a call."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = set(self._said)
+            try:
+                self._prepare(PROBE, index)
+            except Exception as error:  # a result like any other: the device cannot be used
+                self._operator_reasons.setdefault((PROBE, index), failure(error))
+            self._said = said
+
+    def _aten(self, name: str) -> Kernel:
+        kernel: Kernel = getattr(torch.ops.torchquant_aten, name).default
+        return kernel
+
+    def _prepare(self, name: str, index: int) -> Kernel:
+        """First call of an operator on a device: choose, check, remember."""
+        aten = self._aten(name)
+        prepared = self._prepared[name]
+        if self.key == "CUDA" and index < 0:  # a CPU tensor came first: ATen names it
+            return prepared.setdefault(index, aten)
+        with self._lock:
+            if index in prepared:  # another thread was faster
+                return prepared[index]
+            if self.path == "aten":
+                return prepared.setdefault(index, aten)
+            reason = self.reason(index)
+            if reason is None and self.host.capturing():
+                return self._unprepared_in_a_capture(name, index, aten)
+            if reason is None:
+                kernel = self._checked_kernel(name, index)
+                if kernel is not None:
+                    return prepared.setdefault(index, self._guarded(name, index, kernel, aten))
+                reason = self._operator_reasons.get((name, index)) or self.reason(index)
+            if self.path == "triton":
+                raise RuntimeError(
+                    f"torchquant.{name} cannot run with Triton on {self.host.device(index)}: "
+                    f"{reason}. The path 'auto' would leave it to ATen's kernels"
+                )
+            prepared[index] = aten
+            self._say_left_to_aten(name, index)
+            return aten
+
+    def _unprepared_in_a_capture(self, name: str, index: int, aten: Kernel) -> Kernel:
+        """What a CUDA graph records whose capture is an operator's first call."""
+        first = f"torchquant.{name}: the first call on {self.host.device(index)} came during the "
+        first += "capture of a CUDA graph, which cannot wait for Triton's compiler"
+        remedy = "Call the model once before capturing it."
+        if self.path == "triton":
+            raise RuntimeError(f"{first}. {remedy}")
+        self._say(f"{first}; the graph holds ATen's kernels. {remedy}")
+        return aten
+
+    def _checked_kernel(self, name: str, index: int) -> Kernel | None:
+        """The operator's function if it works; else None, and the reason is recorded."""
+        if (name, index) in self._operator_reasons and self.path != "triton":
+            return None
+        broken = all(device != index for _, device in self._sound)  # nothing has worked there yet
+        try:
+            kernel = self.host.kernel(name)
+            if (name, index) in self._sound:
+                return kernel
+            with self.host.aside(index):
+                wrong = self.host.check(name, kernel, self._aten(name), index)
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            self._record(name, index, failure(error), broken and not self._works(name, index))
+            return None
+        if wrong is not None:
+            # Numbers cannot be trusted where one kernel computes wrong ones.
+            self._record(name, index, f"torchquant.{name} gave other bits ({wrong})", True)
+            return None
+        self._sound.add((name, index))
+        self._operator_reasons.pop((name, index), None)
+        return kernel
+
+    def _works(self, failed: str, index: int) -> bool:
+        """Whether the simplest operator runs where another one has failed as the first of all."""
+        if failed == PROBE or PROBE not in self.modules:
+            return False
+        try:
+            kernel = self.host.kernel(PROBE)
+            with self.host.aside(index):
+                wrong = self.host.check(PROBE, kernel, self._aten(PROBE), index)
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            return False
+        if wrong is None:
+            self._sound.add((PROBE, index))
+        return wrong is None
+
+    def _record(self, name: str, index: int, reason: str, whole_device: bool) -> None:
+        if not whole_device:
+            self._operator_reasons[name, index] = reason
+        elif self.path != "triton":  # that path raises, and may succeed the next time
+            self._device_reasons[index] = reason
+            for prepared in self._prepared.values():
+                prepared.pop(index, None)
+        else:
+            self._operator_reasons[name, index] = reason
+
+    def _guarded(self, name: str, index: int, kernel: Kernel, aten: Kernel) -> Kernel:
+        """A Triton function with what every one needs around it: devices, refusals, failures."""
+        positions = tensor_positions(aten)
+
+        def call(*arguments: Any) -> Any:
+            count = len(arguments)  # the dispatcher leaves trailing defaults out
+            for i in positions:
+                if i >= count:
+                    break
+                tensor = arguments[i]
+                if tensor is not None and tensor.get_device() != index:
+                    return aten(*arguments)  # raises, and names the argument
+            try:
+                result = kernel(*arguments)
+            except Exception as error:
+                return self._after_failure(name, index, error, arguments)
+            return aten(*arguments) if result is NotImplemented else result
+
+        return call
+
+    def _after_failure(
+        self, name: str, index: int, error: Exception, arguments: tuple[Any, ...]
+    ) -> Any:
+        """A Triton function raised: the arguments' fault, the device's, or the kernel's?"""
+        if is_device_error(error):
+            raise error
+        aten = self._aten(name)
+        result = self._judged(name, error, aten, arguments)
+        if "out of memory" in str(error):  # for the kernel's code: the next call may find some
+            return result
+        if self.path == "triton":
+            raise RuntimeError(
+                f"torchquant.{name}: Triton's kernel failed: {failure(error)}"
+            ) from error
+        with self._lock:
+            self._operator_reasons[name, index] = failure(error)
+            self._prepared[name][index] = aten
+        self._say_left_to_aten(name, index)
+        return result
+
+    def _judged(self, name: str, error: Exception, aten: Kernel, arguments: tuple[Any, ...]) -> Any:
+        """ATen's result; its error where the arguments are wrong."""
+        try:
+            return aten(*arguments)
+        except Exception as own:
+            if is_device_error(own) and self.host.capturing():
+                raise RuntimeError(
+                    f"torchquant.{name}: a kernel had to be compiled or loaded during the capture "
+                    "of a CUDA graph. Call the model once with the same shapes before capturing it"
+                ) from error
+            raise own from None
+
+    # ---------------------------------------------------------------- messages
+
+    def _say_left_to_aten(self, name: str, index: int) -> None:
+        device = self.host.device(index)
+        whole = self.reason(index)
+        reason = whole or self._operator_reasons[name, index]
+        what = "torchquant" if whole else f"torchquant.{name}"
+        where = device.name if whole else f"{device.name}, {name}"
+        self._say(
+            f"{what} runs with ATen's kernels on {device}: {reason}. The numbers are the same, "
+            "only slower. TORCHQUANT_CUDA_PATH=aten chooses this without a message.",
+            key=where,
+        )
+
+    def _say(self, message: str, key: str | None = None) -> None:
+        """Warn, once a process for each key."""
+        key = message if key is None else key
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def failure(error: BaseException) -> str:
+    """An exception in one line.
+
+    >>> failure(ValueError("first\\nsecond"))
+    'ValueError: first'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(".: ")
+
+
+def tensor_positions(operator: Kernel) -> tuple[int, ...]:
+    """Where an operator's arguments after the first are tensors, optional ones too."""
+    arguments = operator._schema.arguments  # type: ignore[attr-defined]
+    names = ("Tensor", "Optional[Tensor]")
+    return tuple(i for i, argument in enumerate(arguments) if i and str(argument.type) in names)
+
+
+def _hide_from_dynamo(function: Kernel) -> None:
+    """Run ``function``, and what it calls, as it is where Dynamo would trace it.
+
+    Under torch.compile a frame that Dynamo gave up runs eagerly, and Dynamo looks at every Python
+    frame below it, the operators' own included. torch.compiler.disable does the same, but imports
+    Dynamo (a second) and costs a few microseconds a call.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):  # another torch: traced, slower, as correct
+        pass

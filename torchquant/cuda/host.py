@@ -1,0 +1,166 @@
+"""What :mod:`torchquant.cuda.dispatch` must know of GPUs and of Triton, and asks here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+import torch
+
+# Operator -> module of torchquant.triton that has it in OPERATORS; what is missing here is ATen's.
+MODULES = {
+    "quantize_per_token": "linear_ops",
+    "int8_mm": "linear_ops",
+    "linear_dynamic": "linear_ops",
+    "linear_dynamic_split": "linear_ops",
+    "linear_static": "linear_ops",
+    "quantize_rows": "linear_ops",
+    "quantize_pack": "linear_ops",
+    "quantize": "training_ops",
+    "dequantize": "training_ops",
+    "activation": "training_ops",
+    "gated_activation": "training_ops",
+    "rms_norm": "training_ops",
+    "layer_norm": "training_ops",
+    "fake_quantize": "training_ops",
+    "fake_quantize_mask": "training_ops",
+    "in_range": "training_ops",
+    "positive": "training_ops",
+    "mask_gradient": "training_ops",
+    "fake_quantize_learned": "training_ops",
+    "fake_quantize_learned_backward": "training_ops",
+    "minmax": "training_ops",
+    "mm_fake_quantized": "training_ops",
+}
+
+LEAST_CAPABILITY = (8, 0)  # Ampere: int8 tensor cores that Triton's tl.dot compiles to
+
+Kernel = Callable[..., Any]
+
+# Triton's launcher reports errors of the driver as plain text. After these the process has lost
+# the device: ATen would raise the same.
+_LOST_DEVICE = (
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "unspecified launch failure",
+    "device-side assert",
+    "hardware stack error",
+    "uncorrectable",
+    "launch timed out",
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, as CUDA describes it; ``memory`` in bytes."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        return f"cuda:{self.index} ({self.name}, compute capability {major}.{minor})"
+
+
+class Host(Protocol):
+    """What a :class:`Dispatcher` asks of its surroundings; tests have others than CUDA."""
+
+    def device(self, index: int) -> Device:
+        """The device of that index."""
+        ...
+
+    def missing(self) -> str | None:
+        """Why Triton cannot be had at all; None if it can."""
+        ...
+
+    def kernel(self, name: str) -> Kernel:
+        """The operator's function in torchquant.triton; imports Triton."""
+        ...
+
+    def capturing(self) -> bool:
+        """Whether the current stream records a CUDA graph."""
+        ...
+
+    def aside(self, index: int) -> AbstractContextManager[None]:
+        """A block on that device which may wait for it."""
+        ...
+
+    def check(self, name: str, kernel: Kernel, aten: Kernel, index: int) -> str | None:
+        """Run a small case both ways; None if all bits agree, else what differs."""
+        ...
+
+
+class CudaHost:
+    """The :class:`Host` of real GPUs."""
+
+    def device(self, index: int) -> Device:
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        return Device(index, properties.name, capability, properties.total_memory)
+
+    def missing(self) -> str | None:
+        if torch.version.cuda is None:
+            return "this torch is not built for CUDA"
+        return None if triton_installed() else "triton is not installed (pip install triton)"
+
+    def kernel(self, name: str) -> Kernel:
+        module = importlib.import_module(f"torchquant.triton.{MODULES[name]}")
+        if MODULES[name] == "linear_ops":
+            importlib.import_module("torchquant.triton.gemm.tuning").install()
+        kernel: Kernel = module.OPERATORS[name]
+        return kernel
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def aside(self, index: int) -> AbstractContextManager[None]:
+        from torchquant.triton.tuning.choose import aside
+
+        return aside(torch.device("cuda", index))
+
+    def check(self, name: str, kernel: Kernel, aten: Kernel, index: int) -> str | None:
+        from torchquant.triton import selftest
+
+        return selftest.check(name, kernel, aten, torch.device("cuda", index))
+
+
+def triton_installed() -> bool:
+    """Whether ``import triton`` would find something; imports nothing."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_version() -> str | None:
+    """Triton's version, from its package's record; imports nothing."""
+    if not triton_installed():
+        return None
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the device, its memory or the host's is at fault, rather than a kernel.
+
+    >>> is_device_error(RuntimeError("Triton Error [CUDA]: an illegal memory access ..."))
+    True
+    >>> is_device_error(RuntimeError("PTX JIT compilation failed"))
+    False
+    """
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+        return True
+    text = str(error)
+    if text.startswith("CUDA error"):
+        return True
+    return text.startswith("Triton Error [CUDA]") and any(word in text for word in _LOST_DEVICE)

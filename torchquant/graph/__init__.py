@@ -1,0 +1,1 @@
+"""What a model's modules and forwards look like: owners, ties, traces, dataflow."""

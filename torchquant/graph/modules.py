@@ -1,0 +1,93 @@
+"""A model as a tree of modules: owners of a module, ties between tensors, replacing a module."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+# All that calling a module consults. Hooks on its state dict stay behind: they know another state.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """For each submodule's id, every (parent, attribute) under which it is registered."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                owners.setdefault(id(child), []).append((parent, attribute))
+    return owners
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module only holds others: it has no forward of its own.
+
+    Example:
+        >>> is_container(nn.ModuleList()), is_container(nn.Sequential())
+        (True, False)
+    """
+    return isinstance(module, _CONTAINERS) and type(module).forward in (
+        nn.Module.forward,
+        nn.ModuleList.forward,
+        nn.ModuleDict.forward,
+    )
+
+
+def held_by(module: nn.Module) -> list[nn.Module]:
+    """A module's children, and those in its lists and dictionaries of modules."""
+    held: list[nn.Module] = []
+    for child in module.children():
+        held += held_by(child) if is_container(child) else [child]
+    return held
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers in memory, shared ones once.
+
+    Example:
+        >>> tensor_bytes(nn.Linear(10, 10))
+        440
+    """
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if not is_lazy(t)]
+    return sum(t.numel() * t.element_size() for t in {memory_key(t): t for t in tensors}.values())
+
+
+def memory_key(tensor: torch.Tensor) -> Hashable:
+    """Equal where tensors are the same values in the same memory: a tie may be of two objects.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(4))
+        >>> memory_key(weight) == memory_key(weight.detach())
+        True
+    """
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), *layout
+
+
+def replace_module(owners: list[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` into ``old``'s places, the (parent, attribute) pairs of ``owners``.
+
+    Hooks go along, and the handles that remove them keep working: they hold the same dictionaries.
+    """
+    for hooks in HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    new.train(old.training)
+    for parent, attribute in owners:
+        parent._modules[attribute] = new

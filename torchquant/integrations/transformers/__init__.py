@@ -1,0 +1,1 @@
+"""Hugging Face transformers: attention on torchquant's operator."""

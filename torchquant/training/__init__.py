@@ -1,0 +1,1 @@
+"""Quantizers that train: observers, fake quantization, learned steps, and their state."""

@@ -1,0 +1,123 @@
+"""What the learned quantizers write into their parameters: first values, and projections.
+
+Plain functions on tensors, in place, and each as an operator that torch.compile leaves closed: the
+graph's own fusions could round differently, and a parameter that is written inside a graph would
+count as modified for what autograd saved of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchquant.functional._checks import MIN_SCALE
+from torchquant.training.range_search import least_squares_range
+from torchquant.training.state import gather, inside_backward
+
+
+@torch.no_grad()
+def project(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
+    """Positive steps, and offsets whose zero point lies in [qmin, qmax]; NaN stays."""
+    step.clamp_(min=MIN_SCALE)
+    if offset is not None:
+        offset.clamp_(min=-qmax * step, max=-qmin * step)
+
+
+@torch.no_grad()
+def initialize(
+    input: Tensor,
+    step: Tensor,
+    offset: Tensor | None,
+    initialized: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_name: str | None,
+) -> bool:
+    """Write the first step and offset; False, and nothing written, if all values are 0."""
+    x = input.detach()
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if offset is None:
+        first = _mean_step(rows, qmax, group_name)
+    else:
+        found = least_squares_range(rows, qmin, qmax, group_name)
+        first = None if found is None else found[0]
+        if found is not None:
+            offset.copy_(-found[1] * found[0])
+    if first is None:
+        return False
+    step.copy_(first)
+    initialized.fill_(1)
+    return True
+
+
+def _mean_step(rows: Tensor, qmax: int, group_name: str | None) -> Tensor | None:
+    """``2 * mean|v| / sqrt(Qp)`` of each row over all processes; None if all values are 0."""
+    finite = rows.isfinite()
+    # Sums and counts, so that processes with batches of different size count as they should.
+    total = torch.where(finite, rows, 0.0).abs().sum(1, dtype=torch.float64)
+    everyone = gather(torch.cat([total, finite.sum(1).double()]), group_name).sum(0)
+    total, count = everyone.chunk(2)
+    step = 2.0 * (total / count.clamp(min=1.0)) / math.sqrt(qmax)
+    empty = step == 0
+    if bool(empty.all()):
+        return None
+    # A channel of zeros takes the mean of the others: it may come to life.
+    step = torch.where(empty, step.sum() / (~empty).sum(), step)
+    return step.clamp(MIN_SCALE, torch.finfo(torch.float32).max).float()
+
+
+@torch.library.custom_op(
+    "torchquant_training::lsq_initialize_", mutates_args=("step", "offset", "initialized")
+)
+def initialize_operator(
+    input: Tensor,
+    step: Tensor,
+    offset: Tensor | None,
+    initialized: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_name: str | None,
+) -> None:
+    """:func:`initialize` in a compiled graph that was traced before the step was initialised."""
+    if not inside_backward() and not bool(initialized.item()):
+        initialize(input, step, offset, initialized, qmin, qmax, axis, group_name)
+
+
+@initialize_operator.register_fake
+def _(
+    input: Tensor,
+    step: Tensor,
+    offset: Tensor | None,
+    initialized: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_name: str | None,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("torchquant_training::lsq_project_", mutates_args=("step", "offset"))
+def project_operator(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
+    """:func:`project` as one opaque step of a compiled graph."""
+    project(step, offset, qmin, qmax)
+
+
+@project_operator.register_fake
+def _(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
+    return None
+
+
+@torch.library.custom_op("torchquant_training::clamp_", mutates_args=("value",))
+def clamp_operator(value: Tensor, least: float) -> None:
+    """``value`` at least ``least``, as one opaque step of a compiled graph."""
+    value.clamp_(min=least)
+
+
+@clamp_operator.register_fake
+def _(value: Tensor, least: float) -> None:
+    return None

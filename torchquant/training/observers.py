@@ -1,0 +1,412 @@
+"""Observers: modules that watch tensors go by and remember their range.
+
+``forward(x)`` returns x itself; ``calculate_qparams()`` turns the range seen so far into scale and
+zero point. The range lives in buffers, so it is saved, loaded and moved with the model, and it is
+updated on the tensor's device without the host waiting for it.
+
+Values that are not finite never enter a range: one infinity would make every later scale useless.
+They are counted instead; a layer warns when it meets its first, and :func:`report_nonfinite` lists
+the counts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchquant.ops  # noqa: F401 (loads the operators)
+from torchquant.functional.qparams import qparams_from_range
+from torchquant.scheme import PER_TENSOR, Granularity, PerTensor, quant_range
+from torchquant.training.state import (
+    Float32State,
+    adopt_shapes,
+    check_granularity,
+    check_input,
+    gather,
+    inside_backward,
+    layout,
+    process_group_name,
+    processes_of,
+)
+
+_INF = float("inf")
+
+
+class Observer(Float32State):
+    """Base of the observers: the range of everything seen, and the scales that follow from it.
+
+    State: ``min_val``, ``max_val`` float32 of the scale's shape (+inf and -inf before any data),
+    ``num_batches`` int64 ``[1]``, ``nonfinite`` int64 ``[1]``: how many values were NaN or
+    infinite. The state stays float32 under ``.to(torch.bfloat16)``.
+
+    With torch.distributed initialised, least, greatest and count are reduced over the processes in
+    one collective before anything is averaged, so that every process holds the range of the whole
+    batch; all processes must then call the observer equally often. The second forward of activation
+    checkpointing runs inside a backward pass and is not observed. On a GPU nothing waits for the
+    device but a change of mode, which looks whether values that were not finite have to be told of.
+
+    Args:
+        bits, signed, narrow_range: the integer range, see :func:`torchquant.quant_range`.
+            ``narrow_range=None`` is True for 8 bits signed symmetric, else False.
+        symmetric: zero point 0; else the range is widened to contain 0 and has a zero point.
+        granularity: which elements share a scale. Per token is refused: such ranges are computed
+            inside the operators.
+        shape: of the scales, where it should be known before the first batch; only per channel and
+            per group, whose state is of shape ``[0]`` until then.
+        process_group: processes to reduce over; None is the default group.
+        device: of the state.
+
+    Attributes:
+        name: what warnings and reports call this observer; ``prepare_qat_`` writes the layer's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is required and what came.
+
+    Example:
+        >>> observer = MinMaxObserver()
+        >>> x = observer(torch.tensor([-1.0, 3.0]))
+        >>> observer.calculate_qparams()
+        (tensor([0.0157]), tensor([-64], dtype=torch.int32))
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    num_batches: Tensor
+    nonfinite: Tensor
+    # Weight of the newest batch in a moving average; None: the range only ever grows.
+    averaging_constant: float | None = None
+
+    def __init__(
+        self,
+        *,
+        bits: int = 8,
+        signed: bool = True,
+        symmetric: bool = False,
+        granularity: Granularity = PER_TENSOR,
+        narrow_range: bool | None = None,
+        shape: tuple[int, ...] | None = None,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        who = type(self).__name__
+        if narrow_range is None:
+            narrow_range = bits == 8 and signed and symmetric
+        self.qmin, self.qmax = quant_range(bits, signed=signed, narrow_range=narrow_range)
+        self.symmetric = bool(symmetric)
+        self.granularity = check_granularity(who, granularity)
+        self.group_name = process_group_name(who, process_group)
+        self.name = ""
+        self._warned = False
+        if isinstance(granularity, PerTensor):
+            shape = (1,)
+        shape = (0,) if shape is None else tuple(shape)
+        # Dtypes are written out: people load models under another default dtype.
+        for name, value in (("min_val", _INF), ("max_val", -_INF)):
+            full = torch.full(shape, value, dtype=torch.float32, device=device)
+            self.register_buffer(name, full)
+        for name in ("num_batches", "nonfinite"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look at a float32, bfloat16 or float16 tensor and return it, the same object.
+
+        Raises:
+            TypeError, ValueError: no float tensor, on another device, or of a shape whose scales
+                are not of the shape seen before.
+        """
+        who = type(self).__name__
+        check_input(who, input, self.num_batches)
+        self._take_shape(who, input)
+        axis, group_size = layout(self.granularity)
+        state = (self.min_val, self.max_val, self.num_batches, self.nonfinite)
+        if torch.compiler.is_compiling():
+            _observe_operator(
+                input.detach(), *state, axis, group_size, self.averaging_constant, self.group_name
+            )
+            return input
+        if input.is_meta or inside_backward():
+            return input
+        _observe(input, *state, axis, group_size, self.averaging_constant, self.group_name)
+        # Reading a CPU tensor waits for nothing. On other devices: when the mode changes.
+        if not self._warned and self.nonfinite.is_cpu and self.nonfinite.numpy()[0]:
+            self._warn_nonfinite()
+        return input
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale float32 and zero point int32 of the range seen so far, see the numerics contract.
+
+        Groups without data get scale 1 and zero point 0 (or the nearest allowed); if there was no
+        data at all, a warning says so.
+        """
+        if not bool((self.num_batches > 0).item()):
+            warnings.warn(
+                f"{self._title()}: calculate_qparams was called before any data was observed and "
+                "returns scale 1; run batches through the observer first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return range_to_qparams(self.min_val, self.max_val, self.qmin, self.qmax, self.symmetric)
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        with torch.no_grad():
+            self.min_val.fill_(_INF)
+            self.max_val.fill_(-_INF)
+            self.num_batches.zero_()
+            self.nonfinite.zero_()
+        self._warned = False
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            self._warn_nonfinite()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return (
+            f"range [{self.qmin}, {self.qmax}], symmetric={self.symmetric}, "
+            f"granularity={self.granularity}"
+        )
+
+    def _title(self) -> str:
+        return f"{type(self).__name__} of {self.name}" if self.name else type(self).__name__
+
+    def _take_shape(self, who: str, input: Tensor) -> None:
+        shape = self.granularity.scale_shape(input.shape)
+        if tuple(self.min_val.shape) == shape:
+            return
+        if list(self.min_val.shape) != [0]:
+            raise ValueError(
+                f"{who}: input must have ranges of shape {list(self.min_val.shape)} as before, got "
+                f"{list(input.shape)}, whose ranges for {self.granularity} have shape "
+                f"{list(shape)}; use one observer for each tensor"
+            )
+        # Tensors born in inference mode could not be updated outside it.
+        with torch.inference_mode(False):
+            self.min_val = torch.full(
+                shape, _INF, dtype=torch.float32, device=self.num_batches.device
+            )
+            self.max_val = torch.full(
+                shape, -_INF, dtype=torch.float32, device=self.num_batches.device
+            )
+
+    def _warn_nonfinite(self) -> None:
+        if self._warned or self.nonfinite.is_meta:
+            return
+        count = int(self.nonfinite.item())
+        if count:
+            self._warned = True
+            warnings.warn(
+                f"{self._title()}: {count} values were NaN or infinite and are left out of the "
+                "range; torchquant.report_nonfinite(model) lists the counts of all layers",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        adopt_shapes(self, state_dict, prefix, "min_val", "max_val")
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
+
+class MinMaxObserver(Observer):
+    """The least and the greatest finite value ever seen.
+
+    Arguments, state and errors: see :class:`Observer`.
+
+    Example:
+        >>> from torchquant import PerAxis
+        >>> observer = MinMaxObserver(bits=4, symmetric=True, granularity=PerAxis(0))
+        >>> weight = observer(torch.tensor([[0.7, -0.1], [0.2, -1.4]]))
+        >>> observer.calculate_qparams()
+        (tensor([0.1000, 0.2000]), tensor([0, 0], dtype=torch.int32))
+    """
+
+
+class MovingAverageMinMaxObserver(Observer):
+    """Exponential moving averages of each batch's least and greatest finite value.
+
+    ``min = min + c * (batch_min - min)``, computed in float64 and rounded once; the first batch is
+    taken as it is, a batch without finite values is passed over.
+
+    Args:
+        averaging_constant: c, above 0 and at most 1.
+        others: see :class:`Observer`.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018), section 3.1.
+
+    Example:
+        >>> observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
+        >>> for batch in (torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 3.0])):
+        ...     batch = observer(batch)
+        >>> observer.min_val, observer.max_val
+        (tensor([-0.5000]), tensor([2.]))
+    """
+
+    def __init__(self, averaging_constant: float = 0.01, **options: Any) -> None:
+        super().__init__(**options)
+        number = isinstance(averaging_constant, (int, float))
+        if not number or isinstance(averaging_constant, bool) or not 0 < averaging_constant <= 1:
+            raise ValueError(
+                "MovingAverageMinMaxObserver: averaging_constant must be a number above 0 and at "
+                f"most 1, got {averaging_constant!r}; 0.01 averages over about 100 batches"
+            )
+        self.averaging_constant = float(averaging_constant)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}"
+
+
+def report_nonfinite(model: nn.Module) -> dict[str, int]:
+    """How many NaN and infinite values the observers of a model met, by layer.
+
+    Args:
+        model: any module.
+
+    Returns:
+        layer name -> count, for layers that met any. The name is the one that ``prepare_qat_``
+        gave, else the observer's path in the model.
+
+    Raises:
+        TypeError: model is no nn.Module.
+
+    Example:
+        >>> import warnings
+        >>> model = nn.Sequential(MinMaxObserver())
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     x = model(torch.tensor([1.0, float("nan")]))
+        >>> report_nonfinite(model), len(caught)
+        ({'0': 1}, 1)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report_nonfinite: model must be an nn.Module, got {type(model).__name__}")
+    counts: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Observer) and not module.nonfinite.is_meta:
+            count = int(module.nonfinite.item())
+            if count:
+                name = module.name or path
+                counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def range_to_qparams(
+    min_val: Tensor, max_val: Tensor, qmin: int, qmax: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of observed ranges; +inf and -inf (no data) count as a range of zero.
+
+    Args:
+        min_val, max_val: float32 of one shape, as an observer keeps them.
+        qmin, qmax, symmetric: see :func:`torchquant.functional.qparams_from_range`.
+
+    Returns:
+        ``(scale float32, zero_point int32)`` of min_val's shape.
+
+    Example:
+        >>> range_to_qparams(torch.tensor([-1.0]), torch.tensor([3.0]), -128, 127, False)
+        (tensor([0.0157]), tensor([-64], dtype=torch.int32))
+    """
+    empty = min_val > max_val
+    return qparams_from_range(
+        torch.where(empty, 0.0, min_val),
+        torch.where(empty, 0.0, max_val),
+        qmin=qmin,
+        qmax=qmax,
+        symmetric=symmetric,
+    )
+
+
+@torch.no_grad()
+def _observe(
+    input: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    num_batches: Tensor,
+    nonfinite: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    averaging_constant: float | None,
+    group_name: str | None,
+) -> None:
+    """Update an observer's four buffers, in place, with what one batch holds."""
+    least, greatest, bad = torch.ops.torchquant.minmax.default(input.detach(), axis, group_size)
+    fresh = torch.stack([least, greatest])
+    if processes_of(group_name) > 1:
+        # float64 holds float32 values and counts exactly, so one collective carries all three.
+        everyone = gather(torch.cat([fresh.flatten().double(), bad.double()]), group_name)
+        size = least.numel()
+        ends = torch.stack([everyone[:, :size].amin(0), everyone[:, size:-1].amax(0)])
+        fresh = ends.float().view(fresh.shape)
+        bad = everyone[:, -1:].sum(0).long()
+    if averaging_constant is None:
+        min_val.copy_(torch.minimum(min_val, fresh[0]))
+        max_val.copy_(torch.maximum(max_val, fresh[1]))
+    else:
+        old = torch.stack([min_val, max_val])
+        # In float64 the difference cannot overflow.
+        mixed = (old.double() + averaging_constant * (fresh.double() - old.double())).float()
+        updated = torch.where(fresh.isinf(), old, torch.where(old.isinf(), fresh, mixed))
+        min_val.copy_(updated[0])
+        max_val.copy_(updated[1])
+    num_batches.add_(1)
+    nonfinite.add_(bad)
+
+
+@torch.library.custom_op(
+    "torchquant_training::observe_",
+    mutates_args=("min_val", "max_val", "num_batches", "nonfinite"),
+)
+def _observe_operator(
+    input: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    num_batches: Tensor,
+    nonfinite: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    averaging_constant: float | None,
+    group_name: str | None,
+) -> None:
+    """:func:`_observe` as one opaque step of a compiled graph; asks at run time who is calling."""
+    if not inside_backward():
+        _observe(
+            input,
+            min_val,
+            max_val,
+            num_batches,
+            nonfinite,
+            axis,
+            group_size,
+            averaging_constant,
+            group_name,
+        )
+
+
+@_observe_operator.register_fake
+def _(
+    input: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    num_batches: Tensor,
+    nonfinite: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    averaging_constant: float | None,
+    group_name: str | None,
+) -> None:
+    return None
+
+
+__all__ = [
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "Observer",
+    "range_to_qparams",
+    "report_nonfinite",
+]

@@ -1,0 +1,1 @@
+"""Chooses kernel configurations by measuring, and keeps the choices in a file."""
