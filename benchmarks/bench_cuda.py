@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchquant
-from torchquant import QATConfig
+from torchquant import QATConfig, TrainingConfig
 from torchquant.bench import machine
 from torchquant.nn import QATLinear, QuantizedLinear
 
@@ -636,7 +636,7 @@ def qat(run: Run) -> None:
 
         return make
 
-    def trained(config: QATConfig, half: bool) -> Callable[[], list[Call]]:
+    def trained(config: TrainingConfig, half: bool) -> Callable[[], list[Call]]:
         def make() -> list[Call]:
             names = ("relu", "relu", "none")
             layers = [

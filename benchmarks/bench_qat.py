@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import torchquant
-from torchquant import QATConfig
+from torchquant import QATConfig, TrainingConfig
 from torchquant.bench import machine
 from torchquant.nn import QATLinear
 
@@ -57,7 +57,7 @@ def float_model(sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def our_model(sizes: list[int], config: QATConfig) -> nn.Sequential:
+def our_model(sizes: list[int], config: TrainingConfig) -> nn.Sequential:
     """The same with the ReLU absorbed."""
     linears = [layer for layer in float_model(sizes) if isinstance(layer, nn.Linear)]
     activations = ["relu"] * (len(linears) - 1) + ["none"]

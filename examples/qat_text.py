@@ -47,7 +47,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from torchquant import LSQQuantizer, QATConfig, convert_, parameter_groups, prepare_qat_, verify
+from torchquant import (
+    LSQQuantizer,
+    QATConfig,
+    TrainingConfig,
+    convert_,
+    parameter_groups,
+    prepare_qat_,
+    verify,
+)
 from torchquant.bench.machine import cpu_slug, today
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -101,8 +109,8 @@ class Setting:
     `bound`: bits per byte above the float baseline, relative.
     """
 
-    qat: QATConfig
-    ptq: QATConfig
+    qat: TrainingConfig
+    ptq: TrainingConfig
     bound: float
 
 

@@ -5,21 +5,27 @@ The verbs are here; :mod:`torchquant.functional` is the specification in plain t
 :mod:`torchquant.cuda` the choice of instruction set and of the path on a GPU.
 """
 
-from torchquant import cpu, cuda, functional, nn, observers, ops, qat
+from torchquant import configs, cpu, cuda, functional, nn, observers, ops, qat
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
+    Dynamic,
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
     Int8StaticActivationInt8WeightConfig,
     IntxActivationIntxWeightConfig,
-    QATConfig,
+    QuantizationConfig,
+    Static,
+    Weights,
 )
 from torchquant.convert.norms import NormReport, NormsReport, replace_norms_
-from torchquant.convert.qat import QATSchedule, convert_, prepare_qat_, to_float
+from torchquant.convert.qat import convert_, prepare_qat_
 from torchquant.convert.quantize import quantize_
-from torchquant.files.io import load, save
+from torchquant.convert.stages import QATSchedule
+from torchquant.convert.to_float import to_float_
+from torchquant.files.load import load
+from torchquant.files.save import save
 from torchquant.integrations.transformers.attention import replace_attention_
-from torchquant.nn import QATLinear
+from torchquant.nn import QATLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import (
@@ -30,6 +36,7 @@ from torchquant.scheme import (
     PerToken,
     quant_range,
 )
+from torchquant.training.configuration import QATConfig, TrainingConfig
 from torchquant.training.fake_quantize import FakeQuantize
 from torchquant.training.fake_quantizer import FakeQuantizer
 from torchquant.training.learned_steps import (
@@ -47,6 +54,7 @@ from torchquant.training.observers import (
 from torchquant.version import __version__
 
 __all__ = [
+    "Dynamic",
     "FakeQuantize",
     "FakeQuantizer",
     "Fusion",
@@ -72,9 +80,15 @@ __all__ = [
     "QATConfig",
     "QATLinear",
     "QATSchedule",
+    "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedLinear",
+    "Static",
+    "TrainingConfig",
     "VerifyReport",
+    "Weights",
     "__version__",
+    "configs",
     "convert_",
     "cpu",
     "cuda",
@@ -93,6 +107,6 @@ __all__ = [
     "replace_norms_",
     "report_nonfinite",
     "save",
-    "to_float",
+    "to_float_",
     "verify",
 ]

@@ -1,327 +1,395 @@
-"""What to quantize how: frozen dataclasses, so that a wrong combination cannot be written.
+"""What to quantize how: a configuration is made of parts, and a layer matches on their types.
 
-Class names follow torchao; the fields are torchquant's.
+``QuantizationConfig(weights=Weights(bits=4), activations=Dynamic(symmetric=True))`` spells the
+parts out. The well-known names (:func:`Int8DynamicActivationInt8WeightConfig` and others, which
+follow torchao) are functions that build the same values. Parts are frozen dataclasses; a subclass
+of :class:`Weights` or :class:`Activations` is a new part, and files can hold it as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
-from torchquant.scheme import MAX_BITS, MIN_BITS, quant_range
+from torchquant.scheme import (
+    MAX_BITS,
+    MIN_BITS,
+    PER_CHANNEL,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    quant_range,
+)
+
+__all__ = [
+    "Activations",
+    "Dynamic",
+    "Fusion",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
+    "IntxActivationIntxWeightConfig",
+    "Part",
+    "QuantizationConfig",
+    "Static",
+    "Weights",
+    "check_config",
+    "check_fusion",
+    "config_from_dict",
+    "config_to_dict",
+]
+
+_GRANULARITIES = (PerTensor, PerAxis, PerGroup, PerToken)
+# The classes that a file may name: granularities, and every subclass of Part.
+_CLASSES: dict[str, type] = {cls.__name__: cls for cls in _GRANULARITIES}
+_EXAMPLE = "Int8DynamicActivationInt8WeightConfig()"
 
 
-@dataclass(frozen=True)
-class Int8DynamicActivationInt8WeightConfig:
-    """int8 weights, one scale per output channel; int8 activations, one scale per token.
+def _range(bits: int, symmetric: bool, narrow: bool | None = None) -> tuple[int, int]:
+    return quant_range(bits, narrow_range=symmetric and bits == 8 if narrow is None else narrow)
 
-    The default choice for Linear layers: activation scales are found at run time, so there is no
-    calibration data, and each token's range is its own, so a token gives the same bits alone and in
-    any batch.
 
-    Args:
-        activation_symmetric: activations in [-127, 127]; False: [-128, 127] with a zero point per
-            token, finer wherever values lean to one side (after GELU or ReLU, say, but inside
-            transformers in general) and some 5 % slower, hence the default.
-        symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+def _flags(who: str, activation: bool, weight: bool) -> tuple[bool, bool]:
+    _require_boolean(who, "activation_symmetric", activation)
+    _require_boolean(who, "weight_symmetric", weight)
+    return activation, weight
+
+
+def _require_boolean(who: str, name: str, value: object, or_none: str = "") -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: {name} must be True or False{or_none}, got {value!r}")
+
+
+def _require_booleans(part: object, name: str, optional: bool = False) -> None:
+    value = getattr(part, name)
+    if not (optional and value is None):
+        or_none = ", or None" if optional else ""
+        _require_boolean(type(part).__name__, name, value, or_none)
+
+
+def _require_bits(who: str, name: str, bits: object) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(
+            f"{who}: {name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}"
+        )
+
+
+class Part:
+    """A frozen dataclass whose values a file can hold: numbers, strings, None and other parts.
+
+    A subclass is registered under its name, so that files that name it can be read. Names are
+    unique.
+
+    Raises:
+        TypeError: another class has the subclass's name.
 
     Example:
-        >>> Int8DynamicActivationInt8WeightConfig(activation_symmetric=True)
-        Int8DynamicActivationInt8WeightConfig(activation_symmetric=True, symmetric=True)
+        >>> Weights(bits=4).with_bits(2)
+        Weights(bits=2, symmetric=True, narrow_range=None, granularity=PerAxis(axis=0))
     """
 
-    activation_symmetric: bool = False
-    symmetric: bool = True
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        other = _CLASSES.get(cls.__name__, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"Part: the name of a part must be unique, got {cls.__name__!r} for "
+                f"{cls.__module__}.{cls.__qualname__} and for {other.__module__}."
+                f"{other.__qualname__}; rename the new class"
+            )
+        _CLASSES[cls.__name__] = cls
 
-    def __post_init__(self) -> None:
-        _require_booleans(self)
+    def with_bits(self, bits: int) -> Any:
+        """The same part with another width."""
+        return replace(self, bits=bits)  # type: ignore[type-var]
 
-    @property
-    def static(self) -> bool:
-        """Whether activations have one scale for good; here each token's is found at run time."""
-        return False
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits of a weight: 8."""
-        return 8
-
-    @property
-    def activation_bits(self) -> int:
-        """Bits of an activation: 8."""
-        return 8
-
-    @property
-    def weight_range(self) -> tuple[int, int]:
-        """Least and greatest integer of a weight."""
-        return quant_range(8, narrow_range=self.symmetric)
-
-    @property
-    def activation_range(self) -> tuple[int, int]:
-        """Least and greatest integer of an activation."""
-        return quant_range(8, narrow_range=self.activation_symmetric)
+    def deployed(self) -> Any:
+        """The part of a layer that was trained with this one; the part itself by default."""
+        return self
 
 
 @dataclass(frozen=True)
-class Int8StaticActivationInt8WeightConfig:
+class Weights(Part):
+    """How a layer's weight becomes integers.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: no zero point; False: a zero point for each scale.
+        narrow_range: whether the least integer is left out; None: only for symmetric weights of 8
+            bits, which is [-127, 127].
+        granularity: which elements share a scale; ``PerAxis(0)`` is one scale per output channel.
+
+    Raises:
+        TypeError: a flag is not a bool, or granularity is not one of the granularity classes.
+        ValueError: bits is not an integer from 2 to 8.
+
+    Example:
+        >>> Weights().range, Weights(bits=4).range, Weights(symmetric=False).range
+        ((-127, 127), (-8, 7), (-128, 127))
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    narrow_range: bool | None = None
+    granularity: Granularity = PER_CHANNEL
+
+    def __post_init__(self) -> None:
+        _require_bits(type(self).__name__, "bits", self.bits)
+        _require_booleans(self, "symmetric")
+        _require_booleans(self, "narrow_range", optional=True)
+        if not isinstance(self.granularity, _GRANULARITIES):
+            raise TypeError(
+                f"{type(self).__name__}: granularity must be PerTensor(), PerAxis(axis), "
+                f"PerGroup(group_size) or PerToken(), got {self.granularity!r}"
+            )
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Least and greatest integer of a weight."""
+        return _range(self.bits, self.symmetric, self.narrow_range)
+
+    def __str__(self) -> str:
+        zero = "" if self.symmetric else " with zero point"
+        where = {PER_CHANNEL: "per channel", PerTensor(): "per tensor"}
+        return f"int{self.bits} {where.get(self.granularity, self.granularity)}{zero}"
+
+
+@dataclass(frozen=True)
+class Activations(Part):
+    """How the activations that enter a layer become integers; the base class of such parts.
+
+    Example:
+        >>> isinstance(Dynamic(), Activations), Activations.needs_calibration
+        (True, False)
+    """
+
+    # Whether values have to be observed or learned before a layer can be made.
+    needs_calibration: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Dynamic(Activations):
+    """One scale per token, from the token's own range at run time.
+
+    No calibration data is needed, and a token gives the same bits alone and in any batch.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: activations in [-qmax, qmax]; False: the whole range with a zero point per token.
+            That is finer where values lean to one side (after GELU or ReLU, and in general inside
+            transformers) and about 5 % slower.
+
+    Raises:
+        TypeError: symmetric is not a bool.
+        ValueError: bits is not an integer from 2 to 8.
+
+    Example:
+        >>> Dynamic().range, Dynamic(symmetric=True).range
+        ((-128, 127), (-127, 127))
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _require_bits(type(self).__name__, "bits", self.bits)
+        _require_booleans(self, "symmetric")
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Least and greatest integer of an activation."""
+        return _range(self.bits, self.symmetric)
+
+    def __str__(self) -> str:
+        return f"int{self.bits} per token{'' if self.symmetric else ' with zero point'}"
+
+
+@dataclass(frozen=True)
+class Static(Activations):
+    """One scale for the whole tensor, observed or learned before; values beyond saturate.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: no zero point.
+        narrow_range: whether the least integer is left out; None: only for symmetric activations of
+            8 bits, which is what observed ranges give. Learned steps use all levels.
+
+    Raises:
+        TypeError: a flag is not a bool.
+        ValueError: bits is not an integer from 2 to 8.
+
+    Example:
+        >>> Static().range, Static(symmetric=True, narrow_range=False).range
+        ((-128, 127), (-128, 127))
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    bits: int = 8
+    symmetric: bool = False
+    narrow_range: bool | None = None
+
+    def __post_init__(self) -> None:
+        _require_bits(type(self).__name__, "bits", self.bits)
+        _require_booleans(self, "symmetric")
+        _require_booleans(self, "narrow_range", optional=True)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Least and greatest integer of an activation."""
+        return _range(self.bits, self.symmetric, self.narrow_range)
+
+    def __str__(self) -> str:
+        return f"int{self.bits} per tensor{'' if self.symmetric else ' with zero point'}"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig(Part):
+    """How a layer is quantized: its weight, and the activations that enter it.
+
+    Args:
+        weights: a :class:`Weights`.
+        activations: :class:`Dynamic`, :class:`Static`, or another :class:`Activations`.
+
+    Raises:
+        TypeError: a part is of another type.
+
+    Example:
+        >>> QuantizationConfig(Weights(bits=4)) == IntxActivationIntxWeightConfig(4)
+        True
+    """
+
+    weights: Weights = field(default_factory=Weights)
+    activations: Any = field(default_factory=Dynamic)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("weights", Weights), ("activations", Activations)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                example = {"weights": "Weights()", "activations": "Dynamic() or Static()"}[name]
+                raise TypeError(f"QuantizationConfig: {name} must be {example}, got {value!r}")
+
+
+def Int8DynamicActivationInt8WeightConfig(
+    activation_symmetric: bool = False, weight_symmetric: bool = True
+) -> QuantizationConfig:
+    """int8 weights, one scale per output channel; int8 activations, one scale per token.
+
+    This is the default choice for linear layers: activation scales are computed at run time.
+
+    Args:
+        activation_symmetric: see :class:`Dynamic`.
+        weight_symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Example:
+        >>> Int8DynamicActivationInt8WeightConfig(activation_symmetric=True).activations
+        Dynamic(bits=8, symmetric=True)
+    """
+    who = "Int8DynamicActivationInt8WeightConfig"
+    flags = _flags(who, activation_symmetric, weight_symmetric)
+    return QuantizationConfig(Weights(symmetric=flags[1]), Dynamic(symmetric=flags[0]))
+
+
+def Int8StaticActivationInt8WeightConfig(
+    activation_symmetric: bool = False,
+    weight_symmetric: bool = True,
+    activation_narrow_range: bool | None = None,
+) -> QuantizationConfig:
     """int8 weights, one scale per output channel; int8 activations, one scale for the tensor.
 
     The scale of the activations has to be learned or observed before:
-    :func:`torchquant.prepare_qat_` and :func:`torchquant.convert_`. No range is searched for at run
-    time, and values beyond the range saturate.
+    :func:`torchquant.prepare_qat_` and :func:`torchquant.convert_`.
 
     Args:
         activation_symmetric: activations without zero point.
-        symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
-        activation_narrow_range: whether activations leave out -128; None: where they are symmetric,
-            which is what observed ranges give. Learned steps use all 256 levels.
+        weight_symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+        activation_narrow_range: see :class:`Static`.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        TypeError: a flag is not a bool.
 
     Example:
-        >>> Int8StaticActivationInt8WeightConfig().activation_range
+        >>> Int8StaticActivationInt8WeightConfig().activations.range
         (-128, 127)
     """
-
-    activation_symmetric: bool = False
-    symmetric: bool = True
-    activation_narrow_range: bool | None = None
-
-    def __post_init__(self) -> None:
-        _require_booleans(self, optional=("activation_narrow_range",))
-
-    @property
-    def static(self) -> bool:
-        """Whether activations have one scale for good: they have."""
-        return True
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits of a weight: 8."""
-        return 8
-
-    @property
-    def activation_bits(self) -> int:
-        """Bits of an activation: 8."""
-        return 8
-
-    @property
-    def weight_range(self) -> tuple[int, int]:
-        """Least and greatest integer of a weight."""
-        return quant_range(8, narrow_range=self.symmetric)
-
-    @property
-    def activation_range(self) -> tuple[int, int]:
-        """Least and greatest integer of an activation."""
-        return _activation_range(8, self.activation_symmetric, self.activation_narrow_range)
+    who = "Int8StaticActivationInt8WeightConfig"
+    flags = _flags(who, activation_symmetric, weight_symmetric)
+    if activation_narrow_range is not None:
+        _require_boolean(who, "activation_narrow_range", activation_narrow_range, ", or None")
+    activations = Static(8, flags[0], activation_narrow_range)
+    return QuantizationConfig(Weights(symmetric=flags[1]), activations)
 
 
-@dataclass(frozen=True)
-class IntxActivationIntxWeightConfig:
+def IntxActivationIntxWeightConfig(
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    static: bool = False,
+    activation_symmetric: bool = False,
+    weight_symmetric: bool = True,
+) -> QuantizationConfig:
     """Weights and activations of 2 to 8 bits each, on the int8 kernels.
 
-    Integers of fewer bits are stored and multiplied as int8: the same bits as a narrower kernel
-    would give, no faster than 8 bits.
+    Integers of fewer bits are stored and multiplied as int8: they have the bits that a narrower
+    kernel would give, and are no faster and no smaller than 8 bits.
 
     Args:
         weight_bits: 2 to 8; one scale per output channel.
         activation_bits: 2 to 8.
         static: one scale for the activations, learned or observed before; False: one per token,
-            found at run time.
+            computed at run time.
         activation_symmetric: activations without zero point.
-        symmetric: weights without zero point.
-        activation_narrow_range: static activations only: whether they leave out the least integer;
-            None: where they have 8 bits and are symmetric.
+        weight_symmetric: weights without zero point.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        TypeError: a flag is not a bool.
+        ValueError: a width is not an integer from 2 to 8.
 
     Example:
         >>> config = IntxActivationIntxWeightConfig(weight_bits=4)
-        >>> config.weight_range, config.activation_range
+        >>> config.weights.range, config.activations.range
         ((-8, 7), (-128, 127))
     """
-
-    weight_bits: int = 4
-    activation_bits: int = 8
-    static: bool = False
-    activation_symmetric: bool = False
-    symmetric: bool = True
-    activation_narrow_range: bool | None = None
-
-    def __post_init__(self) -> None:
-        _require_bits(self, "weight_bits", "activation_bits")
-        _require_booleans(
-            self, but=("weight_bits", "activation_bits"), optional=("activation_narrow_range",)
-        )
-        if self.activation_narrow_range is not None and not self.static:
-            raise ValueError(
-                "IntxActivationIntxWeightConfig: activation_narrow_range must be None unless "
-                f"static=True, got {self.activation_narrow_range}; the range of a token has all "
-                "levels that its zero point can use"
-            )
-
-    @property
-    def weight_range(self) -> tuple[int, int]:
-        """Least and greatest integer of a weight."""
-        return quant_range(self.weight_bits, narrow_range=self.symmetric and self.weight_bits == 8)
-
-    @property
-    def activation_range(self) -> tuple[int, int]:
-        """Least and greatest integer of an activation."""
-        return _activation_range(
-            self.activation_bits, self.activation_symmetric, self.activation_narrow_range
-        )
-
-
-Config: TypeAlias = (
-    Int8DynamicActivationInt8WeightConfig
-    | Int8StaticActivationInt8WeightConfig
-    | IntxActivationIntxWeightConfig
-)
-
-
-@dataclass(frozen=True)
-class QATConfig:
-    """How a model is trained for quantization: widths, and where ranges come from.
-
-    Weights have one scale per output channel: from the channel's own range at each step, or a
-    learned step (LSQ, Esser et al., ICLR 2020). Activations are quantized per token with the range
-    of the token, or (``activations="static"``) with one scale: a moving average of observed ranges,
-    or a learned step.
-
-    Args:
-        weight_bits, activation_bits: 2 to 8.
-        activations: "dynamic" (per token) or "static".
-        learned_weights: learn the weights' steps.
-        learned_activations: learn the activations' step. Static activations only: the scale of a
-            token's own range is computed, there is nothing to learn.
-        learned_offset: learn an offset beside the step (LSQ+, Bhalgat et al., 2020); it becomes an
-            integer zero point.
-        symmetric: weights without zero point.
-        activation_symmetric: observed or per-token activations without zero point. Beside a learned
-            step there is one where ``learned_offset`` is set or ``activation_signed`` is not.
-        activation_signed: False for learned steps of activations that are never negative (behind
-            a ReLU): all levels for the positive side.
-        averaging_constant: weight of the newest batch in the moving average of observed ranges.
-        edge_bits: bits for weights and activations of the first and the last layer; None: as
-            everywhere. LSQ keeps them at 8. At 8 bits their weights take each channel's own range,
-            also with ``learned_weights``: LSQ's first step is six times as coarse.
-        simulate: compute with float values of the integers instead of the integer kernel: for
-            comparison. Results then differ from the deployed ones by fp32 rounding.
-
-    Raises:
-        TypeError, ValueError: a value of another kind, or a combination without a meaning.
-
-    Example:
-        >>> QATConfig(weight_bits=4, learned_weights=True).deployed()
-        IntxActivationIntxWeightConfig(weight_bits=4, activation_bits=8, static=False, \
-activation_symmetric=False, symmetric=True, activation_narrow_range=None)
-    """
-
-    weight_bits: int = 8
-    activation_bits: int = 8
-    activations: Literal["dynamic", "static"] = "dynamic"
-    learned_weights: bool = False
-    learned_activations: bool = False
-    learned_offset: bool = False
-    symmetric: bool = True
-    activation_symmetric: bool = False
-    activation_signed: bool = True
-    averaging_constant: float = 0.01
-    edge_bits: int | None = None
-    simulate: bool = False
-
-    def __post_init__(self) -> None:
-        _require_bits(self, "weight_bits", "activation_bits")
-        if self.edge_bits is not None:
-            _require_bits(self, "edge_bits")
-        others = (
-            "weight_bits",
-            "activation_bits",
-            "edge_bits",
-            "activations",
-            "averaging_constant",
-        )
-        _require_booleans(self, but=others)
-        if self.activations not in ("dynamic", "static"):
-            raise ValueError(
-                f'QATConfig: activations must be "dynamic" or "static", got {self.activations!r}'
-            )
-        constant = self.averaging_constant
-        if isinstance(constant, bool) or not isinstance(constant, (int, float)):
-            raise TypeError(f"QATConfig: averaging_constant must be a number, got {constant!r}")
-        if not 0 < constant <= 1:
-            raise ValueError(f"QATConfig: averaging_constant must be in (0, 1], got {constant!r}")
-        if self.learned_activations and not self.static:
-            raise ValueError(
-                'QATConfig: learned_activations needs activations="static", got "dynamic": a '
-                "dynamic scale is computed from each token's own range at run time, so there is no "
-                'step to learn; pass activations="static", or learn the weights\' steps only'
-            )
-        if self.learned_offset and not (self.learned_activations and self.activation_signed):
-            raise ValueError(
-                "QATConfig: learned_offset needs learned_activations=True and "
-                f"activation_signed=True, got {self.learned_activations} and "
-                f"{self.activation_signed}; it is the offset beside an activation's learned step"
-            )
-        if self.learned_weights and not self.symmetric:
-            raise ValueError(
-                "QATConfig: symmetric must be True with learned_weights=True, got False; LSQ's "
-                "weights have no zero point"
-            )
-        if not self.activation_signed and not self.learned_activations:
-            raise ValueError(
-                "QATConfig: activation_signed must be True unless learned_activations is, got "
-                "False; observed ranges find their zero point themselves"
-            )
-
-    @property
-    def static(self) -> bool:
-        """Whether activations have one scale."""
-        return self.activations == "static"
-
-    @property
-    def weight_range(self) -> tuple[int, int]:
-        """Least and greatest integer of a weight; learned steps use all levels."""
-        narrow = self.symmetric and self.weight_bits == 8 and not self.learned_weights
-        return quant_range(self.weight_bits, narrow_range=narrow)
-
-    @property
-    def activation_range(self) -> tuple[int, int]:
-        """Least and greatest integer of an activation; learned steps use all levels."""
-        return self.deployed().activation_range
-
-    def deployed(self) -> Config:
-        """The configuration of the layers that :func:`torchquant.convert_` makes."""
-        symmetric = self.activation_symmetric
-        narrow = None
-        if self.learned_activations:
-            symmetric = self.activation_signed and not self.learned_offset
-            narrow = False if symmetric and self.activation_bits == 8 else None
-        if (self.weight_bits, self.activation_bits) != (8, 8):
-            return IntxActivationIntxWeightConfig(
-                self.weight_bits,
-                self.activation_bits,
-                self.static,
-                symmetric,
-                self.symmetric,
-                narrow,
-            )
-        if self.static:
-            return Int8StaticActivationInt8WeightConfig(symmetric, self.symmetric, narrow)
-        return Int8DynamicActivationInt8WeightConfig(symmetric, self.symmetric)
+    who = "IntxActivationIntxWeightConfig"
+    _require_bits(who, "weight_bits", weight_bits)
+    _require_bits(who, "activation_bits", activation_bits)
+    _require_boolean(who, "static", static)
+    flags = _flags(who, activation_symmetric, weight_symmetric)
+    activations = Static if static else Dynamic
+    return QuantizationConfig(
+        Weights(weight_bits, flags[1]), activations(activation_bits, flags[0])
+    )
 
 
 @dataclass(frozen=True)
 class Fusion:
     """What :func:`torchquant.quantize_` may compute together with the layers that it quantizes.
 
-    On by default is only what leaves a model's results as they are, but for rounding.
+    The defaults leave a model's results unchanged except for rounding.
 
     Args:
-        activations: an activation module behind a layer becomes part of it: computed on the sums
-            while they are in registers. Results change by rounding: the library's own polynomials
-            instead of torch's (errors in :mod:`torchquant.functional.activations`), and in a
-            bfloat16 or float16 model one rounding less, for between the two values stay fp32.
+        activations: an activation module behind a layer becomes part of the layer, which computes
+            it on the sums while they are in registers. Results change by rounding: the library's
+            own polynomials replace torch's (errors in :mod:`torchquant.functional.activations`),
+            and a bfloat16 or float16 model rounds once less, because the values between the two
+            stay fp32.
         projections: layers applied to one tensor (query, key and value; gate and up) are computed
-            together, which quantizes it once. Results stay the same bits. In effect where gradients
-            are off (``torch.no_grad``, ``torch.inference_mode``) and autocast is.
+            together, which quantizes the tensor once. Results keep their bits. This takes effect
+            where gradients are off (``torch.no_grad``, ``torch.inference_mode``) and autocast is.
+
+    Raises:
+        TypeError: a flag is not a bool.
 
     Example:
         >>> Fusion(activations=False)
@@ -332,66 +400,43 @@ class Fusion:
     projections: bool = True
 
     def __post_init__(self) -> None:
-        _require_booleans(self)
+        _require_booleans(self, "activations")
+        _require_booleans(self, "projections")
 
 
-def _require_booleans(
-    config: object, but: tuple[str, ...] = (), optional: tuple[str, ...] = ()
-) -> None:
-    for field in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if field.name in but or isinstance(value, bool):
-            continue
-        if field.name in optional and value is None:
-            continue
-        or_none = ", or None" if field.name in optional else ""
-        raise TypeError(
-            f"{type(config).__name__}: {field.name} must be True or False{or_none}, got {value!r}"
-        )
+# ---------------------------------------------------------------- checks
 
 
-def _require_bits(config: object, *names: str) -> None:
-    for name in names:
-        bits = getattr(config, name)
-        if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-            raise ValueError(
-                f"{type(config).__name__}: {name} must be an integer from {MIN_BITS} to "
-                f"{MAX_BITS}, got {bits!r}"
-            )
-
-
-def _activation_range(bits: int, symmetric: bool, narrow: bool | None) -> tuple[int, int]:
-    return quant_range(bits, narrow_range=symmetric and bits == 8 if narrow is None else narrow)
-
-
-_BY_NAME = {cls.__name__: cls for cls in get_args(Config)}
-
-
-def check_config(who: str, config: Config | None) -> Config:
+def check_config(who: str, config: QuantizationConfig | None) -> QuantizationConfig:
     """The configuration itself, the default one for None.
 
     Raises:
-        TypeError: anything else; ``who`` starts the message.
+        TypeError: config is another value; ``who`` starts the message.
 
     Example:
-        >>> check_config("quantize_", None)
-        Int8DynamicActivationInt8WeightConfig(activation_symmetric=False, symmetric=True)
+        >>> check_config("quantize_", None) == Int8DynamicActivationInt8WeightConfig()
+        True
     """
     if config is None:
-        return Int8DynamicActivationInt8WeightConfig()
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{who}: config must be a torchquant configuration such as "
-            f"Int8DynamicActivationInt8WeightConfig(), got {config!r}"
-        )
-    return config
+        return QuantizationConfig()
+    if isinstance(config, QuantizationConfig):
+        return config
+    if callable(config) and getattr(config, "__module__", None) == __name__:
+        got = f"{config.__name__} without parentheses; call it: {config.__name__}()"
+    elif isinstance(config, type) or type(config).__module__ in ("builtins", __name__):
+        got = repr(config)
+    else:  # torchao has classes of the same names
+        got = f"{config!r} of {type(config).__module__}"
+    raise TypeError(
+        f"{who}: config must be a torchquant configuration such as {_EXAMPLE}, got {got}"
+    )
 
 
 def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
     """The value itself, the default one for None.
 
     Raises:
-        TypeError: anything else; ``who`` starts the message.
+        TypeError: fusion is another value; ``who`` starts the message.
 
     Example:
         >>> check_fusion("quantize_", None) == Fusion()
@@ -404,49 +449,46 @@ def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
     return fusion
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """A configuration as JSON-ready values; the key ``type`` names its class.
+# ---------------------------------------------------------------- JSON
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A configuration, or a part of one, as JSON-ready values; the key ``type`` names its class.
 
     Example:
-        >>> config_to_dict(Int8DynamicActivationInt8WeightConfig())["symmetric"]
-        True
+        >>> config_to_dict(Dynamic(symmetric=True))
+        {'type': 'Dynamic', 'bits': 8, 'symmetric': True}
     """
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {"type": type(config).__name__, **values}
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    parts = {
+        name: config_to_dict(value) if is_dataclass(value) else value
+        for name, value in values.items()
+    }
+    return {"type": type(config).__name__, **parts}
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that :func:`config_to_dict` wrote.
+def config_from_dict(values: dict[str, Any]) -> Any:
+    """The configuration, or the part, that :func:`config_to_dict` wrote.
 
     Raises:
-        ValueError: no class of that name, or fields that it does not have.
+        ValueError: no class of that name, or fields that the class does not have.
 
     Example:
-        >>> config_from_dict(config_to_dict(Int8DynamicActivationInt8WeightConfig()))
-        Int8DynamicActivationInt8WeightConfig(activation_symmetric=False, symmetric=True)
+        >>> config_from_dict(config_to_dict(QuantizationConfig())) == QuantizationConfig()
+        True
     """
     values = dict(values)
     name = values.pop("type", None)
-    if name not in _BY_NAME:
+    if name not in _CLASSES:
         raise ValueError(
-            f"configuration type must be one of {', '.join(_BY_NAME)}, got {name!r}; the file may "
-            "be from a newer torchquant"
+            f"configuration type must be one of {', '.join(_CLASSES)}, got {name!r}; the file may "
+            "be from a newer torchquant, or the module that defines this type is not imported"
         )
+    parts = {
+        key: config_from_dict(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+    }
     try:
-        return _BY_NAME[name](**values)  # type: ignore[no-any-return]
+        return _CLASSES[name](**parts)
     except TypeError as error:
         raise ValueError(f"configuration {name} does not fit this torchquant: {error}") from None
-
-
-__all__ = [
-    "Config",
-    "Fusion",
-    "Int8DynamicActivationInt8WeightConfig",
-    "Int8StaticActivationInt8WeightConfig",
-    "IntxActivationIntxWeightConfig",
-    "QATConfig",
-    "check_config",
-    "check_fusion",
-    "config_from_dict",
-    "config_to_dict",
-]

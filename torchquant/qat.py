@@ -3,8 +3,9 @@
 This is the public face of :mod:`torchquant.convert.qat` and :mod:`torchquant.convert.stages`.
 """
 
-from torchquant.convert.qat import convert_, prepare_qat_, to_float
+from torchquant.convert.qat import convert_, prepare_qat_
 from torchquant.convert.stages import QATSchedule, freeze, observe, quantize
+from torchquant.convert.to_float import to_float_
 
 __all__ = [
     "QATSchedule",
@@ -13,5 +14,5 @@ __all__ = [
     "observe",
     "prepare_qat_",
     "quantize",
-    "to_float",
+    "to_float_",
 ]

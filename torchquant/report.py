@@ -26,6 +26,7 @@ _TABLE_WIDTH = 72  # a table of five columns is hard to read below
 class LayerReport:
     """One layer: what was done to it and why.
 
+    ``shape`` is the weight's, outputs first.
     ``bytes_before`` and ``bytes_after`` count the layer's parameters and buffers as they lie in
     memory (packed, padded), each layer for itself, also where a weight was shared.
     """
@@ -34,8 +35,7 @@ class LayerReport:
     kind: str
     action: Action
     reason: str
-    out_features: int
-    in_features: int
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
 
@@ -66,7 +66,7 @@ class QuantizationReport:
 
     ``action`` is what the verb does to a layer: "quantized" by :func:`torchquant.quantize_`,
     "prepared" by :func:`torchquant.prepare_qat_`, "converted" by :func:`torchquant.convert_`,
-    "restored" by :func:`torchquant.to_float`.
+    "restored" by :func:`torchquant.to_float_`.
     ``bytes_before`` and ``bytes_after`` are of the whole model, shared tensors counted once.
     ``fusions`` has a line for everything that was fused or could not be; in print, lines that
     differ in numbers only, as those of a model's blocks do, are one.
@@ -113,7 +113,7 @@ class QuantizationReport:
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("layer", overflow="fold")
-        table.add_column("out x in", justify="right", no_wrap=True)
+        table.add_column("weight", justify="right", no_wrap=True)
         table.add_column("before", justify="right", no_wrap=True)
         table.add_column("after", justify="right", no_wrap=True)
         table.add_column("result", overflow="fold")
@@ -148,7 +148,7 @@ class QuantizationReport:
 
 
 def _cells(layer: LayerReport) -> tuple[str, str, str, str, str]:
-    size = f"{layer.out_features} x {layer.in_features}"
+    size = " x ".join(map(str, layer.shape))
     result = f"{layer.action}: {layer.reason}" if layer.reason else layer.action
     return layer.name, size, human_bytes(layer.bytes_before), human_bytes(layer.bytes_after), result
 

@@ -138,7 +138,8 @@ class PerToken:
 
 Granularity: TypeAlias = PerTensor | PerAxis | PerGroup | PerToken
 
-PER_TENSOR: Final = PerTensor()  # default argument
+PER_TENSOR: Final = PerTensor()  # default arguments
+PER_CHANNEL: Final = PerAxis(0)
 
 
 def _require_last_axis(who: str, shape: Sequence[int]) -> None:

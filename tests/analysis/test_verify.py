@@ -12,7 +12,16 @@ from rich.console import Console
 from support import floats
 from torch import Tensor, nn
 
-from torchquant import QATConfig, VerifyReport, convert_, cpu, prepare_qat_, qat, verify
+from torchquant import (
+    QATConfig,
+    TrainingConfig,
+    VerifyReport,
+    convert_,
+    cpu,
+    prepare_qat_,
+    qat,
+    verify,
+)
 from torchquant.analysis.verify import Comparison, tensors_in
 from torchquant.models import load_digits_data, load_digits_model
 from torchquant.nn import QATLinear, QuantizedLinear
@@ -30,7 +39,7 @@ CONFIGS = {
         learned_offset=True,
         edge_bits=8,
     ),
-    "w2a8_weights_asymmetric": QATConfig(weight_bits=2, symmetric=False),
+    "w2a8_weights_asymmetric": QATConfig(weight_bits=2, weight_symmetric=False),
 }
 
 
@@ -46,7 +55,7 @@ class Net(nn.Module):
         return result
 
 
-def pair(config: QATConfig | None = None, model: nn.Module | None = None) -> tuple[Any, Any]:
+def pair(config: TrainingConfig | None = None, model: nn.Module | None = None) -> tuple[Any, Any]:
     """A prepared model that saw a batch, and its converted copy."""
     torch.manual_seed(0)
     model = Net() if model is None else model
@@ -61,7 +70,7 @@ def pair(config: QATConfig | None = None, model: nn.Module | None = None) -> tup
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_digits_model(config: QATConfig) -> None:
+def test_the_digits_model(config: TrainingConfig) -> None:
     """Trained for a few steps, converted: not a bit differs, on every instruction set."""
     data = load_digits_data()
     with torch.inference_mode(False):
@@ -92,7 +101,7 @@ def test_the_digits_model(config: QATConfig) -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_what_is_compared(config: QATConfig, training: bool) -> None:
+def test_what_is_compared(config: TrainingConfig, training: bool) -> None:
     model, converted = pair(config)
     report = verify(model, converted, [floats(3, 64), floats(5, 64)], training=training)
     assert report.exact
@@ -297,9 +306,9 @@ def test_tensors_in() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda m, c: (c, c), "qat_model must hold QATLinear layers, got none"),
-        (lambda m, c: (m, m), "got one without a QuantizedLinear at up, down"),
-        (lambda m, c: (m, nn.Sequential(c)), "got one without a QuantizedLinear at up, down"),
+        (lambda m, c: (c, c), "qat_model must hold layers that prepare_qat_ prepared, got none"),
+        (lambda m, c: (m, m), "got one without a quantized layer at up, down"),
+        (lambda m, c: (m, nn.Sequential(c)), "got one without a quantized layer at up, down"),
     ],
     ids=["converted", "not_converted", "wrapped"],
 )

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchquant.nn.projections as projections
-from torchquant import Fusion, load, quantize_, save
-from torchquant import Int8DynamicActivationInt8WeightConfig as Config
+from torchquant import Fusion, QuantizationConfig, load, quantize_, save
 from torchquant import QuantizationReport as Report
 from torchquant.nn import QuantizedLinear
 
@@ -88,7 +87,9 @@ class Decoder(nn.Module):
 X = floats(2, 5, 64)
 
 
-def both(model: nn.Module, config: Config | None = None) -> tuple[nn.Module, nn.Module, Report]:
+def both(
+    model: nn.Module, config: QuantizationConfig | None = None
+) -> tuple[nn.Module, nn.Module, Report]:
     """The model converted without groups, with them, and what the report says."""
     plain = copy.deepcopy(model.eval())
     quantize_(plain, config, fusion=Fusion(projections=False))
@@ -111,7 +112,9 @@ def gradients_off(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_attention(shared: Calls, gradients_off: None, config: Config, bias: bool) -> None:
+def test_attention(
+    shared: Calls, gradients_off: None, config: QuantizationConfig, bias: bool
+) -> None:
     plain, model, report = both(Attention(bias), config)
     assert lines(report) == ["fused: q, k, v: one product"]
     for x in (X, X[0], X[:, :1], X.bfloat16(), X.half(), X.transpose(0, 1)):

@@ -19,11 +19,12 @@ from torchquant import (
     IntxActivationIntxWeightConfig,
     QATConfig,
     QATSchedule,
+    TrainingConfig,
     convert_,
     prepare_qat_,
     qat,
     quantize_,
-    to_float,
+    to_float_,
     verify,
 )
 from torchquant.graph.modules import tensor_bytes
@@ -34,7 +35,7 @@ from torchquant.training.observers import Observer
 CONFIGS = {
     "w8a8": QATConfig(),
     "w8a8_symmetric": QATConfig(activation_symmetric=True),
-    "w8a8_weights_asymmetric": QATConfig(symmetric=False),
+    "w8a8_weights_asymmetric": QATConfig(weight_symmetric=False),
     "w8a8_static": QATConfig(activations="static"),
     "w4a8": QATConfig(weight_bits=4),
     "w2a4_static": QATConfig(weight_bits=2, activation_bits=4, activations="static"),
@@ -107,7 +108,7 @@ def two_layers() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_prepare_train_convert(config: QATConfig) -> None:
+def test_prepare_train_convert(config: TrainingConfig) -> None:
     model = Classifier()
     report = prepare_qat_(model, config)
     assert outcome(report) == {
@@ -144,8 +145,10 @@ def test_prepare_train_convert(config: QATConfig) -> None:
         (None, QATConfig()),
         (Int8DynamicActivationInt8WeightConfig(), QATConfig()),
         (
-            Int8DynamicActivationInt8WeightConfig(activation_symmetric=True, symmetric=False),
-            QATConfig(activation_symmetric=True, symmetric=False),
+            Int8DynamicActivationInt8WeightConfig(
+                activation_symmetric=True, weight_symmetric=False
+            ),
+            QATConfig(activation_symmetric=True, weight_symmetric=False),
         ),
         (Int8StaticActivationInt8WeightConfig(), STATIC),
         (
@@ -156,7 +159,9 @@ def test_prepare_train_convert(config: QATConfig) -> None:
     ],
     ids=["none", "dynamic", "asymmetric", "static", "intx", "intx8"],
 )
-def test_an_inference_configuration_says_how_to_train(config: Any, training: QATConfig) -> None:
+def test_an_inference_configuration_says_how_to_train(
+    config: Any, training: TrainingConfig
+) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     prepare_qat_(model, config)
     assert model[0].config == training
@@ -205,7 +210,7 @@ def test_hooks_are_kept_and_can_still_be_removed() -> None:
         model[0].register_full_backward_hook(lambda *_: calls.append("backward")),
     ]
     x = floats(2, 64).requires_grad_()
-    for change in (prepare_qat_, convert_, to_float):
+    for change in (prepare_qat_, convert_, to_float_):
         change(model)
         model(x).sum().backward()
         assert calls == ["before", "after", "backward"]
@@ -269,7 +274,7 @@ def test_two_layers_that_share_a_weight() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS["w8a8_static"], *LEARNED.values()], ids=str)
-def test_observers_and_quantizers_know_the_layer(config: QATConfig) -> None:
+def test_observers_and_quantizers_know_the_layer(config: TrainingConfig) -> None:
     model = Classifier()
     prepare_qat_(model, config)
     named = [(name, m) for name, m in model.named_modules() if hasattr(m, "name")]
@@ -397,8 +402,8 @@ def test_an_error_halfway_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch
             (nn.Sequential(), Int8StaticActivationInt8WeightConfig(activation_narrow_range=True)),
             ValueError,
             "prepare_qat_: config must leave activation_narrow_range at None, got "
-            f"{Int8StaticActivationInt8WeightConfig(activation_narrow_range=True)}; ranges that "
-            "are observed give the default, and QATConfig(learned_activations=True) the other",
+            f"{Int8StaticActivationInt8WeightConfig(activation_narrow_range=True)}; observed "
+            "ranges give the default, and QATConfig(learned_activations=True) the other",
         ),
         (
             (nn.Sequential(), None, ["head"]),
@@ -450,7 +455,7 @@ class OtherOrder(nn.Module):
 
 def bits_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     layers = {n: m.config for n, m in model.named_modules() if isinstance(m, QATLinear)}
-    return {n: (config.weight_bits, config.activation_bits) for n, config in layers.items()}
+    return {n: (config.weights.bits, config.activations.bits) for n, config in layers.items()}
 
 
 W4A4 = QATConfig(weight_bits=4, activation_bits=4, edge_bits=8)
@@ -689,7 +694,7 @@ def test_calibration_alone_is_static_quantization() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_converted_model_is_saved_and_loaded(config: QATConfig, tmp_path: Path) -> None:
+def test_a_converted_model_is_saved_and_loaded(config: TrainingConfig, tmp_path: Path) -> None:
     model = Classifier()
     prepare_qat_(model, config)
     train(model)
@@ -726,12 +731,12 @@ def test_no_float_weight_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_to_float_gives_the_trained_parameters(config: QATConfig) -> None:
+def test_to_float_gives_the_trained_parameters(config: TrainingConfig) -> None:
     model = Classifier()
     prepare_qat_(model, config)
     train(model)
     parameters = dict(model.named_parameters())
-    report = to_float(model)
+    report = to_float_(model)
     assert set(outcome(report).values()) == {"restored"}
     assert list(model.state_dict()) == list(Classifier().state_dict())
     assert all(parameters[name] is p for name, p in model.named_parameters())
@@ -745,7 +750,7 @@ def test_to_float_of_a_quantized_model() -> None:
     x = floats(3, 64)
     expected = model(x)
     quantize_(model)
-    to_float(model)
+    to_float_(model)
     assert [type(m) for m in model] == [nn.Linear, nn.GELU, nn.Linear]
     assert torch.nn.functional.cosine_similarity(model(x), expected, dim=-1).min() > 0.99
 
@@ -754,16 +759,16 @@ def test_to_float_where_no_module_can_be_put_back() -> None:
     layer = QuantizedLinear.from_float(nn.Linear(64, 64), activation="relu")
     model = nn.Sequential(nn.Linear(64, 64), layer)
     with unchanged(model), pytest.raises(ValueError, match="got 1, which computes relu and was"):
-        to_float(model)
+        to_float_(model)
 
 
 def test_to_float_without_anything_to_do() -> None:
     model = Classifier()
     with unchanged(model):
-        report = to_float(model)
+        report = to_float_(model)
     assert report.notes == ("The model has no prepared or quantized layers; nothing was done.",)
     with pytest.raises(ValueError, match=r"a bare QATLinear, .*use its to_float\(\)"):
-        to_float(QATLinear(64, 64))
+        to_float_(QATLinear(64, 64))
 
 
 # ---------------------------------------------------------------- stages
@@ -872,7 +877,7 @@ def test_quantize_leaves_prepared_layers() -> None:
     )
     convert_(model)
     assert outcome(prepare_qat_(model))["blocks.0.up"] == (
-        "skipped: quantized already; to_float(model) makes it trainable again"
+        "skipped: quantized already; to_float_(model) makes it trainable again"
     )
 
 
@@ -898,5 +903,5 @@ def test_a_copy_and_a_pickle_of_a_prepared_model(tmp_path: Path) -> None:
 
 
 def test_the_public_names() -> None:
-    names = {"prepare_qat_", "convert_", "to_float", "verify", "VerifyReport", "QATSchedule"}
+    names = {"prepare_qat_", "convert_", "to_float_", "verify", "VerifyReport", "QATSchedule"}
     assert names <= set(torchquant.__all__)

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import quantize_
-from torchquant.convert.plan import too_small
+from torchquant import QuantizationConfig, quantize_
 from torchquant.nn import QuantizedLinear
+from torchquant.nn.float_linear import too_small
 
 # ---------------------------------------------------------------- what is converted
 
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.parametrize("config", [None, *CONFIGS.values()], ids=["none", *CONFIGS])
-def test_a_nested_model(config: Config | None) -> None:
+def test_a_nested_model(config: QuantizationConfig | None) -> None:
     model = Classifier().eval()
     tokens = torch.randint(0, 50, (8, 12))
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_strict_accepts_layers_too_small_to_gain() -> None:
     ],
 )
 def test_too_small_is_a_rule_of_the_shape(out_features: int, in_features: int, small: bool) -> None:
-    assert too_small(out_features, in_features) is small
+    assert too_small(nn.Linear(in_features, out_features, device="meta")) is small
     model = nn.Sequential(nn.Linear(in_features, out_features))
     expected = "skipped: too small to gain" if small else "quantized"
     assert outcome(quantize_(model)) == {"0": expected}
@@ -421,7 +421,8 @@ def test_a_filter_fn_that_raises_leaves_the_model_alone() -> None:
             (nn.Sequential(), Config),
             TypeError,
             "quantize_: config must be a torchquant configuration such as "
-            f"Int8DynamicActivationInt8WeightConfig(), got {Config!r}",
+            f"Int8DynamicActivationInt8WeightConfig(), got {Config.__name__} without parentheses; "
+            f"call it: {Config.__name__}()",
         ),
         (
             (nn.Sequential(), None, ["head"]),
@@ -617,7 +618,7 @@ def measure(dtype, shapes, config):
     print(size, largest, peak, after, report.bytes_after, flush=True)
 
 torch.set_num_threads(1)  # with more, a forked process could not use OpenMP again
-config = torchquant.Int8DynamicActivationInt8WeightConfig(symmetric=False)
+config = torchquant.Int8DynamicActivationInt8WeightConfig(weight_symmetric=False)
 for dtype in (torch.float32, torch.bfloat16):
     for shapes in ([(8192, 4096)], [(2048, 2048)] * 10):
         child = os.fork()  # the peak of a process is for ever

@@ -41,7 +41,7 @@ def test_str_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [" ".join(line.split()) for line in str(report).splitlines()]
     rule = next(line for line in lines if set(line) == {"─"})
     assert [line for line in lines if line and line != rule] == [
-        "layer out x in before after result",
+        "layer weight before after result",
         "0 256 x 64 65.00 KiB 20.00 KiB quantized",
         "2 10 x 256 10.04 KiB 10.04 KiB skipped: too small to gain",
         "1 quantized, 1 skipped; model 75.04 KiB -> 30.04 KiB (2.50x smaller)",
@@ -57,14 +57,14 @@ def test_nothing_is_lost_at_any_width(report: QuantizationReport, width: int) ->
     assert "…" not in text
     if width >= 72:  # a table: a word may be folded within its column
         for layer in report.layers:
-            assert f"{layer.out_features} x {layer.in_features}" in text
+            assert " x ".join(map(str, layer.shape)) in text
             assert human_bytes(layer.bytes_before) in text
             assert human_bytes(layer.bytes_after) in text
     else:
         together = "".join(text.split())
         for layer in report.layers:
             row = (
-                f"{layer.name}{layer.out_features}x{layer.in_features},"
+                f"{layer.name}{layer.shape[0]}x{layer.shape[1]},"
                 f"{human_bytes(layer.bytes_before)}->{human_bytes(layer.bytes_after)},"
                 f"{layer.action}"
             )
@@ -146,7 +146,7 @@ def test_fusions_that_differ_in_numbers_are_one_line() -> None:
 
 
 def test_a_report_is_a_value() -> None:
-    row = LayerReport("a", "Linear", "quantized", "", 4, 4, 80, 40)
+    row = LayerReport("a", "Linear", "quantized", "", (4, 4), 80, 40)
     report = QuantizationReport((row,), 80, 40)
     assert report == QuantizationReport((row,), 80, 40)
     assert hash(report) == hash(QuantizationReport((row,), 80, 40))

@@ -19,6 +19,7 @@ from torchquant import (
     Int8StaticActivationInt8WeightConfig,
     LSQQuantizer,
     QATConfig,
+    TrainingConfig,
     convert_,
     load,
     ops,
@@ -27,7 +28,7 @@ from torchquant import (
     quantize_,
     replace_norms_,
     save,
-    to_float,
+    to_float_,
     verify,
 )
 from torchquant.nn import QATLinear, QuantizedLinear
@@ -51,7 +52,7 @@ QAT_CONFIGS = {
         learned_activations=True,
         learned_offset=True,
     ),
-    "weights_asymmetric": QATConfig(weight_bits=2, symmetric=False),
+    "weights_asymmetric": QATConfig(weight_bits=2, weight_symmetric=False),
 }
 
 
@@ -392,7 +393,7 @@ def test_a_forward_does_not_wait(no_waiting: Any) -> None:
 
 @pytest.mark.parametrize("prepared_on", ["cpu", "cuda"])
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_trained_on_the_gpu_shipped_on_the_cpu(config: QATConfig, prepared_on: str) -> None:
+def test_trained_on_the_gpu_shipped_on_the_cpu(config: TrainingConfig, prepared_on: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).to(prepared_on)
     prepare_qat_(model, config)
@@ -421,12 +422,12 @@ def test_trained_on_the_gpu_shipped_on_the_cpu(config: QATConfig, prepared_on: s
     convert_(converted_here)
     assert_same_state(copy.deepcopy(shipped).cpu(), converted_here)
     back = copy.deepcopy(shipped)
-    to_float(back)
+    to_float_(back)
     assert devices_of(back) == {CUDA}
 
 
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_a_step_of_training_in_both_places(config: QATConfig) -> None:
+def test_a_step_of_training_in_both_places(config: TrainingConfig) -> None:
     """The forward's bits, ranges and first steps; gradients but for the order of sums."""
     torch.manual_seed(0)
     here = QATLinear(64, 48, config=config, activation="relu")
@@ -456,7 +457,7 @@ def test_a_step_of_training_in_both_places(config: QATConfig) -> None:
 
 
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_a_step_does_not_wait(config: QATConfig, no_waiting: Any) -> None:
+def test_a_step_does_not_wait(config: TrainingConfig, no_waiting: Any) -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(CUDA)
     prepare_qat_(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -28,6 +28,7 @@ from torchquant import (
     MovingAverageMinMaxObserver,
     PACTQuantizer,
     QATConfig,
+    TrainingConfig,
     convert_,
     load,
     ops,
@@ -340,7 +341,7 @@ QAT_CONFIGS = {
 
 
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_a_prepared_layer_on_the_gpu(config: QATConfig) -> None:
+def test_a_prepared_layer_on_the_gpu(config: TrainingConfig) -> None:
     torch.manual_seed(0)
     layer = QATLinear(64, 32, config=config, activation="relu")
     layer(floats(8, 64))  # ranges and first steps
@@ -364,7 +365,7 @@ def test_a_prepared_layer_on_the_gpu(config: QATConfig) -> None:
 
 
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_ranges_and_steps_move_alike(config: QATConfig) -> None:
+def test_ranges_and_steps_move_alike(config: TrainingConfig) -> None:
     """In training mode, without gradients: what observers and quantizers keep is the CPU's."""
     torch.manual_seed(0)
     here = QATLinear(64, 32, config=config)
@@ -434,7 +435,7 @@ def test_quantizers_do_not_wait_for_the_gpu(
 
 @pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
 def test_a_training_step_does_not_wait_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, config: QATConfig
+    monkeypatch: pytest.MonkeyPatch, config: TrainingConfig
 ) -> None:
     no_host(monkeypatch)
     with FakeTensorMode():

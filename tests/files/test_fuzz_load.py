@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchquant.files import io
+from torchquant.files import load as io
 
 FUZZ = Path(__file__).parents[1] / "fuzz" / "fuzz_load.py"
 

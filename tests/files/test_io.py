@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchquant
-from torchquant import Fusion, cpu, load, quantize_, save
+from torchquant import Fusion, QuantizationConfig, cpu, load, quantize_, save
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant.files import io as tq_io
+from torchquant.files import format as file_format
 from torchquant.nn import FusedActivation, QuantizedLinear
 
 
@@ -65,7 +65,7 @@ def small() -> nn.Sequential:
 
 
 def saved_small(
-    path: Path, config: Config | None = None, fusion: Fusion | None = None
+    path: Path, config: QuantizationConfig | None = None, fusion: Fusion | None = None
 ) -> nn.Sequential:
     model = small()
     quantize_(model, config, fusion=fusion)
@@ -120,7 +120,7 @@ def rewrite(
     header, tensors = metadata_of(path), safetensors.torch.load_file(path)
     edit(header, tensors)
     if sign:
-        header["sha256"] = tq_io._digest(header, tensors)
+        header["sha256"] = file_format.digest(header, tensors)
     write(path, tensors, {"torchquant": json.dumps(header)})
 
 
@@ -133,7 +133,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_round_trip_into_a_float_model(path: Path, config: Config) -> None:
+def test_round_trip_into_a_float_model(path: Path, config: QuantizationConfig) -> None:
     model = trained()
     quantize_(model, config)
     save(model, path)
@@ -504,19 +504,27 @@ def test_the_format(path: Path, fused: bool) -> None:
     sha256 = header.pop("sha256")
     assert len(bytes.fromhex(sha256)) == 32
     assert header == {
-        "format": 2 if fused else 1,
+        "format": 3,
         **({"absorbed": {"1": "relu"}} if fused else {}),
         "torchquant": torchquant.__version__,
         "layers": {
             "0": {
+                "kind": "linear",
+                "format": "int8",
                 "in_features": 64,
                 "out_features": 64,
                 "bias": True,
                 "activation": "relu" if fused else "none",
                 "config": {
-                    "type": "Int8DynamicActivationInt8WeightConfig",
-                    "activation_symmetric": False,
-                    "symmetric": True,
+                    "type": "QuantizationConfig",
+                    "weights": {
+                        "type": "Weights",
+                        "bits": 8,
+                        "symmetric": True,
+                        "narrow_range": None,
+                        "granularity": {"type": "PerAxis", "axis": 0},
+                    },
+                    "activations": {"type": "Dynamic", "bits": 8, "symmetric": False},
                 },
             }
         },
@@ -540,7 +548,7 @@ def test_a_crash_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch
         Path(filename).write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(tq_io, "save_file", fail)
+    monkeypatch.setattr("torchquant.files.save.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(other_small(), path)
     monkeypatch.undo()
@@ -730,11 +738,11 @@ def deeply_nested() -> dict[str, Any]:
         (setting("format", True), DAMAGED),
         (setting("format", [1]), DAMAGED),
         (
-            setting("format", 3),
-            "has format 3, this torchquant reads formats 1 to 2; install a newer torchquant",
+            setting("format", 4),
+            "has format 4, this torchquant reads formats 1 to 3; install a newer torchquant",
         ),
         (setting("format", 1), DAMAGED),  # which has no "absorbed"
-        (setting("format", 0), "has format 0, this torchquant reads formats 1 to 2"),
+        (setting("format", 0), "has format 0, this torchquant reads formats 1 to 3"),
         (setting("absorbed", None), DAMAGED),
         (setting("absorbed", ["1"]), DAMAGED),
         (setting("absorbed", "1"), DAMAGED),
@@ -781,7 +789,7 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
         lambda header, tensors: header["layers"]["0"].update(activation="gelu"),
         lambda header, tensors: header["absorbed"].update({"1": "gelu"}),
         lambda header, tensors: header.pop("absorbed"),
-        lambda header, tensors: header["layers"]["0"]["config"].update(activation_symmetric=True),
+        lambda header, tensors: header["layers"]["0"]["config"]["weights"].update(bits=4),
         lambda header, tensors: header["aliases"].update({"0.weight_scale": "0.bias"}),
         lambda header, tensors: header.update(torchquant="9.9"),
         lambda header, tensors: tensors["0.qweight"][3, 5].add_(1),
@@ -824,6 +832,10 @@ def config(**values: Any) -> Callable[[dict[str, Any], Any], None]:
     return lambda header, tensors: header["layers"]["0"]["config"].update(values)
 
 
+def weights(**values: Any) -> Callable[[dict[str, Any], Any], None]:
+    return lambda header, tensors: header["layers"]["0"]["config"]["weights"].update(values)
+
+
 def named(name: str) -> Callable[[dict[str, Any], Any], None]:
     return lambda header, tensors: header["layers"].update({name: header["layers"].pop("0")})
 
@@ -835,16 +847,16 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (setting("layers", {"0": 3}), "the entry of layer '0' is not valid"),
         (setting("layers", {"0": "text"}), "the entry of layer '0' is not valid"),
         (setting("layers", {"0": []}), "the entry of layer '0' is not valid"),
-        (setting("layers", {"0": {}}), "the entry of layer '0' is not valid ('out_features')"),
-        (entry(in_features=2**40), f"'0' is 64 x {2**40} (out x in) in the file, 64 x 64 in the"),
-        (entry(out_features=2**62), "(out x in) in the file, 64 x 64 in the model"),
-        (entry(in_features=-64), "'0' is 64 x -64 (out x in) in the file"),
-        (entry(in_features=0), "'0' is 64 x 0 (out x in) in the file"),
-        (entry(in_features="64"), "'0' is 64 x 64 (out x in) in the file"),
-        (entry(in_features=64.0), "in_features must be an integer of at least 1, got 64.0"),
-        (entry(in_features=None), "'0' is 64 x None (out x in) in the file"),
-        (entry(in_features=[64]), "(out x in) in the file"),
-        (entry(bias=False), "'0' has no bias only in the file"),
+        (setting("layers", {"0": {}}), "the entry of layer '0' is not valid ('kind')"),
+        (entry(in_features=2**40), f"'0' has in_features={2**40} in the file, 64 in the model"),
+        (entry(out_features=2**62), f"out_features={2**62} in the file, 64 in the model"),
+        (entry(in_features=-64), "'0' has in_features=-64 in the file"),
+        (entry(in_features=0), "'0' has in_features=0 in the file"),
+        (entry(in_features="64"), "'0' has in_features='64' in the file, 64 in the model"),
+        (entry(in_features=64.0), "'0' has in_features=64.0 in the file, 64 in the model"),
+        (entry(in_features=None), "'0' has in_features=None in the file"),
+        (entry(in_features=[64]), "'0' has in_features=[64] in the file"),
+        (entry(bias=False), "'0' has bias=False in the file, True in the model"),
         (entry(bias="yes"), "bias"),
         (entry(activation="mish"), "activation must be one of none, relu, gelu, gelu_tanh, silu"),
         (entry(activation=None), "activation must be one of"),
@@ -854,16 +866,22 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (entry(config={}), "configuration type must be one of"),
         (config(type="Int4Config"), "got 'Int4Config'; the file may be from a newer torchquant"),
         (config(type=[]), "the entry of layer '0' is not valid"),
-        (config(bits=4), "configuration Int8DynamicActivationInt8WeightConfig does not fit this"),
-        (config(symmetric="yes"), "symmetric must be True or False, got 'yes'"),
-        (config(symmetric=False), "missing 0.weight_zero_point"),
+        (config(bits=4), "configuration QuantizationConfig does not fit this"),
+        (weights(symmetric="yes"), "symmetric must be True or False, got 'yes'"),
+        (weights(symmetric=False), "missing 0.weight_zero_point"),
+        (
+            entry(kind="conv7d"),
+            "kind of layer must be one of linear, got 'conv7d'; the file may be",
+        ),
+        (entry(kind=[]), "the entry of layer '0' is not valid"),
+        (entry(format="int3"), "weight format must be 'int8', got 'int3'; the file may be from a"),
         (named("1"), "a quantized linear layer at '1' in the file, ReLU in the model"),
         (named("7"), "a quantized linear layer at '7' in the file, nothing in the model"),
         (named(""), "a quantized linear layer at the root in the file, Sequential in the model"),
         (named("0."), "a quantized linear layer at '0.' in the file, nothing in the model"),
         (named("__class__"), "at '__class__' in the file, nothing in the model"),
         (named("\0"), "in the file, nothing in the model"),
-        (named("2"), "'2' is 64 x 64 (out x in) in the file, 8 x 64 in the model"),
+        (named("2"), "'2' has out_features=64 in the file, 8 in the model"),
         (setting("absorbed", {"1": "gelu"}), "'gelu' that the layer before it computes at '1'"),
         (setting("absorbed", {"1": 3}), "activation 3 that the layer before it computes at '1'"),
         (setting("absorbed", {"1": None}), "computes at '1' in the file, ReLU in the model"),
@@ -953,11 +971,11 @@ class Subclass(nn.Linear):
         ),
         (
             lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)),
-            "'0' is 64 x 64 (out x in) in the file, 32 x 64 in the model",
+            "'0' has out_features=64 in the file, 32 in the model",
         ),
         (
             lambda: nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 8)),
-            "'0' has a bias only in the file",
+            "'0' has bias=True in the file, False in the model",
         ),
         (
             lambda: nn.Sequential(nn.Conv1d(64, 64, 1), nn.ReLU(), nn.Linear(64, 8)),

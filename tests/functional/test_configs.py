@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
 import pytest
@@ -15,26 +15,37 @@ from torchquant import (
     Int8StaticActivationInt8WeightConfig,
     IntxActivationIntxWeightConfig,
     QATConfig,
+    QuantizationConfig,
+    configs,
 )
-from torchquant.configs import check_config, config_from_dict, config_to_dict
+from torchquant.configs import (
+    Dynamic,
+    Weights,
+    check_config,
+    config_from_dict,
+    config_to_dict,
+)
 
 
 def test_defaults() -> None:
-    assert Config() == Config(activation_symmetric=False, symmetric=True)
+    assert Config() == Config(activation_symmetric=False, weight_symmetric=True)
+    assert (
+        Config() == QuantizationConfig() == QuantizationConfig(Weights(8, True), Dynamic(8, False))
+    )
     assert torchquant.Int8DynamicActivationInt8WeightConfig is Config
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_configuration_is_a_value(config: Config) -> None:
+def test_a_configuration_is_a_value(config: QuantizationConfig) -> None:
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert len({config, copy.deepcopy(config)}) == 1
-    assert eval(repr(config), {Config.__name__: Config}) == config
+    assert eval(repr(config), vars(configs)) == config
     with pytest.raises(FrozenInstanceError):
-        config.symmetric = False  # type: ignore[misc]
+        config.weights = Weights()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["symmetric", "activation_symmetric"])
+@pytest.mark.parametrize("name", ["weight_symmetric", "activation_symmetric"])
 @pytest.mark.parametrize("value", [0, 1, None, "yes", 1.0, []])
 def test_fields_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(TypeError) as raised:
@@ -50,38 +61,48 @@ def test_unknown_fields_are_refused() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_json_round_trip(config: Config) -> None:
+def test_json_round_trip(config: QuantizationConfig) -> None:
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
 def test_the_form_in_json() -> None:
-    assert config_to_dict(ASYMMETRIC) == {
-        "type": "Int8DynamicActivationInt8WeightConfig",
-        "activation_symmetric": False,
+    weights = {
+        "type": "Weights",
+        "bits": 8,
         "symmetric": False,
+        "narrow_range": None,
+        "granularity": {"type": "PerAxis", "axis": 0},
     }
-    assert config_from_dict({"type": "Int8DynamicActivationInt8WeightConfig"}) == Config()
+    activations = {"type": "Dynamic", "bits": 8, "symmetric": False}
+    assert config_to_dict(ASYMMETRIC) == {
+        "type": "QuantizationConfig",
+        "weights": weights,
+        "activations": activations,
+    }
+    assert config_from_dict({"type": "QuantizationConfig"}) == Config()
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({}, "configuration type must be one of Int8DynamicActivationInt8WeightConfig, "),
-        ({}, "IntxActivationIntxWeightConfig, got None"),
+        ({}, "configuration type must be one of PerTensor, "),
+        ({}, "QuantizationConfig, "),
+        ({}, "got None"),
         ({"type": "dict"}, "got 'dict'; the file may be from a newer torchquant"),
         (
-            {"type": "Int8DynamicActivationInt8WeightConfig", "bits": 4},
-            "configuration Int8DynamicActivationInt8WeightConfig does not fit this torchquant: ",
+            {"type": "QuantizationConfig", "bits": 4},
+            "configuration QuantizationConfig does not fit this torchquant: ",
         ),
+        ({"type": "Weights", "symmetric": 1}, "symmetric must be True or False, got 1"),
         (
-            {"type": "Int8DynamicActivationInt8WeightConfig", "symmetric": 1},
-            "symmetric must be True or False, got 1",
+            {"type": "QuantizationConfig", "weights": {"type": "Dynamic"}},
+            "weights must be Weights(), got Dynamic(",
         ),
     ],
-    ids=["empty", "empty_got", "type", "field", "value"],
+    ids=["empty", "empty_names", "empty_got", "type", "field", "value", "part"],
 )
-def test_what_is_no_configuration(values: dict[str, Any], text: str) -> None:
-    before = dict(values)
+def test_invalid_configurations_are_refused(values: dict[str, Any], text: str) -> None:
+    before = copy.deepcopy(values)
     with pytest.raises(ValueError) as raised:
         config_from_dict(values)
     assert text in str(raised.value)
@@ -91,13 +112,28 @@ def test_what_is_no_configuration(values: dict[str, Any], text: str) -> None:
 def test_check_config() -> None:
     assert check_config("verb", None) == Config()
     assert check_config("verb", ASYMMETRIC) is ASYMMETRIC
-    for wrong in (Config, "int8", {"symmetric": True}, 8):
+    name = "Int8DynamicActivationInt8WeightConfig"
+    for wrong, got in (
+        (Config, f"{name} without parentheses; call it: {name}()"),
+        ("int8", "'int8'"),
+        ({"symmetric": True}, "{'symmetric': True}"),
+        (8, "8"),
+        (Foreign(), "Foreign() of "),  # torchao's has the same name
+    ):
         with pytest.raises(TypeError) as raised:
             check_config("verb", wrong)  # type: ignore[arg-type]
-        assert str(raised.value) == (
-            "verb: config must be a torchquant configuration such as "
-            f"Int8DynamicActivationInt8WeightConfig(), got {wrong!r}"
-        )
+        text = f"verb: config must be a torchquant configuration such as {name}(), got {got}"
+        assert str(raised.value).startswith(text)
+
+
+@dataclass
+class Foreign:
+    """A configuration of another library."""
+
+
+def test_the_names_of_parts_are_unique() -> None:
+    with pytest.raises(TypeError, match="the name of a part must be unique, got 'Weights' for"):
+        type("Weights", (Weights,), {"__module__": "another"})
 
 
 OTHERS = [
@@ -118,7 +154,7 @@ def test_the_other_configurations_are_values_too(config: Any) -> None:
     ("config", "weight", "activation"),
     [
         (Config(), (-127, 127), (-128, 127)),
-        (Config(activation_symmetric=True, symmetric=False), (-128, 127), (-127, 127)),
+        (Config(activation_symmetric=True, weight_symmetric=False), (-128, 127), (-127, 127)),
         (Int8StaticActivationInt8WeightConfig(True), (-127, 127), (-127, 127)),
         (
             Int8StaticActivationInt8WeightConfig(True, activation_narrow_range=False),
@@ -140,8 +176,8 @@ def test_the_other_configurations_are_values_too(config: Any) -> None:
     ids=str,
 )
 def test_ranges(config: Any, weight: tuple[int, int], activation: tuple[int, int]) -> None:
-    assert config.weight_range == weight
-    assert config.activation_range == activation
+    assert config.weights.range == weight
+    assert config.activations.range == activation
 
 
 def test_what_training_configurations_become() -> None:
@@ -167,7 +203,7 @@ def test_what_training_configurations_become() -> None:
         ({"learned_weights": 1}, TypeError, "learned_weights must be True or False, got 1"),
         ({"learned_activations": True}, ValueError, "computed from each token's own range"),
         ({"learned_offset": True}, ValueError, "learned_offset needs learned_activations=True"),
-        ({"learned_weights": True, "symmetric": False}, ValueError, "no zero point"),
+        ({"learned_weights": True, "weight_symmetric": False}, ValueError, "no zero point"),
         ({"activation_signed": False}, ValueError, "activation_signed must be True unless"),
     ],
     ids=str,

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 MEMORY = 64 * 2**20  # what the process may grow by during a case
 SECONDS = 10
 # Instrumented: what decides about a file. The rest (torch, json) would only make it slower.
-OURS = [f"torchquant.{name}" for name in ("io", "configs", "quantize", "nn.linear")]
+FILES = ("load", "format", "entries", "places", "fit", "ties", "undo")
+OURS = [*(f"torchquant.files.{name}" for name in FILES), "torchquant.configs", "torchquant.nn.base"]
 
 
 def import_with_coverage() -> bool:
@@ -106,7 +107,7 @@ class Harness:
         import torch
         from torch import nn
 
-        from torchquant.files import io
+        from torchquant.files import load as io
 
         assert isinstance(model, nn.Module)
         before = [(key, value.clone()) for key, value in model.state_dict().items()]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
+from torchquant import QuantizationConfig
 from torchquant.nn.fused import FusedActivation
 
 
@@ -84,7 +85,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "half": _half,
     "active": _active,
 }
-CONFIGS = (Config(), Config(symmetric=False))
+CONFIGS = (Config(), Config(weight_symmetric=False))
 
 
 def model_of(number: int, quantized: bool) -> nn.Module:
@@ -94,7 +95,7 @@ def model_of(number: int, quantized: bool) -> nn.Module:
     return model.eval()
 
 
-def quantize(model: nn.Module, config: Config) -> None:
+def quantize(model: nn.Module, config: QuantizationConfig) -> None:
     """All linear layers that nothing else shares, however small; a GELU goes into the first one."""
     fused = next((module for module in model.modules() if type(module) is nn.GELU), None)
     for name, module in list(model.named_modules()):

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import PerAxis, cpu, functional, ops
+from torchquant import PerAxis, QuantizationConfig, cpu, functional, ops
 from torchquant.nn import QuantizedLinear
 
 SHAPES = {
@@ -39,7 +39,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_forward_has_the_bits_of_the_specification(shape: tuple[int, int], config: Config) -> None:
+def test_forward_has_the_bits_of_the_specification(
+    shape: tuple[int, int], config: QuantizationConfig
+) -> None:
     layer = layer_of(config, out_features=shape[0], in_features=shape[1])
     x = floats(5, shape[1], seed=3)
     assert_same_bits(layer(x), expected_output(layer, x))
@@ -49,19 +51,19 @@ def test_forward_has_the_bits_of_the_specification(shape: tuple[int, int], confi
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_from_float_quantizes_as_the_specification_does(
-    shape: tuple[int, int], dtype: torch.dtype, config: Config
+    shape: tuple[int, int], dtype: torch.dtype, config: QuantizationConfig
 ) -> None:
     linear = float_layer(*shape, dtype=dtype)
     layer = QuantizedLinear.from_float(linear, config)
     weight = linear.weight.detach()
     scale, zero_point = functional.choose_qparams(
-        weight, symmetric=config.symmetric, granularity=PerAxis(0)
+        weight, symmetric=config.weights.symmetric, granularity=PerAxis(0)
     )
-    qmin = -127 if config.symmetric else -128
+    qmin = -127 if config.weights.symmetric else -128
     qweight = functional.quantize(weight, scale, zero_point, qmin=qmin, granularity=PerAxis(0))
     assert_same_bits(layer.qweight, qweight)
     assert_same_bits(layer.weight_scale, scale)
-    assert (layer.weight_zero_point is None) == (zero_point is None) == config.symmetric
+    assert (layer.weight_zero_point is None) == (zero_point is None) == config.weights.symmetric
     if layer.weight_zero_point is not None and zero_point is not None:
         assert_same_bits(layer.weight_zero_point, zero_point)
     assert layer.bias is not None
@@ -159,7 +161,7 @@ def test_a_layer_made_in_inference_mode_can_be_trained_through() -> None:
 
 @pytest.mark.parametrize("config", [Config(), ASYMMETRIC], ids=["default", "asymmetric"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_to_float_holds_the_values_of_the_integers(config: Config, bias: bool) -> None:
+def test_to_float_holds_the_values_of_the_integers(config: QuantizationConfig, bias: bool) -> None:
     linear = float_layer(33, 67, bias=bias)
     layer = QuantizedLinear.from_float(linear, config)
     back = layer.to_float()
@@ -472,7 +474,9 @@ def test_bad_sizes(name: str, size: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_gradient_goes_through_to_input_and_bias(dtype: torch.dtype, config: Config) -> None:
+def test_the_gradient_goes_through_to_input_and_bias(
+    dtype: torch.dtype, config: QuantizationConfig
+) -> None:
     layer = layer_of(config)
     x = floats(2, 5, 64, dtype=dtype).requires_grad_()
     grad = floats(2, 5, 32, seed=9, dtype=dtype)

@@ -18,8 +18,7 @@ from support.layers import (
 )
 from torch import nn
 
-from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import cpu
+from torchquant import QuantizationConfig, cpu
 from torchquant.nn import QuantizedLinear
 
 # ---------------------------------------------------------------- copies
@@ -44,7 +43,9 @@ COPIES: dict[str, Callable[[QuantizedLinear], Any]] = {
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_copies(config: Config, make: Callable[[QuantizedLinear], QuantizedLinear]) -> None:
+def test_copies(
+    config: QuantizationConfig, make: Callable[[QuantizedLinear], QuantizedLinear]
+) -> None:
     layer = layer_of(config, "silu").eval()
     other = make(layer)
     x = floats(3, 64)
@@ -155,10 +156,10 @@ def test_to_meta_and_back_by_to_empty() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_state_dict_holds_the_canonical_tensors(config: Config, bias: bool) -> None:
+def test_the_state_dict_holds_the_canonical_tensors(config: QuantizationConfig, bias: bool) -> None:
     state = layer_of(config, bias=bias).state_dict()
     expected = {"qweight": (torch.int8, (32, 64)), "weight_scale": (torch.float32, (32,))}
-    if not config.symmetric:
+    if not config.weights.symmetric:
         expected["weight_zero_point"] = (torch.int32, (32,))
     if bias:
         expected["bias"] = (torch.float32, (32,))
@@ -188,7 +189,7 @@ def test_nothing_is_called_weight_and_a_tied_one_does_no_harm() -> None:
 
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_loading_a_state_dict(config: Config, assign: bool) -> None:
+def test_loading_a_state_dict(config: QuantizationConfig, assign: bool) -> None:
     source, layer = layer_of(config, seed=1), layer_of(config, seed=2)
     packed, bias = layer.packed, layer.bias
     result = layer.load_state_dict(source.state_dict(), assign=assign)

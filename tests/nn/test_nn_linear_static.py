@@ -18,10 +18,10 @@ from torchquant import (
     IntxActivationIntxWeightConfig,
     functional,
 )
-from torchquant.configs import Config
+from torchquant.configs import Dynamic, QuantizationConfig, Static
 from torchquant.nn import QuantizedLinear
 
-STATIC: dict[str, Config] = {
+STATIC: dict[str, QuantizationConfig] = {
     "static": Int8StaticActivationInt8WeightConfig(),
     "symmetric": Int8StaticActivationInt8WeightConfig(True),
     "zero_points": Int8StaticActivationInt8WeightConfig(False, False),
@@ -29,7 +29,7 @@ STATIC: dict[str, Config] = {
     "w3a5": IntxActivationIntxWeightConfig(3, 5, True),
     "w2a2_zero_points": IntxActivationIntxWeightConfig(2, 2, True, False, False),
 }
-DYNAMIC: dict[str, Config] = {
+DYNAMIC: dict[str, QuantizationConfig] = {
     f"w{weight}a{activation}{'' if symmetric else '_zero_points'}": IntxActivationIntxWeightConfig(
         weight, activation, False, symmetric, symmetric
     )
@@ -39,30 +39,30 @@ DYNAMIC: dict[str, Config] = {
 CONFIGS = {**STATIC, **{f"dynamic_{name}": config for name, config in DYNAMIC.items()}}
 
 
-def layer_of(config: Config, activation: str = "none") -> QuantizedLinear:
+def layer_of(config: QuantizationConfig, activation: str = "none") -> QuantizedLinear:
     torch.manual_seed(0)
     linear = nn.Linear(70, 33)
-    if not config.static:
+    if not isinstance(config.activations, Static):
         return QuantizedLinear.from_float(linear, config, activation)
-    zero = 0 if config.activation_symmetric else config.activation_range[0] + 1
+    zero = 0 if config.activations.symmetric else config.activations.range[0] + 1
     return QuantizedLinear.from_float(
         linear,
         config,
         activation,
-        input_scale=torch.tensor([4.0 / config.activation_range[1]]),
+        input_scale=torch.tensor([4.0 / config.activations.range[1]]),
         input_zero_point=torch.tensor([zero], dtype=torch.int32),
     )
 
 
 def specification(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    qmin, qmax = layer.config.activation_range
+    qmin, qmax = layer.config.activations.range
     rows = functional.quantize_rows(
         x,
         layer.input_scale,
         layer.input_zero_point,
         qmin=qmin,
         qmax=qmax,
-        symmetric=layer.config.activation_symmetric,
+        symmetric=layer.config.activations.symmetric,
     )
     return functional.quantized_linear(
         rows.q,
@@ -99,8 +99,8 @@ def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
         layer.bias.detach(),
         weight_scale=layer.weight_scale,
         weight_zero_point=layer.weight_zero_point,
-        symmetric=config.activation_symmetric,
-        activation_bits=config.activation_bits,
+        symmetric=config.activations.symmetric,
+        activation_bits=config.activations.bits,
     )
     check_everywhere(lambda: layer(x).detach(), want)
 
@@ -108,7 +108,7 @@ def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_lie_in_their_range_and_come_back(name: str) -> None:
     layer = layer_of(CONFIGS[name])
-    qmin, qmax = layer.config.weight_range
+    qmin, qmax = layer.config.weights.range
     assert qmin <= int(layer.qweight.min())
     assert int(layer.qweight.max()) <= qmax
     error = (layer.to_float().weight - layer_of(STATIC["static"]).to_float().weight).abs().max()
@@ -208,8 +208,8 @@ def test_errors() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             QuantizedLinear.from_float(linear, **arguments)
-    with pytest.raises(ValueError, match="activation_narrow_range must be None unless static"):
-        IntxActivationIntxWeightConfig(activation_narrow_range=False)
+    with pytest.raises(TypeError, match="narrow_range"):  # a token's range uses all its levels
+        Dynamic(narrow_range=False)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="activation_bits must be from 2 to 8, got 9"):
         torchquant.ops.linear_dynamic(
             torch.ones(1, 8),

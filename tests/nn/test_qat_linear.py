@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchquant import (
+    Dynamic,
     FakeQuantizer,
     Int8DynamicActivationInt8WeightConfig,
     Int8StaticActivationInt8WeightConfig,
@@ -21,10 +22,11 @@ from torchquant import (
     LSQQuantizer,
     QATConfig,
     QATLinear,
+    TrainingConfig,
     functional,
 )
 from torchquant.nn import QuantizedLinear
-from torchquant.nn.qat_linear import qat_config
+from torchquant.training.configuration import training_config
 
 CONFIGS = {
     "dynamic": QATConfig(),
@@ -32,8 +34,8 @@ CONFIGS = {
     "dynamic_w4": QATConfig(weight_bits=4),
     "dynamic_w2a4": QATConfig(weight_bits=2, activation_bits=4),
     "dynamic_a3_symmetric": QATConfig(activation_bits=3, activation_symmetric=True),
-    "dynamic_weight_zero_points": QATConfig(symmetric=False),
-    "dynamic_w5_zero_points": QATConfig(weight_bits=5, symmetric=False),
+    "dynamic_weight_zero_points": QATConfig(weight_symmetric=False),
+    "dynamic_w5_zero_points": QATConfig(weight_bits=5, weight_symmetric=False),
     "dynamic_lsq_w3": QATConfig(weight_bits=3, learned_weights=True),
     "dynamic_lsq_w8": QATConfig(learned_weights=True),
     "static": QATConfig(activations="static"),
@@ -51,11 +53,11 @@ CONFIGS = {
         activation_bits=4, activations="static", learned_activations=True, learned_offset=True
     ),
 }
-STATIC = [name for name, config in CONFIGS.items() if config.static]
+STATIC = [name for name, config in CONFIGS.items() if not isinstance(config.activations, Dynamic)]
 
 
 def layer_of(
-    config: QATConfig | str,
+    config: TrainingConfig | str,
     out_features: int = 24,
     in_features: int = 40,
     activation: str = "none",
@@ -148,12 +150,12 @@ def test_to_quantized_is_from_float(config: str) -> None:
 def test_deployed_integers_lie_in_their_ranges(config: str) -> None:
     layer = layer_of(config)
     deployed = layer.to_quantized()
-    qmin, qmax = layer.config.weight_range
+    qmin, qmax = layer.config.weights.range
     assert qmin <= int(deployed.qweight.min())
     assert int(deployed.qweight.max()) <= qmax
     assert deployed.config == layer.config.deployed()
     if deployed.input_zero_point is not None:
-        low, high = deployed.config.activation_range
+        low, high = deployed.config.activations.range
         assert low <= int(deployed.input_zero_point) <= high
 
 
@@ -182,11 +184,12 @@ def test_learned_gradients_are_those_of_the_formula() -> None:
     for name in ("lsq", "lsq_w4a4", "lsq_unsigned_a2", "lsq_plus", "dynamic_lsq_w3"):
         layer = layer_of(name, activation="relu")
         config = layer.config
+        learned_offset = getattr(config.activations, "zero_point", None) == "learned"
         x = (torch.randn(32, 40) + 0.2).requires_grad_()
         y = layer(x)
         grad = torch.randn(32, 24)
         y.backward(grad)
-        input_range, weight_range = config.deployed().activation_range, config.weight_range
+        input_range, weight_range = config.deployed().activations.range, config.weights.range
         deployed = layer.to_quantized()
         quantizer, weight_quantizer = layer.input_quantizer, layer.weight_quantizer
         rows = functional.quantize_rows(
@@ -211,10 +214,10 @@ def test_learned_gradients_are_those_of_the_formula() -> None:
             channels,
             input_range=input_range,
             weight_range=weight_range,
-            static=config.static,
+            static=not isinstance(config.activations, Dynamic),
             weight_given=weight_quantizer is not None,
             activation="relu",
-            learned_offset=config.learned_offset,
+            learned_offset=learned_offset,
             input_grad_factor=0.0 if quantizer is None else quantizer.grad_factor(x),
             weight_grad_factor=(
                 0.0 if weight_quantizer is None else weight_quantizer.grad_factor(layer.weight)
@@ -233,7 +236,7 @@ def test_learned_gradients_are_those_of_the_formula() -> None:
         close(layer.bias.grad, want.bias, "bias")
         if quantizer is not None:
             close(quantizer.step.grad, want.input_scale, "step")
-        if config.learned_offset:
+        if learned_offset:
             close(quantizer.offset.grad, want.input_offset, "offset")
         if weight_quantizer is not None:
             close(weight_quantizer.step.grad, want.weight_scale, "weight step")
@@ -306,7 +309,7 @@ def test_static_without_a_range_is_refused() -> None:
 # ---------------------------------------------------------------- training
 
 
-def mlp(config: QATConfig) -> nn.Sequential:
+def mlp(config: TrainingConfig) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         QATLinear(16, 32, config=config, activation="relu"), QATLinear(32, 8, config=config)
@@ -462,7 +465,7 @@ def test_quantizers_follow_the_configuration() -> None:
         (None, QATConfig()),
         (
             Int8DynamicActivationInt8WeightConfig(True, False),
-            QATConfig(activation_symmetric=True, symmetric=False),
+            QATConfig(activation_symmetric=True, weight_symmetric=False),
         ),
         (Int8StaticActivationInt8WeightConfig(), QATConfig(activations="static")),
         (IntxActivationIntxWeightConfig(3, 5), QATConfig(3, 5)),
@@ -472,10 +475,10 @@ def test_quantizers_follow_the_configuration() -> None:
         ),
     ],
 )
-def test_configurations_to_deploy_train(config: Any, expected: QATConfig) -> None:
-    assert qat_config("x", config) == expected
+def test_configurations_to_deploy_train(config: Any, expected: TrainingConfig) -> None:
+    assert training_config("x", config) == expected
     if config is not None:
-        assert qat_config("x", config).deployed() == config
+        assert training_config("x", config).deployed() == config
 
 
 def test_errors() -> None:

@@ -13,8 +13,7 @@ from support.layers import ASYMMETRIC, CONFIGS, layer_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import load, quantize_, save
+from torchquant import QuantizationConfig, load, quantize_, save
 from torchquant.nn import QuantizedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -30,7 +29,7 @@ def _no_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch._dynamo.reset()
 
 
-def model(config: Config | None = None, seed: int = 0) -> nn.Sequential:
+def model(config: QuantizationConfig | None = None, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 4)
@@ -66,7 +65,7 @@ class Taps(nn.Module):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_aot_eager_has_the_bits_of_eager(config: Config, dtype: torch.dtype) -> None:
+def test_aot_eager_has_the_bits_of_eager(config: QuantizationConfig, dtype: torch.dtype) -> None:
     net = model(config).to(dtype)
     call, counter = compiled(net)
     x = floats(5, 64, dtype=dtype)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from support import assert_same_bits, floats
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import QuantizationReport, functional
+from torchquant import QuantizationConfig, QuantizationReport, functional
 from torchquant.nn import QuantizedLinear
 
 CONFIGS = {
     "default": Config(),
     "symmetric": Config(activation_symmetric=True),
-    "asymmetric_weight": Config(activation_symmetric=True, symmetric=False),
-    "asymmetric": Config(activation_symmetric=False, symmetric=False),
+    "asymmetric_weight": Config(activation_symmetric=True, weight_symmetric=False),
+    "asymmetric": Config(activation_symmetric=False, weight_symmetric=False),
 }
-ASYMMETRIC = Config(activation_symmetric=False, symmetric=False)
+ASYMMETRIC = Config(activation_symmetric=False, weight_symmetric=False)
 
 
 def float_layer(
@@ -37,7 +37,9 @@ def float_layer(
     return linear
 
 
-def layer_of(config: Config | None = None, activation: str = "none", **kw: Any) -> QuantizedLinear:
+def layer_of(
+    config: QuantizationConfig | None = None, activation: str = "none", **kw: Any
+) -> QuantizedLinear:
     return QuantizedLinear.from_float(float_layer(**kw), config, activation)
 
 
@@ -51,7 +53,7 @@ def expected_output(
         None if layer.bias is None else layer.bias.detach(),
         weight_scale=layer.weight_scale,
         weight_zero_point=layer.weight_zero_point,
-        symmetric=layer.config.activation_symmetric,
+        symmetric=layer.config.activations.symmetric,
         output_dtype=output_dtype,
         activation=layer.activation,
     )

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchquant
 from support.processes import PROCESSES, share
-from torchquant import QATConfig, QATSchedule, prepare_qat_
+from torchquant import QATConfig, QATSchedule, TrainingConfig, prepare_qat_
 from torchquant.training.observers import Observer
 
 CONFIGS = {
@@ -42,7 +42,7 @@ class MLP(nn.Module):
         return logits
 
 
-def prepared(config: QATConfig) -> MLP:
+def prepared(config: TrainingConfig) -> MLP:
     torch.manual_seed(0)
     model = MLP()
     prepare_qat_(model, config, filter_fn=lambda module, name: True)

@@ -22,8 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from torchquant.nn.linear import QuantizedLinear
-from torchquant.nn.qat_linear import QATLinear
+from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.training.fake_quantizer import FakeQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -241,7 +240,7 @@ def verify(
         with torch.no_grad():
             # Its forward alone: hooks are the model's, and in it they run when it runs.
             layer: Any = pairs[name][1]
-            converted = type(layer).forward(layer, input.detach().to(_device_of(layer)))
+            converted = type(layer).forward(layer, input.detach().to(layer.device))
         layers[name].compare(output, converted, current)
 
     with ExitStack() as stack:
@@ -300,7 +299,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-Layer = QATLinear | QuantizedLinear
+Layer = TrainedModule | QuantizedModule
 
 
 def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[Layer, Layer]]:
@@ -308,19 +307,19 @@ def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[
         if not isinstance(model, nn.Module):
             raise TypeError(f"verify: {argument} must be an nn.Module, got {type(model).__name__}")
     ours, theirs = _layers(qat_model), _layers(quantized_model)
-    elsewhere = {_device_of(m) for m in ours.values()} != {_device_of(m) for m in theirs.values()}
-    trained = {n: m for n, m in ours.items() if isinstance(m, QATLinear)}
-    converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedLinear)}
+    elsewhere = {m.device for m in ours.values()} != {m.device for m in theirs.values()}
+    trained = {n: m for n, m in ours.items() if isinstance(m, TrainedModule)}
+    converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedModule)}
     if elsewhere:  # copies of one model are worth comparing then
         trained = trained or ours  # type: ignore[assignment]
         converted = converted or theirs  # type: ignore[assignment]
     if not trained:
         raise ValueError(
-            "verify: qat_model must hold QATLinear layers, got none; keep a copy.deepcopy of the "
-            "model before convert_"
+            "verify: qat_model must hold layers that prepare_qat_ prepared, got none; keep a "
+            "copy.deepcopy of the model before convert_"
         )
     prepared = [
-        item for item in (*trained.items(), *theirs.items()) if isinstance(item[1], QATLinear)
+        item for item in (*trained.items(), *theirs.items()) if isinstance(item[1], TrainedModule)
     ]
     floating = [name for name, layer in prepared if not bool(layer.quantize_enabled)]
     if floating:
@@ -332,18 +331,14 @@ def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[
     if missing:
         raise ValueError(
             "verify: quantized_model must be the converted qat_model, got one without a "
-            f"QuantizedLinear at {', '.join(missing)}"
+            f"quantized layer at {', '.join(missing)}"
         )
     return {name: (layer, converted[name]) for name, layer in trained.items()}
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    kinds = (QATLinear, QuantizedLinear)
+    kinds = (TrainedModule, QuantizedModule)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def _device_of(layer: Layer) -> torch.device:
-    return (layer.packed if isinstance(layer, QuantizedLinear) else layer.weight).device
 
 
 def _devices(model: nn.Module) -> set[torch.device]:

@@ -18,8 +18,8 @@ from torchquant.graph.dataflow import Dataflow
 from torchquant.graph.modules import held_by
 from torchquant.graph.recognize import activation_of
 from torchquant.graph.trace import Trace
+from torchquant.nn.base import QuantizedModule
 from torchquant.nn.fused import FusedActivation
-from torchquant.nn.linear import QuantizedLinear
 from torchquant.report import FusionReport
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
@@ -60,7 +60,7 @@ class _Search:
 
 
 def fuse_activations(
-    flow: Dataflow, layers: Iterable[tuple[QuantizedLinear, torch.dtype]], owners: Owners
+    flow: Dataflow, layers: Iterable[tuple[QuantizedModule, torch.dtype]], owners: Owners
 ) -> list[FusionReport]:
     """Fuse what may be fused behind ``layers``, in place.
 
@@ -250,7 +250,7 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
         return
     absorb(activation, name, search.owners)
     for pair in pairs:
-        assert isinstance(pair.layer, QuantizedLinear)
+        assert isinstance(pair.layer, QuantizedModule)
         pair.layer.activation = name
 
 
@@ -258,18 +258,19 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
 def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
     """Whether the fused layer computes what the two did, but for rounding between and behind."""
     layer, eps = pair.layer, torch.finfo(pair.dtype).eps
-    assert isinstance(layer, QuantizedLinear)
+    assert isinstance(layer, QuantizedModule)
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.device("cpu"):
-        shape = (_TEST_ROWS, layer.in_features)
-        rows = torch.randn(shape, generator=generator, dtype=torch.float32)
-        x = rows * torch.exp2(torch.arange(_TEST_ROWS) - 3.0)[:, None]
-        x = x.to(layer.packed.device, pair.dtype)
-        between = QuantizedLinear.forward(layer, x)
+        rows = layer.probe(_TEST_ROWS, generator)
+        sizes = torch.exp2(torch.arange(_TEST_ROWS) - 3.0)
+        x = rows * sizes.reshape(-1, *[1] * (rows.dim() - 1))
+        x = x.to(layer.device, pair.dtype)
+        forward = type(layer).forward  # without the layer's hooks
+        between = forward(layer, x)
         expected = activation(between.clone())
         layer.activation = name
         try:
-            got = QuantizedLinear.forward(layer, x)
+            got = forward(layer, x)
         finally:
             layer.activation = "none"
     if got.dtype != expected.dtype:

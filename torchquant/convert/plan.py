@@ -9,50 +9,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from torchquant.graph.modules import memory_key, owners_by_module, tensor_bytes
-from torchquant.report import LayerReport
+from torchquant.graph.modules import (
+    memory_key,
+    owners_by_module,
+    replace_module,
+    tensor_bytes,
+)
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.kinds import Kind, kind_of, kinds, weight_shape
+from torchquant.report import Action, LayerReport
 
 FilterFn = Callable[[nn.Module, str], bool]
-Reason = Callable[[nn.Module], str | None]
-
-# Below these a layer stays in float. Fixed, and a function of the shape alone, so that a model
-# converts the same way on every machine: the packed weight is padded to 16 outputs and 64 inputs,
-# so small layers do not shrink, and a call costs more than its arithmetic.
-MIN_OUT_FEATURES = 16
-MIN_IN_FEATURES = 32
-MIN_WEIGHTS = 4096
-
-
-def too_small(out_features: int, in_features: int) -> bool:
-    """Whether a linear layer is too small to gain from int8; the same answer everywhere.
-
-    Example:
-        >>> too_small(10, 768), too_small(64, 64)
-        (True, False)
-    """
-    return (
-        out_features < MIN_OUT_FEATURES
-        or in_features < MIN_IN_FEATURES
-        or out_features * in_features < MIN_WEIGHTS
-    )
+Reason = Callable[[Any], str | None]
+Classes = type[nn.Module] | tuple[type[nn.Module], ...]
+Refusal = Callable[[nn.Module, Kind], str | None]
 
 
 @dataclass
 class Step:
-    """One linear-like layer of the model and what is to become of it.
+    """One layer of the model that belongs to a kind, and what is to become of it.
 
     Example:
         >>> linear = nn.Linear(64, 64)
-        >>> Step(["first", "second"], linear, [], refusal="lazy").remark()
+        >>> Step(["first", "second"], linear, kind_of(linear), [], refusal="lazy").remark()
         'lazy; also at second'
     """
 
     names: list[str]
     module: nn.Module
+    kind: Kind
     owners: list[tuple[nn.Module, str]]
     asked: bool = False
     refusal: str | None = None  # why it cannot be changed
@@ -80,32 +70,65 @@ class Step:
     def skipped(self) -> LayerReport:
         """The report's row on a layer that stays."""
         kind, size = type(self.module).__name__, tensor_bytes(self.module)
-        sizes = (*features(self.module), size, size)
-        return LayerReport(self.name, kind, "skipped", self.remark(), *sizes)
+        shape = weight_shape(self.module)
+        return LayerReport(self.name, kind, "skipped", self.remark(), shape, size, size)
+
+    def replaced(self, new: nn.Module | None, action: Action, remark: str = "") -> LayerReport:
+        """Put ``new`` into the layer's places and report it; None reports a layer that stays."""
+        if new is None:
+            return self.skipped()
+        old, before = self.module, tensor_bytes(self.module)
+        replace_module(self.owners, old, new)
+        self.module = new
+        shape, after = weight_shape(new), tensor_bytes(new)
+        kind = type(old).__name__
+        return LayerReport(self.name, kind, action, self.remark(remark), shape, before, after)
 
 
-def check_model(who: str, model: nn.Module, bare: dict[type[nn.Module], str]) -> None:
-    """Refuse what is no model that a verb can change.
+def check_model(
+    who: str,
+    model: nn.Module,
+    *,
+    quantized: str | None = None,
+    trained: str | None = None,
+    floating: str | None = None,
+) -> None:
+    """Refuse what is not a model that a verb can change.
+
+    A bare layer has no parent in which it could be replaced.
 
     Args:
         who: the verb; starts the messages.
-        model: what it was given.
-        bare: layers that cannot be changed in place for want of a parent, and what to do instead.
+        model: the verb's argument.
+        quantized, trained, floating: what to do instead with a bare layer that is quantized,
+            prepared for training, or of a float type that has a kind; ``{float}``, ``{quantized}``,
+            ``{trained}`` and ``{kind}`` stand for names. None: such a layer is accepted.
 
     Raises:
         TypeError: not a module, or a scripted one.
         ValueError: a bare layer.
 
     Example:
-        >>> check_model("quantize_", nn.Sequential(), {})
+        >>> check_model("quantize_", nn.Sequential())
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
-    for kind, remedy in bare.items():
-        if isinstance(model, kind):
-            raise ValueError(
-                f"{who}: model must contain layers, got a bare {type(model).__name__}, {remedy}"
-            )
+    kind, remedy = kind_of(model), floating
+    if isinstance(model, TrainedModule):
+        remedy = trained
+    elif isinstance(model, QuantizedModule):
+        remedy = quantized
+    if kind is not None and remedy is not None:
+        names = {
+            "kind": kind.name,
+            "float": kind.float_types[0].__name__,
+            "quantized": kind.quantized.__name__,
+            "trained": "" if kind.trained is None else kind.trained.__name__,
+        }
+        raise ValueError(
+            f"{who}: model must contain layers, got a bare {type(model).__name__}, "
+            f"{remedy.format(**names)}"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"{who}: model must be an nn.Module in Python, got a scripted one, whose layers are "
@@ -127,46 +150,49 @@ def check_filter(who: str, filter_fn: FilterFn | None) -> None:
 
 
 def plan_layers(
-    model: nn.Module, filter_fn: FilterFn | None, done: Reason, refusal: Reason
+    model: nn.Module, filter_fn: FilterFn | None, done: Reason, refusal: Refusal
 ) -> list[Step]:
-    """A step for each linear-like layer of a model, in the order of its modules.
+    """A step for each layer of a model that belongs to a kind, in the order of its modules.
 
     Args:
         model: what holds them.
         filter_fn: called with each float layer and each of its names; true asks for it.
-        done: why a module is a layer that nothing is to be done with (it is quantized already);
-            None for all others.
-        refusal: why a float layer cannot be changed; None where it can.
+        done: why nothing is to be done with a quantized or trained layer.
+        refusal: why a float layer of a kind cannot be changed; None where it can.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-        >>> steps = plan_layers(model, None, lambda module: None, lambda module: None)
+        >>> steps = plan_layers(model, None, lambda module: None, lambda module, kind: None)
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to gain')]
     """
-    fused = _fast_path_layers(model)
-    steps = find_layers(model, lambda module: linear_like(module) or done(module) is not None)
+    read = _read_elsewhere(model)
+    steps = find_layers(model)
     for step in steps:
-        module = step.module
-        step.leave = done(module)
-        if step.leave is not None:
+        module, kind = step.module, step.kind
+        if isinstance(module, (QuantizedModule, TrainedModule)):
+            step.leave = done(module)
             continue
         step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
-        step.refusal = fused.get(id(module)) or refusal(module)
+        step.refusal = read.get(id(module)) or refusal(module, kind)
         if not step.asked:
             step.leave = "filter_fn"
-        elif filter_fn is None and not step.refusal and too_small(*features(module)):
+        elif filter_fn is None and not step.refusal and kind.too_small(module):
             step.leave = "too small to gain"
     return steps
 
 
-def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Step]:
-    """An empty step for each module that is wanted, in the order of a model's modules.
+def find_layers(model: nn.Module, classes: Classes = nn.Module) -> list[Step]:
+    """An empty step for each layer that belongs to a kind, in the order of a model's modules.
+
+    Args:
+        model: what holds them.
+        classes: only layers of these classes, usually :class:`torchquant.nn.QuantizedModule` or
+            :class:`torchquant.nn.TrainedModule`; all by default.
 
     Example:
         >>> linear = nn.Linear(4, 4)
-        >>> steps = find_layers(nn.Sequential(linear, linear), lambda module: module is linear)
-        >>> [step.names for step in steps]
+        >>> [step.names for step in find_layers(nn.Sequential(linear, linear))]
         [['0', '1']]
     """
     owners = owners_by_module(model)
@@ -178,8 +204,9 @@ def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[S
     )
     layers: dict[int, Step] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if wanted(module):
-            step = Step([], module, owners.get(id(module), []))
+        kind = kind_of(module)
+        if kind is not None and isinstance(module, classes):
+            step = Step([], module, kind, owners.get(id(module), []))
             layers.setdefault(id(module), step).names.append(name)
     for step in layers.values():
         weight = step.module._parameters.get("weight")
@@ -206,23 +233,8 @@ def check_strict(who: str, steps: Iterable[Step]) -> None:
         )
 
 
-def linear_like(module: nn.Module) -> bool:
-    """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D.
-
-    Example:
-        >>> linear_like(nn.Linear(4, 4)), linear_like(nn.ReLU())
-        (True, False)
-    """
-    if isinstance(module, nn.Linear):
-        return True
-    if type(module).__name__ != "Conv1D":
-        return False
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2
-
-
-def _fast_path_layers(model: nn.Module) -> dict[int, str]:
-    """Linears whose weight another module's forward reads, with the reason to leave them."""
+def _read_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Layers whose weight another module's forward reads, with the reason to leave them."""
     layers: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -234,14 +246,12 @@ def _fast_path_layers(model: nn.Module) -> dict[int, str]:
     return layers
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a layer.
+def no_layers(done: str) -> str:
+    """A report's note on a model without layers of any kind; ``done`` is what was to be done.
 
     Example:
-        >>> features(nn.Linear(64, 32))
-        (32, 64)
+        >>> no_layers("quantize")
+        'The model has no linear layers; there was nothing to quantize.'
     """
-    if hasattr(module, "out_features"):
-        return module.out_features, module.in_features  # type: ignore[return-value]
-    rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
-    return columns, rows  # Conv1D holds its weight transposed
+    names = " or ".join(kind.name for kind in kinds())
+    return f"The model has no {names} layers; there was nothing to {done}."

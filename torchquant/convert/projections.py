@@ -16,13 +16,12 @@ from torch import fx, nn
 from torchquant.graph.dataflow import Dataflow
 from torchquant.graph.modules import owners_by_module
 from torchquant.graph.trace import Trace, is_shape
+from torchquant.nn.base import QuantizedModule
 from torchquant.nn.fused import FusedActivation
-from torchquant.nn.linear import QuantizedLinear
-from torchquant.nn.projections import ProjectionGroup
 from torchquant.report import FusionReport
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
-Members = tuple[QuantizedLinear, ...]
+Members = tuple[QuantizedModule, ...]
 
 # Methods and functions (by their names) that only read a tensor, or make a view of it.
 _READING = frozenset(
@@ -38,7 +37,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def group_projections(
-    flow: Dataflow, layers: Iterable[QuantizedLinear], owners: Owners
+    flow: Dataflow, layers: Iterable[QuantizedModule], owners: Owners
 ) -> Iterator[FusionReport]:
     """Group what may be computed together among ``layers``.
 
@@ -69,7 +68,7 @@ def group_again(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
     """Form the groups that a saved model had, where this model's forward allows them."""
     modules = dict(model.named_modules())
     named = [[modules[name] for name in group if name in modules] for group in groups]
-    found = [tuple(m for m in group if isinstance(m, QuantizedLinear)) for group in named]
+    found = [tuple(m for m in group if isinstance(m, QuantizedModule)) for group in named]
     flow = Dataflow(model, [member for members in found for member in members])
     owners = owners_by_module(model)
     for members in found:
@@ -83,13 +82,13 @@ def groups_of(model: nn.Module) -> list[list[str]]:
     """The names of the layers that are computed together, group by group, in their order."""
     groups: dict[int, dict[int, str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and module._group is not None:
+        if isinstance(module, QuantizedModule) and module._group is not None:
             groups.setdefault(id(module._group), {})[module._group_index] = name
     return [[names[index] for index in sorted(names)] for names in groups.values()]
 
 
 def _form(codes: Sequence[CodeType], members: Members) -> None:
-    group = ProjectionGroup(codes)
+    group = members[0].group_type(codes)
     for index, member in enumerate(members):
         group.join(index, member)
 
@@ -103,7 +102,8 @@ def _candidates(flow: Dataflow, wanted: set[int]) -> list[Members]:
             for node, module in trace.modules.items():
                 sole = len(node.args) == 1 and not node.kwargs
                 source = node.args[0] if sole else None
-                known = isinstance(module, QuantizedLinear) and id(module) in wanted
+                known = isinstance(module, QuantizedModule) and id(module) in wanted
+                known = known and module.group_type is not None
                 if known and isinstance(source, fx.Node):
                     by_input.setdefault(source, []).append(module)
             for members in by_input.values():
@@ -118,7 +118,10 @@ def _proof(flow: Dataflow, members: Members, owners: Owners) -> tuple[list[CodeT
     ids = [id(member) for member in members]
     if len(set(ids)) < len(ids):
         return codes, "a layer is called twice on the tensor"
-    problem = ProjectionGroup.obstacle(members)
+    types = {member.group_type for member in members}
+    if len(types) != 1 or None in types:
+        return codes, "layers of their kinds cannot be computed together"
+    problem = members[0].group_type.obstacle(members)
     if problem is not None:
         return codes, problem
     if any(len(owners.get(key, ())) != 1 for key in ids):
@@ -179,7 +182,7 @@ def _only_reads(trace: Trace, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = trace.modules[node]
         torchs = type(module).__module__.startswith("torch.nn.modules.")
-        ours = isinstance(module, (QuantizedLinear, FusedActivation))
+        ours = isinstance(module, (QuantizedModule, FusedActivation))
         plain = not any(getattr(module, hooks) for hooks in _HOOKS)
         return (torchs or ours) and plain and not getattr(module, "inplace", False)
     if node.op in ("call_function", "call_method"):
@@ -200,15 +203,17 @@ def _describe(trace: Trace, node: fx.Node) -> str:
 
 def _unknown(flow: Dataflow, wanted: set[int], taken: set[int]) -> Iterator[FusionReport]:
     """Layers side by side in a module that could not be traced as far as their calls."""
-    by_caller: dict[int, list[QuantizedLinear]] = {}
+    by_caller: dict[int, list[QuantizedModule]] = {}
     for key in wanted - taken:
         for caller in flow.callers.get(key, []):
             module = next(m for m in caller.modules() if id(m) == key)
-            if isinstance(module, QuantizedLinear) and key not in flow.calls:
+            if not isinstance(module, QuantizedModule) or module.group_type is None:
+                continue
+            if key not in flow.calls:
                 by_caller.setdefault(id(caller), []).append(module)
     for caller_id, members in by_caller.items():
         failures = [t for t in flow.traces.get(caller_id, []) if t.failure is not None]
-        alike = len({member.in_features for member in members}) < len(members)
+        alike = len({member.weight_shape[1:] for member in members}) < len(members)
         if failures and alike:
             order = [id(m) for m in failures[0].root.modules()]
             members.sort(key=lambda member: order.index(id(member)))

@@ -1,21 +1,23 @@
-"""Quantization-aware training: prepare, train in stages, convert; and the way back.
+"""Quantization-aware training: prepare a model, train it in stages, convert it.
 
 ``prepare_qat_`` puts a :class:`torchquant.nn.QATLinear` in place of every linear layer, on the very
 same parameters, so that an optimizer, a tie or a distributed wrapper made before stays valid. Like
 every verb it plans first and changes the model only once all new layers exist: an error leaves the
 model as it was.
 
-Stages of training are in :mod:`torchquant.convert.stages`.
+Stages of training are in :mod:`torchquant.convert.stages`, the way back in
+:mod:`torchquant.convert.to_float`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from torchquant.configs import Config, QATConfig
+from torchquant.configs import QuantizationConfig
 from torchquant.convert.activations import absorb, find_relus
 from torchquant.convert.plan import (
     FilterFn,
@@ -23,38 +25,25 @@ from torchquant.convert.plan import (
     check_filter,
     check_model,
     check_strict,
-    features,
     find_layers,
-    linear_like,
+    no_layers,
     plan_layers,
 )
 from torchquant.convert.projections import group_projections
-from torchquant.convert.stages import QATSchedule, freeze, observe, quantize
 from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import owners_by_module, replace_module, tensor_bytes
-from torchquant.nn.fused import FusedActivation
-from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
-from torchquant.nn.qat_linear import QATLinear, qat_config
+from torchquant.graph.modules import owners_by_module, tensor_bytes
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
-from torchquant.report import Action, FusionReport, LayerReport, QuantizationReport
-from torchquant.scheme import MAX_BITS
+from torchquant.report import FusionReport, QuantizationReport
+from torchquant.training.configuration import TrainingConfig, training_config
 
 _IN_PLACE = "which cannot be replaced in place; use"
-_BARE_FOR_PREPARE: dict[type[nn.Module], str] = {
-    QATLinear: "which is prepared already; use it as it is",
-    QuantizedLinear: f"{_IN_PLACE} its to_float() and then torchquant.nn.QATLinear.from_float",
-    nn.Linear: f"{_IN_PLACE} torchquant.nn.QATLinear.from_float(linear, config)",
-}
-_BARE_FOR_CONVERT: dict[type[nn.Module], str] = {QATLinear: f"{_IN_PLACE} its to_quantized()"}
-_BARE_TO_FLOAT: dict[type[nn.Module], str] = {
-    QATLinear: f"{_IN_PLACE} its to_float()",
-    QuantizedLinear: f"{_IN_PLACE} its to_float()",
-}
 
 
 def prepare_qat_(
     model: nn.Module,
-    config: Config | QATConfig | None = None,
+    config: QuantizationConfig | TrainingConfig | None = None,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
 ) -> QuantizationReport:
@@ -101,9 +90,15 @@ def prepare_qat_(
         >>> print(convert_(model).summary().partition(";")[0])
         2 converted, 0 skipped
     """
-    check_model("prepare_qat_", model, _BARE_FOR_PREPARE)
+    check_model(
+        "prepare_qat_",
+        model,
+        trained="which is prepared already; use it as it is",
+        quantized=f"{_IN_PLACE} its to_float() and then torchquant.nn.{{trained}}.from_float",
+        floating=f"{_IN_PLACE} torchquant.nn.{{trained}}.from_float({{kind}}, config)",
+    )
     check_filter("prepare_qat_", filter_fn)
-    config = qat_config("prepare_qat_", config)
+    config = training_config("prepare_qat_", config)
     plan = _plan(model, config, filter_fn)
     if strict:
         check_strict("prepare_qat_", plan)
@@ -112,7 +107,7 @@ def prepare_qat_(
     edges, edge_notes = _edges(flow, model, plan, config)
     owners = owners_by_module(model)
     relus, fusions = find_relus(flow, [step.module for step in steps], owners)
-    inner = _Edge(replace(config, edge_bits=None))
+    inner = _Edge(config.inner())
     new_layers = {
         id(step.module): _prepared(step, edges.get(id(step.module), inner).config) for step in steps
     }
@@ -121,7 +116,7 @@ def prepare_qat_(
     for step in plan:
         edge = edges.get(id(step.module))
         new = new_layers.get(id(step.module))
-        rows.append(_replace(step, new, "prepared", edge.remark if edge else ""))
+        rows.append(step.replaced(new, "prepared", edge.remark if edge else ""))
     for relu, linears in relus:
         for linear in linears:
             new_layers[id(linear)].activation = "relu"
@@ -159,11 +154,9 @@ def convert_(model: nn.Module) -> QuantizationReport:
         >>> print(convert_(model).layers[0].action, type(model[0]).__name__)
         converted QuantizedLinear
     """
-    check_model("convert_", model, _BARE_FOR_CONVERT)
-    plan = find_layers(
-        model, lambda m: linear_like(m) or isinstance(m, (QATLinear, QuantizedLinear))
-    )
-    steps = [step for step in plan if isinstance(step.module, QATLinear)]
+    check_model("convert_", model, trained=f"{_IN_PLACE} its to_quantized()")
+    plan = find_layers(model)
+    steps = [step for step in plan if isinstance(step.module, TrainedModule)]
     if not steps:
         raise ValueError(
             "convert_: model must hold layers that prepare_qat_ prepared, got none; call "
@@ -171,76 +164,20 @@ def convert_(model: nn.Module) -> QuantizationReport:
             "without training"
         )
     for step in plan:
-        if isinstance(step.module, QuantizedLinear):
+        if isinstance(step.module, QuantizedModule):
             step.leave = "already quantized"
-        elif not isinstance(step.module, QATLinear):
+        elif not isinstance(step.module, TrainedModule):
             step.leave = "not prepared"
     new_layers = {id(step.module): _converted(step) for step in steps}
     notes = tuple(_conversion_notes(steps))
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes, and nothing can fail
     for step in plan:
-        rows.append(_replace(step, new_layers.get(id(step.module)), "converted", _untied(step)))
+        new = new_layers.get(id(step.module))
+        rows.append(step.replaced(new, "converted", "untied" if step.tied else ""))
     fusions = tuple(_together(model, list(new_layers.values())))
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, fusions, "converted"
-    )
-
-
-def to_float(model: nn.Module) -> QuantizationReport:
-    """Turn prepared or quantized layers back into ``nn.Linear``, in place.
-
-    A :class:`torchquant.nn.QATLinear` gives the parameters that it trained, the same objects; a
-    :class:`torchquant.nn.QuantizedLinear` gives the values that its integers stand for. Activation
-    modules that had become part of a layer are put back.
-
-    Args:
-        model: a model with such layers. A bare layer cannot be replaced in place: use its
-            ``to_float()``.
-
-    Returns:
-        A report; ``print`` it for a table.
-
-    Raises:
-        TypeError: model is not a module, or a scripted one.
-        ValueError: the model is a bare layer, or a layer computes an activation for which the model
-            holds no module to put back; the model is as it was.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
-        >>> weight = model[0].weight
-        >>> _ = prepare_qat_(model)
-        >>> _ = to_float(model)
-        >>> model[0].weight is weight, model
-        (True, Sequential(
-          (0): Linear(in_features=64, out_features=64, bias=True)
-          (1): ReLU()
-        ))
-    """
-    check_model("to_float", model, _BARE_TO_FLOAT)
-    steps = find_layers(model, lambda module: isinstance(module, (QATLinear, QuantizedLinear)))
-    places = [module for module in model.modules() if isinstance(module, FusedActivation)]
-    known = {place.activation for place in places}
-    for step in steps:
-        computed = getattr(step.module, "activation")  # noqa: B009
-        if computed != "none" and computed not in known:
-            raise ValueError(
-                "to_float: each activation that a layer computes must have been a module of the "
-                f"model, got {step.name}, which computes {computed} and was made so; replace it "
-                "yourself by its to_float() and the activation"
-            )
-    new_layers = {id(step.module): step.module.to_float() for step in steps}  # type: ignore[operator]
-    owners = owners_by_module(model)
-    bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes, and nothing can fail
-    for step in steps:
-        rows.append(_replace(step, new_layers[id(step.module)], "restored"))
-    for place in places:
-        for parent, attribute in owners[id(place)]:
-            parent._modules[attribute] = place.original.train(place.training)
-    notes = () if steps else ("The model has no prepared or quantized layers; nothing was done.",)
-    return QuantizationReport(
-        tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )
 
 
@@ -251,33 +188,33 @@ def to_float(model: nn.Module) -> QuantizationReport:
 class _Edge:
     """What a layer is prepared with, and what the report says of it."""
 
-    config: QATConfig
+    config: TrainingConfig
     remark: str = ""
 
 
-def _plan(model: nn.Module, config: QATConfig, filter_fn: FilterFn | None) -> list[Step]:
-    def done(module: nn.Module) -> str | None:
-        if isinstance(module, QATLinear):
-            other = "" if module.config == config else ", with another configuration"
-            return f"already prepared{other}"
-        if isinstance(module, QuantizedLinear):
-            return "quantized already; to_float(model) makes it trainable again"
-        return None
+def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) -> list[Step]:
+    def done(module: Any) -> str | None:
+        if isinstance(module, QuantizedModule):
+            return "quantized already; to_float_(model) makes it trainable again"
+        other = "" if module.config == config else ", with another configuration"
+        return f"already prepared{other}"
 
-    def refused(module: nn.Module) -> str | None:
-        reason = refusal(module)
-        if reason is not None:
-            return reason
+    def refusal(module: nn.Module, kind: Kind) -> str | None:
+        if kind.trained is None:
+            return f"{kind.name} layers cannot be trained for quantization"
+        refused = kind.refusal(module) or kind.trained.config_refusal(config)
+        if refused is not None:
+            return refused
         weight = module._parameters["weight"]
         if config.simulate and weight is not None and not (has_kernels(weight) or weight.is_meta):
             return None  # computes anywhere
-        return value_refusal(module)
+        return kind.value_refusal(module)
 
-    return plan_layers(model, filter_fn, done, refused)
+    return plan_layers(model, filter_fn, done, refusal)
 
 
 def _edges(
-    flow: Dataflow, model: nn.Module, plan: list[Step], config: QATConfig
+    flow: Dataflow, model: nn.Module, plan: list[Step], config: TrainingConfig
 ) -> tuple[dict[int, _Edge], list[str]]:
     """What the first and the last layer are prepared with, by their ids, and notes on them."""
     if config.edge_bits is None or not plan:
@@ -286,26 +223,17 @@ def _edges(
     order, problem = flow.in_order(model, modules)
     if not order:
         order, problem = modules, problem or "no forward calls the layers"
-    bits = config.edge_bits
-    # LSQ's first step, 2 mean|w| / sqrt(Qp), is six times a channel's own at 8 bits.
-    learned = config.learned_weights and bits < MAX_BITS
-    edge = replace(
-        config,
-        weight_bits=bits,
-        activation_bits=bits,
-        learned_weights=learned,
-        edge_bits=None,
-    )
+    edge = config.edge()
     remarks: dict[int, list[str]] = {}
     for place, module in (("first", order[0]), ("last", order[-1])):
         remarks.setdefault(id(module), []).append(place)
     edges = {
-        key: _Edge(edge, f"{' and '.join(places)} layer, {bits} bits")
+        key: _Edge(edge, f"{' and '.join(places)} layer, {config.edge_bits} bits")
         for key, places in remarks.items()
     }
     notes = [
-        f"{step.name} is the model's {' and '.join(remarks[id(step.module)])} linear layer and "
-        f"keeps what it has: {step.skip}."
+        f"{step.name} is the model's {' and '.join(remarks[id(step.module)])} {step.kind.name} "
+        f"layer and keeps what it has: {step.skip}."
         for step in plan
         if id(step.module) in remarks and step.skip
     ]
@@ -314,17 +242,17 @@ def _edges(
     return edges, notes
 
 
-def _notes(plan: list[Step], config: QATConfig) -> Iterator[str]:
+def _notes(plan: list[Step], config: TrainingConfig) -> Iterator[str]:
     steps = [step for step in plan if step.skip is None]
     if not plan:
-        yield "The model has no linear layers; there was nothing to prepare."
+        yield no_layers("prepare")
     tied = [step.name for step in steps if step.tied]
     if tied:
         yield (
             "Trained together with what shares its weight, with integers of its own once "
             f"converted: {', '.join(tied)}."
         )
-    if steps and (config.learned_weights or config.learned_activations):
+    if steps and config.learned:
         yield (
             "Learned steps are new parameters: make the optimizer now, with "
             "torchquant.parameter_groups(model, weight_decay)."
@@ -349,56 +277,33 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
         yield f"Untied from a shared weight, with an int8 copy of their own: {', '.join(untied)}."
 
 
-def _untied(step: Step) -> str:
-    return "untied" if step.tied else ""
-
-
 # ---------------------------------------------------------------- carrying out
 
 
-def _layer(step: Step) -> QATLinear:
-    assert isinstance(step.module, QATLinear)
+def _layer(step: Step) -> TrainedModule:
+    assert isinstance(step.module, TrainedModule)
     return step.module
 
 
-def _prepared(step: Step, config: QATConfig) -> QATLinear:
-    linear = step.module
-    assert isinstance(linear, nn.Linear)
-    new = QATLinear.from_float(linear, config)
+def _prepared(step: Step, config: TrainingConfig) -> TrainedModule:
+    assert step.kind.trained is not None
+    new: TrainedModule = step.kind.trained.from_float(step.module, config)
     for part in new.modules():
         if part is not new and isinstance(getattr(part, "name", None), str):
             part.name = step.name  # type: ignore[assignment]
     return new
 
 
-def _converted(step: Step) -> QuantizedLinear:
+def _converted(step: Step) -> QuantizedModule:
     try:
         return _layer(step).to_quantized()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"convert_: {step.name} cannot be converted: {error}") from error
 
 
-def _replace(step: Step, new: nn.Module | None, action: Action, remark: str = "") -> LayerReport:
-    if new is None:
-        return step.skipped()
-    old, before = step.module, tensor_bytes(step.module)
-    replace_module(step.owners, old, new)
-    step.module = new
-    sizes = (*features(new), before, tensor_bytes(new))
-    return LayerReport(step.name, type(old).__name__, action, step.remark(remark), *sizes)
-
-
-def _together(model: nn.Module, layers: Iterable[QuantizedLinear]) -> Iterator[FusionReport]:
+def _together(model: nn.Module, layers: Iterable[QuantizedModule]) -> Iterator[FusionReport]:
     layers = list(layers)
     yield from group_projections(Dataflow(model, layers), layers, owners_by_module(model))
 
 
-__all__ = [
-    "QATSchedule",
-    "convert_",
-    "freeze",
-    "observe",
-    "prepare_qat_",
-    "quantize",
-    "to_float",
-]
+__all__ = ["convert_", "prepare_qat_"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from torchquant.configs import Config, Fusion, QATConfig, check_config, check_fusion
+from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.plan import (
     FilterFn,
@@ -14,29 +15,21 @@ from torchquant.convert.plan import (
     check_filter,
     check_model,
     check_strict,
-    features,
+    no_layers,
     plan_layers,
 )
 from torchquant.convert.projections import group_projections
 from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import owners_by_module, replace_module, tensor_bytes
-from torchquant.nn.linear import QuantizedLinear, refusal, value_refusal
-from torchquant.nn.qat_linear import QATLinear
+from torchquant.graph.modules import owners_by_module, tensor_bytes
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.kinds import Kind
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
-
-_BARE: dict[type[nn.Module], str] = {
-    QATLinear: "which is prepared for training; use its to_quantized()",
-    QuantizedLinear: "which is quantized already; use it as it is",
-    nn.Linear: (
-        "which cannot be replaced in place; use "
-        "torchquant.nn.QuantizedLinear.from_float(linear, config)"
-    ),
-}
+from torchquant.training.configuration import TrainingConfig
 
 
 def quantize_(
     model: nn.Module,
-    config: Config | None = None,
+    config: QuantizationConfig | None = None,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     *,
@@ -84,7 +77,16 @@ def quantize_(
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
     """
-    check_model("quantize_", model, _BARE)
+    check_model(
+        "quantize_",
+        model,
+        trained="which is prepared for training; use its to_quantized()",
+        quantized="which is quantized already; use it as it is",
+        floating=(
+            "which cannot be replaced in place; use "
+            "torchquant.nn.{quantized}.from_float({kind}, config)"
+        ),
+    )
     check_filter("quantize_", filter_fn)
     config = _check_config(config)
     fusion = check_fusion("quantize_", fusion)
@@ -97,14 +99,14 @@ def quantize_(
     return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)), fusions)
 
 
-def _check_config(config: Config | None) -> Config:
-    if isinstance(config, QATConfig):
+def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
+    if isinstance(config, TrainingConfig):
         raise TypeError(
             f"quantize_: config must be the configuration of a quantized layer, got {config!r}, "
             "which says how to train; use prepare_qat_(model, config), train, and convert_(model)"
         )
     config = check_config("quantize_", config)
-    if config.static:
+    if config.activations.needs_calibration:
         raise ValueError(
             f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
             "inputs has to be observed or learned first; use prepare_qat_(model, config), run or "
@@ -113,37 +115,34 @@ def _check_config(config: Config | None) -> Config:
     return config
 
 
-def _plan(model: nn.Module, config: Config, filter_fn: FilterFn | None) -> list[Step]:
-    def done(module: nn.Module) -> str | None:
-        if isinstance(module, QATLinear):
+def _plan(model: nn.Module, config: QuantizationConfig, filter_fn: FilterFn | None) -> list[Step]:
+    def done(module: Any) -> str | None:
+        if isinstance(module, TrainedModule):
             return "prepared for training; convert_(model) quantizes it"
-        if not isinstance(module, QuantizedLinear):
-            return None
         other = "" if module.config == config else ", with another configuration"
         return f"already quantized{other}"
 
-    return plan_layers(model, filter_fn, done, lambda m: refusal(m) or value_refusal(m))
+    def refusal(module: nn.Module, kind: Kind) -> str | None:
+        refused = kind.refusal(module) or kind.quantized.config_refusal(config)
+        return refused or kind.value_refusal(module)
+
+    return plan_layers(model, filter_fn, done, refusal)
 
 
-def _carry_out(step: Step, config: Config) -> LayerReport:
+def _carry_out(step: Step, config: QuantizationConfig) -> LayerReport:
     if step.skip is not None:
         return step.skipped()
-    old = step.module
-    assert isinstance(old, nn.Linear)
-    kind, before = type(old).__name__, tensor_bytes(old)
-    new = QuantizedLinear.from_float(old, config)
-    replace_module(step.owners, old, new)
-    step.dtype = old.weight.dtype
-    step.module = new  # the float weights go now, not when the plan does
-    remark, sizes = step.remark("untied" if step.tied else ""), (*features(new), before)
-    return LayerReport(step.name, kind, "quantized", remark, *sizes, tensor_bytes(new))
+    step.dtype = step.module.weight.dtype  # type: ignore[assignment]
+    new = step.kind.quantized.from_float(step.module, config)
+    # The float weights go now, not when the plan does.
+    return step.replaced(new, "quantized", "untied" if step.tied else "")
 
 
 def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[FusionReport]:
     layers = [
         (step.module, step.dtype)
         for step in plan
-        if step.skip is None and isinstance(step.module, QuantizedLinear)
+        if step.skip is None and isinstance(step.module, QuantizedModule)
     ]
     if not layers or not (fusion.activations or fusion.projections):
         return
@@ -157,7 +156,7 @@ def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[Fusion
 
 def _notes(plan: list[Step]) -> Iterator[str]:
     if not plan:
-        yield "The model has no linear layers; there was nothing to quantize."
+        yield no_layers("quantize")
     untied = [step.name for step in plan if step.tied and not step.skip]
     if untied:
         yield f"Untied from a shared weight, with an int8 copy of their own: {', '.join(untied)}."

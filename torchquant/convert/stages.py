@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.nn.qat_linear import QATLinear
+from torchquant.nn.base import TrainedModule
 from torchquant.training.fake_quantizer import FakeQuantizer
 
 
@@ -59,7 +59,7 @@ def freeze(model: nn.Module) -> None:
 
 def _set_stage(model: nn.Module, observing: bool, quantizing: bool) -> None:
     for module in model.modules():
-        if isinstance(module, QATLinear):
+        if isinstance(module, TrainedModule):
             module.enable_quantization(quantizing)
         elif isinstance(module, FakeQuantizer):
             module.enable_observer(observing)

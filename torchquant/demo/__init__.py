@@ -24,7 +24,7 @@ from torchquant.demo.exactness import Check, check_file, check_layers, check_log
 from torchquant.demo.steps import Listener, Steps
 from torchquant.demo.training import Training, train_digits
 from torchquant.models import load_digits_data, load_digits_model
-from torchquant.nn import QuantizedLinear
+from torchquant.nn import QuantizedModule
 from torchquant.report import QuantizationReport
 
 __all__ = ["Check", "DemoResult", "Latency", "Training", "run_demo"]
@@ -129,7 +129,7 @@ def run_demo(
     images, labels = data.test_images, data.test_labels
     int8_model = copy.deepcopy(model)
     report = torchquant.quantize_(int8_model, torchquant.Int8DynamicActivationInt8WeightConfig())
-    layers = sum(isinstance(module, QuantizedLinear) for module in int8_model.modules())
+    layers = sum(isinstance(module, QuantizedModule) for module in int8_model.modules())
     isas = len(cpu.available_isas())
     steps = Steps(3 + len(LATENCY_BATCHES) + 2 * isas + layers, on_step)
     with (

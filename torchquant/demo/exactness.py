@@ -22,7 +22,7 @@ import torchquant
 from torchquant import cpu, functional
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsTransformer
-from torchquant.nn import QuantizedLinear
+from torchquant.nn import QuantizedLinear, QuantizedModule
 
 ORACLE = "scalar"  # available everywhere
 SAMPLED_ROWS = 128  # of each layer, where a check goes row by row or through plain torch
@@ -139,7 +139,7 @@ def layers_with_inputs(
             lambda layer, inputs, name=name: record(name, layer, inputs[0])
         )
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedModule)
     ]
     try:
         model(images)
@@ -157,7 +157,7 @@ def specified_output(layer: QuantizedLinear, rows: Tensor) -> Tensor:
         layer.bias,
         weight_scale=layer.weight_scale,
         weight_zero_point=layer.weight_zero_point,
-        symmetric=layer.config.activation_symmetric,
+        symmetric=layer.config.activations.symmetric,
         activation=layer.activation,
     )
 

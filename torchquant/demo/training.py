@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from torchquant import cpu
 from torchquant.analysis.verify import VerifyReport, verify
-from torchquant.configs import QATConfig
 from torchquant.convert.qat import convert_, prepare_qat_
 from torchquant.demo.exactness import Check, forced_isa
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsData, load_digits_model
+from torchquant.training.configuration import QATConfig
 from torchquant.training.learned_steps import parameter_groups
 
 WEIGHT_BITS = 2

@@ -1,9 +1,24 @@
-"""Drop-in modules."""
+"""Drop-in modules: the layers, the two base classes behind them, and the table of kinds."""
 
 from torchquant.nn.activation import Activation
+from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.kinds import Kind, kind_of, kinds, register
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.qat_linear import QATLinear
 
-__all__ = ["Activation", "FusedActivation", "LayerNorm", "QATLinear", "QuantizedLinear", "RMSNorm"]
+__all__ = [
+    "Activation",
+    "FusedActivation",
+    "Kind",
+    "LayerNorm",
+    "QATLinear",
+    "QuantizedLinear",
+    "QuantizedModule",
+    "RMSNorm",
+    "TrainedModule",
+    "kind_of",
+    "kinds",
+    "register",
+]

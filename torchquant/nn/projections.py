@@ -27,17 +27,14 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from torchquant._extension import load
+from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.ops._arguments import has_kernels
-
-if TYPE_CHECKING:
-    from torchquant.nn.linear import QuantizedLinear
-
 
 _library = load()
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
@@ -47,6 +44,19 @@ _CALLER = 4
 # Calls in a row whose outputs nobody came for, until a group gives up (cross-attention).
 _PATIENCE = 3
 _split = _library.linear_dynamic_split
+
+
+class Member(Protocol):
+    """What a group needs of a layer: :class:`torchquant.nn.QuantizedLinear` has it."""
+
+    in_features: int
+    out_features: int
+    config: QuantizationConfig
+    activation: str
+    packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: torch.nn.Parameter | None
 
 
 class _Kept:
@@ -95,7 +105,7 @@ class ProjectionGroup:
 
     def __init__(self, codes: Sequence[CodeType]) -> None:
         self.codes = tuple(codes)
-        self.members: list[weakref.ref[QuantizedLinear] | None] = [None] * len(self.codes)
+        self.members: list[weakref.ref[Member] | None] = [None] * len(self.codes)
         self.active = False
         self._misses = 0
         self._slot = _Slot()
@@ -103,14 +113,15 @@ class ProjectionGroup:
         self._parts: list[tuple[dict[str, Any], str, Tensor, Tensor, Tensor | None, Any, int]] = []
 
     @staticmethod
-    def obstacle(members: Sequence[QuantizedLinear]) -> str | None:
+    def obstacle(members: Sequence[Member]) -> str | None:
         """Why layers cannot be computed together, or None where they can."""
         first = members[0]
         if any(member.in_features != first.in_features for member in members):
             return "their in_features differ"
         if any(member.config != first.config for member in members):
             return "their configurations differ"
-        if first.config.static or first.config.activation_bits != 8:
+        activations = first.config.activations
+        if not isinstance(activations, Dynamic) or activations.bits != 8:
             return "their activations are not quantized per token to 8 bits"
         if any(member.out_features % _library.TILE_OUT_FEATURES for member in members):
             return f"out_features must be a multiple of {_library.TILE_OUT_FEATURES}"
@@ -118,7 +129,7 @@ class ProjectionGroup:
             return "they are on different devices"
         return None if has_kernels(first.packed) else f"they are on {first.packed.device}"
 
-    def join(self, index: int, member: QuantizedLinear) -> None:
+    def join(self, index: int, member: Member) -> None:
         """Take a layer in at its place in the order; with the last one the group is active."""
         if self.active or self.members[index] is not None:
             return
@@ -229,9 +240,9 @@ class ProjectionGroup:
     # Tensors born in inference mode could not be changed in place later, or trained.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _form(self, members: list[QuantizedLinear]) -> None:
+    def _form(self, members: list[Member]) -> None:
         self._out_features = [member.out_features for member in members]
-        self._symmetric = members[0].config.activation_symmetric
+        self._symmetric = members[0].config.activations.symmetric
         self._activations = [member.activation for member in members]
         self._device_type = members[0].packed.device.type
         self._rows = (members[0].in_features,)  # what the GPU's layout cannot tell the operator

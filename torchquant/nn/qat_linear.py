@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchquant import functional, ops
-from torchquant.configs import Config, QATConfig, check_config
-from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
-from torchquant.ops._arguments import has_kernels, wait_for_copy
-from torchquant.scheme import PerAxis, PerToken, quant_range
+from torchquant.configs import Dynamic, QuantizationConfig
+from torchquant.nn.base import TrainedModule, autocast_dtype
+from torchquant.nn.float_linear import refusal
+from torchquant.nn.linear import QuantizedLinear
+from torchquant.ops._arguments import has_kernels
+from torchquant.scheme import PerAxis, PerToken
+from torchquant.training.configuration import (
+    LearnedActivations,
+    LearnedWeights,
+    ObservedActivations,
+    TrainingConfig,
+    training_config,
+)
 from torchquant.training.fake_quantizer import FakeQuantizer
 from torchquant.training.learned_steps import LSQQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _ACTIVATIONS = ("none", "relu")
+_ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
 
 
-class QATLinear(nn.Module):
+class QATLinear(TrainedModule):
     """``y = activation(x @ weight.T + bias)`` in training, computed as the deployed layer will.
 
     Each forward quantizes input and weight and multiplies integers, on the operators of
@@ -60,9 +69,7 @@ class QATLinear(nn.Module):
         torch.Size([32, 64])
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
-    quantize_enabled: Tensor
     input_quantizer: FakeQuantizer | LSQQuantizer | None
     weight_quantizer: LSQQuantizer | None
 
@@ -71,39 +78,42 @@ class QATLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        config: QATConfig | Config | None = None,
+        config: TrainingConfig | QuantizationConfig | None = None,
         activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init(linear, qat_config("QATLinear", config), activation)
+        self._init(linear, _check_config("QATLinear", config), activation)
 
-    def _init(self, linear: nn.Linear, config: QATConfig, activation: str) -> None:
+    def _init(self, linear: nn.Linear, config: TrainingConfig, activation: str) -> None:
         if activation not in _ACTIVATIONS:
             raise ValueError(f"QATLinear: activation must be none or relu, got {activation!r}")
         self.out_features, self.in_features = linear.weight.shape
-        self.config = config
-        self.activation = activation
-        self.simulate = config.simulate
-        self._input_range, self._weight_range = config.activation_range, config.weight_range
+        self._input_range, self._weight_range = config.activations.range, config.weights.range
+        ranged = isinstance(config.activations, (Dynamic, ObservedActivations))
+        self._input_symmetric: bool = ranged and config.activations.symmetric
         for name in ("weight", "bias"):
             self.register_parameter(name, linear._parameters[name])
         device = linear.weight.device
         self.input_quantizer = _input_quantizer(config, self.in_features, device)
-        if config.learned_activations and not config.activation_signed:
-            self._input_range = quant_range(config.activation_bits, signed=False)
         self.weight_quantizer = _weight_quantizer(config, self.out_features, device)
-        on = torch.ones(1, dtype=torch.uint8, device=device)
-        self.register_buffer("quantize_enabled", on)
-        self._quantizing = True  # what the buffer says, so that a forward need not read it
+        self.init_training(config, activation, device)
+
+    @classmethod
+    def config_refusal(cls, config: TrainingConfig) -> str | None:
+        """Why no linear layer can be trained with ``config``; None where one can."""
+        reason = QuantizedLinear.config_refusal(config.deployed())
+        if reason is None and not isinstance(config.activations, _ACTIVATION_PARTS):
+            return f"linear layers cannot train {type(config.activations).__name__} activations"
+        return reason
 
     @classmethod
     def from_float(
         cls,
         linear: nn.Linear,
-        config: QATConfig | Config | None = None,
+        config: TrainingConfig | QuantizationConfig | None = None,
         activation: str = "none",
     ) -> QATLinear:
         """A layer that trains the parameters of a float layer: the same objects, so that ties and
@@ -118,7 +128,7 @@ class QATLinear(nn.Module):
             TypeError: not exactly an nn.Linear with a float weight of its own, or config is none.
             ValueError: activation is another.
         """
-        config = qat_config("QATLinear.from_float", config)
+        config = _check_config("QATLinear.from_float", config)
         reason = refusal(linear)
         if reason is not None:
             raise TypeError(f"QATLinear.from_float: linear must be a plain nn.Linear, got {reason}")
@@ -140,15 +150,14 @@ class QATLinear(nn.Module):
                 "training has diverged"
             )
         scale, zero_point = self._static_qparams()
-        layer = QuantizedLinear._from_tensors(
+        layer = QuantizedLinear.from_tensors(
             self.weight,
             self.bias,
             self.config.deployed(),
             self.activation,
-            self._weight_scale(),
-            scale,
-            zero_point,
-            self._weight_range,
+            weight_scale=self._weight_scale(),
+            input_scale=scale,
+            input_zero_point=zero_point,
         )
         return layer.train(self.training)
 
@@ -160,12 +169,6 @@ class QATLinear(nn.Module):
         if self.bias is not None:
             linear.bias = self.bias
         return linear.train(self.training)
-
-    def enable_quantization(self, enabled: bool = True) -> QATLinear:
-        """Compute on integers; or, False, in float while observers watch. Returns the layer."""
-        self.quantize_enabled.fill_(bool(enabled))
-        self._quantizing = bool(enabled)
-        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Float ``[..., in_features]`` to ``[..., out_features]``.
@@ -181,7 +184,6 @@ class QATLinear(nn.Module):
             return self._activate(nn.functional.linear(input, self.weight, self.bias))
         if self.simulate or not has_kernels(self.weight):
             return self._simulated(input)
-        config = self.config
         scale = zero_point = offset = weight_scale = None
         input_factor = weight_factor = 0.0
         input_qmin, input_qmax = self._input_range
@@ -207,11 +209,11 @@ class QATLinear(nn.Module):
             input_offset=offset,
             input_qmin=input_qmin,
             input_qmax=input_qmax,
-            input_symmetric=config.activation_symmetric,
+            input_symmetric=self._input_symmetric,
             weight_scale=weight_scale,
             weight_qmin=weight_qmin,
             weight_qmax=weight_qmax,
-            weight_symmetric=config.symmetric,
+            weight_symmetric=self.config.weights.symmetric,
             activation=self.activation,
             input_grad_factor=input_factor,
             weight_grad_factor=weight_factor,
@@ -235,7 +237,7 @@ class QATLinear(nn.Module):
     def _fake_quantized_rows(self, input: Tensor) -> Tensor:
         qmin, qmax = self._input_range
         _, scale, zero_point = functional.quantize_per_token(
-            input, symmetric=self.config.activation_symmetric, bits=self.config.activation_bits
+            input, symmetric=self._input_symmetric, bits=self.config.activations.bits
         )
         return functional.fake_quantize(
             input, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerToken()
@@ -246,7 +248,11 @@ class QATLinear(nn.Module):
         qmin, qmax = self._weight_range
         least, greatest = torch.aminmax(self.weight, dim=1)
         scale, zero_point = functional.qparams_from_range(
-            least.float(), greatest.float(), qmin=qmin, qmax=qmax, symmetric=self.config.symmetric
+            least.float(),
+            greatest.float(),
+            qmin=qmin,
+            qmax=qmax,
+            symmetric=self.config.weights.symmetric,
         )
         return functional.fake_quantize(
             self.weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
@@ -270,7 +276,7 @@ class QATLinear(nn.Module):
             return None, None
         scale, zero_point = self.input_quantizer.qparams()
         # Unsigned integers of a learned step are deployed as signed ones.
-        shift = self.config.activation_range[0] - self._input_range[0]
+        shift = self.config.activations.deployed().range[0] - self._input_range[0]
         return scale.detach(), zero_point + shift
 
     def _weight_scale(self) -> Tensor | None:
@@ -293,67 +299,21 @@ class QATLinear(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        config = self.config
-        weight = f"int{config.weight_bits} {'learned' if config.learned_weights else 'per channel'}"
-        kind = "per token"
-        if config.static:
-            kind = "learned" if config.learned_activations else "observed"
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         stage = "" if self._quantizing else ", in float"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {weight}, activations int{config.activation_bits} "
-            f"{kind}{fused}{stage}"
+            f"bias={self.bias is not None}, {self.config.weights}, activations "
+            f"{self.config.activations}{fused}{stage}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
-        before = self.quantize_enabled
-        super()._apply(fn, recurse)
-        wait_for_copy(before, self.quantize_enabled)
-        self._read_stage()
-        return self
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
-        self._read_stage()
-
-    def _read_stage(self) -> None:
-        if not self.quantize_enabled.is_meta:
-            self._quantizing = bool(self.quantize_enabled)
-
-
-def qat_config(who: str, config: QATConfig | Config | None) -> QATConfig:
-    """How to train for a configuration to deploy; a QATConfig itself; ``QATConfig()`` for None.
-
-    Raises:
-        TypeError: anything else; ``who`` starts the message.
-        ValueError: no training without learned steps ends in this configuration.
-
-    Example:
-        >>> from torchquant import Int8StaticActivationInt8WeightConfig
-        >>> qat_config("prepare_qat_", Int8StaticActivationInt8WeightConfig()).activations
-        'static'
-    """
-    if config is None:
-        return QATConfig()
-    if isinstance(config, QATConfig):
-        return config
-    config = check_config(who, config)
-    training = QATConfig(
-        weight_bits=config.weight_bits,
-        activation_bits=config.activation_bits,
-        activations="static" if config.static else "dynamic",
-        symmetric=config.symmetric,
-        activation_symmetric=config.activation_symmetric,
-    )
-    if training.activation_range != config.activation_range:
-        raise ValueError(
-            f"{who}: config must leave activation_narrow_range at None, got {config}; ranges that "
-            "are observed give the default, and QATConfig(learned_activations=True) the other"
-        )
-    return training
+def _check_config(who: str, config: TrainingConfig | QuantizationConfig | None) -> TrainingConfig:
+    config = training_config(who, config)
+    reason = QATLinear.config_refusal(config)
+    if reason is not None:
+        raise ValueError(f"{who}: config must fit a linear layer, got {config}: {reason}")
+    return config
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -373,35 +333,34 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _input_quantizer(
-    config: QATConfig, in_features: int, device: torch.device
+    config: TrainingConfig, in_features: int, device: torch.device
 ) -> FakeQuantizer | LSQQuantizer | None:
-    if not config.static:
-        return None
-    if config.learned_activations:
+    part = config.activations
+    if isinstance(part, LearnedActivations):
         return LSQQuantizer(
-            config.activation_bits,
-            symmetric=not config.learned_offset,
-            signed=config.activation_signed,
+            part.bits,
+            symmetric=part.zero_point != "learned",
+            signed=part.zero_point != "unsigned",
             num_features=in_features,
             device=device,
         )
-    deployed = config.deployed()
-    observer = MovingAverageMinMaxObserver(
-        averaging_constant=config.averaging_constant,
-        bits=config.activation_bits,
-        symmetric=deployed.activation_symmetric,
-    ).to(device)
-    return FakeQuantizer(observer)
+    if isinstance(part, ObservedActivations):
+        observer = MovingAverageMinMaxObserver(
+            averaging_constant=part.averaging_constant, bits=part.bits, symmetric=part.symmetric
+        )
+        return FakeQuantizer(observer.to(device))
+    return None
 
 
 def _weight_quantizer(
-    config: QATConfig, out_features: int, device: torch.device
+    config: TrainingConfig, out_features: int, device: torch.device
 ) -> LSQQuantizer | None:
-    if not config.learned_weights:
+    part = config.weights
+    if not isinstance(part, LearnedWeights):
         return None
     return LSQQuantizer(
-        config.weight_bits, per_channel=True, num_channels=out_features, axis=0, device=device
+        part.bits, per_channel=True, num_channels=out_features, axis=0, device=device
     )
 
 
-__all__ = ["QATLinear", "qat_config"]
+__all__ = ["QATLinear"]

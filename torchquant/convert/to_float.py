@@ -1,0 +1,73 @@
+"""to_float_: the way back from prepared or quantized layers to float ones."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torchquant.convert.plan import check_model, find_layers
+from torchquant.graph.modules import owners_by_module, tensor_bytes
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.fused import FusedActivation
+from torchquant.report import QuantizationReport
+
+
+def to_float_(model: nn.Module) -> QuantizationReport:
+    """Turn prepared or quantized layers back into ``nn.Linear``, in place.
+
+    A :class:`torchquant.nn.QATLinear` gives the parameters that it trained, the same objects; a
+    :class:`torchquant.nn.QuantizedLinear` gives the values that its integers stand for. Activation
+    modules that had become part of a layer are put back.
+
+    Args:
+        model: a model with such layers. A bare layer cannot be replaced in place: use its
+            ``to_float()``.
+
+    Returns:
+        A report; ``print`` it for a table.
+
+    Raises:
+        TypeError: model is not a module, or a scripted one.
+        ValueError: the model is a bare layer, or a layer computes an activation for which the model
+            holds no module to put back; the model is as it was.
+
+    Example:
+        >>> import torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        >>> weight = model[0].weight
+        >>> _ = torchquant.prepare_qat_(model)
+        >>> _ = to_float_(model)
+        >>> model[0].weight is weight, model
+        (True, Sequential(
+          (0): Linear(in_features=64, out_features=64, bias=True)
+          (1): ReLU()
+        ))
+    """
+    remedy = "which cannot be replaced in place; use its to_float()"
+    check_model("to_float_", model, quantized=remedy, trained=remedy)
+    steps = find_layers(model, (QuantizedModule, TrainedModule))
+    places = [module for module in model.modules() if isinstance(module, FusedActivation)]
+    known = {place.activation for place in places}
+    for step in steps:
+        computed = getattr(step.module, "activation")  # noqa: B009
+        if computed != "none" and computed not in known:
+            raise ValueError(
+                "to_float_: each activation that a layer computes must have been a module of the "
+                f"model, got {step.name}, which computes {computed} and was made so; replace it "
+                "yourself by its to_float() and the activation"
+            )
+    new_layers = {id(step.module): step.module.to_float() for step in steps}  # type: ignore[operator]
+    owners = owners_by_module(model)
+    bytes_before = tensor_bytes(model)
+    rows = []  # from here on the model changes, and nothing can fail
+    for step in steps:
+        rows.append(step.replaced(new_layers[id(step.module)], "restored"))
+    for place in places:
+        for parent, attribute in owners[id(place)]:
+            parent._modules[attribute] = place.original.train(place.training)
+    notes = () if steps else ("The model has no prepared or quantized layers; nothing was done.",)
+    return QuantizationReport(
+        tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
+    )
+
+
+__all__ = ["to_float_"]

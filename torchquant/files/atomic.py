@@ -1,0 +1,28 @@
+"""Write a file beside its place and move it there when it is complete."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside ``path`` to write to; it takes ``path``'s place if all went well."""
+    if path.is_dir():
+        raise IsADirectoryError(f"save: path must name a file, got the folder {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {str(path)!r}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # safetensors' own is for the owner alone
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,80 @@
+"""Whether the tensors of a file fit a model, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.graph.modules import memory_key
+from torchquant.nn.base import QuantizedModule
+
+
+class Misfit(Exception):
+    """The file is sound but does not fit the model; the message says where."""
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Misfit, RuntimeError) as error:  # the latter from load_state_dict
+        raise ValueError(
+            f"load: {str(path)!r} does not fit the model: {error}; build the model that was saved "
+            "(torchquant.quantize_ is not needed before load)"
+        ) from None
+
+
+def current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
+    """The model's tensor at each key of its state dict; None where that is not a tensor.
+
+    Module by module, because a whole state dict would unpack every weight of a quantized model.
+    """
+    current: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, QuantizedModule):
+            for key, (dtype, shape) in module.canonical().items():
+                packed = key == "qweight"  # unpacked anew on each access
+                empty = torch.empty(shape, dtype=dtype, device="meta") if packed else None
+                current[prefix + key] = empty if packed else getattr(module, key)
+        else:
+            module._save_to_state_dict(current, prefix, keep_vars=True)
+    # Extra state belongs to its module alone, whatever it is.
+    return {
+        key: value if isinstance(value, Tensor) and not key.endswith("_extra_state") else None
+        for key, value in current.items()
+    }
+
+
+def check_fit(state: Mapping[str, Tensor], current: Mapping[str, Tensor | None]) -> None:
+    """Raise unless the state has exactly the model's keys, shapes, kinds of dtype and ties."""
+    missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unknown {', '.join(extra)}"] if extra else []
+    first_key: dict[Hashable, str] = {}
+    for key, here in current.items():
+        if here is None or key not in state:
+            continue
+        there = state[key]
+        if there.shape != here.shape or _sort(there) != _sort(here):
+            problems.append(f"{key} is {_describe(there)} in the file, {_describe(here)} here")
+        first = first_key.setdefault(memory_key(here), key)
+        if first in state and state[first] is not there and not torch.equal(state[first], there):
+            problems.append(f"{first} and {key} are two tensors in the file, one here")
+    if problems:
+        raise Misfit("; ".join(problems))
+
+
+def _sort(tensor: Tensor) -> str:
+    """Tensors of one kind take each other's place: a file in bfloat16 fits a float32 model."""
+    ordinary = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return "float" if tensor.dtype in ordinary else str(tensor.dtype)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,118 @@
+"""The file format: canonical tensors in safetensors, and their meaning as JSON in its metadata.
+
+A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a JSON object::
+
+    {"format": 3, "torchquant": "0.1.0",
+     "layers": {"encoder.0": {"kind": "linear", "format": "int8",
+                              "in_features": 384, "out_features": 1536, "bias": true,
+                              "activation": "none",
+                              "config": {"type": "QuantizationConfig", "weights": {...}, ...}}},
+     "absorbed": {"encoder.1": "gelu"},
+     "projections": [["attention.q", "attention.k", "attention.v"]],
+     "aliases": {"head.weight": "embedding.weight"},
+     "sha256": "..."}
+
+``layers`` has an entry for each quantized layer: its kind (:mod:`torchquant.nn.kinds`), the format
+of its weight (:mod:`torchquant.nn.weight`), the arguments that make such a layer, and its
+configuration in parts (:mod:`torchquant.configs`). ``absorbed`` has the activation modules that
+became part of the layer before them (of its ``activation``) and are identities since.
+``projections`` has the layers that are computed together, in the order of their calls; a reader MAY
+ignore it. ``aliases`` has the keys that share another key's tensor, which is stored once.
+``sha256`` covers the rest of this object and every tensor's name, dtype, shape and bytes, so that a
+damaged or edited file is refused. It is not a signature: an editor of a file can write a new one.
+``absorbed`` and ``projections`` are absent where they would be empty. A reader MUST refuse a
+``format`` above its own. :mod:`torchquant.files.entries` reads the entries of formats 1 and 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+FORMAT = 3
+_OLDEST = 1
+KEY = "torchquant"
+
+
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of a file's metadata, without its own entry, and of its tensors."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    hashed = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        hashed.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The file's tensors, which are views of the mapped file, and its metadata, both checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"load: path must name a file that exists, got {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except PermissionError:
+        raise
+    except Exception as error:  # its own SafetensorError, and torch's for sizes that make no sense
+        raise ValueError(
+            f"load: {str(path)!r} must be a complete safetensors file, it is truncated, damaged or "
+            f"of another kind ({error})"
+        ) from None
+    if KEY not in metadata:
+        raise ValueError(
+            f"load: {str(path)!r} must be a file that torchquant.save wrote, its metadata has no "
+            f"{KEY!r} entry; a plain float checkpoint is loaded with safetensors.torch.load_model"
+        )
+    return tensors, _parse_header(path, metadata[KEY], tensors)
+
+
+def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    damaged = f"load: {str(path)!r} has damaged torchquant metadata; save the model again"
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(damaged) from None
+    if not isinstance(header, dict) or type(header.get("format")) is not int:
+        raise ValueError(damaged)
+    if not _OLDEST <= header["format"] <= FORMAT:
+        raise ValueError(
+            f"load: {str(path)!r} has format {header['format']}, this torchquant reads formats "
+            f"{_OLDEST} to {FORMAT}; install a newer torchquant"
+        )
+    aliases = header.get("aliases")
+    if not (
+        isinstance(header.get("layers"), dict)
+        and isinstance(header.get("absorbed", {}), dict)
+        and _is_list_of_lists_of_names(header.get("projections", []))
+        and (header["format"] > 1 or not header.keys() & {"absorbed", "projections"})
+        and isinstance(header.get("sha256"), str)
+        and isinstance(aliases, dict)
+        and all(isinstance(source, str) and source in tensors for source in aliases.values())
+        and not aliases.keys() & tensors.keys()
+    ):
+        raise ValueError(damaged)
+    try:
+        found = digest(header, tensors)
+    except (RuntimeError, RecursionError):  # a dtype or a nesting that save never writes
+        raise ValueError(damaged) from None
+    if found != header["sha256"]:
+        raise ValueError(
+            f"load: {str(path)!r} was changed after it was saved (its checksum does not match); "
+            "save the model again"
+        )
+    return header
+
+
+def _is_list_of_lists_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value
+    )

@@ -1,0 +1,97 @@
+"""Where a file has quantized layers and absorbed activations: the modules to put into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from torchquant.files.entries import current_entry, layer_entry
+from torchquant.files.fit import Misfit
+from torchquant.graph.recognize import activation_of
+from torchquant.nn.base import QuantizedModule
+from torchquant.nn.fused import FusedActivation
+from torchquant.nn.kinds import Kind, kind_named
+
+_CHANGING = ("activation",)  # arguments that a verb may have changed since the layer was float
+
+
+def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module, QuantizedModule]]:
+    """(module of the model, quantized layer to put there), for each layer that the file names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    entries: dict[int, Any] = {}
+    made: list[tuple[nn.Module, QuantizedModule]] = []
+    for name, stored in header["layers"].items():
+        entry, kind = _entry_and_kind(name, stored, header["format"])
+        old = modules.get(name)
+        there = isinstance(old, kind.quantized)
+        if there and layer_entry(old) == entry:  # type: ignore[arg-type]
+            continue
+        if old is None or name == "" or not (there or type(old) in kind.float_types):
+            found = "nothing" if old is None else type(old).__name__
+            where = repr(name) if name else "the root"
+            raise Misfit(
+                f"a quantized {kind.name} layer at {where} in the file, {found} in the model"
+            )
+        if entries.setdefault(id(old), entry) is entry:
+            made.append((old, _new_layer(name, entry, kind, old)))
+        elif entries[id(old)] != entry:
+            raise Misfit(f"{name!r} is a layer of its own in the file, a shared one in the model")
+    return made
+
+
+def _entry_and_kind(name: str, stored: Any, format: int) -> tuple[dict[str, Any], Kind]:
+    try:
+        entry = current_entry(stored, format)
+        return entry, kind_named(entry["kind"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Misfit(f"the entry of layer {name!r} is not valid ({error})") from None
+
+
+def activation_places(
+    absorbed: Mapping[str, Any], model: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:
+    """(module of the model, module to put there), where an activation is absorbed or no more."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for name, activation in absorbed.items():
+        old = modules.get(name)
+        if isinstance(old, FusedActivation) and old.activation == activation:
+            continue
+        original = old.original if isinstance(old, FusedActivation) else old
+        found = None if original is None else activation_of(original)
+        if old is None or original is None or found is None or found != activation or name == "":
+            kind = "nothing" if original is None else type(original).__name__
+            raise Misfit(
+                f"an activation {activation!r} that the layer before it computes at {name!r} in "
+                f"the file, {kind} in the model"
+            )
+        places[id(old)] = (old, FusedActivation(activation, original))
+    for name, old in modules.items():
+        if id(old) in places and name not in absorbed:
+            raise Misfit(f"{name!r} is a module of its own in the file, a shared one in the model")
+        if isinstance(old, FusedActivation) and name not in absorbed:
+            places[id(old)] = (old, old.original)
+    return list(places.values())
+
+
+def _new_layer(name: str, entry: dict[str, Any], kind: Kind, old: nn.Module) -> QuantizedModule:
+    """An empty layer as the file describes it, on the meta device: nothing is allocated."""
+    quantized = kind.quantized
+    try:
+        # Before a layer is made: a size that makes no sense need not make sense to torch.
+        for argument in quantized.stored:
+            there, here = entry[argument], quantized.stored_value(old, argument)
+            if argument not in _CHANGING and (type(there), there) != (type(here), here):
+                raise Misfit(
+                    f"{name!r} has {argument}={there!r} in the file, {here!r} in the model"
+                )
+        new = quantized.from_entry(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Misfit(f"the entry of layer {name!r} is not valid ({error})") from None
+    for own, parameter in new._parameters.items():
+        here = getattr(old, own, None)
+        if parameter is not None and isinstance(here, nn.Parameter):
+            parameter.requires_grad_(here.requires_grad)
+    return new

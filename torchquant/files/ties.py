@@ -1,0 +1,123 @@
+"""Tensors that several keys of a state dict share: stored once, and shared again after loading."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.graph.modules import memory_key
+from torchquant.nn.base import QuantizedModule
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and which other keys are the same tensor."""
+    tensors: dict[str, Tensor] = {}
+    aliases = _repeated_qweights(model)
+    first_key: dict[Hashable, str] = {}
+    with _qweights_on_cpu(model):
+        state = model.state_dict()  # held, so that no memory is used twice
+    for key, value in state.items():
+        if key in aliases:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"save: the state dict must hold tensors only, got {type(value).__name__} at "
+                f"{key!r}; modules with get_extra_state() cannot be stored in safetensors"
+            )
+        if value.layout is not torch.strided or value.is_quantized:
+            raise ValueError(
+                f"save: tensors must be dense, got {key!r} of {value.dtype} and {value.layout}"
+            )
+        if value.is_meta:
+            raise ValueError(
+                f"save: tensors must have values, got {key!r} on the meta device; load the model "
+                "first"
+            )
+        first = first_key.setdefault(memory_key(value), key)
+        if first != key:
+            aliases[key] = first
+        else:
+            tensors[key] = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return _unshared(tensors), aliases
+
+
+@contextmanager
+def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Move each qweight to the CPU while a state dict is made.
+
+    Unpacked on a GPU, all of them would take the memory of a second model there.
+    """
+
+    def move(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        key = f"{prefix}qweight"
+        if key in state:  # another hook may have taken it out
+            state[key] = state[key].cpu()
+
+    handles = [
+        module.register_state_dict_post_hook(move)
+        for module in model.modules()
+        if isinstance(module, QuantizedModule) and module.packed.is_cuda
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _repeated_qweights(model: nn.Module) -> dict[str, str]:
+    """Keys of layers that are registered twice: their qweight is unpacked anew for each name."""
+    first_name: dict[int, str] = {}
+    aliases = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedModule):
+            first = first_name.setdefault(id(module), name)
+            if first != name:
+                aliases[f"{name}.qweight"] = f"{first}.qweight"
+    return aliases
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of one storage as tensors of their own: safetensors refuses overlapping memory."""
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        storage = value.untyped_storage().data_ptr()
+        if value.numel() and storage in seen:
+            tensors[key] = value.clone()
+        seen.add(storage)
+    return tensors
+
+
+def as_tied(
+    state: Mapping[str, Tensor],
+    current: Mapping[str, Tensor | None],
+    quantized: Container[str],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The state on a device, in memory of its own, each tensor once for all keys that are tied.
+
+    ``.to("meta")`` unties parameters. There the file's ties hold, except for quantized layers,
+    which are tied as modules or not at all.
+    """
+    ready: dict[str, Tensor] = {}
+    made: dict[Hashable, Tensor] = {}
+    for key, tensor in state.items():
+        here = current[key]
+        if here is None:
+            ready[key] = tensor.to(device, copy=True)
+            continue
+        layer, _, name = key.rpartition(".")
+        untied = here.is_meta and layer not in quantized
+        tie = ("file", id(tensor)) if untied else ("model", memory_key(here))
+        if tie not in made:
+            # A copy, because these are views of the mapped file. Packing a qweight makes one.
+            packs = name == "qweight" and layer in quantized
+            own = tensor.to(device, copy=not packs)
+            trained = isinstance(here, nn.Parameter)
+            made[tie] = nn.Parameter(own, here.requires_grad) if trained else own
+        ready[key] = made[tie]
+    return ready

@@ -1,0 +1,98 @@
+"""Float linear layers: which modules can become quantized ones, which are too small to gain."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchquant.nn.base import dtype_name
+from torchquant.ops._arguments import has_kernels
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_IN_FEATURES = 1 << 23  # csrc/formats/int8_tiles.h: sums of a row stay within int32
+
+# Below these a layer stays in float. Fixed, and a function of the shape alone, so that a model
+# converts the same way on every machine: the packed weight is padded to 16 outputs and 64 inputs,
+# so small layers do not shrink, and a call costs more than its arithmetic.
+MIN_OUT_FEATURES = 16
+MIN_IN_FEATURES = 32
+MIN_WEIGHTS = 4096
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D.
+
+    Example:
+        >>> looks_linear(nn.Linear(4, 4)), looks_linear(nn.ReLU())
+        (True, False)
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    if type(module).__name__ != "Conv1D":
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module is not of the kind that can become a QuantizedLinear; None where it is."""
+    if getattr(module, "parametrizations", None):
+        return f"{type(module).__name__} (parametrized)"
+    if type(module) is not nn.Linear:
+        kind = "subclass of nn.Linear" if isinstance(module, nn.Linear) else "not an nn.Linear"
+        return f"{type(module).__name__} ({kind})"
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"{name} computed from other tensors (weight_norm, spectral_norm, pruning)"
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter:
+        return f"weight of type {type(weight).__name__}"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"weight of dtype {dtype_name(weight.dtype)}"
+    if "forward" in module.__dict__:
+        return "forward replaced on the instance"
+    return None
+
+
+def value_refusal(module: nn.Module) -> str | None:
+    """Why a layer that :func:`refusal` accepts cannot be quantized all the same, or None."""
+    assert isinstance(module, nn.Linear)
+    weight = module.weight.detach()
+    if weight.is_meta:
+        return "on the meta device, without values; load its weights first"
+    if not has_kernels(weight):
+        return f"on {weight.device}; move it to the CPU or to a CUDA device first"
+    if weight.dim() != 2 or not 1 <= weight.shape[1] <= _MAX_IN_FEATURES or weight.shape[0] < 1:
+        return f"weight of shape {list(weight.shape)}"
+    least, greatest = torch.aminmax(weight)  # no temporary of the weight's size
+    if not (torch.isfinite(least) and torch.isfinite(greatest)):
+        return "its weight holds NaN or infinity; check the checkpoint that it came from"
+    return None
+
+
+def too_small(module: nn.Module) -> bool:
+    """Whether a linear layer is too small to gain from int8; the same answer everywhere.
+
+    Example:
+        >>> too_small(nn.Linear(768, 10)), too_small(nn.Linear(64, 64))
+        (True, False)
+    """
+    out_features, in_features = weight_shape(module)
+    return (
+        out_features < MIN_OUT_FEATURES
+        or in_features < MIN_IN_FEATURES
+        or out_features * in_features < MIN_WEIGHTS
+    )
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """``(outputs, inputs)`` of a linear layer, float or quantized.
+
+    Example:
+        >>> weight_shape(nn.Linear(64, 32))
+        (32, 64)
+    """
+    if hasattr(module, "out_features"):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
+    return columns, rows  # Conv1D holds its weight transposed

@@ -1,0 +1,202 @@
+"""The table of kinds: one row for each kind of layer that torchquant quantizes.
+
+Verbs, files, reports and comparisons ask this table and the two base classes of
+:mod:`torchquant.nn.base`, so a new kind of layer is one row here and new files for its classes.
+Another package adds a row with :func:`register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from torchquant.nn import float_linear
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.qat_linear import QATLinear
+
+Reason = Callable[[nn.Module], str | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer.
+
+    Args:
+        name: what files and messages call it; unique.
+        float_types: the float modules that become quantized; subclasses are not meant.
+        quantized: the layer to deploy.
+        trained: the layer that trains, or None where there is none.
+        looks_like: whether people would expect the quantizer to take a module as this kind; such a
+            module is reported where it cannot be taken.
+        refusal: why a module's type or structure rules it out; None where nothing does.
+        value_refusal: why the values of a module that ``refusal`` accepts rule it out; None where
+            nothing does.
+        too_small: whether a module is too small to gain, as a function of its shape alone.
+        weight_shape: the shape of a module's weight, outputs first, for reports; of float,
+            quantized and trained modules of this kind.
+
+    Example:
+        >>> LINEAR.name, LINEAR.weight_shape(nn.Linear(64, 32))
+        ('linear', (32, 64))
+    """
+
+    name: str
+    float_types: tuple[type[nn.Module], ...]
+    quantized: type[QuantizedModule]
+    trained: type[TrainedModule] | None
+    looks_like: Callable[[nn.Module], bool]
+    refusal: Reason
+    value_refusal: Reason
+    too_small: Callable[[nn.Module], bool]
+    weight_shape: Callable[[nn.Module], tuple[int, ...]]
+
+
+LINEAR = Kind(
+    name="linear",
+    float_types=(nn.Linear,),
+    quantized=QuantizedLinear,
+    trained=QATLinear,
+    looks_like=float_linear.looks_linear,
+    refusal=float_linear.refusal,
+    value_refusal=float_linear.value_refusal,
+    too_small=float_linear.too_small,
+    weight_shape=float_linear.weight_shape,
+)
+
+KINDS: tuple[Kind, ...] = (LINEAR,)
+_added: list[Kind] = []
+
+
+def kinds() -> tuple[Kind, ...]:
+    """All kinds, those added with :func:`register` last.
+
+    Example:
+        >>> [kind.name for kind in kinds()]
+        ['linear']
+    """
+    return (*KINDS, *_added)
+
+
+def register(kind: Kind) -> None:
+    """Add a kind of layer for all verbs, files and reports.
+
+    Raises:
+        TypeError: kind is not a :class:`Kind`.
+        ValueError: another kind has its name, or takes one of its modules.
+
+    Example:
+        >>> register(LINEAR)
+        Traceback (most recent call last):
+        ValueError: register: the name of a kind must be unique, got 'linear' twice
+    """
+    if not isinstance(kind, Kind):
+        raise TypeError(f"register: kind must be a Kind, got {kind!r}")
+    for other in kinds():
+        if other.name == kind.name:
+            raise ValueError(
+                f"register: the name of a kind must be unique, got {kind.name!r} twice"
+            )
+        shared = set(_types(other)) & set(_types(kind))
+        if shared:
+            names = ", ".join(sorted(cls.__name__ for cls in shared))
+            raise ValueError(
+                f"register: a type of module must belong to one kind, got {names} in {kind.name!r} "
+                f"and {other.name!r}"
+            )
+    _added.append(kind)
+
+
+@contextmanager
+def registered(kind: Kind) -> Iterator[Kind]:
+    """Add a kind for the duration of a block.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> class Special(nn.Linear): ...
+        >>> class QuantizedSpecial(QuantizedLinear): ...
+        >>> special = replace(
+        ...     LINEAR, name="special", float_types=(Special,), quantized=QuantizedSpecial,
+        ...     trained=None)
+        >>> with registered(special):
+        ...     print(kind_of(Special(8, 8)).name)
+        special
+    """
+    register(kind)
+    try:
+        yield kind
+    finally:
+        _added.remove(kind)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind that a float, quantized or trained module belongs to; None where there is none.
+
+    Example:
+        >>> kind_of(QuantizedLinear(64, 32)) is LINEAR, kind_of(nn.ReLU())
+        (True, None)
+    """
+    for cls in type(module).__mro__:  # the nearest class decides, so a subclass can be a kind
+        for kind in kinds():
+            if cls in (kind.quantized, kind.trained) or (
+                cls is type(module) and cls in kind.float_types
+            ):
+                return kind
+    return next((kind for kind in kinds() if kind.looks_like(module)), None)
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> kind_named("linear") is LINEAR
+        True
+    """
+    for kind in kinds():
+        if kind.name == name:
+            return kind
+    known = ", ".join(kind.name for kind in kinds())
+    raise ValueError(
+        f"kind of layer must be one of {known}, got {name!r}; the file may be from a newer "
+        "torchquant, or the module that registers this kind is not imported"
+    )
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight, outputs first.
+
+    Raises:
+        ValueError: the module belongs to no kind.
+
+    Example:
+        >>> weight_shape(nn.Linear(64, 32))
+        (32, 64)
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(f"weight_shape: module must be of a kind, got {type(module).__name__}")
+    return kind.weight_shape(module)
+
+
+def _types(kind: Kind) -> tuple[type[nn.Module], ...]:
+    own = (kind.quantized,) if kind.trained is None else (kind.quantized, kind.trained)
+    return (*kind.float_types, *own)
+
+
+__all__ = [
+    "KINDS",
+    "LINEAR",
+    "Kind",
+    "kind_named",
+    "kind_of",
+    "kinds",
+    "register",
+    "registered",
+    "weight_shape",
+]
