@@ -31,13 +31,13 @@ from torchquant.scheme import (
     quant_range,
 )
 from torchquant.training.fake_quantize import FakeQuantize
-from torchquant.training.fake_quantizer import FakeQuantizer
 from torchquant.training.learned_steps import (
     LSQPlusQuantizer,
     LSQQuantizer,
     PACTQuantizer,
     parameter_groups,
 )
+from torchquant.training.observed_quantizer import FakeQuantizer
 from torchquant.training.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,

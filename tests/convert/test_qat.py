@@ -28,7 +28,7 @@ from torchquant import (
 )
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn import FusedActivation, QATLinear, QuantizedLinear
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import FakeQuantizer
 from torchquant.training.observers import Observer
 
 CONFIGS = {

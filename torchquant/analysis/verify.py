@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.qat_linear import QATLinear
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import FakeQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

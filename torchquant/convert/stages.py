@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.nn.qat_linear import QATLinear
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import FakeQuantizer
 
 
 def observe(model: nn.Module) -> None:

@@ -13,8 +13,8 @@ from torchquant.configs import Config, QATConfig, check_config
 from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
 from torchquant.ops._arguments import has_kernels, wait_for_copy
 from torchquant.scheme import PerAxis, PerToken, quant_range
-from torchquant.training.fake_quantizer import FakeQuantizer
 from torchquant.training.learned_steps import LSQQuantizer
+from torchquant.training.observed_quantizer import FakeQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _ACTIVATIONS = ("none", "relu")
