@@ -37,7 +37,7 @@ from torchquant.training.learned_steps import (
     PACTQuantizer,
     parameter_groups,
 )
-from torchquant.training.observed_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -48,7 +48,6 @@ from torchquant.version import __version__
 
 __all__ = [
     "FakeQuantize",
-    "FakeQuantizer",
     "Fusion",
     "FusionReport",
     "Granularity",
@@ -62,6 +61,7 @@ __all__ = [
     "MovingAverageMinMaxObserver",
     "NormReport",
     "NormsReport",
+    "ObservedQuantizer",
     "Observer",
     "PACTQuantizer",
     "PackedWeight",

@@ -28,7 +28,7 @@ from torchquant import (
 )
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn import FusedActivation, QATLinear, QuantizedLinear
-from torchquant.training.observed_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import Observer
 
 CONFIGS = {
@@ -719,7 +719,9 @@ def test_no_float_weight_is_left_behind() -> None:
     report = convert_(model)
     assert report.bytes_after == tensor_bytes(model)
     assert {n.rpartition(".")[2] for n, _ in model.blocks.named_parameters()} == {"weight", "bias"}
-    assert not [m for m in model.modules() if isinstance(m, (QATLinear, FakeQuantizer, Observer))]
+    assert not [
+        m for m in model.modules() if isinstance(m, (QATLinear, ObservedQuantizer, Observer))
+    ]
 
 
 # ---------------------------------------------------------------- to_float

@@ -21,11 +21,11 @@ import torchquant.convert.activations as fuse_activations
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
-    FakeQuantizer,
     Int8StaticActivationInt8WeightConfig,
     LSQQuantizer,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    ObservedQuantizer,
     PACTQuantizer,
     QATConfig,
     convert_,
@@ -412,7 +412,7 @@ def test_looking_at_a_fake_value_raises() -> None:
     [
         MinMaxObserver,
         MovingAverageMinMaxObserver,
-        FakeQuantizer,
+        ObservedQuantizer,
         PACTQuantizer,
         LSQQuantizer,
         lambda: LSQQuantizer(symmetric=False),
@@ -452,7 +452,7 @@ def _started(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LSQQuantizer):
             part._initialized = True
-        if isinstance(part, FakeQuantizer):
+        if isinstance(part, ObservedQuantizer):
             part._has_scale = True
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.qat_linear import QATLinear
-from torchquant.training.observed_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -377,7 +377,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     observing = [
         (module, bool(module.observer_enabled.item()))
         for module in model.modules()
-        if isinstance(module, FakeQuantizer)
+        if isinstance(module, ObservedQuantizer)
     ]
     try:
         yield
@@ -390,7 +390,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _freeze_ranges(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, FakeQuantizer):
+        if isinstance(module, ObservedQuantizer):
             module.enable_observer(False)
 
 

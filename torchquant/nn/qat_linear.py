@@ -14,7 +14,7 @@ from torchquant.nn.linear import QuantizedLinear, autocast_dtype, refusal
 from torchquant.ops._arguments import has_kernels, wait_for_copy
 from torchquant.scheme import PerAxis, PerToken, quant_range
 from torchquant.training.learned_steps import LSQQuantizer
-from torchquant.training.observed_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _ACTIVATIONS = ("none", "relu")
@@ -63,7 +63,7 @@ class QATLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     quantize_enabled: Tensor
-    input_quantizer: FakeQuantizer | LSQQuantizer | None
+    input_quantizer: ObservedQuantizer | LSQQuantizer | None
     weight_quantizer: LSQQuantizer | None
 
     def __init__(
@@ -374,7 +374,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _input_quantizer(
     config: QATConfig, in_features: int, device: torch.device
-) -> FakeQuantizer | LSQQuantizer | None:
+) -> ObservedQuantizer | LSQQuantizer | None:
     if not config.static:
         return None
     if config.learned_activations:
@@ -391,7 +391,7 @@ def _input_quantizer(
         bits=config.activation_bits,
         symmetric=deployed.activation_symmetric,
     ).to(device)
-    return FakeQuantizer(observer)
+    return ObservedQuantizer(observer)
 
 
 def _weight_quantizer(

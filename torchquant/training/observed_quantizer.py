@@ -1,4 +1,4 @@
-"""FakeQuantizer: an observer and the fake quantization with the scales that follow from it."""
+"""ObservedQuantizer: an observer and the fake quantization with the scales that follow from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchquant.training.state import Float32State, adopt_shapes, check_input, i
 _NAN = float("nan")
 
 
-class FakeQuantizer(Float32State):
+class ObservedQuantizer(Float32State):
     """Rounds a tensor to what its integers will stand for; watches its range while training.
 
     In training mode each batch updates the observer and with it the scale; in evaluation mode the
@@ -37,7 +37,7 @@ class FakeQuantizer(Float32State):
         RuntimeError: a forward without observing, before there is a range.
 
     Example:
-        >>> quantizer = FakeQuantizer(MovingAverageMinMaxObserver(bits=4))
+        >>> quantizer = ObservedQuantizer(MovingAverageMinMaxObserver(bits=4))
         >>> quantizer(torch.tensor([-1.0, 0.25, 2.0]))
         tensor([-1.0000,  0.2000,  2.0000])
         >>> quantizer.qparams()
@@ -64,7 +64,7 @@ class FakeQuantizer(Float32State):
             observer = MovingAverageMinMaxObserver()
         if not isinstance(observer, Observer):
             raise TypeError(
-                "FakeQuantizer: observer must be a torchquant observer such as "
+                "ObservedQuantizer: observer must be a torchquant observer such as "
                 f"MovingAverageMinMaxObserver(), got {describe(observer)}"
             )
         self.observer = observer
@@ -103,19 +103,19 @@ class FakeQuantizer(Float32State):
         """Whether what passes is rounded."""
         return self._quantizing
 
-    def enable_observer(self, enabled: bool = True) -> FakeQuantizer:
+    def enable_observer(self, enabled: bool = True) -> ObservedQuantizer:
         """Let training batches move the range, or not; returns the module."""
         self.observer_enabled.fill_(bool(enabled))
         self._observing = bool(enabled)
         return self
 
-    def enable_fake_quant(self, enabled: bool = True) -> FakeQuantizer:
+    def enable_fake_quant(self, enabled: bool = True) -> ObservedQuantizer:
         """Round what passes, or let it pass as it is; returns the module."""
         self.fake_quant_enabled.fill_(bool(enabled))
         self._quantizing = bool(enabled)
         return self
 
-    def freeze(self) -> FakeQuantizer:
+    def freeze(self) -> ObservedQuantizer:
         """Keep the scale from now on; returns the module."""
         return self.enable_observer(False)
 
@@ -126,7 +126,7 @@ class FakeQuantizer(Float32State):
             TypeError, ValueError: no float tensor, on another device, or other scales' shape.
             RuntimeError: nothing was observed yet and this call does not observe.
         """
-        check_input("FakeQuantizer", input, self.scale)
+        check_input("ObservedQuantizer", input, self.scale)
         if self._observing and self.training:
             self.observe(input)
         if not self._quantizing:
@@ -176,8 +176,8 @@ class FakeQuantizer(Float32State):
         if self.scale.numel() == 0 or bool(self.scale.isnan().any()):
             name = f" of {self.observer.name}" if self.observer.name else ""
             raise RuntimeError(
-                f"FakeQuantizer{name}: there is no range yet; run batches in training mode with "
-                "the observer enabled first, or load a state dict"
+                f"ObservedQuantizer{name}: there is no range yet; run batches in training mode "
+                "with the observer enabled first, or load a state dict"
             )
         self._has_scale = True
 
@@ -237,4 +237,4 @@ def _(
     return None
 
 
-__all__ = ["FakeQuantizer"]
+__all__ = ["ObservedQuantizer"]

@@ -1,6 +1,6 @@
 """What the stateful modules of training share: float32 state, the backward pass, processes.
 
-Observers, :class:`~torchquant.FakeQuantizer` and the learned quantizers keep scales, steps and
+Observers, :class:`~torchquant.ObservedQuantizer` and the learned quantizers keep scales, steps and
 ranges that a training step reads and writes. Three rules hold for all of them and stand here: the
 state stays float32 whatever the model is converted to, nothing is updated by the second forward of
 activation checkpointing, and what depends on data is the same on every process.
