@@ -384,8 +384,8 @@ def test_first_steps_and_offsets_are_the_cpus() -> None:
     x = floats(64, 64)
     with torch.no_grad():
         for make in (
-            lambda: LSQQuantizer(num_bits=4, symmetric=False),
-            lambda: LSQQuantizer(num_bits=4, symmetric=False, per_channel=True, num_channels=64),
+            lambda: LSQQuantizer(bits=4, symmetric=False),
+            lambda: LSQQuantizer(bits=4, symmetric=False, per_channel=True, num_channels=64),
         ):
             here = make()
             here(x)

@@ -627,7 +627,7 @@ def test_parameter_groups() -> None:
 
 
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "num_bits": (
+    "bits": (
         lambda: LSQQuantizer(1),
         ValueError,
         r"bits must be an integer from 2 to 8, got 1",

@@ -46,7 +46,7 @@ class LSQQuantizer(Float32State):
     symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
 
     Args:
-        num_bits: 2 to 8.
+        bits: 2 to 8.
         symmetric: zero point 0. False is LSQ+: an ``offset`` in real units is learned too and
             gives the zero point ``clamp(rint(-offset / step), qmin, qmax)``, an integer that
             deploys; both start from a search for the least squared error.
@@ -67,7 +67,7 @@ class LSQQuantizer(Float32State):
     low-bit quantization through learnable offsets and better initialization" (2020).
 
     Example:
-        >>> quantizer = LSQQuantizer(num_bits=3)
+        >>> quantizer = LSQQuantizer(bits=3)
         >>> quantizer(torch.tensor([[-1.0, 0.2, 0.6]]))
         tensor([[-0.6928,  0.0000,  0.6928]], grad_fn=<...>)
         >>> quantizer.step
@@ -81,7 +81,7 @@ class LSQQuantizer(Float32State):
 
     def __init__(
         self,
-        num_bits: int = 8,
+        bits: int = 8,
         symmetric: bool = True,
         per_channel: bool = False,
         num_channels: int = 1,
@@ -94,8 +94,8 @@ class LSQQuantizer(Float32State):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        self.num_bits = num_bits
-        self.qmin, self.qmax = quant_range(num_bits, signed=signed)
+        self.bits = bits
+        self.qmin, self.qmax = quant_range(bits, signed=signed)
         self.symmetric, self.per_channel = bool(symmetric), bool(per_channel)
         self.num_channels = _positive(who, "num_channels", num_channels)
         if not per_channel and num_channels != 1:
@@ -215,7 +215,7 @@ class LSQQuantizer(Float32State):
     def extra_repr(self) -> str:
         channels = f", {self.num_channels} channels along axis {self.axis}"
         return (
-            f"num_bits={self.num_bits}, range [{self.qmin}, {self.qmax}], "
+            f"bits={self.bits}, range [{self.qmin}, {self.qmax}], "
             f"symmetric={self.symmetric}{channels if self.per_channel else ''}"
         )
 
@@ -285,7 +285,7 @@ class LSQPlusQuantizer(LSQQuantizer):
     Arguments, state and errors: see :class:`LSQQuantizer`; ``symmetric`` is False.
 
     Example:
-        >>> quantizer = LSQPlusQuantizer(num_bits=4)
+        >>> quantizer = LSQPlusQuantizer(bits=4)
         >>> y = quantizer(torch.linspace(-1.0, 3.0, 101))
         >>> scale, zero_point = quantizer.qparams()
         >>> scale, zero_point
@@ -294,16 +294,16 @@ class LSQPlusQuantizer(LSQQuantizer):
 
     def __init__(
         self,
-        num_bits: int = 8,
+        bits: int = 8,
         per_channel: bool = False,
         num_channels: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(num_bits, False, per_channel, num_channels, **options)
+        super().__init__(bits, False, per_channel, num_channels, **options)
 
 
 class PACTQuantizer(Float32State):
-    """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^num_bits`` levels.
+    """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^bits`` levels.
 
     The gradient of alpha is the sum of the gradients where the input is at least alpha; inside the
     range the gradient passes straight to the input, outside there is none.
@@ -312,7 +312,7 @@ class PACTQuantizer(Float32State):
     under ``.to(torch.bfloat16)``.
 
     Args:
-        num_bits: 2 to 8, unsigned.
+        bits: 2 to 8, unsigned.
         alpha: the clip to start from.
         device: of the state.
 
@@ -323,7 +323,7 @@ class PACTQuantizer(Float32State):
     (2018).
 
     Example:
-        >>> quantizer = PACTQuantizer(num_bits=2, alpha=3.0)
+        >>> quantizer = PACTQuantizer(bits=2, alpha=3.0)
         >>> quantizer(torch.tensor([-1.0, 1.4, 5.0]))
         tensor([0., 1., 3.], grad_fn=<...>)
     """
@@ -331,11 +331,11 @@ class PACTQuantizer(Float32State):
     alpha: nn.Parameter
 
     def __init__(
-        self, num_bits: int = 8, alpha: float = 6.0, device: torch.device | str | None = None
+        self, bits: int = 8, alpha: float = 6.0, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.num_bits = num_bits
-        self.qmin, self.qmax = quant_range(num_bits, signed=False)
+        self.bits = bits
+        self.qmin, self.qmax = quant_range(bits, signed=False)
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         if not number or not MIN_SCALE * self.qmax <= alpha <= torch.finfo(torch.float32).max:
             raise ValueError(f"PACTQuantizer: alpha must be a positive number, got {alpha!r}")
@@ -366,7 +366,7 @@ class PACTQuantizer(Float32State):
         return scale, torch.zeros_like(scale, dtype=torch.int32)
 
     def extra_repr(self) -> str:
-        return f"num_bits={self.num_bits}, range [{self.qmin}, {self.qmax}]"
+        return f"bits={self.bits}, range [{self.qmin}, {self.qmax}]"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
