@@ -217,7 +217,7 @@ def test_a_batch_without_finite_values_stays_visible() -> None:
 
 def test_no_range_yet() -> None:
     for quantizer in (ObservedQuantizer().eval(), ObservedQuantizer().freeze()):
-        quantizer.observer.name = "layers.3"
+        quantizer.set_layer_name("layers.3")
         with pytest.raises(
             RuntimeError, match=r"ObservedQuantizer of layers.3: there is no range yet"
         ):

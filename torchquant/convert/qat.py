@@ -38,6 +38,7 @@ from torchquant.nn.qat_linear import QATLinear, qat_config
 from torchquant.ops._arguments import has_kernels
 from torchquant.report import Action, FusionReport, LayerReport, QuantizationReport
 from torchquant.scheme import MAX_BITS
+from torchquant.training.layer_part import LayerPart
 
 _IN_PLACE = "which cannot be replaced in place; use"
 _BARE_FOR_PREPARE: dict[type[nn.Module], str] = {
@@ -366,8 +367,8 @@ def _prepared(step: Step, config: QATConfig) -> QATLinear:
     assert isinstance(linear, nn.Linear)
     new = QATLinear.from_float(linear, config)
     for part in new.modules():
-        if part is not new and isinstance(getattr(part, "name", None), str):
-            part.name = step.name  # type: ignore[assignment]
+        if isinstance(part, LayerPart):
+            part.set_layer_name(step.name)
     return new
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant.functional._checks import MIN_SCALE
 from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
+from torchquant.training.layer_part import LayerPart
 from torchquant.training.learned_state import (
     clamp_operator,
     initialize,
@@ -23,10 +24,10 @@ from torchquant.training.learned_state import (
     project,
     project_operator,
 )
-from torchquant.training.state import Float32State, check_input, inside_backward, process_group_name
+from torchquant.training.state import check_input, inside_backward, process_group_name
 
 
-class LSQQuantizer(Float32State):
+class LSQQuantizer(LayerPart):
     """Learned step size quantization: rounds to multiples of a step that training improves.
 
     ``vhat = step * rint(clip(v / step, -Qn, Qp))``; its gradient in ``step`` is
@@ -110,7 +111,6 @@ class LSQQuantizer(Float32State):
             raise ValueError(f"{who}: axis must be an integer, got {axis!r}")
         self.axis = axis
         self.group_name = process_group_name(who, process_group)
-        self.name = ""
         # Dtypes are written out: people load models under another default dtype.
         step = torch.ones(num_channels, dtype=torch.float32, device=device)
         self.step = nn.Parameter(step)
@@ -235,7 +235,7 @@ class LSQQuantizer(Float32State):
             return True
         if getattr(self, "_is_fsdp_managed_module", False):
             raise RuntimeError(
-                f"{self._title()}: the step must be initialised before fully_shard, which gives "
+                f"{self.title()}: the step must be initialised before fully_shard, which gives "
                 "a forward only a copy of it; run one batch in training mode before sharding, or "
                 "call initialize(input)"
             )
@@ -244,13 +244,10 @@ class LSQQuantizer(Float32State):
     def _read_initialized(self) -> None:
         if not self.initialized.is_meta and not bool(self.initialized.item()):
             raise RuntimeError(
-                f"{self._title()}: the step is not initialised yet; run a batch in training mode "
+                f"{self.title()}: the step is not initialised yet; run a batch in training mode "
                 "first, call initialize(input), or load a state dict"
             )
         self._initialized = True
-
-    def _title(self) -> str:
-        return f"{type(self).__name__} of {self.name}" if self.name else type(self).__name__
 
     def _check_state(self, who: str, input: Tensor) -> None:
         if self.step.dtype != torch.float32:
@@ -302,7 +299,7 @@ class LSQPlusQuantizer(LSQQuantizer):
         super().__init__(bits, False, per_channel, num_channels, **options)
 
 
-class PACTQuantizer(Float32State):
+class PACTQuantizer(LayerPart):
     """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^bits`` levels.
 
     The gradient of alpha is the sum of the gradients where the input is at least alpha; inside the

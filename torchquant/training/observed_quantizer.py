@@ -10,13 +10,14 @@ from torch import Tensor
 
 from torchquant import ops
 from torchquant.functional._checks import describe
+from torchquant.training.layer_part import LayerPart
 from torchquant.training.observers import MovingAverageMinMaxObserver, Observer, range_to_qparams
-from torchquant.training.state import Float32State, adopt_shapes, check_input, inside_backward
+from torchquant.training.state import adopt_shapes, check_input, inside_backward
 
 _NAN = float("nan")
 
 
-class ObservedQuantizer(Float32State):
+class ObservedQuantizer(LayerPart):
     """Rounds a tensor to what its integers will stand for; watches its range while training.
 
     In training mode each batch updates the observer and with it the scale; in evaluation mode the
@@ -174,9 +175,8 @@ class ObservedQuantizer(Float32State):
         if torch.compiler.is_compiling() or self.scale.is_meta:
             return
         if self.scale.numel() == 0 or bool(self.scale.isnan().any()):
-            name = f" of {self.observer.name}" if self.observer.name else ""
             raise RuntimeError(
-                f"ObservedQuantizer{name}: there is no range yet; run batches in training mode "
+                f"{self.title()}: there is no range yet; run batches in training mode "
                 "with the observer enabled first, or load a state dict"
             )
         self._has_scale = True

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import torchquant.ops  # noqa: F401 (loads the operators)
 from torchquant.functional.qparams import qparams_from_range
 from torchquant.scheme import PER_TENSOR, Granularity, PerTensor, quant_range
+from torchquant.training.layer_part import LayerPart
 from torchquant.training.state import (
-    Float32State,
     adopt_shapes,
     check_granularity,
     check_input,
@@ -36,7 +36,7 @@ from torchquant.training.state import (
 _INF = float("inf")
 
 
-class Observer(Float32State):
+class Observer(LayerPart):
     """Base of the observers: the range of everything seen, and the scales that follow from it.
 
     State: ``min_val``, ``max_val`` float32 of the scale's shape (+inf and -inf before any data),
@@ -59,9 +59,6 @@ class Observer(Float32State):
             per group, whose state is of shape ``[0]`` until then.
         process_group: processes to reduce over; None is the default group.
         device: of the state.
-
-    Attributes:
-        name: what warnings and reports call this observer; ``prepare_qat_`` writes the layer's.
 
     Raises:
         TypeError, ValueError: naming the argument, what is required and what came.
@@ -100,7 +97,6 @@ class Observer(Float32State):
         self.symmetric = bool(symmetric)
         self.granularity = check_granularity(who, granularity)
         self.group_name = process_group_name(who, process_group)
-        self.name = ""
         self._warned = False
         if isinstance(granularity, PerTensor):
             shape = (1,)
@@ -145,7 +141,7 @@ class Observer(Float32State):
         """
         if not bool((self.num_batches > 0).item()):
             warnings.warn(
-                f"{self._title()}: calculate_qparams was called before any data was observed and "
+                f"{self.title()}: calculate_qparams was called before any data was observed and "
                 "returns scale 1; run batches through the observer first",
                 RuntimeWarning,
                 stacklevel=2,
@@ -171,9 +167,6 @@ class Observer(Float32State):
             f"range [{self.qmin}, {self.qmax}], symmetric={self.symmetric}, "
             f"granularity={self.granularity}"
         )
-
-    def _title(self) -> str:
-        return f"{type(self).__name__} of {self.name}" if self.name else type(self).__name__
 
     def _take_shape(self, who: str, input: Tensor) -> None:
         shape = self.granularity.scale_shape(input.shape)
@@ -201,7 +194,7 @@ class Observer(Float32State):
         if count:
             self._warned = True
             warnings.warn(
-                f"{self._title()}: {count} values were NaN or infinite and are left out of the "
+                f"{self.title()}: {count} values were NaN or infinite and are left out of the "
                 "range; torchquant.report_nonfinite(model) lists the counts of all layers",
                 RuntimeWarning,
                 stacklevel=3,
@@ -291,7 +284,7 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         if isinstance(module, Observer) and not module.nonfinite.is_meta:
             count = int(module.nonfinite.item())
             if count:
-                name = module.name or path
+                name = module.layer_name or path
                 counts[name] = counts.get(name, 0) + count
     return counts
 
