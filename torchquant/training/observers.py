@@ -28,7 +28,6 @@ from torchquant.training.state import (
     check_input,
     gather,
     inside_backward,
-    layout,
     process_group_name,
     processes_of,
 )
@@ -118,7 +117,7 @@ class Observer(LayerPart):
         who = type(self).__name__
         check_input(who, input, self.num_batches)
         self._take_shape(who, input)
-        axis, group_size = layout(self.granularity)
+        axis, group_size = self.granularity.axis_and_group_size(input.shape)
         state = (self.min_val, self.max_val, self.num_batches, self.nonfinite)
         if torch.compiler.is_compiling():
             _observe_operator(

@@ -119,15 +119,6 @@ def _process_group(name: str | None) -> Any:
     return functions._resolve_process_group(name)
 
 
-def layout(granularity: Granularity) -> tuple[int | None, int | None]:
-    """A granularity as the operators' ``(axis, group_size)``."""
-    if isinstance(granularity, PerAxis):
-        return granularity.axis, None
-    if isinstance(granularity, PerGroup):
-        return None, granularity.group_size
-    return None, None
-
-
 def check_granularity(who: str, granularity: Granularity) -> Granularity:
     """The granularity itself, if it is one whose scales outlive a batch."""
     if isinstance(granularity, PerToken):
