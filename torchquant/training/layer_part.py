@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from torchquant.functional._checks import FLOAT_DTYPES, require_dtype
 from torchquant.training.state import Float32State
 
 
@@ -31,6 +34,16 @@ class LayerPart(Float32State):
         """The class and, if it is set, the layer's name: how messages begin."""
         own = type(self).__name__
         return f"{own} of {self.layer_name}" if self.layer_name else own
+
+    def check_input(self, input: Tensor, state: Tensor) -> None:
+        """Raise unless ``input`` is a float tensor on the device of the module's ``state``."""
+        who = type(self).__name__
+        require_dtype(who, "input", input, FLOAT_DTYPES)
+        if input.device != state.device:
+            raise ValueError(
+                f"{who}: input must be on the module's device {state.device}, got {input.device}; "
+                "move one of them with .to(device)"
+            )
 
 
 __all__ = ["LayerPart"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from torchquant.functional._checks import MIN_SCALE
+from torchquant.training.processes import gather
 from torchquant.training.range_search import least_squares_range
-from torchquant.training.state import gather, inside_backward
+from torchquant.training.state import inside_backward
 
 
 @torch.no_grad()

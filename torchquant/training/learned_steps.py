@@ -24,7 +24,8 @@ from torchquant.training.learned_state import (
     project,
     project_operator,
 )
-from torchquant.training.state import check_input, inside_backward, process_group_name
+from torchquant.training.processes import process_group_name
+from torchquant.training.state import inside_backward
 
 
 class LSQQuantizer(LayerPart):
@@ -146,9 +147,8 @@ class LSQQuantizer(LayerPart):
         For layers that hand both to a fused operator instead of calling the quantizer. Raises what
         :meth:`forward` raises.
         """
-        who = type(self).__name__
-        check_input(who, input, self.initialized)
-        self._check_state(who, input)
+        self.check_input(input, self.initialized)
+        self._check_state(input)
         offset = None if self.offset is None else self.offset.detach()
         if torch.compiler.is_compiling():
             if not self.training:  # an exported graph changes no state; operators clamp as well
@@ -180,8 +180,8 @@ class LSQQuantizer(LayerPart):
             Whether there was anything to go by: a finite value other than 0. Otherwise nothing
             changes, and the next training batch is asked.
         """
-        check_input(type(self).__name__, input, self.initialized)
-        self._check_state(type(self).__name__, input)
+        self.check_input(input, self.initialized)
+        self._check_state(input)
         offset = None if self.offset is None else self.offset.data
         axis = self.axis if self.per_channel else None
         self._initialized = initialize(
@@ -249,7 +249,8 @@ class LSQQuantizer(LayerPart):
             )
         self._initialized = True
 
-    def _check_state(self, who: str, input: Tensor) -> None:
+    def _check_state(self, input: Tensor) -> None:
+        who = type(self).__name__
         if self.step.dtype != torch.float32:
             raise TypeError(
                 f"{who}: step must be float32, got {self.step.dtype}; mixed precision must leave "
@@ -345,7 +346,7 @@ class PACTQuantizer(LayerPart):
         Raises:
             TypeError, ValueError: no float tensor, or on another device.
         """
-        check_input("PACTQuantizer", input, self.alpha)
+        self.check_input(input, self.alpha)
         floor = MIN_SCALE * self.qmax
         if torch.compiler.is_compiling():
             if self.training:

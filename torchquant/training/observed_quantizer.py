@@ -12,7 +12,7 @@ from torchquant import ops
 from torchquant.functional._checks import describe
 from torchquant.training.layer_part import LayerPart
 from torchquant.training.observers import MovingAverageMinMaxObserver, Observer, range_to_qparams
-from torchquant.training.state import adopt_shapes, check_input, inside_backward
+from torchquant.training.state import adopt_shapes, inside_backward
 
 _NAN = float("nan")
 
@@ -127,7 +127,7 @@ class ObservedQuantizer(LayerPart):
             TypeError, ValueError: no float tensor, on another device, or other scales' shape.
             RuntimeError: nothing was observed yet and this call does not observe.
         """
-        check_input("ObservedQuantizer", input, self.scale)
+        self.check_input(input, self.scale)
         if self._observing and self.training:
             self.observe(input)
         if not self._quantizing:

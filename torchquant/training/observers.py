@@ -19,18 +19,20 @@ import torch
 from torch import Tensor, nn
 
 import torchquant.ops  # noqa: F401 (loads the operators)
+from torchquant.functional._checks import describe
 from torchquant.functional.qparams import qparams_from_range
-from torchquant.scheme import PER_TENSOR, Granularity, PerTensor, quant_range
-from torchquant.training.layer_part import LayerPart
-from torchquant.training.state import (
-    adopt_shapes,
-    check_granularity,
-    check_input,
-    gather,
-    inside_backward,
-    process_group_name,
-    processes_of,
+from torchquant.scheme import (
+    PER_TENSOR,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    quant_range,
 )
+from torchquant.training.layer_part import LayerPart
+from torchquant.training.processes import gather, process_group_name, processes_of
+from torchquant.training.state import adopt_shapes, inside_backward
 
 _INF = float("inf")
 
@@ -94,7 +96,7 @@ class Observer(LayerPart):
             narrow_range = bits == 8 and signed and symmetric
         self.qmin, self.qmax = quant_range(bits, signed=signed, narrow_range=narrow_range)
         self.symmetric = bool(symmetric)
-        self.granularity = check_granularity(who, granularity)
+        self.granularity = _check_granularity(who, granularity)
         self.group_name = process_group_name(who, process_group)
         self._warned = False
         if isinstance(granularity, PerTensor):
@@ -114,9 +116,8 @@ class Observer(LayerPart):
             TypeError, ValueError: no float tensor, on another device, or of a shape whose scales
                 are not of the shape seen before.
         """
-        who = type(self).__name__
-        check_input(who, input, self.num_batches)
-        self._take_shape(who, input)
+        self.check_input(input, self.num_batches)
+        self._take_shape(input)
         axis, group_size = self.granularity.axis_and_group_size(input.shape)
         state = (self.min_val, self.max_val, self.num_batches, self.nonfinite)
         if torch.compiler.is_compiling():
@@ -167,15 +168,15 @@ class Observer(LayerPart):
             f"granularity={self.granularity}"
         )
 
-    def _take_shape(self, who: str, input: Tensor) -> None:
+    def _take_shape(self, input: Tensor) -> None:
         shape = self.granularity.scale_shape(input.shape)
         if tuple(self.min_val.shape) == shape:
             return
         if list(self.min_val.shape) != [0]:
             raise ValueError(
-                f"{who}: input must have ranges of shape {list(self.min_val.shape)} as before, got "
-                f"{list(input.shape)}, whose ranges for {self.granularity} have shape "
-                f"{list(shape)}; use one observer for each tensor"
+                f"{type(self).__name__}: input must have ranges of shape "
+                f"{list(self.min_val.shape)} as before, got {list(input.shape)}, whose ranges for "
+                f"{self.granularity} have shape {list(shape)}; use one observer for each tensor"
             )
         # Tensors born in inference mode could not be updated outside it.
         with torch.inference_mode(False):
@@ -312,6 +313,22 @@ def range_to_qparams(
         qmax=qmax,
         symmetric=symmetric,
     )
+
+
+def _check_granularity(who: str, granularity: Granularity) -> Granularity:
+    """The granularity itself, if it is one whose scales outlive a batch."""
+    if isinstance(granularity, PerToken):
+        raise ValueError(
+            f"{who}: granularity must be PerTensor(), PerAxis(axis) or PerGroup(group_size), got "
+            "PerToken(); tokens differ from batch to batch, so their ranges are computed inside "
+            "the operators (dynamic quantization) and never observed"
+        )
+    if not isinstance(granularity, (PerTensor, PerAxis, PerGroup)):
+        raise TypeError(
+            f"{who}: granularity must be PerTensor(), PerAxis(axis) or PerGroup(group_size), got "
+            f"{describe(granularity)}"
+        )
+    return granularity
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.training.state import gather
+from torchquant.training.processes import gather
 
 _BINS = 2048
 _COARSE = 16  # candidates per end; the least is 1/16 of the observed end
