@@ -88,37 +88,13 @@ def initialize_operator(
         initialize(input, step, offset, initialized, qmin, qmax, axis, group_name)
 
 
-@initialize_operator.register_fake
-def _(
-    input: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    initialized: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int | None,
-    group_name: str | None,
-) -> None:
-    return None
-
-
 @torch.library.custom_op("torchquant_training::lsq_project_", mutates_args=("step", "offset"))
 def project_operator(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
     """:func:`project` as one opaque step of a compiled graph."""
     project(step, offset, qmin, qmax)
 
 
-@project_operator.register_fake
-def _(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    return None
-
-
 @torch.library.custom_op("torchquant_training::clamp_", mutates_args=("value",))
 def clamp_operator(value: Tensor, least: float) -> None:
     """``value`` at least ``least``, as one opaque step of a compiled graph."""
     value.clamp_(min=least)
-
-
-@clamp_operator.register_fake
-def _(value: Tensor, least: float) -> None:
-    return None

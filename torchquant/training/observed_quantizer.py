@@ -11,7 +11,8 @@ from torch import Tensor
 from torchquant import ops
 from torchquant.functional._checks import describe
 from torchquant.training.layer_part import LayerPart
-from torchquant.training.observers import MovingAverageMinMaxObserver, Observer, range_to_qparams
+from torchquant.training.observers import MovingAverageMinMaxObserver, Observer
+from torchquant.training.ranges import update_qparams, update_qparams_operator
 from torchquant.training.state import adopt_shapes, inside_backward
 
 _NAN = float("nan")
@@ -153,9 +154,9 @@ class ObservedQuantizer(LayerPart):
                 self.zero_point = torch.zeros_like(observer.min_val, dtype=torch.int32)
         state = (observer.min_val, observer.max_val, self.scale, self.zero_point)
         if torch.compiler.is_compiling():
-            _set_qparams_operator(*state, self.qmin, self.qmax, observer.symmetric)
+            update_qparams_operator(*state, self.qmin, self.qmax, observer.symmetric)
         elif not inside_backward():
-            _set_qparams(*state, self.qmin, self.qmax, observer.symmetric)
+            update_qparams(*state, self.qmin, self.qmax, observer.symmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """``(scale float32, zero_point int32)``: what a deployed layer takes over, not copied.
@@ -192,49 +193,6 @@ class ObservedQuantizer(LayerPart):
     ) -> None:
         adopt_shapes(self, state_dict, prefix, "scale", "zero_point")
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
-
-
-@torch.no_grad()
-def _set_qparams(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    new_scale, new_zero_point = range_to_qparams(min_val, max_val, qmin, qmax, symmetric)
-    scale.copy_(new_scale)
-    zero_point.copy_(new_zero_point)
-
-
-@torch.library.custom_op("torchquant_training::set_qparams_", mutates_args=("scale", "zero_point"))
-def _set_qparams_operator(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    """:func:`_set_qparams` as one opaque step of a compiled graph: the bits of eager mode."""
-    if not inside_backward():
-        _set_qparams(min_val, max_val, scale, zero_point, qmin, qmax, symmetric)
-
-
-@_set_qparams_operator.register_fake
-def _(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    return None
 
 
 __all__ = ["ObservedQuantizer"]

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torchquant.ops  # noqa: F401 (loads the operators)
 from torchquant.functional._checks import describe
-from torchquant.functional.qparams import qparams_from_range
 from torchquant.scheme import (
     PER_TENSOR,
     Granularity,
@@ -31,7 +29,8 @@ from torchquant.scheme import (
     quant_range,
 )
 from torchquant.training.layer_part import LayerPart
-from torchquant.training.processes import gather, process_group_name, processes_of
+from torchquant.training.processes import process_group_name
+from torchquant.training.ranges import range_to_qparams, update_range, update_range_operator
 from torchquant.training.state import adopt_shapes, inside_backward
 
 _INF = float("inf")
@@ -121,13 +120,13 @@ class Observer(LayerPart):
         axis, group_size = self.granularity.axis_and_group_size(input.shape)
         state = (self.min_val, self.max_val, self.num_batches, self.nonfinite)
         if torch.compiler.is_compiling():
-            _observe_operator(
+            update_range_operator(
                 input.detach(), *state, axis, group_size, self.averaging_constant, self.group_name
             )
             return input
         if input.is_meta or inside_backward():
             return input
-        _observe(input, *state, axis, group_size, self.averaging_constant, self.group_name)
+        update_range(input, *state, axis, group_size, self.averaging_constant, self.group_name)
         # Reading a CPU tensor waits for nothing. On other devices: when the mode changes.
         if not self._warned and self.nonfinite.is_cpu and self.nonfinite.numpy()[0]:
             self._warn_nonfinite()
@@ -289,32 +288,6 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def range_to_qparams(
-    min_val: Tensor, max_val: Tensor, qmin: int, qmax: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of observed ranges; +inf and -inf (no data) count as a range of zero.
-
-    Args:
-        min_val, max_val: float32 of one shape, as an observer keeps them.
-        qmin, qmax, symmetric: see :func:`torchquant.functional.qparams_from_range`.
-
-    Returns:
-        ``(scale float32, zero_point int32)`` of min_val's shape.
-
-    Example:
-        >>> range_to_qparams(torch.tensor([-1.0]), torch.tensor([3.0]), -128, 127, False)
-        (tensor([0.0157]), tensor([-64], dtype=torch.int32))
-    """
-    empty = min_val > max_val
-    return qparams_from_range(
-        torch.where(empty, 0.0, min_val),
-        torch.where(empty, 0.0, max_val),
-        qmin=qmin,
-        qmax=qmax,
-        symmetric=symmetric,
-    )
-
-
 def _check_granularity(who: str, granularity: Granularity) -> Granularity:
     """The granularity itself, if it is one whose scales outlive a batch."""
     if isinstance(granularity, PerToken):
@@ -331,91 +304,9 @@ def _check_granularity(who: str, granularity: Granularity) -> Granularity:
     return granularity
 
 
-@torch.no_grad()
-def _observe(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    """Update an observer's four buffers, in place, with what one batch holds."""
-    least, greatest, bad = torch.ops.torchquant.minmax.default(input.detach(), axis, group_size)
-    fresh = torch.stack([least, greatest])
-    if processes_of(group_name) > 1:
-        # float64 holds float32 values and counts exactly, so one collective carries all three.
-        everyone = gather(torch.cat([fresh.flatten().double(), bad.double()]), group_name)
-        size = least.numel()
-        ends = torch.stack([everyone[:, :size].amin(0), everyone[:, size:-1].amax(0)])
-        fresh = ends.float().view(fresh.shape)
-        bad = everyone[:, -1:].sum(0).long()
-    if averaging_constant is None:
-        min_val.copy_(torch.minimum(min_val, fresh[0]))
-        max_val.copy_(torch.maximum(max_val, fresh[1]))
-    else:
-        old = torch.stack([min_val, max_val])
-        # In float64 the difference cannot overflow.
-        mixed = (old.double() + averaging_constant * (fresh.double() - old.double())).float()
-        updated = torch.where(fresh.isinf(), old, torch.where(old.isinf(), fresh, mixed))
-        min_val.copy_(updated[0])
-        max_val.copy_(updated[1])
-    num_batches.add_(1)
-    nonfinite.add_(bad)
-
-
-@torch.library.custom_op(
-    "torchquant_training::observe_",
-    mutates_args=("min_val", "max_val", "num_batches", "nonfinite"),
-)
-def _observe_operator(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    """:func:`_observe` as one opaque step of a compiled graph; asks at run time who is calling."""
-    if not inside_backward():
-        _observe(
-            input,
-            min_val,
-            max_val,
-            num_batches,
-            nonfinite,
-            axis,
-            group_size,
-            averaging_constant,
-            group_name,
-        )
-
-
-@_observe_operator.register_fake
-def _(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    return None
-
-
 __all__ = [
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
-    "range_to_qparams",
     "report_nonfinite",
 ]
