@@ -31,12 +31,8 @@ from torchquant.scheme import (
     quant_range,
 )
 from torchquant.training.fake_quantize import FakeQuantize
-from torchquant.training.learned_steps import (
-    LSQPlusQuantizer,
-    LSQQuantizer,
-    PACTQuantizer,
-    parameter_groups,
-)
+from torchquant.training.learned_clip import PACTQuantizer
+from torchquant.training.learned_steps import LSQPlusQuantizer, LSQQuantizer
 from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import (
     MinMaxObserver,
@@ -44,6 +40,7 @@ from torchquant.training.observers import (
     Observer,
     report_nonfinite,
 )
+from torchquant.training.parameter_groups import parameter_groups
 from torchquant.version import __version__
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Quantizers whose scale is learned with the weights: LSQ, LSQ+ and PACT.
+"""LSQ and LSQ+: quantizers whose step (and offset) is learned with the weights.
 
-Each is a module with one small parameter that the optimizer moves: LSQ's ``step``, LSQ+'s ``step``
-and ``offset``, PACT's ``alpha``. They start from the first training batch (or weight) that they
-see, remember in a buffer that they did, and stay positive whatever the optimizer does to them.
+Step and offset are small parameters that the optimizer updates. They are initialised from the first
+training batch or weight; a buffer records that this has happened. The step stays positive whatever
+the optimizer does to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torchquant.functional._checks import MIN_SCALE
 from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
 from torchquant.training.layer_part import LayerPart
 from torchquant.training.learned_state import (
-    clamp_operator,
     initialize,
     initialize_operator,
     project,
@@ -300,124 +299,10 @@ class LSQPlusQuantizer(LSQQuantizer):
         super().__init__(bits, False, per_channel, num_channels, **options)
 
 
-class PACTQuantizer(LayerPart):
-    """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^bits`` levels.
-
-    The gradient of alpha is the sum of the gradients where the input is at least alpha; inside the
-    range the gradient passes straight to the input, outside there is none.
-
-    State: ``alpha`` float32 ``[1]`` (parameter), kept positive as LSQ's step is; it stays float32
-    under ``.to(torch.bfloat16)``.
-
-    Args:
-        bits: 2 to 8, unsigned.
-        alpha: the clip to start from.
-        device: of the state.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
-
-    Source: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks"
-    (2018).
-
-    Example:
-        >>> quantizer = PACTQuantizer(bits=2, alpha=3.0)
-        >>> quantizer(torch.tensor([-1.0, 1.4, 5.0]))
-        tensor([0., 1., 3.], grad_fn=<...>)
-    """
-
-    alpha: nn.Parameter
-
-    def __init__(
-        self, bits: int = 8, alpha: float = 6.0, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        self.bits = bits
-        self.qmin, self.qmax = quant_range(bits, signed=False)
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not MIN_SCALE * self.qmax <= alpha <= torch.finfo(torch.float32).max:
-            raise ValueError(f"PACTQuantizer: alpha must be a positive number, got {alpha!r}")
-        value = torch.full((1,), float(alpha), dtype=torch.float32, device=device)
-        self.alpha = nn.Parameter(value)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Fake-quantize float32, bfloat16 or float16 ``[...]``; the result has input's dtype.
-
-        Raises:
-            TypeError, ValueError: no float tensor, or on another device.
-        """
-        self.check_input(input, self.alpha)
-        floor = MIN_SCALE * self.qmax
-        if torch.compiler.is_compiling():
-            if self.training:
-                clamp_operator(self.alpha.detach(), floor)
-        else:
-            self.alpha.data.clamp_(min=floor)
-        # Compared this way round, NaN stays NaN.
-        clipped = torch.where(input >= self.alpha, self.alpha, input.float()).relu()
-        scale = self.qparams()[0]
-        return ops.fake_quantize(clipped, scale, qmin=self.qmin, qmax=self.qmax).to(input.dtype)
-
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32 [1], zero_point int32 [1])``: what a deployed layer takes over."""
-        scale = (self.alpha.detach() / self.qmax).clamp(min=MIN_SCALE)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, range [{self.qmin}, {self.qmax}]"
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """A model's trainable parameters for an optimizer, weight decay only where it helps.
-
-    Decay would pull learned steps, offsets and clips towards 0, which is no simpler a model but a
-    coarser or an emptier one. They, biases and the parameters of normalisation go without.
-
-    Args:
-        model: any module.
-        weight_decay: for all other parameters.
-
-    Returns:
-        Two groups, in this order: with ``weight_decay`` and with 0. Shared parameters appear once.
-
-    Raises:
-        TypeError, ValueError: model is no nn.Module, or weight_decay is negative.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 2), LSQQuantizer())
-        >>> [len(group["params"]) for group in parameter_groups(model, 0.1)]
-        [1, 2]
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"parameter_groups: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
-        raise ValueError(
-            f"parameter_groups: weight_decay must be a number of at least 0, got {weight_decay!r}"
-        )
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        spared = (
-            isinstance(module, (LSQQuantizer, PACTQuantizer)) or "Norm" in type(module).__name__
-        )
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            # Vectors are biases and gains whatever they are called.
-            alone = spared or parameter.dim() <= 1 or name.endswith("bias")
-            (others if alone else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": float(weight_decay)},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
 def _positive(who: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{who}: {name} must be an integer of at least 1, got {value!r}")
     return value
 
 
-__all__ = ["LSQPlusQuantizer", "LSQQuantizer", "PACTQuantizer", "parameter_groups"]
+__all__ = ["LSQPlusQuantizer", "LSQQuantizer"]
