@@ -1,4 +1,4 @@
-"""Observers: modules that watch the range of what passes through them.
+"""Observers: modules that record the range of the tensors that pass through them.
 
 This is the public face of :mod:`torchquant.training.observers` and
 :mod:`torchquant.training.ranges`.

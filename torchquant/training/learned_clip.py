@@ -15,19 +15,19 @@ from torchquant.training.learned_state import clamp_operator
 class PACTQuantizer(LayerPart):
     """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^bits`` levels.
 
-    The gradient of alpha is the sum of the gradients where the input is at least alpha; inside the
-    range the gradient passes straight to the input, outside there is none.
+    The gradient of alpha is the sum of the output's gradients where the input is at least alpha.
+    The gradient of the input is the output's inside the range and 0 outside.
 
-    State: ``alpha`` float32 ``[1]`` (parameter), kept positive as LSQ's step is; it stays float32
-    under ``.to(torch.bfloat16)``.
+    State: ``alpha`` float32 ``[1]`` (parameter). It is kept positive like LSQ's step and stays
+    float32 under ``.to(torch.bfloat16)``.
 
     Args:
         bits: 2 to 8, unsigned.
-        alpha: the clip to start from.
-        device: of the state.
+        alpha: initial clip.
+        device: device of the state.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        ValueError: bits is not an integer from 2 to 8, or alpha is not a positive number.
 
     Source: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks"
     (2018).
@@ -56,7 +56,8 @@ class PACTQuantizer(LayerPart):
         """Fake-quantize float32, bfloat16 or float16 ``[...]``; the result has input's dtype.
 
         Raises:
-            TypeError, ValueError: no float tensor, or on another device.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device.
         """
         self.check_input(input, self.alpha)
         floor = MIN_SCALE * self.qmax
@@ -65,13 +66,13 @@ class PACTQuantizer(LayerPart):
                 clamp_operator(self.alpha.detach(), floor)
         else:
             self.alpha.data.clamp_(min=floor)
-        # Compared this way round, NaN stays NaN.
+        # In this order of comparison NaN stays NaN.
         clipped = torch.where(input >= self.alpha, self.alpha, input.float()).relu()
         scale = self.qparams()[0]
         return ops.fake_quantize(clipped, scale, qmin=self.qmin, qmax=self.qmax).to(input.dtype)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32 [1], zero_point int32 [1])``: what a deployed layer takes over."""
+        """``(scale float32 [1], zero_point int32 [1])``, for a deployed layer."""
         scale = (self.alpha.detach() / self.qmax).clamp(min=MIN_SCALE)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
 

@@ -28,41 +28,45 @@ from torchquant.training.state import inside_backward
 
 
 class LSQQuantizer(LayerPart):
-    """Learned step size quantization: rounds to multiples of a step that training improves.
+    """Learned step size quantization: rounds to multiples of a step that is trained.
 
     ``vhat = step * rint(clip(v / step, -Qn, Qp))``; its gradient in ``step`` is
-    ``rint(v/step) - v/step`` inside the range, -Qn below and Qp above, times
+    ``rint(v/step) - v/step`` inside the range, -Qn below and Qp above it, times
     ``1 / sqrt(N * Qp)``. N is the number of weights that share a step, or the number of features of
     an activation: never the batch size, so that training does not depend on it.
 
     The first batch in training mode (the weight itself, for a weight) sets
-    ``step = 2 * mean|v| / sqrt(Qp)`` over all processes; a batch of zeros does not. The step is
-    projected to at least 2^-126 wherever it is used or saved, so a far too large learning rate
-    cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
-    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``. A graph that
-    torch.compile traced before that reads ``initialized`` in every step; one traced after does not.
-    Only the first batch waits for a GPU.
+    ``step = 2 * mean|v| / sqrt(Qp)`` over all processes, unless it holds only zeros. The step is
+    projected to at least 2^-126 wherever it is used or saved: a learning rate that is far too large
+    cannot make it negative, and its gradient can raise it again. Under FSDP2 a forward sees only a
+    copy of the parameters, so run one batch, or :meth:`initialize`, before ``fully_shard``. A graph
+    that torch.compile traced before the initialisation reads ``initialized`` in every step; a graph
+    traced afterwards does not. Only the first batch waits for a GPU.
 
-    State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
-    symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
+    State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` of the same shape (absent if
+    symmetric), ``initialized`` uint8 ``[1]``. ``step`` and ``offset`` stay float32 under
+    ``.to(torch.bfloat16)``.
 
     Args:
         bits: 2 to 8.
-        symmetric: zero point 0. False is LSQ+: an ``offset`` in real units is learned too and
-            gives the zero point ``clamp(rint(-offset / step), qmin, qmax)``, an integer that
-            deploys; both start from a search for the least squared error.
+        symmetric: if True, the zero point is 0. If False, this is LSQ+: an ``offset`` in real units
+            is learned too and gives the integer zero point ``clamp(rint(-offset / step), qmin,
+            qmax)``; step and offset start from a search for the least squared error.
         per_channel: one step for each of ``num_channels`` slices along ``axis``.
         num_channels: C; only with ``per_channel``.
-        signed: ``[-2^(n-1), 2^(n-1) - 1]``, else ``[0, 2^n - 1]``.
-        num_features: N. None counts the weights that share a step where the input is an
-            nn.Parameter or ``per_channel`` is set, and otherwise takes the input's last dimension.
-        axis: of the channels.
+        signed: whether the range is ``[-2^(bits-1), 2^(bits-1) - 1]`` or ``[0, 2^bits - 1]``.
+        num_features: N. With None, N is the number of weights that share a step if the input is an
+            nn.Parameter or ``per_channel`` is set, otherwise the input's last dimension.
+        axis: axis of the channels.
         process_group: processes that average the initial step; None is the default group.
-        device: of the state.
+        device: device of the state.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
-        RuntimeError: used in evaluation mode, or asked for its scale, before it was initialised.
+        TypeError: process_group is not a torch.distributed ProcessGroup.
+        ValueError: bits is not an integer from 2 to 8, num_channels or num_features is not a
+            positive integer, num_channels is given without per_channel, or axis is not an integer.
+        RuntimeError: the quantizer is used in evaluation mode, or its scale is read, before it was
+            initialised.
 
     Source: Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+: Improving
     low-bit quantization through learnable offsets and better initialization" (2020).
@@ -111,7 +115,7 @@ class LSQQuantizer(LayerPart):
             raise ValueError(f"{who}: axis must be an integer, got {axis!r}")
         self.axis = axis
         self.group_name = process_group_name(who, process_group)
-        # Dtypes are written out: people load models under another default dtype.
+        # Dtypes are explicit: models are also built under another default dtype.
         step = torch.ones(num_channels, dtype=torch.float32, device=device)
         self.step = nn.Parameter(step)
         self.register_parameter(
@@ -119,15 +123,16 @@ class LSQQuantizer(LayerPart):
         )
         flag = torch.zeros(1, dtype=torch.uint8, device=device)
         self.register_buffer("initialized", flag)
-        # What the buffer says, so that a forward need not wait for the device.
+        # A copy of the buffer's value, so that a forward need not wait for the device.
         self._initialized = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Fake-quantize float32, bfloat16 or float16 ``[...]``; the result has input's dtype.
 
         Raises:
-            TypeError, ValueError: no float tensor, on another device, other channels.
-            RuntimeError: not initialised in evaluation mode.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device, or does not have num_channels along axis.
+            RuntimeError: the module is in evaluation mode and not initialised.
         """
         step, offset = self.prepare(input)
         return ops.fake_quantize_learned(
@@ -141,16 +146,16 @@ class LSQQuantizer(LayerPart):
         )
 
     def prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step and offset, ready for use: initialised from ``input`` if need be, and projected.
+        """Step and offset, ready for use: initialised from ``input`` if necessary, and projected.
 
-        For layers that hand both to a fused operator instead of calling the quantizer. Raises what
-        :meth:`forward` raises.
+        Layers call this method to pass step and offset to a fused operator. It raises the same
+        errors as :meth:`forward`.
         """
         self.check_input(input, self.initialized)
         self._check_state(input)
         offset = None if self.offset is None else self.offset.detach()
         if torch.compiler.is_compiling():
-            if not self.training:  # an exported graph changes no state; operators clamp as well
+            if not self.training:  # an exported graph changes no state; the operators clamp too
                 return self.step, self.offset
             if not self._initialized:
                 initialize_operator(
@@ -167,17 +172,17 @@ class LSQQuantizer(LayerPart):
             return self.step, self.offset
         if not self._initialized and not self._initialize_once(input):
             return self.step, self.offset
-        # `.data`: what autograd saved of the parameter in an earlier use stays valid. In that use
-        # the parameter was projected already, so its value does not change here.
+        # `.data`: tensors that autograd saved in an earlier use of the parameter stay valid. The
+        # parameter was projected in that use, so its value does not change here.
         project(self.step.data, None if self.offset is None else self.offset.data, *self._range)
         return self.step, self.offset
 
     def initialize(self, input: Tensor) -> bool:
-        """Set the step (and offset) from a tensor, over all processes, whatever they were.
+        """Set the step (and offset) from a tensor, over all processes, even if they are set.
 
         Returns:
-            Whether there was anything to go by: a finite value other than 0. Otherwise nothing
-            changes, and the next training batch is asked.
+            True if the tensor held a finite value other than 0. False if not: then nothing changes,
+            and the next training batch initialises the quantizer.
         """
         self.check_input(input, self.initialized)
         self._check_state(input)
@@ -199,10 +204,10 @@ class LSQQuantizer(LayerPart):
         return 1.0 / math.sqrt(max(1, features) * self.qmax)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32, zero_point int32)`` of step's shape: what a deployed layer takes over.
+        """``(scale float32, zero_point int32)`` of step's shape, for a deployed layer.
 
         Raises:
-            RuntimeError: not initialised.
+            RuntimeError: the quantizer is not initialised.
         """
         if not self._initialized:
             self._read_initialized()
@@ -223,20 +228,20 @@ class LSQQuantizer(LayerPart):
         return self.qmin, self.qmax
 
     def _initialize_once(self, input: Tensor) -> bool:
-        """Whether the step can be used and projected; False while only zeros have come."""
+        """True if the step can be used and projected; False if all batches so far were zeros."""
         if input.is_meta or inside_backward():
             return True
         if not self.training:
             self._read_initialized()
             return True
-        if bool(self.initialized.item()):  # set by somebody who wrote into the buffer
+        if bool(self.initialized.item()):  # user code wrote into the buffer
             self._initialized = True
             return True
         if getattr(self, "_is_fsdp_managed_module", False):
             raise RuntimeError(
-                f"{self.title()}: the step must be initialised before fully_shard, which gives "
-                "a forward only a copy of it; run one batch in training mode before sharding, or "
-                "call initialize(input)"
+                f"{self.title()}: the step must be initialised before fully_shard, under "
+                "which a forward sees only a copy of it; run one batch in training mode before "
+                "sharding, or call initialize(input)"
             )
         return self.initialize(input)
 
@@ -269,7 +274,7 @@ class LSQQuantizer(LayerPart):
             self._initialized = bool(self.initialized.item())
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        # Whoever reads the file finds what the next forward would use. Shards stay as they are.
+        # A file holds the values that the next forward would use. Shards are not projected.
         if type(self.step.data) is Tensor and not self.step.is_meta:
             offset = None if self.offset is None else self.offset.data
             project(self.step.data, offset, *self._range)
@@ -279,7 +284,7 @@ class LSQQuantizer(LayerPart):
 class LSQPlusQuantizer(LSQQuantizer):
     """LSQ+: :class:`LSQQuantizer` with a learned offset, for activations that are not centred on 0.
 
-    Arguments, state and errors: see :class:`LSQQuantizer`; ``symmetric`` is False.
+    Arguments, state and errors are those of :class:`LSQQuantizer` with ``symmetric=False``.
 
     Example:
         >>> quantizer = LSQPlusQuantizer(bits=4)
@@ -294,9 +299,24 @@ class LSQPlusQuantizer(LSQQuantizer):
         bits: int = 8,
         per_channel: bool = False,
         num_channels: int = 1,
-        **options: Any,
+        *,
+        signed: bool = True,
+        num_features: int | None = None,
+        axis: int = 0,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(bits, False, per_channel, num_channels, **options)
+        super().__init__(
+            bits,
+            False,
+            per_channel,
+            num_channels,
+            signed=signed,
+            num_features=num_features,
+            axis=axis,
+            process_group=process_group,
+            device=device,
+        )
 
 
 def _positive(who: str, name: str, value: int) -> int:

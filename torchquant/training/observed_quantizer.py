@@ -1,4 +1,4 @@
-"""ObservedQuantizer: an observer and the fake quantization with the scales that follow from it."""
+"""ObservedQuantizer: fake quantization with the scale of an observed range."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ _NAN = float("nan")
 
 
 class ObservedQuantizer(LayerPart):
-    """Rounds a tensor to what its integers will stand for; watches its range while training.
+    """Rounds a tensor to the values of its integers and observes its range in training.
 
-    In training mode each batch updates the observer and with it the scale; in evaluation mode the
-    scale stays. Gradients pass straight through where the rounded value lies in the integer range.
+    In training mode each batch updates the observer and then the scale; in evaluation mode the
+    scale stays. Gradients pass straight through where the rounded value is within the integer
+    range, and are 0 elsewhere.
 
     State: ``scale`` float32 (NaN until there is a range) and ``zero_point`` int32 of the scale's
-    shape, ``observer_enabled`` and ``fake_quant_enabled`` uint8 ``[1]``, and the observer's. So a
-    checkpoint taken in the middle of a schedule resumes in the stage it was taken in. The switches
-    are set with the methods below, not by writing into their buffers.
+    shape, ``observer_enabled`` and ``fake_quant_enabled`` uint8 ``[1]``, and the observer's state.
+    So a checkpoint from the middle of a schedule resumes in its stage. Set the switches with the
+    methods below; do not write into their buffers.
 
     Args:
-        observer: any :class:`~torchquant.observers.Observer`; None is
+        observer: any :class:`~torchquant.observers.Observer`; None means
             ``MovingAverageMinMaxObserver()``: 8 bits, asymmetric, per tensor.
-        observer_enabled, fake_quant_enabled: the switches at the start.
+        observer_enabled, fake_quant_enabled: initial values of the switches.
 
     Raises:
-        TypeError: observer is none.
-        RuntimeError: a forward without observing, before there is a range.
+        TypeError: observer is not an Observer.
+        RuntimeError: a forward that does not observe runs before there is a range.
 
     Example:
         >>> quantizer = ObservedQuantizer(MovingAverageMinMaxObserver(bits=4))
@@ -81,7 +82,7 @@ class ObservedQuantizer(LayerPart):
         ):
             flag = torch.tensor([bool(value)], dtype=torch.uint8, device=device)
             self.register_buffer(name, flag)
-        # What the two buffers say, so that a forward need not wait for the device.
+        # Copies of the two buffers' values, so that a forward need not wait for the device.
         self._observing, self._quantizing = bool(observer_enabled), bool(fake_quant_enabled)
         self._has_scale = False
 
@@ -97,22 +98,22 @@ class ObservedQuantizer(LayerPart):
 
     @property
     def observing(self) -> bool:
-        """Whether training batches move the range."""
+        """Whether training batches update the range."""
         return self._observing
 
     @property
     def quantizing(self) -> bool:
-        """Whether what passes is rounded."""
+        """Whether a forward rounds its input."""
         return self._quantizing
 
     def enable_observer(self, enabled: bool = True) -> ObservedQuantizer:
-        """Let training batches move the range, or not; returns the module."""
+        """Set whether training batches update the range; returns the module."""
         self.observer_enabled.fill_(bool(enabled))
         self._observing = bool(enabled)
         return self
 
     def enable_fake_quant(self, enabled: bool = True) -> ObservedQuantizer:
-        """Round what passes, or let it pass as it is; returns the module."""
+        """Set whether a forward rounds its input or returns it unchanged; returns the module."""
         self.fake_quant_enabled.fill_(bool(enabled))
         self._quantizing = bool(enabled)
         return self
@@ -122,10 +123,12 @@ class ObservedQuantizer(LayerPart):
         return self.enable_observer(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """float32, bfloat16 or float16 to the same dtype and shape.
+        """Fake-quantize float32, bfloat16 or float16; the result has input's dtype and shape.
 
         Raises:
-            TypeError, ValueError: no float tensor, on another device, or other scales' shape.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device, or its scales have another shape than those of
+                earlier batches.
             RuntimeError: nothing was observed yet and this call does not observe.
         """
         self.check_input(input, self.scale)
@@ -145,7 +148,7 @@ class ObservedQuantizer(LayerPart):
         )
 
     def observe(self, input: Tensor) -> None:
-        """Update range and scale with one batch; nothing happens inside a backward pass."""
+        """Update range and scale with one batch; inside a backward pass, do nothing."""
         observer = self.observer
         observer(input)
         if self.scale.shape != observer.min_val.shape:
@@ -159,7 +162,7 @@ class ObservedQuantizer(LayerPart):
             update_qparams(*state, self.qmin, self.qmax, observer.symmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32, zero_point int32)``: what a deployed layer takes over, not copied.
+        """``(scale float32, zero_point int32)`` for a deployed layer: the buffers, not copies.
 
         Raises:
             RuntimeError: nothing was observed yet.

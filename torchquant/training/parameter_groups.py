@@ -1,4 +1,4 @@
-"""parameter_groups: a model's parameters for an optimizer, learned steps without weight decay."""
+"""parameter_groups: a model's parameters for an optimizer; learned steps get no weight decay."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from torchquant.training.learned_steps import LSQQuantizer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """A model's trainable parameters for an optimizer, weight decay only where it helps.
+    """A model's trainable parameters for an optimizer, with weight decay only where it helps.
 
-    Decay would pull learned steps, offsets and clips towards 0, which is no simpler a model but a
-    coarser or an emptier one. They, biases and the parameters of normalisation go without.
+    Weight decay would pull learned steps, offsets and clips towards 0. That does not make a model
+    simpler; it changes the quantization. So they get no decay, and neither do biases and the
+    parameters of normalisation layers.
 
     Args:
         model: any module.
         weight_decay: for all other parameters.
 
     Returns:
-        Two groups, in this order: with ``weight_decay`` and with 0. Shared parameters appear once.
+        Two groups: with ``weight_decay``, then with 0. A shared parameter appears once.
 
     Raises:
-        TypeError, ValueError: model is no nn.Module, or weight_decay is negative.
+        TypeError: model is not an nn.Module.
+        ValueError: weight_decay is not a number of at least 0.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2), LSQQuantizer())
@@ -48,9 +50,9 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            # Vectors are biases and gains whatever they are called.
-            alone = spared or parameter.dim() <= 1 or name.endswith("bias")
-            (others if alone else decayed).append(parameter)
+            # Parameters with one dimension are biases and gains, whatever their names.
+            exempt = spared or parameter.dim() <= 1 or name.endswith("bias")
+            (others if exempt else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": float(weight_decay)},
         {"params": others, "weight_decay": 0.0},

@@ -11,7 +11,7 @@ from torchquant.functional._checks import describe
 
 
 def process_group_name(who: str, group: Any) -> str | None:
-    """A process group by its name, which can be copied and saved; None stays None."""
+    """The name of a process group, which can be copied and saved; None stays None."""
     if group is None or isinstance(group, str):
         return group
     name = getattr(group, "group_name", None)
@@ -24,7 +24,7 @@ def process_group_name(who: str, group: Any) -> str | None:
 
 
 def processes_of(group_name: str | None) -> int:
-    """How many processes share the state; 1 without torch.distributed."""
+    """Number of processes in a group; 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(_process_group(group_name))
@@ -44,5 +44,5 @@ def gather(values: Tensor, group_name: str | None) -> Tensor:
 def _process_group(name: str | None) -> Any:
     if name is None:
         return None
-    functions: Any = dist.distributed_c10d  # a name that type checkers do not see
+    functions: Any = dist.distributed_c10d  # its private function has no type
     return functions._resolve_process_group(name)

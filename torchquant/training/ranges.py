@@ -138,10 +138,4 @@ def update_qparams_operator(
         update_qparams(min_val, max_val, scale, zero_point, qmin, qmax, symmetric)
 
 
-__all__ = [
-    "range_to_qparams",
-    "update_qparams",
-    "update_qparams_operator",
-    "update_range",
-    "update_range_operator",
-]
+__all__ = ["range_to_qparams"]

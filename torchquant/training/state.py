@@ -19,8 +19,8 @@ from torchquant.ops._arguments import wait_for_copy
 class Float32State(nn.Module):
     """A module whose float32 parameters and buffers stay float32.
 
-    ``.to(torch.bfloat16)``, ``.half()`` and ``.double()`` move them but leave the dtype; a state
-    dict that somebody converted is converted back when it is loaded.
+    ``.to(torch.bfloat16)``, ``.half()`` and ``.double()`` do not change their dtype; a state dict
+    in another dtype is converted back when it is loaded.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -57,11 +57,11 @@ class Float32State(nn.Module):
         self._state_replaced()
 
     def _state_replaced(self) -> None:
-        """Forget what was remembered about the values of buffers."""
+        """Called after parameters or buffers were replaced; refreshes copies of their values."""
 
 
 def adopt_shapes(module: nn.Module, state: Mapping[str, Any], prefix: str, *names: str) -> None:
-    """Give buffers that have no shape yet (``[0]``) the one they have in a state dict."""
+    """Give buffers that have no shape yet (``[0]``) the shape that they have in a state dict."""
     for name in names:
         own, value = module._buffers[name], state.get(prefix + name)
         if own is not None and isinstance(value, Tensor) and list(own.shape) == [0]:
@@ -69,9 +69,8 @@ def adopt_shapes(module: nn.Module, state: Mapping[str, Any], prefix: str, *name
 
 
 def inside_backward() -> bool:
-    """Whether a backward pass is calling: the second forward of activation checkpointing.
+    """True inside a backward pass, that is, in the second forward of activation checkpointing.
 
-    Its first forward has run with the same data already, so whatever counts or averages must not
-    look again.
+    The first forward has seen the same data, so nothing may be counted or averaged again.
     """
     return torch._C._current_graph_task_id() != -1
