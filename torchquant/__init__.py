@@ -38,25 +38,21 @@ from torchquant.scheme import (
 )
 from torchquant.training.configuration import QATConfig, TrainingConfig
 from torchquant.training.fake_quantize import FakeQuantize
-from torchquant.training.fake_quantizer import FakeQuantizer
-from torchquant.training.learned_steps import (
-    LSQPlusQuantizer,
-    LSQQuantizer,
-    PACTQuantizer,
-    parameter_groups,
-)
+from torchquant.training.learned_clip import PACTQuantizer
+from torchquant.training.learned_steps import LSQPlusQuantizer, LSQQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     Observer,
     report_nonfinite,
 )
+from torchquant.training.parameter_groups import parameter_groups
 from torchquant.version import __version__
 
 __all__ = [
     "Dynamic",
     "FakeQuantize",
-    "FakeQuantizer",
     "Fusion",
     "FusionReport",
     "Granularity",
@@ -70,6 +66,7 @@ __all__ = [
     "MovingAverageMinMaxObserver",
     "NormReport",
     "NormsReport",
+    "ObservedQuantizer",
     "Observer",
     "PACTQuantizer",
     "PackedWeight",

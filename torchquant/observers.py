@@ -1,15 +1,16 @@
-"""Observers: modules that watch the range of what passes through them.
+"""Observers: modules that record the range of the tensors that pass through them.
 
-This is the public face of :mod:`torchquant.training.observers`.
+This is the public face of :mod:`torchquant.training.observers` and
+:mod:`torchquant.training.ranges`.
 """
 
 from torchquant.training.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     Observer,
-    range_to_qparams,
     report_nonfinite,
 )
+from torchquant.training.ranges import range_to_qparams
 
 __all__ = [
     "MinMaxObserver",

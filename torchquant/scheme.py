@@ -3,7 +3,8 @@
 A *granularity* says which elements of a tensor share one scale. It is a sum type of small frozen
 dataclasses instead of a string with side parameters, so that a group size without groups, or an
 axis without channels, cannot be written. Each class documents input shape -> scale shape and
-computes it in :meth:`scale_shape`.
+computes it in :meth:`scale_shape`; ``axis_and_group_size`` gives the two arguments by which the
+operators take a granularity.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Final, TypeAlias
 
 MIN_BITS = 2
 MAX_BITS = 8
+
+AxisAndGroupSize: TypeAlias = tuple[int | None, int | None]
 
 
 def quant_range(bits: int, *, signed: bool = True, narrow_range: bool = False) -> tuple[int, int]:
@@ -61,6 +64,10 @@ class PerTensor:
         """Shape of the scales for an input of ``shape``."""
         return (1,)
 
+    def axis_and_group_size(self, shape: Sequence[int]) -> AxisAndGroupSize:
+        """The operators' arguments for an input of ``shape``: neither an axis nor a group size."""
+        return None, None
+
 
 @dataclass(frozen=True)
 class PerAxis:
@@ -83,6 +90,10 @@ class PerAxis:
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the scales for an input of ``shape``; raises where it has no such axis."""
         return (shape[self.normalized_axis(shape)],)
+
+    def axis_and_group_size(self, shape: Sequence[int]) -> AxisAndGroupSize:
+        """The operators' arguments for an input of ``shape``: an axis from 0, no group size."""
+        return self.normalized_axis(shape), None
 
     def normalized_axis(self, shape: Sequence[int]) -> int:
         """``axis`` as a non-negative number; raises where ``shape`` has no such axis."""
@@ -118,6 +129,10 @@ class PerGroup:
         _require_last_axis("PerGroup", shape)
         return (*shape[:-1], -(-shape[-1] // self.group_size))
 
+    def axis_and_group_size(self, shape: Sequence[int]) -> AxisAndGroupSize:
+        """The operators' arguments for an input of ``shape``: no axis, the group size."""
+        return None, self.group_size
+
 
 @dataclass(frozen=True)
 class PerToken:
@@ -134,6 +149,11 @@ class PerToken:
         """Shape of the scales for an input of ``shape``; raises for a 0-dimensional input."""
         _require_last_axis("PerToken", shape)
         return (*shape[:-1], 1)
+
+    def axis_and_group_size(self, shape: Sequence[int]) -> AxisAndGroupSize:
+        """The operators' arguments for an input of ``shape``: no axis, one group per row."""
+        _require_last_axis("PerToken", shape)
+        return None, max(1, shape[-1])
 
 
 Granularity: TypeAlias = PerTensor | PerAxis | PerGroup | PerToken

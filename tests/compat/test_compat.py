@@ -1,4 +1,4 @@
-"""torchquant.compat: the source systems' functions, against their reference numbers."""
+"""torchquant.compat: the functions of earlier libraries, against their reference numbers."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_affine_adds_the_zero_point_before_rounding():
     assert compat.linear_quantize(x, 8, 1.0, 1).tolist() == [1, 3, 3]  # 0, 2, 2, plus 1
 
 
-def test_affine_clamps_and_handles_nan():
+def test_affine_clamps_and_replaces_nan():
     x = torch.tensor([1e9, -1e9, math.inf, math.nan])
     assert compat.quantize_func(x, 1.0, 3, n_bits=4).tolist() == [7, -8, 7, 3]
     assert compat.quantize_func(
@@ -104,7 +104,7 @@ def test_linear_quantize_reference():
     q = compat.linear_quantize(x, r["bits"], scale, zero_point)
     assert q.tolist() == r["expected"]
     back = compat.linear_dequantize(q, scale, zero_point)
-    # The range is kept as observed, so its ends may lie up to a step outside the integers.
+    # The range is kept as observed, so its ends may be up to one step outside the integers.
     assert (back - x).abs().max() <= scale
 
 
@@ -357,7 +357,7 @@ X, Q = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int8)
         (
             lambda: compat.pack_int4_to_int8([8, 0]),
             ValueError,
-            "pack_int4_to_int8: q must lie in -8..7, got 0..8",
+            "pack_int4_to_int8: q must be in -8..7, got 0..8",
         ),
         (
             lambda: compat.pack_int4_to_int8(3),
@@ -367,7 +367,7 @@ X, Q = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int8)
         (
             lambda: compat.unpack_int8_to_int4([300]),
             ValueError,
-            "unpack_int8_to_int4: packed must lie in -128..127, got 300..300",
+            "unpack_int8_to_int4: packed must be in -128..127, got 300..300",
         ),
         (
             lambda: compat.unpack_int8_to_int4(3),

@@ -28,8 +28,9 @@ from torchquant import (
     verify,
 )
 from torchquant.graph.modules import tensor_bytes
-from torchquant.nn import FusedActivation, QATLinear, QuantizedLinear
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.nn import Activation, FusedActivation, QATLinear, QuantizedLinear
+from torchquant.training.layer_part import LayerPart
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import Observer
 
 CONFIGS = {
@@ -274,14 +275,32 @@ def test_two_layers_that_share_a_weight() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS["w8a8_static"], *LEARNED.values()], ids=str)
-def test_observers_and_quantizers_know_the_layer(config: TrainingConfig) -> None:
+def test_observers_and_quantizers_carry_the_layers_name(config: TrainingConfig) -> None:
     model = Classifier()
     prepare_qat_(model, config)
-    named = [(name, m) for name, m in model.named_modules() if hasattr(m, "name")]
-    assert named
-    for path, module in named:
-        assert path.startswith(f"{module.name}.")
-        assert isinstance(model.get_submodule(module.name), QATLinear)
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, LayerPart)]
+    assert parts
+    for path, module in parts:
+        assert path.startswith(f"{module.layer_name}.")
+        assert isinstance(model.get_submodule(module.layer_name), QATLinear)
+
+
+def test_a_module_inside_a_prepared_layer_keeps_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``Activation.name`` is the function that the module computes, not what messages call it."""
+    from_float = QATLinear.from_float
+
+    def with_activation(*args: Any, **kwargs: Any) -> QATLinear:
+        layer = from_float(*args, **kwargs)
+        layer.epilogue = Activation("gelu")
+        return layer
+
+    monkeypatch.setattr(QATLinear, "from_float", with_activation)
+    model = nn.Sequential(nn.Linear(64, 64))
+    prepare_qat_(model, STATIC)
+    assert model[0].epilogue.name == "gelu"
+    assert_same_bits(model[0].epilogue(torch.ones(1)), Activation("gelu")(torch.ones(1)))
 
 
 def test_a_warning_about_nan_names_the_layer() -> None:
@@ -724,7 +743,9 @@ def test_no_float_weight_is_left_behind() -> None:
     report = convert_(model)
     assert report.bytes_after == tensor_bytes(model)
     assert {n.rpartition(".")[2] for n, _ in model.blocks.named_parameters()} == {"weight", "bias"}
-    assert not [m for m in model.modules() if isinstance(m, (QATLinear, FakeQuantizer, Observer))]
+    assert not [
+        m for m in model.modules() if isinstance(m, (QATLinear, ObservedQuantizer, Observer))
+    ]
 
 
 # ---------------------------------------------------------------- to_float

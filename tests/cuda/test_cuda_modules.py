@@ -490,9 +490,9 @@ def test_autocast_in_training() -> None:
 def test_quantizers_keep_to_the_cpus_values() -> None:
     x = floats(64, 64)
     for make in (
-        lambda: LSQQuantizer(num_bits=4),
-        lambda: LSQQuantizer(num_bits=4, symmetric=False),
-        lambda: LSQQuantizer(num_bits=4, per_channel=True, num_channels=64),
+        lambda: LSQQuantizer(bits=4),
+        lambda: LSQQuantizer(bits=4, symmetric=False),
+        lambda: LSQQuantizer(bits=4, per_channel=True, num_channels=64),
     ):
         here = make()
         here(x)

@@ -21,11 +21,11 @@ import torchquant.convert.activations as fuse_activations
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
-    FakeQuantizer,
     Int8StaticActivationInt8WeightConfig,
     LSQQuantizer,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    ObservedQuantizer,
     PACTQuantizer,
     QATConfig,
     TrainingConfig,
@@ -385,8 +385,8 @@ def test_first_steps_and_offsets_are_the_cpus() -> None:
     x = floats(64, 64)
     with torch.no_grad():
         for make in (
-            lambda: LSQQuantizer(num_bits=4, symmetric=False),
-            lambda: LSQQuantizer(num_bits=4, symmetric=False, per_channel=True, num_channels=64),
+            lambda: LSQQuantizer(bits=4, symmetric=False),
+            lambda: LSQQuantizer(bits=4, symmetric=False, per_channel=True, num_channels=64),
         ):
             here = make()
             here(x)
@@ -413,7 +413,7 @@ def test_looking_at_a_fake_value_raises() -> None:
     [
         MinMaxObserver,
         MovingAverageMinMaxObserver,
-        FakeQuantizer,
+        ObservedQuantizer,
         PACTQuantizer,
         LSQQuantizer,
         lambda: LSQQuantizer(symmetric=False),
@@ -453,7 +453,7 @@ def _started(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LSQQuantizer):
             part._initialized = True
-        if isinstance(part, FakeQuantizer):
+        if isinstance(part, ObservedQuantizer):
             part._has_scale = True
 
 

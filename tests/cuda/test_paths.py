@@ -26,7 +26,7 @@ FILES = {
     "exactness": ("ops/test_exactness.py",),
     "fake quantization": (
         "ops/test_fake_quantize.py",
-        "training/test_fake_quantizer.py",
+        "training/test_observed_quantizer.py",
         "training/test_lsq.py",
     ),
     "quantization aware training": (

@@ -57,6 +57,22 @@ def test_group_size_is_128_by_default():
     assert PerGroup() == PerGroup(128)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "shape", "expected"),
+    [
+        (PerTensor(), (), (None, None)),
+        (PerTensor(), (3, 4), (None, None)),
+        (PerAxis(0), (3, 4), (0, None)),
+        (PerAxis(-1), (3, 4), (1, None)),
+        (PerGroup(32), (3, 80), (None, 32)),
+        (PerToken(), (3, 80), (None, 80)),
+        (PerToken(), (3, 0), (None, 1)),
+    ],
+)
+def test_operators_take_a_granularity_as_axis_and_group_size(granularity, shape, expected):
+    assert granularity.axis_and_group_size(shape) == expected
+
+
 @pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(1), PerGroup(32), PerToken()])
 def test_granularities_are_values(granularity):
     assert dataclasses.replace(granularity) == granularity

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from torchquant import (
     Dynamic,
-    FakeQuantizer,
     Int8DynamicActivationInt8WeightConfig,
     Int8StaticActivationInt8WeightConfig,
     IntxActivationIntxWeightConfig,
     LSQQuantizer,
+    ObservedQuantizer,
     QATConfig,
     QATLinear,
     TrainingConfig,
@@ -74,7 +74,7 @@ def layer_of(
 
 
 def frozen(layer: QATLinear) -> QATLinear:
-    if isinstance(layer.input_quantizer, FakeQuantizer):
+    if isinstance(layer.input_quantizer, ObservedQuantizer):
         layer.input_quantizer.freeze()
     return layer
 
@@ -268,7 +268,7 @@ def test_a_step_that_training_drove_to_nothing_is_no_error() -> None:
 def test_observed_ranges_move_in_training_mode_only() -> None:
     layer = layer_of("static")
     quantizer = layer.input_quantizer
-    assert isinstance(quantizer, FakeQuantizer)
+    assert isinstance(quantizer, ObservedQuantizer)
     before = quantizer.qparams()[0].clone()
     layer.eval()(torch.randn(4, 40) * 100)
     assert_same_bits(quantizer.qparams()[0], before)

@@ -90,7 +90,7 @@ def train(
 def ranges(model: nn.Module) -> dict[str, Tensor]:
     """State of all observers, by their layers."""
     return {
-        module.name: torch.stack([module.min_val, module.max_val]).clone()
+        module.layer_name: torch.stack([module.min_val, module.max_val]).clone()
         for module in model.modules()
         if isinstance(module, Observer)
     }

@@ -215,7 +215,7 @@ def test_initialize_overwrites() -> None:
 def test_before_the_first_batch(name: str) -> None:
     quantizer = LSQ[name]()
     assert isinstance(quantizer, LSQQuantizer)
-    quantizer.name = "layers.7"
+    quantizer.set_layer_name("layers.7")
     quantizer.eval()
     for call in (lambda: quantizer(floats(4, 8)), quantizer.qparams):
         with pytest.raises(RuntimeError, match=r"Quantizer of layers\.7: the step is not init"):
@@ -627,7 +627,7 @@ def test_parameter_groups() -> None:
 
 
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "num_bits": (
+    "bits": (
         lambda: LSQQuantizer(1),
         ValueError,
         r"bits must be an integer from 2 to 8, got 1",

@@ -169,7 +169,7 @@ def test_each_layer_warns_once_and_by_name() -> None:
     model = nn.Sequential(MinMaxObserver(), MinMaxObserver(), MinMaxObserver())
     first = model[0]
     assert isinstance(first, Observer)
-    first.name = "encoder.attention.query"
+    first.set_layer_name("encoder.attention.query")
     x = torch.tensor([NAN, 1.0, INF])
     with pytest.warns(RuntimeWarning) as caught:
         model(x)

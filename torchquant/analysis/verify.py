@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -372,7 +372,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     observing = [
         (module, bool(module.observer_enabled.item()))
         for module in model.modules()
-        if isinstance(module, FakeQuantizer)
+        if isinstance(module, ObservedQuantizer)
     ]
     try:
         yield
@@ -385,7 +385,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _freeze_ranges(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, FakeQuantizer):
+        if isinstance(module, ObservedQuantizer):
             module.enable_observer(False)
 
 

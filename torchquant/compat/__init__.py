@@ -1,9 +1,9 @@
-"""Functions of the systems that torchquant was ordered to contain, under recognisable names.
+"""Functions of earlier quantization libraries, reproduced for comparison under their own names.
 
-They reproduce those systems' own order of operations (dividing by the scale instead of multiplying
-by ``1/scale``, adding the zero point before rounding, computing scales in float64, ...). Ties and
-last bits can therefore differ from :mod:`torchquant.functional`, and no kernel stands behind them:
-use them for teaching, comparison and migration, and ``torchquant.functional`` otherwise.
+The functions keep the order of operations of those libraries: they divide by the scale instead of
+multiplying by ``1/scale``, add the zero point before rounding, compute scales in float64, and so
+on. Ties and last bits can therefore differ from :mod:`torchquant.functional`. The functions have no
+kernels. Use them for teaching, comparison and migration, and ``torchquant.functional`` otherwise.
 
 * textbook affine round trip: :func:`quantize_func`, :func:`dequantize_func`
 * int4 for arrays: :func:`quantize_to_int4`, :func:`dequantize_from_int4`,

@@ -1,4 +1,4 @@
-"""Checks and small arithmetic shared by the compatibility modules."""
+"""Checks and small arithmetic that the modules of torchquant.compat share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def require_float(who: str, name: str, value: object) -> Tensor:
-    """``value`` if it is a float tensor (half types widened to fp32), else raise."""
+    """``value`` as a float tensor, half types widened to fp32; raise if it is not one."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{who}: {name} must be a float tensor, got {_kind(value)}")
     return value if value.dtype == torch.float64 else value.to(torch.float32)
@@ -39,12 +39,12 @@ def scaled(difference: Tensor, scale: float | Tensor) -> Tensor:
     """``difference * scale`` in the scale's type; fp32, rounded once, if it is a number."""
     if isinstance(scale, Tensor):
         return difference.to(scale.dtype) * scale
-    # A Python number is a float64: multiply there, round once.
+    # A Python number is a float64: multiply in float64, round once.
     return (difference.to(torch.float64) * scale).to(torch.float32)
 
 
 def finite_range(who: str, name: str, x: Tensor) -> tuple[float, float]:
-    """Least and greatest element of a float tensor; raise where it is empty or not finite."""
+    """Least and greatest element of a float tensor; raise if it is empty or not finite."""
     x = require_float(who, name, x)
     if x.numel() == 0:
         raise ValueError(f"{who}: {name} must not be empty, got shape {list(x.shape)}")

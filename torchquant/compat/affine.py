@@ -1,4 +1,4 @@
-"""Source system 1: the textbook affine round trip."""
+"""The textbook affine round trip."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quantize_func(
         int8 tensor. NaN becomes the zero point.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
+        TypeError: ``x`` is not a float tensor.
         ValueError: ``n_bits`` is outside 2..8.
 
     Example:
@@ -44,10 +44,10 @@ def dequantize_func(x_q: Tensor, scales: float | Tensor, zero_point: int | Tenso
         scales, zero_point: as in :func:`quantize_func`.
 
     Returns:
-        Tensor of the dtype of ``scales``; float32 if that is a number.
+        Tensor of the dtype of ``scales``; float32 if ``scales`` is a number.
 
     Raises:
-        TypeError: ``x_q`` is no integer tensor.
+        TypeError: ``x_q`` is not an integer tensor.
 
     Example:
         >>> dequantize_func(torch.tensor([11, 54], dtype=torch.int8), 180 / 255, 13)

@@ -1,26 +1,24 @@
-"""Source system 2: int4 for NumPy arrays, lists of floats and tensors."""
+"""int4 for NumPy arrays, lists of floats and tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from torchquant.compat._shared import holds_integers
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    ArrayLike: TypeAlias = Sequence[Any] | float | npt.NDArray[Any] | Tensor
-    Array: TypeAlias = npt.NDArray[Any] | Tensor
+ArrayLike: TypeAlias = Sequence[Any] | float | npt.NDArray[Any] | Tensor
+Array: TypeAlias = npt.NDArray[Any] | Tensor
 
 
 class Int4Result(NamedTuple):
-    """Integers -8..7 held as int8, with their scale and zero point."""
+    """Integers from -8 to 7 as int8, with their scale and zero point."""
 
     q: Array
     scale: float
@@ -32,9 +30,10 @@ def quantize_to_int4(
 ) -> Int4Result:
     """Quantize to the 16 levels -8..7.
 
-    "minmax" maps the least value to -8 and the greatest to 7 (values that are all the same, having
-    no range, are treated as by "absmax"); "absmax" maps the largest magnitude to 7 or -7 with zero
-    point 0. The zero point is an integer, not limited to -8..7: the range need not contain 0.
+    "minmax" maps the least value to -8 and the greatest to 7; values that are all the same have no
+    range and are quantized by "absmax". "absmax" maps the largest magnitude to 7 or -7 with zero
+    point 0. The zero point is an integer that may be outside -8..7, because the range need not
+    contain 0.
 
     Args:
         values: array, list of floats or tensor, of any shape; finite.
@@ -42,10 +41,10 @@ def quantize_to_int4(
 
     Returns:
         ``(q, scale, zero_point)``: q is int8 of the values' shape, a tensor if ``values`` is one,
-        else a NumPy array.
+        otherwise a NumPy array.
 
     Raises:
-        ValueError: unknown method, or values that are not finite.
+        ValueError: scale_method is unknown, or a value is not finite.
 
     Example:
         >>> quantize_to_int4([-1.0, 0.0, 2.0])
@@ -64,8 +63,8 @@ def quantize_to_int4(
         q = torch.clamp(torch.round(x / scale), -8, 7)
         return Int4Result(_like(q.to(torch.int8), values), scale, 0)
     scale = greatest / 15 - least / 15
-    # A tie rounds up, so that least / scale + zero_point lies in (-8.5, -7.5] and its partner 15
-    # levels above in (6.5, 7.5]; the ends are then written down, safe from the last bit.
+    # A tie rounds up, so that least / scale + zero_point is in (-8.5, -7.5] and the greatest value,
+    # 15 levels above it, in (6.5, 7.5]. The ends are then set, independent of the last bit.
     zero_point = math.floor(-8 - least / scale + 0.5)
     q = torch.clamp(torch.round(x / scale + zero_point), -8, 7)
     q = torch.where(x == least, -8.0, torch.where(x == greatest, 7.0, q))
@@ -80,7 +79,7 @@ def dequantize_from_int4(q: ArrayLike, scale: float, zero_point: int = 0) -> Arr
         scale, zero_point: as :func:`quantize_to_int4` returns them.
 
     Returns:
-        float32 of q's shape, a tensor if ``q`` is one, else a NumPy array.
+        float32 of q's shape, a tensor if ``q`` is one, otherwise a NumPy array.
 
     Raises:
         TypeError: ``q`` does not hold integers.
@@ -96,15 +95,15 @@ def dequantize_from_int4(q: ArrayLike, scale: float, zero_point: int = 0) -> Arr
 def pack_int4_to_int8(q: ArrayLike) -> Array:
     """Two int4 values in each byte along the last axis: ``[..., L]`` -> ``[..., ceil(L/2)]``.
 
-    The value with the even index lies in the low four bits, the next in the high four bits. With
+    A value with an even index is in the low four bits, the next value in the high four bits. With
     an odd length the last high four bits are 0; ``unpack_int8_to_int4(packed, length=L)`` drops
-    them again.
+    them.
 
     Args:
         q: integers -8..7 as array, list or tensor with at least one dimension.
 
     Returns:
-        int8, a tensor if ``q`` is one, else a NumPy array.
+        int8, a tensor if ``q`` is one, otherwise a NumPy array.
 
     Raises:
         TypeError: ``q`` does not hold integers.
@@ -119,9 +118,7 @@ def pack_int4_to_int8(q: ArrayLike) -> Array:
     if values.dim() == 0:
         raise ValueError(f"{who}: q must have shape [..., L], got a single value")
     if bool(((values < -8) | (values > 7)).any()):
-        raise ValueError(
-            f"{who}: q must lie in -8..7, got {int(values.min())}..{int(values.max())}"
-        )
+        raise ValueError(f"{who}: q must be in -8..7, got {int(values.min())}..{int(values.max())}")
     nibbles = values.to(torch.int32) & 0xF
     if nibbles.shape[-1] % 2:
         nibbles = torch.cat([nibbles, torch.zeros_like(nibbles[..., :1])], dim=-1)
@@ -134,14 +131,14 @@ def unpack_int8_to_int4(packed: ArrayLike, length: int | None = None) -> Array:
 
     Args:
         packed: bytes as int8 array, list or tensor ``[..., B]``, low four bits first.
-        length: L of the packed values: 2B, the default, or 2B - 1.
+        length: number L of packed values: 2B (the default) or 2B - 1.
 
     Returns:
-        int8 ``[..., L]``, a tensor if ``packed`` is one, else a NumPy array.
+        int8 ``[..., L]``, a tensor if ``packed`` is one, otherwise a NumPy array.
 
     Raises:
         TypeError: ``packed`` does not hold integers.
-        ValueError: ``length`` does not belong to that many bytes; values that are no bytes.
+        ValueError: ``length`` does not fit the number of bytes, or a value is outside -128..127.
 
     Example:
         >>> unpack_int8_to_int4([-15, 7], length=3)
@@ -153,7 +150,7 @@ def unpack_int8_to_int4(packed: ArrayLike, length: int | None = None) -> Array:
         raise ValueError(f"{who}: packed must have shape [..., B], got a single value")
     if bool(((values < -128) | (values > 127)).any()):
         raise ValueError(
-            f"{who}: packed must lie in -128..127, got {int(values.min())}..{int(values.max())}"
+            f"{who}: packed must be in -128..127, got {int(values.min())}..{int(values.max())}"
         )
     full = 2 * values.shape[-1]
     if length is None:
@@ -191,8 +188,6 @@ def _as_tensor(values: ArrayLike) -> Tensor:
     # Lists go through NumPy: torch.tensor() would round floats to fp32.
     if isinstance(values, Tensor):
         return values
-    import numpy as np
-
     return torch.from_numpy(np.array(values))
 
 

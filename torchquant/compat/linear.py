@@ -1,6 +1,6 @@
-"""Source system 5: linear quantization building blocks.
+"""Building blocks of linear quantization.
 
-The layer made of them is ``torchquant.quantized_linear``, on the kernels.
+The layer built from them is ``torchquant.quantized_linear``, which runs on the kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def linear_quantize(
         int8 tensor. NaN becomes the zero point.
 
     Raises:
-        TypeError: ``tensor`` is no float tensor.
+        TypeError: ``tensor`` is not a float tensor.
         ValueError: ``bitwidth`` is outside 2..8.
 
     Example:
@@ -61,10 +61,10 @@ def linear_dequantize(q: Tensor, scale: float | Tensor, zero_point: int | Tensor
         scale, zero_point: numbers or tensors that broadcast against ``q``.
 
     Returns:
-        Tensor of the dtype of ``scale``; float32 if that is a number.
+        Tensor of the dtype of ``scale``; float32 if ``scale`` is a number.
 
     Raises:
-        TypeError: ``q`` is no integer tensor.
+        TypeError: ``q`` is not an integer tensor.
 
     Example:
         >>> linear_dequantize(torch.tensor([1, -2], dtype=torch.int8), 0.5, -1)
@@ -83,11 +83,12 @@ def scale_and_zero_point(
 ) -> tuple[float, int]:
     """Scale and zero point from a tensor's observed range, or from ``min`` and ``max``.
 
-    The range is taken as it is, *not* widened to contain 0; the arithmetic is in float64. In
-    :mod:`torchquant.functional` this is ``choose_qparams(..., preserve_range=True)``, in fp32.
+    The range is *not* widened to contain 0; the arithmetic is in float64. In
+    :mod:`torchquant.functional` the equivalent is ``choose_qparams(..., preserve_range=True)``, in
+    fp32.
 
     Args:
-        tensor: float tensor whose range counts; leave out where ``min`` and ``max`` are given.
+        tensor: float tensor whose range is used; omit it if ``min`` and ``max`` are given.
         bitwidth: 2 to 8.
         min, max: the range.
 
@@ -96,8 +97,8 @@ def scale_and_zero_point(
         ``(1.0, 0)``.
 
     Raises:
-        TypeError: ``tensor`` is no float tensor.
-        ValueError: neither or both of tensor and range given; a range that is not finite.
+        TypeError: ``tensor`` is not a float tensor.
+        ValueError: both tensor and a range are given, or neither is; the range is not finite.
 
     Example:
         >>> scale_and_zero_point(min=-0.25, max=0.75, bitwidth=2)
@@ -125,7 +126,7 @@ def linear_quantize_weight_per_channel(
 ) -> tuple[Tensor, Tensor, Literal[0]]:
     """Quantize a weight symmetrically with one scale for each output channel (axis 0).
 
-    ``scale = max|w| / qmax`` per channel (1 where the channel is zero), zero point 0.
+    ``scale = max|w| / qmax`` per channel (1 if the channel is zero), zero point 0.
 
     Args:
         weight: float tensor ``[N, ...]``.
@@ -136,7 +137,7 @@ def linear_quantize_weight_per_channel(
         weight, ``scale.flatten()`` is what ``quantized_linear`` takes.
 
     Raises:
-        TypeError: ``weight`` is no float tensor.
+        TypeError: ``weight`` is not a float tensor.
         ValueError: ``bitwidth`` is outside 2..8, or the weight has no dimension.
 
     Example:
@@ -168,7 +169,7 @@ def linear_quantize_bias(
         ``(q int32 [N], scale fp32 [1] or [N], 0)``, saturated; NaN becomes 0.
 
     Raises:
-        TypeError: ``bias`` is no float tensor.
+        TypeError: ``bias`` is not a float tensor.
         ValueError: ``bias`` is not ``[N]``.
 
     Example:

@@ -1,4 +1,4 @@
-"""Source system 3: 8 bits with a real-valued zero point."""
+"""8 bits with a real-valued zero point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchquant.compat._shared import finite_range, require_integer
 
 
 class QuantizedReal(NamedTuple):
-    """Integers with the scale and the real number that integer 0 stands for."""
+    """Integers with their scale and the real value of integer 0."""
 
     q: Tensor
     scale: float
@@ -31,7 +31,7 @@ def quantize_midpoint(x: Tensor) -> QuantizedReal:
         ``(q int8, scale, zero_point)``.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
+        TypeError: ``x`` is not a float tensor.
         ValueError: ``x`` is empty or holds NaN or infinity.
 
     Example:
@@ -57,7 +57,7 @@ def quantize_minimum(x: Tensor) -> QuantizedReal:
         ``(q uint8, scale, zero_point)``.
 
     Raises:
-        TypeError: ``x`` is no float tensor.
+        TypeError: ``x`` is not a float tensor.
         ValueError: ``x`` is empty or holds NaN or infinity.
 
     Example:
@@ -77,13 +77,13 @@ def dequantize_real(
     Args:
         q: integer tensor.
         scale, zero_point: as those functions return them.
-        dtype: float type of the result, rounded to once.
+        dtype: float type of the result, to which it is rounded once.
 
     Returns:
         ``q * scale + zero_point``.
 
     Raises:
-        TypeError: ``q`` is no integer tensor.
+        TypeError: ``q`` is not an integer tensor.
 
     Example:
         >>> dequantize_real(torch.tensor([0, 255], dtype=torch.uint8), 1 / 255, 1.0)

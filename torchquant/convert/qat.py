@@ -37,6 +37,7 @@ from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
 from torchquant.report import FusionReport, QuantizationReport
 from torchquant.training.configuration import TrainingConfig, training_config
+from torchquant.training.layer_part import LayerPart
 
 _IN_PLACE = "which cannot be replaced in place; use"
 
@@ -289,8 +290,8 @@ def _prepared(step: Step, config: TrainingConfig) -> TrainedModule:
     assert step.kind.trained is not None
     new: TrainedModule = step.kind.trained.from_float(step.module, config)
     for part in new.modules():
-        if part is not new and isinstance(getattr(part, "name", None), str):
-            part.name = step.name  # type: ignore[assignment]
+        if isinstance(part, LayerPart):
+            part.set_layer_name(step.name)
     return new
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.nn.base import TrainedModule
-from torchquant.training.fake_quantizer import FakeQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 
 
 def observe(model: nn.Module) -> None:
@@ -61,7 +61,7 @@ def _set_stage(model: nn.Module, observing: bool, quantizing: bool) -> None:
     for module in model.modules():
         if isinstance(module, TrainedModule):
             module.enable_quantization(quantizing)
-        elif isinstance(module, FakeQuantizer):
+        elif isinstance(module, ObservedQuantizer):
             module.enable_observer(observing)
             module.enable_fake_quant(quantizing)
 

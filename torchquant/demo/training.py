@@ -16,7 +16,7 @@ from torchquant.demo.exactness import Check, forced_isa
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsData, load_digits_model
 from torchquant.training.configuration import QATConfig
-from torchquant.training.learned_steps import parameter_groups
+from torchquant.training.parameter_groups import parameter_groups
 
 WEIGHT_BITS = 2
 STEPS = 40

@@ -1,1 +1,1 @@
-"""What a model's modules and forwards look like: owners, ties, traces, dataflow."""
+"""The structure of a model: owners of modules, tied tensors, traces of forwards, dataflow."""

@@ -1,4 +1,4 @@
-"""Traces of a whole model, seen from its layers: where a module is called, and by whom."""
+"""Traces of a whole model, indexed by its layers: where a module is called, and by which module."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ _SETUP_METHODS = ("init", "reset", "load", "state", "repr", "tie", "apply")
 class Dataflow:
     """The traces of every module above some layers.
 
-    Assumed is what torch's own tools assume: a module's children are called by its forward, or by
-    the forward of a module above, or by methods that those call.
+    Like torch's own tools, this class assumes that a module's children are called by its forward,
+    by the forward of a module above it, or by methods that these forwards call.
+
+    Args:
+        model: the model.
+        layers: modules of the model; the modules that contain them are traced.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -42,7 +46,7 @@ class Dataflow:
         return self.names.get(id(module), "?")
 
     def why_not_traced(self, module: nn.Module) -> str | None:
-        """Why it is not known how ``module`` is used, or None where it is."""
+        """Why the traces do not show all uses of ``module``, or None if they do."""
         callers = self.callers.get(id(module), [])
         for caller in callers:
             for trace in self.traces.get(id(caller), []):
@@ -50,8 +54,8 @@ class Dataflow:
                     kind = type(caller).__name__
                     return f"{kind}.forward could not be traced ({trace.failure})"
         for trace, node in self.calls.get(id(module), []):
-            # Another module reaches in. What its trace shows may not be all, but for a Sequential
-            # inside it: that keeps nothing.
+            # Another module calls this one, and its trace may miss calls. A Sequential inside that
+            # module cannot miss any: its forward holds no branches.
             if trace.failure is not None and trace.code[node] is not nn.Sequential.forward.__code__:
                 kind = type(trace.root).__name__
                 return f"{kind}.forward calls it too, and could not be traced ({trace.failure})"
@@ -60,10 +64,11 @@ class Dataflow:
     def in_order(
         self, model: nn.Module, layers: Iterable[nn.Module]
     ) -> tuple[list[nn.Module], str | None]:
-        """``layers`` in the order of their calls, as often as they are called.
+        """``layers`` in the order of their calls, one entry per call.
 
         Returns:
-            The calls, and why the modules' own order had to do in some place, or None.
+            The calls, and the reason why some of them are in the order of registration instead, or
+            None.
         """
         wanted = {id(layer) for layer in layers}
         order: list[nn.Module] = []
@@ -76,7 +81,9 @@ class Dataflow:
                 traces = self.traces.get(id(module), [])
                 whole = next((trace for trace in traces if trace.failure is None), None)
                 if whole is None:
-                    failure = f"could not be traced ({traces[0].failure})" if traces else "is none"
+                    failure = (
+                        f"could not be traced ({traces[0].failure})" if traces else "was not traced"
+                    )
                     problems.append(f"{type(module).__name__}.forward {failure}")
                 for below in held_by(module) if whole is None else whole.modules.values():
                     visit(below)
@@ -85,7 +92,7 @@ class Dataflow:
         return order, problems[0] if problems else None
 
     def _other_method(self, module: nn.Module, callers: list[nn.Module]) -> str | None:
-        """A second method that names the layer may use it in another way, unseen by the traces."""
+        """A second method that uses the layer, whose use of it the traces do not show; or None."""
         seen = {trace.code[node] for trace, node in self.calls.get(id(module), [])}
         for caller in callers:
             attributes = {name for name, child in caller._modules.items() if child is module}

@@ -1,4 +1,4 @@
-"""A model as a tree of modules: owners of a module, ties between tensors, replacing a module."""
+"""A model as a tree of modules: owners of a module, tied tensors, replacement of a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-# All that calling a module consults. Hooks on its state dict stay behind: they know another state.
+# The attributes that a call of a module reads. State-dict hooks are not among them: they expect the
+# keys of the module that they were registered on.
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -34,7 +35,7 @@ def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others: it has no forward of its own.
+    """True if a module only holds other modules and has no forward of its own.
 
     Example:
         >>> is_container(nn.ModuleList()), is_container(nn.Sequential())
@@ -48,7 +49,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def held_by(module: nn.Module) -> list[nn.Module]:
-    """A module's children, and those in its lists and dictionaries of modules."""
+    """A module's children, with the elements of containers in place of the containers."""
     held: list[nn.Module] = []
     for child in module.children():
         held += held_by(child) if is_container(child) else [child]
@@ -56,7 +57,7 @@ def held_by(module: nn.Module) -> list[nn.Module]:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory, shared ones once.
+    """Bytes of a model's parameters and buffers in memory; shared memory counts once.
 
     Example:
         >>> tensor_bytes(nn.Linear(10, 10))
@@ -67,7 +68,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def memory_key(tensor: torch.Tensor) -> Hashable:
-    """Equal where tensors are the same values in the same memory: a tie may be of two objects.
+    """A key that is equal for tensors with the same memory and layout, also for distinct objects.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(4))
@@ -82,9 +83,9 @@ def memory_key(tensor: torch.Tensor) -> Hashable:
 
 
 def replace_module(owners: list[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` into ``old``'s places, the (parent, attribute) pairs of ``owners``.
+    """Register ``new`` in place of ``old`` at the (parent, attribute) pairs of ``owners``.
 
-    Hooks go along, and the handles that remove them keep working: they hold the same dictionaries.
+    ``new`` gets the same dictionaries of hooks, so the handles that remove hooks keep working.
     """
     for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))

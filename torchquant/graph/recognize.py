@@ -1,8 +1,9 @@
-"""Which activation a module computes: by what it does, whatever its class is called.
+"""Recognises the activation that a module computes by its values, not by the name of its class.
 
-Libraries have their own (``GELUActivation``, ``SiLUActivation``) and so do people, with the same
-function inside, or another one under the same name. So a module is run on a grid, in both modes and
-in every dtype that it takes, values and gradients, and compared with the functions in float64.
+Libraries and users define classes of their own (``GELUActivation``, ``SiLUActivation``) with the
+same function, or with another function under the same name. So a module is run on a grid of values,
+in both modes and in every dtype that it takes; its values and gradients are compared with those of
+the known functions in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchquant.functional import ACTIVATIONS
-
 _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -25,18 +24,19 @@ _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-# Of the fp32 result, for all but ReLU, which is exact: times max(1, abs(x)). Formulas as people
-# write them in fp32 reach 2e-7; functions that are not the same one differ by 1e-4 and more.
+# Error of an fp32 result divided by max(1, abs(x)); ReLU must be exact. Usual formulas in fp32 have
+# errors up to 2e-7; different functions differ by 1e-4 and more.
 _TOLERANCE = 4e-7
 _GRADIENT_TOLERANCE = 1e-4
-_LOW_PRECISION_TOLERANCE = 8  # in eps: one rounding for each operation of such a formula
+_LOW_PRECISION_TOLERANCE = 8  # in eps: one rounding for each operation of a formula
 _EDGES = (0.0, 1e-30, 1e-10, 1e-4, 40.0, 87.0, 100.0, 1e3, 1e4, 1e38)
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The name of the activation that a module computes, or None where it is none of them.
+    """The name of the activation that a module computes, or None if it computes no known one.
 
-    The module is run on copies, so it stays as it is. Modules with parameters or buffers are none.
+    A copy of the module is run; the module itself does not change. Modules with parameters or
+    buffers are not recognised.
 
     Example:
         >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU()), activation_of(nn.Dropout())
@@ -55,7 +55,7 @@ def activation_of(module: nn.Module) -> str | None:
             warnings.simplefilter("ignore")
             grid, own = _grid(), copy.deepcopy(module)
             for name, reference in _REFERENCES.items():
-                if name in ACTIVATIONS and _computes(own, name, reference, grid):
+                if _computes(own, name, reference, grid):
                     return name
     except Exception:  # not a function of one tensor
         return None
@@ -63,7 +63,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def _grid() -> Tensor:
-    """Float32 [125, 16], small values and large ones mixed; so few that torch takes one thread."""
+    """Float32 [125, 16], small and large values mixed; few enough for torch to use one thread."""
     edges = torch.tensor(_EDGES, dtype=torch.float32, device="cpu")
     steps = 2000 - 2 * len(_EDGES)
     inner = torch.linspace(-30, 30, steps, dtype=torch.float32, device="cpu")
@@ -76,7 +76,7 @@ def _grid() -> Tensor:
 def _computes(
     module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], grid: Tensor
 ) -> bool:
-    if not _close(module, name, reference, grid[:8]):  # most are told apart here
+    if not _close(module, name, reference, grid[:8]):  # a short test rules out most functions
         return False
     for training in (False, True):
         module.train(training)
@@ -105,11 +105,11 @@ def _close(module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], 
 
 
 def _same_gradient(module: nn.Module, reference: Callable[[Tensor], Tensor], grid: Tensor) -> bool:
-    inside = grid[(grid.abs() <= 30) & (grid != 0)]  # at ReLU's kink opinions differ
+    inside = grid[(grid.abs() <= 30) & (grid != 0)]  # the subgradient at 0 is a convention; skip it
     gradients = []
     for function, dtype in ((module, torch.float32), (reference, torch.float64)):
         x = inside.to(dtype).requires_grad_()
-        y = function(x * 1)  # not a leaf: it may work in place
+        y = function(x * 1)  # not a leaf: the function may work in place
         if not y.requires_grad:
             return False
         gradients.append(torch.autograd.grad(y.sum(), x)[0].double())
@@ -122,7 +122,7 @@ def _close_in(
     x = grid[(grid.abs() <= 30).all(1)].to(dtype)
     try:
         got = module(x.clone())
-    except (RuntimeError, TypeError):  # it does not take this dtype, so no model gives it that
+    except (RuntimeError, TypeError):  # it does not take this dtype, so no model passes it
         return True
     if got.dtype != dtype:
         return False

@@ -1,12 +1,13 @@
-"""How a module's forward passes values between its children: a trace with the children as leaves.
+"""Traces of a module's forward with the module's children as leaves.
 
-``torch.fx.symbolic_trace`` patches ``nn.Module.__call__`` for the whole process while it runs, so a
-thread that serves another model meanwhile would be recorded too, and fail. Here nothing is patched:
-``forward`` runs on a *shell* of the module, an object of its class that holds stubs in place of its
-children, and proxies in place of its tensors. Attributes that the forward sets stay on the shell.
+``torch.fx.symbolic_trace`` patches ``nn.Module.__call__`` for the whole process while it runs, so
+calls from a thread that serves another model would be recorded too, and fail. Nothing is patched
+here: ``forward`` runs on a *shell* of the module, an object of the same class that holds stubs in
+place of children and proxies in place of tensors. Attributes that the forward sets stay on the
+shell.
 
-What a trace cannot see is a branch on whether an argument is None, on a boolean argument or on
-``self.training``: so there is one trace for each way these can be.
+One trace follows one side of a branch on a boolean argument, on ``self.training``, or on whether an
+argument is None. So there is one trace for each combination of these values.
 """
 
 from __future__ import annotations
@@ -27,16 +28,21 @@ from torch import Tensor, fx, nn
 
 from torchquant.graph.modules import is_container
 
-_MAX_BOOLEANS = 3  # arguments that are True or False by default; each doubles the traces
+_MAX_BOOLEANS = 3  # arguments with a boolean default; each doubles the number of traces
 
 
 @dataclass
 class Trace:
-    """One run of a module's forward on proxies, with gradients in training mode, else without.
+    """One run of a module's forward on proxies: with gradients in training mode, otherwise without.
 
-    ``modules`` gives the module behind each call of one, ``code`` the code that made the call,
-    ``modes`` what torch was set to (gradients, inference mode, autocast). With a ``failure`` the
-    graph holds what came before it.
+    Attributes:
+        root: the module.
+        graph: the calls, up to the failure if there is one.
+        modules: for each call of a module, the module.
+        code: for each call of a module, the code that made the call.
+        modes: for each call of a module, torch's modes: gradients, inference mode, autocast on the
+            CPU and on CUDA.
+        failure: why the run ended early, or None.
     """
 
     root: nn.Module
@@ -48,7 +54,7 @@ class Trace:
 
 
 def forward_traces(module: nn.Module) -> list[Trace]:
-    """Traces of ``module``'s forward: one for each choice of its optional arguments and its mode.
+    """Traces of ``module``'s forward, one per choice of its optional arguments and its mode.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
@@ -67,7 +73,7 @@ def forward_traces(module: nn.Module) -> list[Trace]:
 
 
 def called_by(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of ``model`` whose forward calls children: all but containers and leaves.
+    """The modules of ``model`` whose forward calls children: all except containers and leaves.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(4, 4))
@@ -119,7 +125,7 @@ def _trace(
     try:
         shell = tracer.shell(module)
         shell.training = training
-        # What a forward does beside computing (random numbers, warnings) is not to be seen.
+        # Side effects of a forward (random numbers, warnings) must not leave the trace.
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
@@ -154,11 +160,11 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def create_arg(self, a: Any) -> Any:
         try:
             return super().create_arg(a)
-        except NotImplementedError:  # the graph is looked at, never run: a name will do
+        except NotImplementedError:  # the graph is never run, so a name is enough
             return f"<{type(a).__name__}>"
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        # `(*x.shape[:-1], -1)`: how many sizes there are does not change who calls whom.
+        # `(*x.shape[:-1], -1)`: the number of sizes does not change which module is called.
         if is_shape(obj.node):
             return iter((operator.getitem(obj, 0),))
         return super().iter(obj)
@@ -177,7 +183,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         return proxy
 
     def wrap(self, module: nn.Module) -> Any:
-        """What stands for a child: containers and plain Sequentials are looked into."""
+        """The stub of a child, or a shell for a container or a plain Sequential."""
         if is_container(module) or type(module) is nn.Sequential:
             return self.shell(module)
         if id(module) not in self._stubs:
@@ -215,7 +221,7 @@ class _Proxy(fx.Proxy):
         return _Attribute(self, k)
 
     def __len__(self) -> int:
-        raise TypeError("a proxy's length is not known")  # what list() and * take for "unknown"
+        raise TypeError("a proxy's length is not known")  # list() and * accept this error
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -227,7 +233,7 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return method
 
 
-# torch's own proxies have no `+=`, so that Python makes an out-of-place addition of it.
+# torch's own proxies have no `+=`, so Python would compute an out-of-place addition.
 for _name in (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
@@ -248,13 +254,13 @@ class _Attribute(fx.proxy.Attribute):
 
 
 class _Stub:
-    """Stands for a leaf: a call is recorded, everything else comes from the module itself."""
+    """Replaces a leaf: records calls and takes everything else from the module itself."""
 
     def __init__(self, tracer: _Tracer, module: nn.Module) -> None:
         self.__dict__["_tracer"], self.__dict__["_module"] = tracer, module
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # for isinstance(): a stub is what it stands for
+    def __class__(self) -> Any:  # for isinstance(): the module's class
         return type(self.__dict__["_module"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +294,7 @@ class _Stub:
 
 
 def is_shape(node: fx.Node) -> bool:
-    """Whether a node stands for sizes, not values: ``x.shape``, ``x.size()``, parts of them."""
+    """True if a node holds sizes, not values: ``x.shape``, ``x.size()``, or parts of them."""
     while node.op == "call_function" and node.target is operator.getitem:
         node = node.args[0]  # type: ignore[assignment]
     if node.op == "call_function" and node.target is getattr:

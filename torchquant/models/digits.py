@@ -5,9 +5,8 @@ The image is cut into patches of 2 x 2 pixels, each patch becomes a token::
     8 x 8 pixels -> 16 tokens of 4 pixels -> patch_embedding -> + position_embedding
         -> 2 pre-norm blocks (attention, MLP) -> norm -> mean over tokens -> head -> 10 logits
 
-The widths are chosen so that an int8 copy has something to gain: the linear layers of the blocks
-are large enough for integer kernels, while the patch embedding (4 inputs) and the head
-(10 outputs) are too small and stay in float, as they do in real models.
+The linear layers of the blocks are large enough to gain from integer kernels. The patch embedding
+(4 inputs) and the head (10 outputs) are too small and stay in float, as in real models.
 
 ``examples/train_digits.py`` makes the data file and the checkpoint.
 """
@@ -31,8 +30,8 @@ MAX_PIXEL = 16  # each pixel counts the ink dots in a 4 x 4 square of the scanne
 
 DATA_FILE = "digits.npz"
 CHECKPOINT_FILE = "digits_transformer.safetensors"
-# A single metadata key: safetensors writes several in no fixed order, and the training script
-# promises the same bytes for the same weights.
+# A single metadata key: safetensors writes several keys in no fixed order, and the training script
+# must write the same bytes for the same weights.
 CONFIG_KEY = "digits_transformer"
 
 
@@ -50,10 +49,10 @@ class DigitsData(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention out of plain ``nn.Linear`` layers.
+    """Multi-head self-attention built from plain ``nn.Linear`` layers.
 
-    ``nn.MultiheadAttention`` reads its weights without calling its layers, so they could not be
-    replaced by int8 ones; here ``qkv`` and ``out`` are ordinary modules.
+    ``nn.MultiheadAttention`` reads its weights without calling its layers, so int8 layers cannot
+    replace them. Here ``qkv`` and ``out`` are ordinary modules.
 
     Shapes: ``[batch, tokens, width]`` in and out.
     """
@@ -106,7 +105,7 @@ class DigitsTransformer(nn.Module):
     Args:
         width: features per token.
         depth: number of blocks.
-        heads: attention heads; ``width`` is a multiple of it.
+        heads: attention heads; ``width`` must be a multiple of this number.
         hidden: width of the hidden layer of the MLPs.
 
     Raises:
@@ -127,7 +126,7 @@ class DigitsTransformer(nn.Module):
         self.config = {"width": width, "depth": depth, "heads": heads, "hidden": hidden}
         tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
         self.patch_embedding = nn.Linear(PATCH_SIZE * PATCH_SIZE, width)
-        # As large as the patches' part: with the customary 0.02 the training starts slowly.
+        # As large as the patches' embedding: with the customary 0.02 training starts slowly.
         self.position_embedding = nn.Parameter(0.5 * torch.randn(tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -194,7 +193,7 @@ def load_digits_model() -> DigitsTransformer:
     with safetensors.safe_open(_packaged(CHECKPOINT_FILE), framework="pt") as file:
         config = json.loads(file.metadata()[CONFIG_KEY])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # The initial weights are drawn for nothing; the caller's random numbers must not notice.
+    # The initial weights are random and unused; drawing them must not change the caller's state.
     with torch.random.fork_rng(devices=[]):
         model = DigitsTransformer(**config)
     model.load_state_dict(state)
@@ -202,7 +201,7 @@ def load_digits_model() -> DigitsTransformer:
 
 
 def _packaged(name: str) -> Path:
-    """Where the package keeps the data file ``name``."""
+    """Path of the package's data file ``name``."""
     path = Path(__file__).resolve().parent.parent / "data" / name
     if not path.is_file():
         raise FileNotFoundError(

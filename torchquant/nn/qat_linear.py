@@ -21,8 +21,8 @@ from torchquant.training.configuration import (
     TrainingConfig,
     training_config,
 )
-from torchquant.training.fake_quantizer import FakeQuantizer
 from torchquant.training.learned_steps import LSQQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _ACTIVATIONS = ("none", "relu")
@@ -70,7 +70,7 @@ class QATLinear(TrainedModule):
     """
 
     bias: nn.Parameter | None
-    input_quantizer: FakeQuantizer | LSQQuantizer | None
+    input_quantizer: ObservedQuantizer | LSQQuantizer | None
     weight_quantizer: LSQQuantizer | None
 
     def __init__(
@@ -334,7 +334,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _input_quantizer(
     config: TrainingConfig, in_features: int, device: torch.device
-) -> FakeQuantizer | LSQQuantizer | None:
+) -> ObservedQuantizer | LSQQuantizer | None:
     part = config.activations
     if isinstance(part, LearnedActivations):
         return LSQQuantizer(
@@ -348,7 +348,7 @@ def _input_quantizer(
         observer = MovingAverageMinMaxObserver(
             averaging_constant=part.averaging_constant, bits=part.bits, symmetric=part.symmetric
         )
-        return FakeQuantizer(observer.to(device))
+        return ObservedQuantizer(observer.to(device))
     return None
 
 

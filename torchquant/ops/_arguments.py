@@ -8,24 +8,20 @@ import torch
 from torch import Tensor
 
 from torchquant.functional._checks import describe, scale_tensor, zero_point_tensor
-from torchquant.scheme import Granularity, PerAxis, PerGroup, PerTensor, PerToken
+from torchquant.scheme import Granularity
 
 
 def layout_arguments(who: str, granularity: Granularity, input: Tensor) -> dict[str, int]:
     """A granularity as the operators' ``axis`` or ``group_size``."""
-    if isinstance(granularity, PerTensor):
-        return {}
-    if isinstance(granularity, PerAxis):
-        return {"axis": granularity.normalized_axis(input.shape)}
-    if isinstance(granularity, PerGroup):
-        return {"group_size": granularity.group_size}
-    if isinstance(granularity, PerToken):
-        granularity.scale_shape(input.shape)  # raises for a 0-dimensional input
-        return {"group_size": max(1, input.shape[-1])}
-    raise TypeError(
-        f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
-        f"PerToken(), got {describe(granularity)}"
-    )
+    if not isinstance(granularity, Granularity):
+        raise TypeError(
+            f"{who}: granularity must be PerTensor(), PerAxis(axis), PerGroup(group_size) or "
+            f"PerToken(), got {describe(granularity)}"
+        )
+    axis, group_size = granularity.axis_and_group_size(input.shape)
+    if axis is not None:
+        return {"axis": axis}
+    return {} if group_size is None else {"group_size": group_size}
 
 
 def numbers_to_tensors(

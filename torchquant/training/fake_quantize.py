@@ -24,11 +24,11 @@ WHO = "FakeQuantize"
 
 
 class FakeQuantize(torch.autograd.Function):
-    """``y = FakeQuantize.apply(x, scale, zero_point, qmin, qmax)``: train through the rounding.
+    """``y = FakeQuantize.apply(x, scale, zero_point, qmin, qmax)``: rounding with a gradient.
 
     Forward: ``(clamp(rint(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``, the bits of
     :func:`torchquant.functional.fake_quantize`. Backward: the gradient of ``y`` where the rounded
-    value lies in [qmin, qmax], 0 elsewhere. One bit an element is kept in between.
+    value is within [qmin, qmax], 0 elsewhere. One bit per element is saved for it.
 
     Args:
         x: float32, bfloat16 or float16 tensor of any shape.
@@ -38,7 +38,7 @@ class FakeQuantize(torch.autograd.Function):
         zero_point: integer, int32 tensor that broadcasts against x, or None for 0; a float32 tensor
             is a real-valued zero point.
         qmin, qmax: the integer range.
-        group_size: groups of so many neighbours along the last axis; then scale is
+        group_size: elements per group along the last axis; scale is then
             ``[..., ceil(K / group_size)]``.
 
     Returns:
@@ -46,9 +46,10 @@ class FakeQuantize(torch.autograd.Function):
         :func:`torchquant.ops.fake_quantize_learned` for learned scales.
 
     Raises:
-        TypeError: x, scale or zero_point have the wrong type.
-        ValueError: a scale that is not positive and finite, does not broadcast or is on another
-            device; ``qmin >= qmax``.
+        TypeError: x is not a float32, bfloat16 or float16 tensor, scale is not a number or a
+            float32 tensor, or zero_point is not a number or an int32 or float32 tensor.
+        ValueError: a scale is below 2^-126 or not finite, scale or zero_point does not broadcast or
+            is on another device, or ``qmin >= qmax``.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 3; the straight-through estimator is Bengio
@@ -73,7 +74,7 @@ class FakeQuantize(torch.autograd.Function):
         qmax: int,
         group_size: int | None = None,
     ) -> Tensor:
-        """See the class."""
+        """Fake-quantize; see the class for the arguments."""
         require_dtype(WHO, "x", x, FLOAT_DTYPES)
         require_range(WHO, qmin, qmax)
         s = _checked_scale(x, scale)
@@ -90,18 +91,18 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x alone; differentiable itself."""
+        """The gradient of x; it can be differentiated again."""
         (bits,) = ctx.saved_tensors
         return ops.mask_gradient(grad, bits), None, None, None, None, None
 
 
 def _checked_scale(x: Tensor, scale: float | Tensor) -> Tensor:
-    """As a tensor; its values are looked at where that needs no synchronisation."""
+    """The scale as a tensor; its values are checked if that needs no synchronisation."""
     if not isinstance(scale, Tensor):
         return scale_tensor(WHO, "scale", scale, x.device, (1,))
     require_dtype(WHO, "scale", scale, (torch.float32,))
     require_device(WHO, "scale", scale, x.device)
-    # The operators refuse all but NaN, which they pass on for rows that have no range.
+    # The operators check everything except NaN, which they propagate for rows without a range.
     if scale.device.type == "cpu" and not torch.compiler.is_compiling() and scale.isnan().any():
         raise ValueError(f"{WHO}: scale must be finite and at least 2^-126, got nan")
     return scale
@@ -124,7 +125,7 @@ def _checked_zero_point(
 def _arranged(
     x: Tensor, s: Tensor, z: Tensor | None, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Granularity]:
-    """x in a shape, and the parameters with it, that an operator's granularity describes."""
+    """x and its parameters in shapes that an operator's granularity describes."""
     if group_size is not None:
         return x, s, z, PerGroup(group_size)
     if z is not None and z.numel() != 1 and z.shape != s.shape:
@@ -142,7 +143,7 @@ def _arranged(
     rows = x.reshape(
         math.prod(x.shape[:first]), math.prod(x.shape[first:last]), math.prod(x.shape[last:])
     )
-    # Where s varies along axes that are not neighbours, it takes the shape of all between them.
+    # If s varies along axes that are not adjacent, it is expanded over all axes between them.
     shape = x.shape[first:last]
     s = _without_outer(s, x.dim(), last).expand(shape).reshape(-1)
     if z is not None and z.numel() != 1:
@@ -151,7 +152,7 @@ def _arranged(
 
 
 def _varying(x: Tensor, s: Tensor) -> tuple[int, int]:
-    """The axes of x, from the first to behind the last, along which s varies."""
+    """First axis of x along which s varies, and the last one plus 1."""
     missing = x.dim() - s.dim()
     axes = [axis for axis, size in enumerate(s.shape) if size != 1]
     if any(axis + missing < 0 or s.shape[axis] != x.shape[axis + missing] for axis in axes):
@@ -163,7 +164,7 @@ def _varying(x: Tensor, s: Tensor) -> tuple[int, int]:
 
 
 def _without_outer(parameter: Tensor, dimensions: int, last: int) -> Tensor:
-    """A broadcasting parameter without its axes before and behind those along which it varies."""
+    """A broadcasting parameter without the axes before and after those along which it varies."""
     inner = dimensions - last
     sizes = parameter.shape[: parameter.dim() - inner] if inner else parameter.shape
     while len(sizes) > 1 and sizes[0] == 1:

@@ -1,8 +1,8 @@
-"""What the learned quantizers write into their parameters: first values, and projections.
+"""Initial values and projections that the learned quantizers write into their parameters.
 
-Plain functions on tensors, in place, and each as an operator that torch.compile leaves closed: the
-graph's own fusions could round differently, and a parameter that is written inside a graph would
-count as modified for what autograd saved of it.
+These are plain functions that write into tensors. Graphs of torch.compile call them through custom
+operators: inside a graph, fusion could round differently, and autograd would count a parameter that
+the graph writes as modified since it was saved.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from torchquant.functional._checks import MIN_SCALE
+from torchquant.training.processes import gather
 from torchquant.training.range_search import least_squares_range
-from torchquant.training.state import gather, inside_backward
+from torchquant.training.state import inside_backward
 
 
 @torch.no_grad()
 def project(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    """Positive steps, and offsets whose zero point lies in [qmin, qmax]; NaN stays."""
+    """Make steps positive and keep the offsets' zero points within [qmin, qmax]; NaN stays NaN."""
     step.clamp_(min=MIN_SCALE)
     if offset is not None:
         offset.clamp_(min=-qmax * step, max=-qmin * step)
@@ -36,7 +37,7 @@ def initialize(
     axis: int | None,
     group_name: str | None,
 ) -> bool:
-    """Write the first step and offset; False, and nothing written, if all values are 0."""
+    """Write the first step and offset. Returns False, and writes nothing, if all values are 0."""
     x = input.detach()
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     if offset is None:
@@ -54,9 +55,9 @@ def initialize(
 
 
 def _mean_step(rows: Tensor, qmax: int, group_name: str | None) -> Tensor | None:
-    """``2 * mean|v| / sqrt(Qp)`` of each row over all processes; None if all values are 0."""
+    """``2 * mean|v| / sqrt(Qp)`` of each row over all processes, or None if all values are 0."""
     finite = rows.isfinite()
-    # Sums and counts, so that processes with batches of different size count as they should.
+    # Sums and counts, so that processes with batches of different sizes are weighted correctly.
     total = torch.where(finite, rows, 0.0).abs().sum(1, dtype=torch.float64)
     everyone = gather(torch.cat([total, finite.sum(1).double()]), group_name).sum(0)
     total, count = everyone.chunk(2)
@@ -64,7 +65,7 @@ def _mean_step(rows: Tensor, qmax: int, group_name: str | None) -> Tensor | None
     empty = step == 0
     if bool(empty.all()):
         return None
-    # A channel of zeros takes the mean of the others: it may come to life.
+    # A channel of zeros gets the mean step of the others: its values may change in training.
     step = torch.where(empty, step.sum() / (~empty).sum(), step)
     return step.clamp(MIN_SCALE, torch.finfo(torch.float32).max).float()
 
@@ -87,37 +88,13 @@ def initialize_operator(
         initialize(input, step, offset, initialized, qmin, qmax, axis, group_name)
 
 
-@initialize_operator.register_fake
-def _(
-    input: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    initialized: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int | None,
-    group_name: str | None,
-) -> None:
-    return None
-
-
 @torch.library.custom_op("torchquant_training::lsq_project_", mutates_args=("step", "offset"))
 def project_operator(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
     """:func:`project` as one opaque step of a compiled graph."""
     project(step, offset, qmin, qmax)
 
 
-@project_operator.register_fake
-def _(step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> None:
-    return None
-
-
 @torch.library.custom_op("torchquant_training::clamp_", mutates_args=("value",))
 def clamp_operator(value: Tensor, least: float) -> None:
     """``value`` at least ``least``, as one opaque step of a compiled graph."""
     value.clamp_(min=least)
-
-
-@clamp_operator.register_fake
-def _(value: Tensor, least: float) -> None:
-    return None

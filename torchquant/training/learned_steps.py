@@ -1,8 +1,8 @@
-"""Quantizers whose scale is learned with the weights: LSQ, LSQ+ and PACT.
+"""LSQ and LSQ+: quantizers whose step (and offset) is learned with the weights.
 
-Each is a module with one small parameter that the optimizer moves: LSQ's ``step``, LSQ+'s ``step``
-and ``offset``, PACT's ``alpha``. They start from the first training batch (or weight) that they
-see, remember in a buffer that they did, and stay positive whatever the optimizer does to them.
+Step and offset are small parameters that the optimizer updates. They are initialised from the first
+training batch or weight; a buffer records that this has happened. The step stays positive whatever
+the optimizer does to it.
 """
 
 from __future__ import annotations
@@ -16,58 +16,63 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant.functional._checks import MIN_SCALE
 from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
+from torchquant.training.layer_part import LayerPart
 from torchquant.training.learned_state import (
-    clamp_operator,
     initialize,
     initialize_operator,
     project,
     project_operator,
 )
-from torchquant.training.state import Float32State, check_input, inside_backward, process_group_name
+from torchquant.training.processes import process_group_name
+from torchquant.training.state import inside_backward
 
 
-class LSQQuantizer(Float32State):
-    """Learned step size quantization: rounds to multiples of a step that training improves.
+class LSQQuantizer(LayerPart):
+    """Learned step size quantization: rounds to multiples of a step that is trained.
 
     ``vhat = step * rint(clip(v / step, -Qn, Qp))``; its gradient in ``step`` is
-    ``rint(v/step) - v/step`` inside the range, -Qn below and Qp above, times
+    ``rint(v/step) - v/step`` inside the range, -Qn below and Qp above it, times
     ``1 / sqrt(N * Qp)``. N is the number of weights that share a step, or the number of features of
     an activation: never the batch size, so that training does not depend on it.
 
     The first batch in training mode (the weight itself, for a weight) sets
-    ``step = 2 * mean|v| / sqrt(Qp)`` over all processes; a batch of zeros does not. The step is
-    projected to at least 2^-126 wherever it is used or saved, so a far too large learning rate
-    cannot make it negative, and its gradient brings it back. FSDP2 gives a forward only a copy of
-    the parameters: run one batch, or :meth:`initialize`, before ``fully_shard``. A graph that
-    torch.compile traced before that reads ``initialized`` in every step; one traced after does not.
-    Only the first batch waits for a GPU.
+    ``step = 2 * mean|v| / sqrt(Qp)`` over all processes, unless it holds only zeros. The step is
+    projected to at least 2^-126 wherever it is used or saved: a learning rate that is far too large
+    cannot make it negative, and its gradient can raise it again. Under FSDP2 a forward sees only a
+    copy of the parameters, so run one batch, or :meth:`initialize`, before ``fully_shard``. A graph
+    that torch.compile traced before the initialisation reads ``initialized`` in every step; a graph
+    traced afterwards does not. Only the first batch waits for a GPU.
 
-    State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` likewise (absent when
-    symmetric), ``initialized`` uint8 ``[1]``. It stays float32 under ``.to(torch.bfloat16)``.
+    State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` of the same shape (absent if
+    symmetric), ``initialized`` uint8 ``[1]``. ``step`` and ``offset`` stay float32 under
+    ``.to(torch.bfloat16)``.
 
     Args:
-        num_bits: 2 to 8.
-        symmetric: zero point 0. False is LSQ+: an ``offset`` in real units is learned too and
-            gives the zero point ``clamp(rint(-offset / step), qmin, qmax)``, an integer that
-            deploys; both start from a search for the least squared error.
+        bits: 2 to 8.
+        symmetric: if True, the zero point is 0. If False, this is LSQ+: an ``offset`` in real units
+            is learned too and gives the integer zero point ``clamp(rint(-offset / step), qmin,
+            qmax)``; step and offset start from a search for the least squared error.
         per_channel: one step for each of ``num_channels`` slices along ``axis``.
         num_channels: C; only with ``per_channel``.
-        signed: ``[-2^(n-1), 2^(n-1) - 1]``, else ``[0, 2^n - 1]``.
-        num_features: N. None counts the weights that share a step where the input is an
-            nn.Parameter or ``per_channel`` is set, and otherwise takes the input's last dimension.
-        axis: of the channels.
+        signed: whether the range is ``[-2^(bits-1), 2^(bits-1) - 1]`` or ``[0, 2^bits - 1]``.
+        num_features: N. With None, N is the number of weights that share a step if the input is an
+            nn.Parameter or ``per_channel`` is set, otherwise the input's last dimension.
+        axis: axis of the channels.
         process_group: processes that average the initial step; None is the default group.
-        device: of the state.
+        device: device of the state.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
-        RuntimeError: used in evaluation mode, or asked for its scale, before it was initialised.
+        TypeError: process_group is not a torch.distributed ProcessGroup.
+        ValueError: bits is not an integer from 2 to 8, num_channels or num_features is not a
+            positive integer, num_channels is given without per_channel, or axis is not an integer.
+        RuntimeError: the quantizer is used in evaluation mode, or its scale is read, before it was
+            initialised.
 
     Source: Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+: Improving
     low-bit quantization through learnable offsets and better initialization" (2020).
 
     Example:
-        >>> quantizer = LSQQuantizer(num_bits=3)
+        >>> quantizer = LSQQuantizer(bits=3)
         >>> quantizer(torch.tensor([[-1.0, 0.2, 0.6]]))
         tensor([[-0.6928,  0.0000,  0.6928]], grad_fn=<...>)
         >>> quantizer.step
@@ -81,7 +86,7 @@ class LSQQuantizer(Float32State):
 
     def __init__(
         self,
-        num_bits: int = 8,
+        bits: int = 8,
         symmetric: bool = True,
         per_channel: bool = False,
         num_channels: int = 1,
@@ -94,8 +99,8 @@ class LSQQuantizer(Float32State):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        self.num_bits = num_bits
-        self.qmin, self.qmax = quant_range(num_bits, signed=signed)
+        self.bits = bits
+        self.qmin, self.qmax = quant_range(bits, signed=signed)
         self.symmetric, self.per_channel = bool(symmetric), bool(per_channel)
         self.num_channels = _positive(who, "num_channels", num_channels)
         if not per_channel and num_channels != 1:
@@ -110,8 +115,7 @@ class LSQQuantizer(Float32State):
             raise ValueError(f"{who}: axis must be an integer, got {axis!r}")
         self.axis = axis
         self.group_name = process_group_name(who, process_group)
-        self.name = ""
-        # Dtypes are written out: people load models under another default dtype.
+        # Dtypes are explicit: models are also built under another default dtype.
         step = torch.ones(num_channels, dtype=torch.float32, device=device)
         self.step = nn.Parameter(step)
         self.register_parameter(
@@ -119,15 +123,16 @@ class LSQQuantizer(Float32State):
         )
         flag = torch.zeros(1, dtype=torch.uint8, device=device)
         self.register_buffer("initialized", flag)
-        # What the buffer says, so that a forward need not wait for the device.
+        # A copy of the buffer's value, so that a forward need not wait for the device.
         self._initialized = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Fake-quantize float32, bfloat16 or float16 ``[...]``; the result has input's dtype.
 
         Raises:
-            TypeError, ValueError: no float tensor, on another device, other channels.
-            RuntimeError: not initialised in evaluation mode.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device, or does not have num_channels along axis.
+            RuntimeError: the module is in evaluation mode and not initialised.
         """
         step, offset = self.prepare(input)
         return ops.fake_quantize_learned(
@@ -141,17 +146,16 @@ class LSQQuantizer(Float32State):
         )
 
     def prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step and offset, ready for use: initialised from ``input`` if need be, and projected.
+        """Step and offset, ready for use: initialised from ``input`` if necessary, and projected.
 
-        For layers that hand both to a fused operator instead of calling the quantizer. Raises what
-        :meth:`forward` raises.
+        Layers call this method to pass step and offset to a fused operator. It raises the same
+        errors as :meth:`forward`.
         """
-        who = type(self).__name__
-        check_input(who, input, self.initialized)
-        self._check_state(who, input)
+        self.check_input(input, self.initialized)
+        self._check_state(input)
         offset = None if self.offset is None else self.offset.detach()
         if torch.compiler.is_compiling():
-            if not self.training:  # an exported graph changes no state; operators clamp as well
+            if not self.training:  # an exported graph changes no state; the operators clamp too
                 return self.step, self.offset
             if not self._initialized:
                 initialize_operator(
@@ -168,20 +172,20 @@ class LSQQuantizer(Float32State):
             return self.step, self.offset
         if not self._initialized and not self._initialize_once(input):
             return self.step, self.offset
-        # `.data`: what autograd saved of the parameter in an earlier use stays valid. In that use
-        # the parameter was projected already, so its value does not change here.
+        # `.data`: tensors that autograd saved in an earlier use of the parameter stay valid. The
+        # parameter was projected in that use, so its value does not change here.
         project(self.step.data, None if self.offset is None else self.offset.data, *self._range)
         return self.step, self.offset
 
     def initialize(self, input: Tensor) -> bool:
-        """Set the step (and offset) from a tensor, over all processes, whatever they were.
+        """Set the step (and offset) from a tensor, over all processes, even if they are set.
 
         Returns:
-            Whether there was anything to go by: a finite value other than 0. Otherwise nothing
-            changes, and the next training batch is asked.
+            True if the tensor held a finite value other than 0. False if not: then nothing changes,
+            and the next training batch initialises the quantizer.
         """
-        check_input(type(self).__name__, input, self.initialized)
-        self._check_state(type(self).__name__, input)
+        self.check_input(input, self.initialized)
+        self._check_state(input)
         offset = None if self.offset is None else self.offset.data
         axis = self.axis if self.per_channel else None
         self._initialized = initialize(
@@ -200,10 +204,10 @@ class LSQQuantizer(Float32State):
         return 1.0 / math.sqrt(max(1, features) * self.qmax)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32, zero_point int32)`` of step's shape: what a deployed layer takes over.
+        """``(scale float32, zero_point int32)`` of step's shape, for a deployed layer.
 
         Raises:
-            RuntimeError: not initialised.
+            RuntimeError: the quantizer is not initialised.
         """
         if not self._initialized:
             self._read_initialized()
@@ -215,7 +219,7 @@ class LSQQuantizer(Float32State):
     def extra_repr(self) -> str:
         channels = f", {self.num_channels} channels along axis {self.axis}"
         return (
-            f"num_bits={self.num_bits}, range [{self.qmin}, {self.qmax}], "
+            f"bits={self.bits}, range [{self.qmin}, {self.qmax}], "
             f"symmetric={self.symmetric}{channels if self.per_channel else ''}"
         )
 
@@ -224,35 +228,33 @@ class LSQQuantizer(Float32State):
         return self.qmin, self.qmax
 
     def _initialize_once(self, input: Tensor) -> bool:
-        """Whether the step can be used and projected; False while only zeros have come."""
+        """True if the step can be used and projected; False if all batches so far were zeros."""
         if input.is_meta or inside_backward():
             return True
         if not self.training:
             self._read_initialized()
             return True
-        if bool(self.initialized.item()):  # set by somebody who wrote into the buffer
+        if bool(self.initialized.item()):  # user code wrote into the buffer
             self._initialized = True
             return True
         if getattr(self, "_is_fsdp_managed_module", False):
             raise RuntimeError(
-                f"{self._title()}: the step must be initialised before fully_shard, which gives "
-                "a forward only a copy of it; run one batch in training mode before sharding, or "
-                "call initialize(input)"
+                f"{self.title()}: the step must be initialised before fully_shard, under "
+                "which a forward sees only a copy of it; run one batch in training mode before "
+                "sharding, or call initialize(input)"
             )
         return self.initialize(input)
 
     def _read_initialized(self) -> None:
         if not self.initialized.is_meta and not bool(self.initialized.item()):
             raise RuntimeError(
-                f"{self._title()}: the step is not initialised yet; run a batch in training mode "
+                f"{self.title()}: the step is not initialised yet; run a batch in training mode "
                 "first, call initialize(input), or load a state dict"
             )
         self._initialized = True
 
-    def _title(self) -> str:
-        return f"{type(self).__name__} of {self.name}" if self.name else type(self).__name__
-
-    def _check_state(self, who: str, input: Tensor) -> None:
+    def _check_state(self, input: Tensor) -> None:
+        who = type(self).__name__
         if self.step.dtype != torch.float32:
             raise TypeError(
                 f"{who}: step must be float32, got {self.step.dtype}; mixed precision must leave "
@@ -272,7 +274,7 @@ class LSQQuantizer(Float32State):
             self._initialized = bool(self.initialized.item())
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        # Whoever reads the file finds what the next forward would use. Shards stay as they are.
+        # A file holds the values that the next forward would use. Shards are not projected.
         if type(self.step.data) is Tensor and not self.step.is_meta:
             offset = None if self.offset is None else self.offset.data
             project(self.step.data, offset, *self._range)
@@ -282,10 +284,10 @@ class LSQQuantizer(Float32State):
 class LSQPlusQuantizer(LSQQuantizer):
     """LSQ+: :class:`LSQQuantizer` with a learned offset, for activations that are not centred on 0.
 
-    Arguments, state and errors: see :class:`LSQQuantizer`; ``symmetric`` is False.
+    Arguments, state and errors are those of :class:`LSQQuantizer` with ``symmetric=False``.
 
     Example:
-        >>> quantizer = LSQPlusQuantizer(num_bits=4)
+        >>> quantizer = LSQPlusQuantizer(bits=4)
         >>> y = quantizer(torch.linspace(-1.0, 3.0, 101))
         >>> scale, zero_point = quantizer.qparams()
         >>> scale, zero_point
@@ -294,126 +296,27 @@ class LSQPlusQuantizer(LSQQuantizer):
 
     def __init__(
         self,
-        num_bits: int = 8,
+        bits: int = 8,
         per_channel: bool = False,
         num_channels: int = 1,
-        **options: Any,
+        *,
+        signed: bool = True,
+        num_features: int | None = None,
+        axis: int = 0,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(num_bits, False, per_channel, num_channels, **options)
-
-
-class PACTQuantizer(Float32State):
-    """Clips activations to [0, alpha] with a learned alpha and rounds to ``2^num_bits`` levels.
-
-    The gradient of alpha is the sum of the gradients where the input is at least alpha; inside the
-    range the gradient passes straight to the input, outside there is none.
-
-    State: ``alpha`` float32 ``[1]`` (parameter), kept positive as LSQ's step is; it stays float32
-    under ``.to(torch.bfloat16)``.
-
-    Args:
-        num_bits: 2 to 8, unsigned.
-        alpha: the clip to start from.
-        device: of the state.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
-
-    Source: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks"
-    (2018).
-
-    Example:
-        >>> quantizer = PACTQuantizer(num_bits=2, alpha=3.0)
-        >>> quantizer(torch.tensor([-1.0, 1.4, 5.0]))
-        tensor([0., 1., 3.], grad_fn=<...>)
-    """
-
-    alpha: nn.Parameter
-
-    def __init__(
-        self, num_bits: int = 8, alpha: float = 6.0, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        self.num_bits = num_bits
-        self.qmin, self.qmax = quant_range(num_bits, signed=False)
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not MIN_SCALE * self.qmax <= alpha <= torch.finfo(torch.float32).max:
-            raise ValueError(f"PACTQuantizer: alpha must be a positive number, got {alpha!r}")
-        value = torch.full((1,), float(alpha), dtype=torch.float32, device=device)
-        self.alpha = nn.Parameter(value)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Fake-quantize float32, bfloat16 or float16 ``[...]``; the result has input's dtype.
-
-        Raises:
-            TypeError, ValueError: no float tensor, or on another device.
-        """
-        check_input("PACTQuantizer", input, self.alpha)
-        floor = MIN_SCALE * self.qmax
-        if torch.compiler.is_compiling():
-            if self.training:
-                clamp_operator(self.alpha.detach(), floor)
-        else:
-            self.alpha.data.clamp_(min=floor)
-        # Compared this way round, NaN stays NaN.
-        clipped = torch.where(input >= self.alpha, self.alpha, input.float()).relu()
-        scale = self.qparams()[0]
-        return ops.fake_quantize(clipped, scale, qmin=self.qmin, qmax=self.qmax).to(input.dtype)
-
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32 [1], zero_point int32 [1])``: what a deployed layer takes over."""
-        scale = (self.alpha.detach() / self.qmax).clamp(min=MIN_SCALE)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-
-    def extra_repr(self) -> str:
-        return f"num_bits={self.num_bits}, range [{self.qmin}, {self.qmax}]"
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """A model's trainable parameters for an optimizer, weight decay only where it helps.
-
-    Decay would pull learned steps, offsets and clips towards 0, which is no simpler a model but a
-    coarser or an emptier one. They, biases and the parameters of normalisation go without.
-
-    Args:
-        model: any module.
-        weight_decay: for all other parameters.
-
-    Returns:
-        Two groups, in this order: with ``weight_decay`` and with 0. Shared parameters appear once.
-
-    Raises:
-        TypeError, ValueError: model is no nn.Module, or weight_decay is negative.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 2), LSQQuantizer())
-        >>> [len(group["params"]) for group in parameter_groups(model, 0.1)]
-        [1, 2]
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"parameter_groups: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
-        raise ValueError(
-            f"parameter_groups: weight_decay must be a number of at least 0, got {weight_decay!r}"
+        super().__init__(
+            bits,
+            False,
+            per_channel,
+            num_channels,
+            signed=signed,
+            num_features=num_features,
+            axis=axis,
+            process_group=process_group,
+            device=device,
         )
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        spared = (
-            isinstance(module, (LSQQuantizer, PACTQuantizer)) or "Norm" in type(module).__name__
-        )
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            # Vectors are biases and gains whatever they are called.
-            alone = spared or parameter.dim() <= 1 or name.endswith("bias")
-            (others if alone else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": float(weight_decay)},
-        {"params": others, "weight_decay": 0.0},
-    ]
 
 
 def _positive(who: str, name: str, value: int) -> int:
@@ -422,4 +325,4 @@ def _positive(who: str, name: str, value: int) -> int:
     return value
 
 
-__all__ = ["LSQPlusQuantizer", "LSQQuantizer", "PACTQuantizer", "parameter_groups"]
+__all__ = ["LSQPlusQuantizer", "LSQQuantizer"]

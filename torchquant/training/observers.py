@@ -1,12 +1,12 @@
-"""Observers: modules that watch tensors go by and remember their range.
+"""Observers: modules that record the range of the tensors that pass through them.
 
-``forward(x)`` returns x itself; ``calculate_qparams()`` turns the range seen so far into scale and
-zero point. The range lives in buffers, so it is saved, loaded and moved with the model, and it is
-updated on the tensor's device without the host waiting for it.
+``forward(x)`` returns x itself; ``calculate_qparams()`` turns the range recorded so far into scale
+and zero point. The range is kept in buffers, so it is saved, loaded and moved with the model, and
+it is updated on the tensor's device without synchronisation.
 
-Values that are not finite never enter a range: one infinity would make every later scale useless.
-They are counted instead; a layer warns when it meets its first, and :func:`report_nonfinite` lists
-the counts.
+Values that are not finite are left out of a range: one infinity would make every later scale
+useless. They are counted instead. An observer warns about its first ones, and
+:func:`report_nonfinite` lists the counts.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torchquant.ops  # noqa: F401 (loads the operators)
-from torchquant.functional.qparams import qparams_from_range
-from torchquant.scheme import PER_TENSOR, Granularity, PerTensor, quant_range
-from torchquant.training.state import (
-    Float32State,
-    adopt_shapes,
-    check_granularity,
-    check_input,
-    gather,
-    inside_backward,
-    layout,
-    process_group_name,
-    processes_of,
+from torchquant.functional._checks import describe
+from torchquant.scheme import (
+    PER_TENSOR,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    quant_range,
 )
+from torchquant.training.layer_part import LayerPart
+from torchquant.training.processes import process_group_name
+from torchquant.training.ranges import range_to_qparams, update_range, update_range_operator
+from torchquant.training.state import adopt_shapes, inside_backward
 
 _INF = float("inf")
 
 
-class Observer(Float32State):
-    """Base of the observers: the range of everything seen, and the scales that follow from it.
+class Observer(LayerPart):
+    """Base class of the observers: the range of all batches, and scale and zero point from it.
 
     State: ``min_val``, ``max_val`` float32 of the scale's shape (+inf and -inf before any data),
-    ``num_batches`` int64 ``[1]``, ``nonfinite`` int64 ``[1]``: how many values were NaN or
-    infinite. The state stays float32 under ``.to(torch.bfloat16)``.
+    ``num_batches`` int64 ``[1]``, ``nonfinite`` int64 ``[1]``: the number of values that were NaN
+    or infinite. The range stays float32 under ``.to(torch.bfloat16)``.
 
-    With torch.distributed initialised, least, greatest and count are reduced over the processes in
-    one collective before anything is averaged, so that every process holds the range of the whole
+    If torch.distributed is initialised, minimum, maximum and counts are reduced over the processes
+    in one collective before anything is averaged, so that every process has the range of the whole
     batch; all processes must then call the observer equally often. The second forward of activation
-    checkpointing runs inside a backward pass and is not observed. On a GPU nothing waits for the
-    device but a change of mode, which looks whether values that were not finite have to be told of.
+    checkpointing runs inside a backward pass and is not observed. On a GPU a forward never
+    synchronises; warnings about non-finite values are issued by ``train()`` and ``eval()``.
 
     Args:
         bits, signed, narrow_range: the integer range, see :func:`torchquant.quant_range`.
-            ``narrow_range=None`` is True for 8 bits signed symmetric, else False.
-        symmetric: zero point 0; else the range is widened to contain 0 and has a zero point.
-        granularity: which elements share a scale. Per token is refused: such ranges are computed
+            ``narrow_range=None`` is True for 8 bits signed symmetric, otherwise False.
+        symmetric: whether the zero point is 0. If not, the range is widened to contain 0.
+        granularity: which elements share a scale. PerToken is refused: these ranges are computed
             inside the operators.
-        shape: of the scales, where it should be known before the first batch; only per channel and
-            per group, whose state is of shape ``[0]`` until then.
+        shape: shape of the scales, if it is to be set before the first batch. Only PerAxis and
+            PerGroup need it; without it their state has shape ``[0]`` until the first batch.
         process_group: processes to reduce over; None is the default group.
-        device: of the state.
-
-    Attributes:
-        name: what warnings and reports call this observer; ``prepare_qat_`` writes the layer's.
+        device: device of the state.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: granularity is not a granularity, or process_group is not a torch.distributed
+            ProcessGroup.
+        ValueError: bits is not an integer from 2 to 8, narrow_range is True for an unsigned range,
+            or granularity is PerToken.
 
     Example:
         >>> observer = MinMaxObserver()
@@ -77,7 +77,7 @@ class Observer(Float32State):
     max_val: Tensor
     num_batches: Tensor
     nonfinite: Tensor
-    # Weight of the newest batch in a moving average; None: the range only ever grows.
+    # Weight of the newest batch in a moving average; None if the range only grows.
     averaging_constant: float | None = None
 
     def __init__(
@@ -98,14 +98,13 @@ class Observer(Float32State):
             narrow_range = bits == 8 and signed and symmetric
         self.qmin, self.qmax = quant_range(bits, signed=signed, narrow_range=narrow_range)
         self.symmetric = bool(symmetric)
-        self.granularity = check_granularity(who, granularity)
+        self.granularity = _check_granularity(who, granularity)
         self.group_name = process_group_name(who, process_group)
-        self.name = ""
         self._warned = False
         if isinstance(granularity, PerTensor):
             shape = (1,)
         shape = (0,) if shape is None else tuple(shape)
-        # Dtypes are written out: people load models under another default dtype.
+        # Dtypes are explicit: models are also built under another default dtype.
         for name, value in (("min_val", _INF), ("max_val", -_INF)):
             full = torch.full(shape, value, dtype=torch.float32, device=device)
             self.register_buffer(name, full)
@@ -113,39 +112,39 @@ class Observer(Float32State):
             self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look at a float32, bfloat16 or float16 tensor and return it, the same object.
+        """Record the range of a float32, bfloat16 or float16 tensor and return the same object.
 
         Raises:
-            TypeError, ValueError: no float tensor, on another device, or of a shape whose scales
-                are not of the shape seen before.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device, or its scales have another shape than those of
+                earlier batches.
         """
-        who = type(self).__name__
-        check_input(who, input, self.num_batches)
-        self._take_shape(who, input)
-        axis, group_size = layout(self.granularity)
+        self.check_input(input, self.num_batches)
+        self._take_shape(input)
+        axis, group_size = self.granularity.axis_and_group_size(input.shape)
         state = (self.min_val, self.max_val, self.num_batches, self.nonfinite)
         if torch.compiler.is_compiling():
-            _observe_operator(
+            update_range_operator(
                 input.detach(), *state, axis, group_size, self.averaging_constant, self.group_name
             )
             return input
         if input.is_meta or inside_backward():
             return input
-        _observe(input, *state, axis, group_size, self.averaging_constant, self.group_name)
-        # Reading a CPU tensor waits for nothing. On other devices: when the mode changes.
+        update_range(input, *state, axis, group_size, self.averaging_constant, self.group_name)
+        # Reading a CPU tensor needs no synchronisation. Other devices warn when the mode changes.
         if not self._warned and self.nonfinite.is_cpu and self.nonfinite.numpy()[0]:
             self._warn_nonfinite()
         return input
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale float32 and zero point int32 of the range seen so far, see the numerics contract.
+        """Scale float32 and zero point int32 of the range of all batches so far.
 
-        Groups without data get scale 1 and zero point 0 (or the nearest allowed); if there was no
-        data at all, a warning says so.
+        Groups without data get scale 1 and the allowed zero point nearest to 0. If there was no
+        data at all, a warning is issued.
         """
         if not bool((self.num_batches > 0).item()):
             warnings.warn(
-                f"{self._title()}: calculate_qparams was called before any data was observed and "
+                f"{self.title()}: calculate_qparams was called before any data was observed and "
                 "returns scale 1; run batches through the observer first",
                 RuntimeWarning,
                 stacklevel=2,
@@ -153,7 +152,7 @@ class Observer(Float32State):
         return range_to_qparams(self.min_val, self.max_val, self.qmin, self.qmax, self.symmetric)
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Forget all batches."""
         with torch.no_grad():
             self.min_val.fill_(_INF)
             self.max_val.fill_(-_INF)
@@ -172,20 +171,17 @@ class Observer(Float32State):
             f"granularity={self.granularity}"
         )
 
-    def _title(self) -> str:
-        return f"{type(self).__name__} of {self.name}" if self.name else type(self).__name__
-
-    def _take_shape(self, who: str, input: Tensor) -> None:
+    def _take_shape(self, input: Tensor) -> None:
         shape = self.granularity.scale_shape(input.shape)
         if tuple(self.min_val.shape) == shape:
             return
         if list(self.min_val.shape) != [0]:
             raise ValueError(
-                f"{who}: input must have ranges of shape {list(self.min_val.shape)} as before, got "
-                f"{list(input.shape)}, whose ranges for {self.granularity} have shape "
-                f"{list(shape)}; use one observer for each tensor"
+                f"{type(self).__name__}: input must have ranges of shape "
+                f"{list(self.min_val.shape)} as before, got {list(input.shape)}, whose ranges for "
+                f"{self.granularity} have shape {list(shape)}; use one observer for each tensor"
             )
-        # Tensors born in inference mode could not be updated outside it.
+        # Tensors made in inference mode could not be updated outside it.
         with torch.inference_mode(False):
             self.min_val = torch.full(
                 shape, _INF, dtype=torch.float32, device=self.num_batches.device
@@ -201,7 +197,7 @@ class Observer(Float32State):
         if count:
             self._warned = True
             warnings.warn(
-                f"{self._title()}: {count} values were NaN or infinite and are left out of the "
+                f"{self.title()}: {count} values were NaN or infinite and are left out of the "
                 "range; torchquant.report_nonfinite(model) lists the counts of all layers",
                 RuntimeWarning,
                 stacklevel=3,
@@ -215,9 +211,9 @@ class Observer(Float32State):
 
 
 class MinMaxObserver(Observer):
-    """The least and the greatest finite value ever seen.
+    """The least and the greatest finite value of all batches.
 
-    Arguments, state and errors: see :class:`Observer`.
+    Arguments, state and errors are those of :class:`Observer`.
 
     Example:
         >>> from torchquant import PerAxis
@@ -231,12 +227,17 @@ class MinMaxObserver(Observer):
 class MovingAverageMinMaxObserver(Observer):
     """Exponential moving averages of each batch's least and greatest finite value.
 
-    ``min = min + c * (batch_min - min)``, computed in float64 and rounded once; the first batch is
-    taken as it is, a batch without finite values is passed over.
+    ``min = min + c * (batch_min - min)``, computed in float64 and rounded once. The first batch
+    sets the range; a batch without finite values is skipped.
 
     Args:
         averaging_constant: c, above 0 and at most 1.
-        others: see :class:`Observer`.
+        bits, signed, symmetric, granularity, narrow_range, shape, process_group, device: see
+            :class:`Observer`.
+
+    Raises:
+        TypeError, ValueError: see :class:`Observer`; ValueError also if averaging_constant is not a
+            number above 0 and at most 1.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 3.1.
@@ -249,8 +250,29 @@ class MovingAverageMinMaxObserver(Observer):
         (tensor([-0.5000]), tensor([2.]))
     """
 
-    def __init__(self, averaging_constant: float = 0.01, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        *,
+        bits: int = 8,
+        signed: bool = True,
+        symmetric: bool = False,
+        granularity: Granularity = PER_TENSOR,
+        narrow_range: bool | None = None,
+        shape: tuple[int, ...] | None = None,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            bits=bits,
+            signed=signed,
+            symmetric=symmetric,
+            granularity=granularity,
+            narrow_range=narrow_range,
+            shape=shape,
+            process_group=process_group,
+            device=device,
+        )
         number = isinstance(averaging_constant, (int, float))
         if not number or isinstance(averaging_constant, bool) or not 0 < averaging_constant <= 1:
             raise ValueError(
@@ -264,17 +286,17 @@ class MovingAverageMinMaxObserver(Observer):
 
 
 def report_nonfinite(model: nn.Module) -> dict[str, int]:
-    """How many NaN and infinite values the observers of a model met, by layer.
+    """Numbers of NaN and infinite values that the observers of a model counted, by layer.
 
     Args:
         model: any module.
 
     Returns:
-        layer name -> count, for layers that met any. The name is the one that ``prepare_qat_``
-        gave, else the observer's path in the model.
+        layer name -> count, for counts above 0. The name is the layer's path if ``prepare_qat_``
+        made the observer, otherwise the observer's own path in the model.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
 
     Example:
         >>> import warnings
@@ -291,122 +313,30 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         if isinstance(module, Observer) and not module.nonfinite.is_meta:
             count = int(module.nonfinite.item())
             if count:
-                name = module.name or path
+                name = module.layer_name or path
                 counts[name] = counts.get(name, 0) + count
     return counts
 
 
-def range_to_qparams(
-    min_val: Tensor, max_val: Tensor, qmin: int, qmax: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of observed ranges; +inf and -inf (no data) count as a range of zero.
-
-    Args:
-        min_val, max_val: float32 of one shape, as an observer keeps them.
-        qmin, qmax, symmetric: see :func:`torchquant.functional.qparams_from_range`.
-
-    Returns:
-        ``(scale float32, zero_point int32)`` of min_val's shape.
-
-    Example:
-        >>> range_to_qparams(torch.tensor([-1.0]), torch.tensor([3.0]), -128, 127, False)
-        (tensor([0.0157]), tensor([-64], dtype=torch.int32))
-    """
-    empty = min_val > max_val
-    return qparams_from_range(
-        torch.where(empty, 0.0, min_val),
-        torch.where(empty, 0.0, max_val),
-        qmin=qmin,
-        qmax=qmax,
-        symmetric=symmetric,
-    )
-
-
-@torch.no_grad()
-def _observe(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    """Update an observer's four buffers, in place, with what one batch holds."""
-    least, greatest, bad = torch.ops.torchquant.minmax.default(input.detach(), axis, group_size)
-    fresh = torch.stack([least, greatest])
-    if processes_of(group_name) > 1:
-        # float64 holds float32 values and counts exactly, so one collective carries all three.
-        everyone = gather(torch.cat([fresh.flatten().double(), bad.double()]), group_name)
-        size = least.numel()
-        ends = torch.stack([everyone[:, :size].amin(0), everyone[:, size:-1].amax(0)])
-        fresh = ends.float().view(fresh.shape)
-        bad = everyone[:, -1:].sum(0).long()
-    if averaging_constant is None:
-        min_val.copy_(torch.minimum(min_val, fresh[0]))
-        max_val.copy_(torch.maximum(max_val, fresh[1]))
-    else:
-        old = torch.stack([min_val, max_val])
-        # In float64 the difference cannot overflow.
-        mixed = (old.double() + averaging_constant * (fresh.double() - old.double())).float()
-        updated = torch.where(fresh.isinf(), old, torch.where(old.isinf(), fresh, mixed))
-        min_val.copy_(updated[0])
-        max_val.copy_(updated[1])
-    num_batches.add_(1)
-    nonfinite.add_(bad)
-
-
-@torch.library.custom_op(
-    "torchquant_training::observe_",
-    mutates_args=("min_val", "max_val", "num_batches", "nonfinite"),
-)
-def _observe_operator(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    """:func:`_observe` as one opaque step of a compiled graph; asks at run time who is calling."""
-    if not inside_backward():
-        _observe(
-            input,
-            min_val,
-            max_val,
-            num_batches,
-            nonfinite,
-            axis,
-            group_size,
-            averaging_constant,
-            group_name,
+def _check_granularity(who: str, granularity: Granularity) -> Granularity:
+    """Return the granularity; raise if its scales would change from batch to batch."""
+    if isinstance(granularity, PerToken):
+        raise ValueError(
+            f"{who}: granularity must be PerTensor(), PerAxis(axis) or PerGroup(group_size), got "
+            "PerToken(); tokens differ from batch to batch, so their ranges are computed inside "
+            "the operators (dynamic quantization) and never observed"
         )
-
-
-@_observe_operator.register_fake
-def _(
-    input: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    num_batches: Tensor,
-    nonfinite: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    averaging_constant: float | None,
-    group_name: str | None,
-) -> None:
-    return None
+    if not isinstance(granularity, (PerTensor, PerAxis, PerGroup)):
+        raise TypeError(
+            f"{who}: granularity must be PerTensor(), PerAxis(axis) or PerGroup(group_size), got "
+            f"{describe(granularity)}"
+        )
+    return granularity
 
 
 __all__ = [
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
-    "range_to_qparams",
     "report_nonfinite",
 ]

@@ -1,9 +1,9 @@
 """Range of least squared error, found on a histogram.
 
-A histogram of integer counts adds up over processes exactly, costs O(bins) memory whatever the
-batch holds, and with running sums over its bins every candidate range costs O(levels). Candidates
-are fractions of the observed least and greatest value, on a coarse grid first and on a finer one
-around its best point.
+The integer counts of a histogram add up exactly over processes and need O(bins) memory for a batch
+of any size. With running sums over the bins, the error of a candidate range costs O(levels).
+Candidates are fractions of the observed minimum and maximum: first on a coarse grid, then on a
+finer one around the best point of the coarse grid.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.training.state import gather
+from torchquant.training.processes import gather
 
 _BINS = 2048
-_COARSE = 16  # candidates per end; the least is 1/16 of the observed end
-_FINE = 8  # further division of one coarse step, to both sides
+_COARSE = 16  # candidates per end; the smallest is 1/16 of the observed end
+_FINE = 8  # parts of one coarse step, to both sides
 _BLOCK = 1 << 20  # numbers held at a time
 
 
@@ -24,8 +24,8 @@ def least_squares_range(
 ) -> tuple[Tensor, Tensor] | None:
     """Scale and integer zero point with the least squared error of each row's values.
 
-    Every range contains 0. NaN and infinities are left out. Processes agree on the result, which is
-    the one that a single process would find on all of their data.
+    Every range contains 0. NaN and infinities are left out. All processes get the same result: the
+    one that a single process would find on all of their data.
 
     Args:
         rows: float ``[C, n]``.
@@ -34,8 +34,8 @@ def least_squares_range(
 
     Returns:
         ``(scale float32 [C], zero_point float32 [C])``, zero points whole numbers in [qmin, qmax];
-        None if there is no finite value but 0. A row without any takes the mean of the other
-        scales.
+        None if no value is finite and other than 0. A row without such a value gets the mean of the
+        other scales.
 
     Example:
         >>> scale, zero_point = least_squares_range(torch.linspace(-1, 3, 1001)[None], 0, 15)
@@ -55,7 +55,7 @@ def least_squares_range(
         return None
     width = torch.where(extent > 0, extent, 1.0) / _BINS
     counts = _histogram(x, finite, least, width, group_name)
-    # The rest on the CPU: the counts are exact everywhere, so a GPU's data give the same range.
+    # The rest runs on the CPU: the counts are exact on every device, so all give the same range.
     least, greatest, extent, width, counts = (
         part.cpu() for part in (least, greatest, extent, width, counts)
     )
@@ -117,7 +117,7 @@ def _best(
     errors = []
     for s, z in zip(scale.split(step, 1), zero_point.split(step, 1), strict=True):
         values = (levels - z[:, :, None]) * s[:, :, None]
-        # Between two levels everything up to the middle belongs to the lower one: so many bins.
+        # Values up to the middle between two levels round to the lower one: the bins below `ends`.
         middle = (values[:, :, 1:] + values[:, :, :-1]) / 2
         ends = (middle - least[:, None, None]) / width[:, None, None]
         ends = (ends + 0.5).floor().clamp(0, _BINS).long().flatten(1)

@@ -1,4 +1,4 @@
-"""FakeQuantizer: an observer and the fake quantization with the scales that follow from it."""
+"""ObservedQuantizer: fake quantization with the scale of an observed range."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from torch import Tensor
 
 from torchquant import ops
 from torchquant.functional._checks import describe
-from torchquant.training.observers import MovingAverageMinMaxObserver, Observer, range_to_qparams
-from torchquant.training.state import Float32State, adopt_shapes, check_input, inside_backward
+from torchquant.training.layer_part import LayerPart
+from torchquant.training.observers import MovingAverageMinMaxObserver, Observer
+from torchquant.training.ranges import update_qparams, update_qparams_operator
+from torchquant.training.state import adopt_shapes, inside_backward
 
 _NAN = float("nan")
 
 
-class FakeQuantizer(Float32State):
-    """Rounds a tensor to what its integers will stand for; watches its range while training.
+class ObservedQuantizer(LayerPart):
+    """Rounds a tensor to the values of its integers and observes its range in training.
 
-    In training mode each batch updates the observer and with it the scale; in evaluation mode the
-    scale stays. Gradients pass straight through where the rounded value lies in the integer range.
+    In training mode each batch updates the observer and then the scale; in evaluation mode the
+    scale stays. Gradients pass straight through where the rounded value is within the integer
+    range, and are 0 elsewhere.
 
     State: ``scale`` float32 (NaN until there is a range) and ``zero_point`` int32 of the scale's
-    shape, ``observer_enabled`` and ``fake_quant_enabled`` uint8 ``[1]``, and the observer's. So a
-    checkpoint taken in the middle of a schedule resumes in the stage it was taken in. The switches
-    are set with the methods below, not by writing into their buffers.
+    shape, ``observer_enabled`` and ``fake_quant_enabled`` uint8 ``[1]``, and the observer's state.
+    So a checkpoint from the middle of a schedule resumes in its stage. Set the switches with the
+    methods below; do not write into their buffers.
 
     Args:
-        observer: any :class:`~torchquant.observers.Observer`; None is
+        observer: any :class:`~torchquant.observers.Observer`; None means
             ``MovingAverageMinMaxObserver()``: 8 bits, asymmetric, per tensor.
-        observer_enabled, fake_quant_enabled: the switches at the start.
+        observer_enabled, fake_quant_enabled: initial values of the switches.
 
     Raises:
-        TypeError: observer is none.
-        RuntimeError: a forward without observing, before there is a range.
+        TypeError: observer is not an Observer.
+        RuntimeError: a forward that does not observe runs before there is a range.
 
     Example:
-        >>> quantizer = FakeQuantizer(MovingAverageMinMaxObserver(bits=4))
+        >>> quantizer = ObservedQuantizer(MovingAverageMinMaxObserver(bits=4))
         >>> quantizer(torch.tensor([-1.0, 0.25, 2.0]))
         tensor([-1.0000,  0.2000,  2.0000])
         >>> quantizer.qparams()
@@ -64,7 +67,7 @@ class FakeQuantizer(Float32State):
             observer = MovingAverageMinMaxObserver()
         if not isinstance(observer, Observer):
             raise TypeError(
-                "FakeQuantizer: observer must be a torchquant observer such as "
+                "ObservedQuantizer: observer must be a torchquant observer such as "
                 f"MovingAverageMinMaxObserver(), got {describe(observer)}"
             )
         self.observer = observer
@@ -79,7 +82,7 @@ class FakeQuantizer(Float32State):
         ):
             flag = torch.tensor([bool(value)], dtype=torch.uint8, device=device)
             self.register_buffer(name, flag)
-        # What the two buffers say, so that a forward need not wait for the device.
+        # Copies of the two buffers' values, so that a forward need not wait for the device.
         self._observing, self._quantizing = bool(observer_enabled), bool(fake_quant_enabled)
         self._has_scale = False
 
@@ -95,38 +98,40 @@ class FakeQuantizer(Float32State):
 
     @property
     def observing(self) -> bool:
-        """Whether training batches move the range."""
+        """Whether training batches update the range."""
         return self._observing
 
     @property
     def quantizing(self) -> bool:
-        """Whether what passes is rounded."""
+        """Whether a forward rounds its input."""
         return self._quantizing
 
-    def enable_observer(self, enabled: bool = True) -> FakeQuantizer:
-        """Let training batches move the range, or not; returns the module."""
+    def enable_observer(self, enabled: bool = True) -> ObservedQuantizer:
+        """Set whether training batches update the range; returns the module."""
         self.observer_enabled.fill_(bool(enabled))
         self._observing = bool(enabled)
         return self
 
-    def enable_fake_quant(self, enabled: bool = True) -> FakeQuantizer:
-        """Round what passes, or let it pass as it is; returns the module."""
+    def enable_fake_quant(self, enabled: bool = True) -> ObservedQuantizer:
+        """Set whether a forward rounds its input or returns it unchanged; returns the module."""
         self.fake_quant_enabled.fill_(bool(enabled))
         self._quantizing = bool(enabled)
         return self
 
-    def freeze(self) -> FakeQuantizer:
+    def freeze(self) -> ObservedQuantizer:
         """Keep the scale from now on; returns the module."""
         return self.enable_observer(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """float32, bfloat16 or float16 to the same dtype and shape.
+        """Fake-quantize float32, bfloat16 or float16; the result has input's dtype and shape.
 
         Raises:
-            TypeError, ValueError: no float tensor, on another device, or other scales' shape.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: input is on another device, or its scales have another shape than those of
+                earlier batches.
             RuntimeError: nothing was observed yet and this call does not observe.
         """
-        check_input("FakeQuantizer", input, self.scale)
+        self.check_input(input, self.scale)
         if self._observing and self.training:
             self.observe(input)
         if not self._quantizing:
@@ -143,7 +148,7 @@ class FakeQuantizer(Float32State):
         )
 
     def observe(self, input: Tensor) -> None:
-        """Update range and scale with one batch; nothing happens inside a backward pass."""
+        """Update range and scale with one batch; inside a backward pass, do nothing."""
         observer = self.observer
         observer(input)
         if self.scale.shape != observer.min_val.shape:
@@ -152,12 +157,12 @@ class FakeQuantizer(Float32State):
                 self.zero_point = torch.zeros_like(observer.min_val, dtype=torch.int32)
         state = (observer.min_val, observer.max_val, self.scale, self.zero_point)
         if torch.compiler.is_compiling():
-            _set_qparams_operator(*state, self.qmin, self.qmax, observer.symmetric)
+            update_qparams_operator(*state, self.qmin, self.qmax, observer.symmetric)
         elif not inside_backward():
-            _set_qparams(*state, self.qmin, self.qmax, observer.symmetric)
+            update_qparams(*state, self.qmin, self.qmax, observer.symmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale float32, zero_point int32)``: what a deployed layer takes over, not copied.
+        """``(scale float32, zero_point int32)`` for a deployed layer: the buffers, not copies.
 
         Raises:
             RuntimeError: nothing was observed yet.
@@ -174,10 +179,9 @@ class FakeQuantizer(Float32State):
         if torch.compiler.is_compiling() or self.scale.is_meta:
             return
         if self.scale.numel() == 0 or bool(self.scale.isnan().any()):
-            name = f" of {self.observer.name}" if self.observer.name else ""
             raise RuntimeError(
-                f"FakeQuantizer{name}: there is no range yet; run batches in training mode with "
-                "the observer enabled first, or load a state dict"
+                f"{self.title()}: there is no range yet; run batches in training mode "
+                "with the observer enabled first, or load a state dict"
             )
         self._has_scale = True
 
@@ -194,47 +198,4 @@ class FakeQuantizer(Float32State):
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
 
-@torch.no_grad()
-def _set_qparams(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    new_scale, new_zero_point = range_to_qparams(min_val, max_val, qmin, qmax, symmetric)
-    scale.copy_(new_scale)
-    zero_point.copy_(new_zero_point)
-
-
-@torch.library.custom_op("torchquant_training::set_qparams_", mutates_args=("scale", "zero_point"))
-def _set_qparams_operator(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    """:func:`_set_qparams` as one opaque step of a compiled graph: the bits of eager mode."""
-    if not inside_backward():
-        _set_qparams(min_val, max_val, scale, zero_point, qmin, qmax, symmetric)
-
-
-@_set_qparams_operator.register_fake
-def _(
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> None:
-    return None
-
-
-__all__ = ["FakeQuantizer"]
+__all__ = ["ObservedQuantizer"]

@@ -1,4 +1,4 @@
-"""FakeQuantizer: the observer's scales, the switches, and a state that resumes anywhere."""
+"""ObservedQuantizer: the observer's scales, the switches, and a state that resumes anywhere."""
 
 import copy
 import io
@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchquant import (
-    FakeQuantizer,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    ObservedQuantizer,
     Observer,
     PerAxis,
     PerGroup,
@@ -39,7 +39,7 @@ OBSERVERS: dict[str, Callable[[], Observer]] = {
 def test_rounds_to_what_the_integers_stand_for(
     make: Callable[[], Observer], dtype: torch.dtype
 ) -> None:
-    quantizer = FakeQuantizer(make())
+    quantizer = ObservedQuantizer(make())
     x = floats(4, 8, dtype=dtype)
     y = quantizer(x)
     scale, zero_point = quantizer.qparams()
@@ -58,7 +58,7 @@ def test_rounds_to_what_the_integers_stand_for(
 
 
 def test_the_gradient_passes_where_the_range_reaches() -> None:
-    quantizer = FakeQuantizer(MinMaxObserver(bits=4, symmetric=True))
+    quantizer = ObservedQuantizer(MinMaxObserver(bits=4, symmetric=True))
     quantizer(torch.tensor([-7.0, 7.0]))
     x = torch.tensor([-9.0, -8.4, -7.0, 0.3, 7.4, 7.6]).requires_grad_()
     quantizer.freeze()(x).sum().backward()
@@ -67,7 +67,7 @@ def test_the_gradient_passes_where_the_range_reaches() -> None:
 
 
 def test_autocast_keeps_the_inputs_dtype_and_float32_scales() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = ObservedQuantizer()
     with torch.autocast("cpu", torch.bfloat16):
         assert quantizer(floats(2, 4)).dtype == torch.float32
         assert quantizer(floats(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -78,7 +78,7 @@ def test_autocast_keeps_the_inputs_dtype_and_float32_scales() -> None:
 
 
 def test_stages() -> None:
-    quantizer = FakeQuantizer(MovingAverageMinMaxObserver(1.0), fake_quant_enabled=False)
+    quantizer = ObservedQuantizer(MovingAverageMinMaxObserver(1.0), fake_quant_enabled=False)
     x = torch.tensor([-1.0, 2.0])
     assert quantizer(x) is x  # observes
     assert quantizer.enable_fake_quant() is quantizer
@@ -98,13 +98,13 @@ def test_stages() -> None:
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", OBSERVERS.values(), ids=OBSERVERS)
 def test_a_checkpoint_resumes_in_its_stage(make: Callable[[], Observer], assign: bool) -> None:
-    quantizer = FakeQuantizer(make(), fake_quant_enabled=False)
+    quantizer = ObservedQuantizer(make(), fake_quant_enabled=False)
     quantizer(floats(4, 8))
     quantizer.enable_fake_quant()
     for freeze in (False, True):
         if freeze:
             quantizer.freeze()
-        other = FakeQuantizer(make(), fake_quant_enabled=False)
+        other = ObservedQuantizer(make(), fake_quant_enabled=False)
         other.load_state_dict(copy.deepcopy(quantizer.state_dict()), assign=assign)
         reference = copy.deepcopy(quantizer)
         for seed in (1, 2):
@@ -115,7 +115,7 @@ def test_a_checkpoint_resumes_in_its_stage(make: Callable[[], Observer], assign:
 
 
 def test_pickled_in_the_middle() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = ObservedQuantizer()
     quantizer(floats(2, 4))
     buffer = io.BytesIO()
     torch.save(quantizer.freeze(), buffer)
@@ -128,7 +128,7 @@ def test_pickled_in_the_middle() -> None:
 def test_conversions_of_the_model_leave_the_scales(
     convert: Callable[[nn.Module], nn.Module],
 ) -> None:
-    model = nn.Sequential(FakeQuantizer(), nn.Linear(4, 4))
+    model = nn.Sequential(ObservedQuantizer(), nn.Linear(4, 4))
     model(floats(2, 4))
     before = copy.deepcopy(model[0].state_dict())
     after = convert(model)[0].state_dict()  # type: ignore[index]
@@ -140,7 +140,7 @@ def test_conversions_of_the_model_leave_the_scales(
 
 
 def test_nothing_waits_for_the_device() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = ObservedQuantizer()
     quantizer(floats(4, 8))
     x = floats(4, 8, seed=1).requires_grad_()
     with NoWaiting():
@@ -149,7 +149,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), FakeQuantizer(), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), ObservedQuantizer(), nn.Linear(4, 4))
     plain = copy.deepcopy(model)
     for seed in range(3):
         x = floats(2, 4, seed=seed).requires_grad_()
@@ -170,7 +170,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 )
 def test_compiled_training(make: Callable[[], Observer], backend: str) -> None:
     torch.compiler.reset()
-    quantizer = FakeQuantizer(make())
+    quantizer = ObservedQuantizer(make())
     plain = copy.deepcopy(quantizer)
     call = torch.compile(quantizer, fullgraph=True, backend=backend)
     for seed in range(3):
@@ -190,7 +190,7 @@ def test_compiled_training(make: Callable[[], Observer], backend: str) -> None:
 
 @pytest.mark.parametrize("make", OBSERVERS.values(), ids=OBSERVERS)
 def test_exported_for_evaluation(make: Callable[[], Observer]) -> None:
-    quantizer = FakeQuantizer(make())
+    quantizer = ObservedQuantizer(make())
     quantizer(floats(4, 8))
     quantizer.eval()
     x = floats(4, 8, seed=1)
@@ -199,14 +199,14 @@ def test_exported_for_evaluation(make: Callable[[], Observer]) -> None:
 
 
 def test_used_twice_before_the_backward() -> None:
-    quantizer = FakeQuantizer(MovingAverageMinMaxObserver(1.0))
+    quantizer = ObservedQuantizer(MovingAverageMinMaxObserver(1.0))
     x, y = floats(2, 4).requires_grad_(), floats(2, 4, seed=1).requires_grad_()
     (quantizer(x).sum() + quantizer(y).sum()).backward()
     assert x.grad is not None and bool((x.grad == 1).all())
 
 
 def test_a_batch_without_finite_values_stays_visible() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = ObservedQuantizer()
     quantizer(torch.ones(3))
     with pytest.warns(RuntimeWarning, match="NaN or infinite"):
         assert quantizer(torch.tensor([NAN, 1.0])).isnan().tolist() == [True, False]
@@ -216,34 +216,36 @@ def test_a_batch_without_finite_values_stays_visible() -> None:
 
 
 def test_no_range_yet() -> None:
-    for quantizer in (FakeQuantizer().eval(), FakeQuantizer().freeze()):
-        quantizer.observer.name = "layers.3"
-        with pytest.raises(RuntimeError, match=r"FakeQuantizer of layers.3: there is no range yet"):
+    for quantizer in (ObservedQuantizer().eval(), ObservedQuantizer().freeze()):
+        quantizer.set_layer_name("layers.3")
+        with pytest.raises(
+            RuntimeError, match=r"ObservedQuantizer of layers.3: there is no range yet"
+        ):
             quantizer(torch.ones(2))
         with pytest.raises(RuntimeError, match="run batches in training mode"):
             quantizer.qparams()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        channels = FakeQuantizer(MinMaxObserver(granularity=PerAxis(0))).eval()
+        channels = ObservedQuantizer(MinMaxObserver(granularity=PerAxis(0))).eval()
         with pytest.raises(RuntimeError, match="there is no range yet"):
             channels(torch.ones(2, 2))
 
 
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "observer": (
-        lambda: FakeQuantizer(nn.Identity()),  # type: ignore[arg-type]
+        lambda: ObservedQuantizer(nn.Identity()),  # type: ignore[arg-type]
         TypeError,
-        r"FakeQuantizer: observer must be a torchquant observer .*, got Identity",
+        r"ObservedQuantizer: observer must be a torchquant observer .*, got Identity",
     ),
     "integers": (
-        lambda: FakeQuantizer()(torch.ones(2, dtype=torch.int8)),
+        lambda: ObservedQuantizer()(torch.ones(2, dtype=torch.int8)),
         TypeError,
-        r"FakeQuantizer: input must be float32, bfloat16 or float16, got int8 \[2\]",
+        r"ObservedQuantizer: input must be float32, bfloat16 or float16, got int8 \[2\]",
     ),
     "device": (
-        lambda: FakeQuantizer()(torch.ones(2, device="meta")),
+        lambda: ObservedQuantizer()(torch.ones(2, device="meta")),
         ValueError,
-        r"FakeQuantizer: input must be on the module's device cpu, got meta; move",
+        r"ObservedQuantizer: input must be on the module's device cpu, got meta; move",
     ),
 }
 
