@@ -1,8 +1,10 @@
 // torchquant._C: what is not a tensor operator. Importing it registers the operators too.
 #include <ATen/autocast_mode.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include "bench/call_cost.h"
+#include "bench/peak.h"
 #include "fast_call.h"
 #include "isa.h"
 #include "formats/int8_tiles.h"
@@ -142,8 +144,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     torchquant::set_active_isa(*isa);
   });
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
-  torchquant::bench::bind(m);
   m.def("cpu_name", &torchquant::cpu_name);
+  using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("peak_names", &torchquant::bench::peak_names);
+  m.def("measure_peak", &torchquant::bench::measure_peak, Released());
+  m.def("measure_bandwidth", &torchquant::bench::measure_bandwidth, Released());
+  m.def("naive_product_seconds", &torchquant::bench::naive_product_seconds, Released());
+  m.def("part_seconds", &torchquant::bench::part_seconds, Released());
   m.def("tile_bytes", &torchquant::tile_bytes);
   m.attr("LAYOUT_VERSION") = torchquant::kLayoutVersion;
   m.attr("TILE_OUT_FEATURES") = torchquant::kTileN;

@@ -141,12 +141,12 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_activations(Library& m) {
   m.impl("activation", &activation);
   m.impl("gated_activation", &gated_activation);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_activations)
 
 }  // namespace
 

@@ -13,14 +13,10 @@
 #include "aten/register.h"
 #include "aten/rows.h"
 #include "aten/spans.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 struct ZeroPoint {
   at::Tensor value;  // float32 of scale's shape, exact for the integers allowed; undefined: 0
@@ -155,14 +151,14 @@ Quantized quantize_rows(const at::Tensor& input, const OptTensor& scale, const O
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_affine(Library& m) {
   m.impl("quantize", &quantize);
   m.impl("dequantize", &dequantize);
   m.impl("quantize_per_token", &quantize_per_token);
   m.impl("quantize_rows", &quantize_rows);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_affine)
 
 }  // namespace
 }  // namespace torchquant

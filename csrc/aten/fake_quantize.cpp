@@ -13,14 +13,10 @@
 #include "common/device.h"
 #include "aten/register.h"
 #include "aten/spans.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 at::Tensor bit_numbers(const at::Tensor& like) { return at::arange(8, like.options().dtype(at::kByte)); }
 
@@ -237,7 +233,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> minmax(const at::Tensor& input, O
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_fake_quantize(Library& m) {
   m.impl("fake_quantize", &fake_quantize);
   m.impl("fake_quantize_mask", &fake_quantize_mask);
   m.impl("in_range", &in_range);
@@ -248,7 +244,7 @@ void implement(Library& m) {
   m.impl("minmax", &minmax);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_fake_quantize)
 
 }  // namespace
 }  // namespace torchquant

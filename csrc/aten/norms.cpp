@@ -11,11 +11,10 @@
 #include "common/device.h"
 #include "aten/lanes.h"
 #include "aten/register.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor float_or_none(const OptTensor& t) { return t && t->defined() ? t->to(at::kFloat) : at::Tensor(); }
 
@@ -71,12 +70,12 @@ at::Tensor layer_norm(const at::Tensor& input, const OptTensor& weight, const Op
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_norms(Library& m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("layer_norm", &layer_norm);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_norms)
 
 }  // namespace
 }  // namespace torchquant

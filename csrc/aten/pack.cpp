@@ -9,11 +9,10 @@
 #include "aten/packed.h"
 #include "aten/register.h"
 #include "aten/rows.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor empty_packed(const at::Tensor& like, int64_t n, int64_t k) {
   return at::empty({layout_rows(n, k), padded_k(k)}, like.options().dtype(at::kChar));
@@ -63,13 +62,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_pack(Library& m) {
   m.impl("pack_weight", &pack_weight);
   m.impl("unpack_weight", &unpack_weight);
   m.impl("quantize_pack", &quantize_pack);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_pack)
 
 }  // namespace
 }  // namespace torchquant

@@ -49,11 +49,11 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
 }
 
 template <class Library>
-void implement(Library& m) {
+void implement_qat(Library& m) {
   m.impl("mm_fake_quantized", &mm_fake_quantized);
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_IMPLEMENT_ATEN(implement_qat)
 
 // Each library's own operators inside: Triton kernels registered for torchquant's run in its layer.
 template <class Library>

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/arithmetic.h"
+#include "common/checks.h"
 #include "aten/blocks.h"
 
 namespace torchquant {

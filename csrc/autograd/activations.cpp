@@ -1,18 +1,12 @@
 // Gradients of activation and gated_activation: ATen's derivatives in fp32, rounded once to the argument's type. The
 // function is computed again in backward, through autograd, so that gradients of gradients exist.
 #include "autograd/activations.h"
-
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "autograd/function.h"
 
 #include <optional>
 
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 
 at::Tensor activation_call(const at::Tensor& input, std::string_view activation, std::optional<at::ScalarType> dtype) {
   static auto op = c10::Dispatcher::singleton()
@@ -65,11 +59,6 @@ struct GatedActivation : public torch::autograd::Function<GatedActivation> {
     return {grad_gate, grad_up, Variable()};
   }
 };
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const at::Tensor& t) {
-  return at::GradMode::is_enabled() && (t.requires_grad() || t._fw_grad(/*level=*/0).defined());
-}
 
 at::Tensor activation_autograd(const at::Tensor& input, std::string_view activation,
                                std::optional<at::ScalarType> dtype) {

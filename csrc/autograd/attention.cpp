@@ -1,20 +1,14 @@
 // Gradients of attention, in fp32 and by its formula, in operators that have gradients themselves. The rounding of the
 // products to bfloat16 counts as the identity.
-#include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <optional>
 
+#include "autograd/function.h"
+
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor attention_below(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const OptTensor& mask, std::optional<double> scale, bool causal) {
@@ -24,11 +18,6 @@ at::Tensor attention_below(const at::Tensor& query, const at::Tensor& key, const
                                          std::optional<double>, bool)>();
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(query, key, value, mask, scale, causal);
-}
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && t && t->defined() && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
 }
 
 at::Tensor heads_like(const at::Tensor& t, const at::Tensor& query) {  // a key head for every query head

@@ -1,30 +1,16 @@
 // Gradients of fake quantization, straight through the rounding. fake_quantize keeps one bit an element for them and
 // nothing else; a learned step needs its float input. The other operators of training have no gradients and say so.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <optional>
+
+#include "autograd/function.h"
 
 namespace torchquant {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
 template <class Signature>
 auto operator_named(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool present(const OptTensor& t) { return t && t->defined(); }
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && present(t) && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
 }
 
 at::Tensor mask_gradient_call(const at::Tensor& grad, const at::Tensor& bits) {

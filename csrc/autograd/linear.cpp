@@ -1,22 +1,15 @@
 // Gradients of the linears: to the input (straight through the quantizer, so that adapters below a quantized layer
 // train) and to a float bias; the integer weight has none. Only what autograd asks for is computed.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "autograd/activations.h"
 #include "common/checks.h"
 #include "common/arithmetic.h"
 #include "formats/int8_rows.h"
 #include "formats/int8_tiles.h"
+#include "autograd/function.h"
 
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor dynamic_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                          const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
@@ -70,10 +63,6 @@ at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale
   if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).reshape({-1, 1});
   return w * weight_scale.reshape({-1, 1});
 }
-
-OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 // Autograd numbers the tensor arguments that are there, so the bias's number depends on the optional ones before it.
 bool bias_wants_gradient(AutogradContext* ctx) {
@@ -177,17 +166,11 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
   }
 };
 
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool wants_gradient(const at::Tensor& input, const OptTensor& bias) {
-  const auto follows = [](const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); };
-  return at::GradMode::is_enabled() && (follows(input) || (bias && bias->defined() && follows(*bias)));
-}
-
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                                    const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
                                    bool symmetric, std::string_view activation,
                                    std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
-  if (!wants_gradient(input, bias))
+  if (!(follows(input) || follows(bias)))
     return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
                          output_dtype, activation_bits);
   return LinearDynamic::apply(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
@@ -201,7 +184,7 @@ at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& inp
                                   at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
                                   int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
   const bool integer_output = output_scale && output_scale->defined();
-  if (!wants_gradient(input, bias) || integer_output)
+  if (!(follows(input) || follows(bias)) || integer_output)
     return static_below(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
                         out_features, activation, output_dtype, output_scale, output_zero_point, output_qmin,
                         output_qmax, input_qmin, input_qmax);
@@ -231,7 +214,7 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
                                                       at::IntArrayRef out_features, bool symmetric,
                                                       const c10::List<std::string>& activations,
                                                       std::optional<at::ScalarType> output_dtype) {
-  if (!wants_gradient(input, bias))
+  if (!(follows(input) || follows(bias)))
     return split_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
                        output_dtype);
   const char* op = "linear_dynamic_split";

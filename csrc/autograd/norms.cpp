@@ -1,25 +1,12 @@
 // Gradients of rms_norm and layer_norm, in fp32: LayerNorm's by ATen's own backward, RMSNorm's by its formula, written in
 // operators that have gradients themselves.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <optional>
 
+#include "autograd/function.h"
+
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && present(t) && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
-}
 
 at::Tensor to_float(const at::Tensor& t) { return t.defined() ? t.to(at::kFloat) : t; }
 

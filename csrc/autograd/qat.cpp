@@ -13,31 +13,22 @@
 //   learned scales: LSQ (Esser et al., 2020), from grad_x and grad_w.
 #include "autograd/qat.h"
 
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "common/checks.h"
 #include "common/device.h"
+#include "autograd/function.h"
 
 namespace torchquant {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
 using Quantized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr const char* kOp = "qat_linear";
 
-bool present(const OptTensor& t) { return t && t->defined(); }
 bool learns(const OptTensor& t) { return present(t) && t->requires_grad(); }
-OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }
-
 template <class Signature>
 auto operator_of(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -155,7 +146,7 @@ struct Settings {
 };
 
 // A learned step may end up too small between two training steps; never an error inside one.
-at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(0x1p-126f); }
+at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(kLeastScale); }
 
 // Unsigned integers beyond int8, 0 .. 255, are stored 128 lower: the differences to the zero point are the same.
 int64_t shift_of(int64_t qmax) { return qmax > 127 ? 128 : 0; }
@@ -386,10 +377,6 @@ Settings settings(int64_t input_qmin, int64_t input_qmax, bool input_symmetric, 
           weight_grad_factor, output_dtype};
 }
 
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); }
-bool follows(const OptTensor& t) { return present(t) && follows(*t); }
-
 at::Tensor qat_linear_autograd(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
                                const OptTensor& input_scale, const OptTensor& input_zero_point,
                                const OptTensor& input_offset, int64_t input_qmin, int64_t input_qmax,
@@ -397,9 +384,8 @@ at::Tensor qat_linear_autograd(const at::Tensor& input, const at::Tensor& weight
                                int64_t weight_qmax, bool weight_symmetric, std::string_view activation,
                                double input_grad_factor, double weight_grad_factor,
                                std::optional<at::ScalarType> output_dtype) {
-  const bool any =
-      at::GradMode::is_enabled() && (follows(input) || follows(weight) || follows(bias) || follows(input_scale) ||
-                                     follows(input_offset) || follows(weight_scale));
+  const bool any = follows(input) || follows(weight) || follows(bias) || follows(input_scale) ||
+                   follows(input_offset) || follows(weight_scale);
   if (!any) {
     static auto op =
         operator_of<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const OptTensor&,

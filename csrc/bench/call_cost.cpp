@@ -1,6 +1,7 @@
 #include "bench/call_cost.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <chrono>
@@ -8,7 +9,6 @@
 #include <limits>
 #include <vector>
 
-#include "bench/peak.h"
 #include "cpu/output.h"
 #include "kernels/kernel_table.h"
 #include "formats/int8_tiles.h"
@@ -95,15 +95,6 @@ double part_seconds(const std::string& part, const at::Tensor& input, const at::
                        8);
       },
       seconds);
-}
-
-void bind(pybind11::module_& m) {
-  using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("peak_names", &peak_names);
-  m.def("measure_peak", &measure_peak, Released());
-  m.def("measure_bandwidth", &measure_bandwidth, Released());
-  m.def("naive_product_seconds", &naive_product_seconds, Released());
-  m.def("part_seconds", &part_seconds, Released());
 }
 
 }  // namespace torchquant::bench

@@ -13,6 +13,7 @@
 
 namespace torchquant {
 
+inline constexpr float kLeastScale = 0x1p-126f;    // the least normal number
 constexpr int64_t kMaxSplitN = int64_t{1} << 40;   // a member's outputs: their sum cannot overflow
 constexpr int64_t kMaxN = (int64_t{1} << 31) - 1;  // the tiles keep N in 32 bits (int8_tiles.h)
 
@@ -111,9 +112,9 @@ inline void check_signed_range(const char* op, int64_t qmin, int64_t qmax, bool 
                     " with symmetric=True and no scale, got ", qmin, "; pass symmetric=False for a range like this");
 }
 
-// NaN passes: what is computed with it becomes NaN and stays visible.
+// NaN passes: results computed with it are NaN and stay visible.
 inline void check_scale(const char* op, const char* name, float scale) {
-  TORCH_CHECK_VALUE(!(scale < 0x1p-126f || scale > 0x1.fffffep127f), op, ": ", name,
+  TORCH_CHECK_VALUE(!(scale < kLeastScale || scale > 0x1.fffffep127f), op, ": ", name,
                     " must be finite and at least 2^-126, got ", scale);
 }
 

@@ -19,7 +19,7 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kBlock = 64;                  // elements: threads share whole cache lines
+constexpr int64_t kLine = 64;                   // elements: threads share whole cache lines
 constexpr int64_t kThreadedElements = 1 << 14;  // from here a second thread pays
 
 bool is_dense(const at::Tensor& t) { return t.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false(); }
@@ -73,9 +73,9 @@ void run(ActivationArgs args, const at::Tensor& out, const Source& x, const Sour
     });
     return;
   }
-  at::parallel_for(0, ceil_div(n, kBlock), kThreadedElements / 2 / kBlock, [&](int64_t first, int64_t last) {
-    const int64_t from = first * kBlock;
-    span(from, from, from, std::min(n, last * kBlock) - from);
+  at::parallel_for(0, ceil_div(n, kLine), kThreadedElements / 2 / kLine, [&](int64_t first, int64_t last) {
+    const int64_t from = first * kLine;
+    span(from, from, from, std::min(n, last * kLine) - from);
   });
 }
 

@@ -13,12 +13,12 @@
 #include "cpu/output.h"
 #include "cpu/workspace.h"
 #include "kernels/attention.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
 
 constexpr int64_t kThreadedProducts = 1 << 19;  // a thread should have at least so many
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor readable(const at::Tensor& t) { return t.size(3) == 1 || t.stride(3) == 1 ? t : t.contiguous(); }
 

@@ -18,6 +18,7 @@
 
 #include "cpu/reused_output.h"
 #include "cpu/spans.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
@@ -26,10 +27,7 @@ constexpr int64_t kUnit = 64;            // elements in which threads share
 constexpr int64_t kBlock = 4096;         // elements of a run that one fp32 sum takes
 constexpr int64_t kBlockRows = 64;       // the same for sums of columns
 constexpr int64_t kBlockColumns = 1024;  // their parameters and sums fit the nearest cache
-constexpr float kLeastScale = 0x1p-126f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
 
 at::Tensor empty_bits(const at::Tensor& x) { return at::empty({ceil_div(x.numel(), 8)}, x.options().dtype(at::kByte)); }
 

@@ -8,12 +8,12 @@
 #include "common/checks.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kGrain = 1 << 13;  // elements a thread should have at least
-using OptTensor = std::optional<at::Tensor>;
+constexpr int64_t kNormGrain = 1 << 13;  // elements a thread should have at least
 
 at::Tensor contiguous_or_none(const OptTensor& t) { return t && t->defined() ? t->contiguous() : at::Tensor(); }
 
@@ -46,7 +46,7 @@ at::Tensor norm(const char* op, NormArgs args, const at::Tensor& input, const Op
   args.out = out.mutable_data_ptr();
   args.eps = static_cast<float>(eps);
   const KernelTable& table = kernels();
-  at::parallel_for(0, out.numel() / args.k, std::max<int64_t>(1, kGrain / args.k),
+  at::parallel_for(0, out.numel() / args.k, std::max<int64_t>(1, kNormGrain / args.k),
                    [&](int64_t m0, int64_t m1) { table.normalize_rows(args, m0, m1); });
   return out;
 }

@@ -15,14 +15,13 @@
 #include "common/checks.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
+#include "cpu/spans.h"
 #include "cpu/workspace.h"
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kGrain = 16384;         // elements a thread should have at least
 constexpr int64_t kBlockBytes = 4 << 20;  // of a weight's rows in scratch memory
-constexpr float kLeastScale = 0x1p-126f;
 
 // Every row its own copy of the zero point, checked against the range.
 int32_t one_zero_point(const char* op, const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
