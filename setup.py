@@ -50,10 +50,40 @@ COMPILE_FLAGS = [
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
+# Files of these folders compile for different instruction sets and must not share a translation unit.
+SEPARATE_FOLDERS = ["csrc/kernels"]
+
+
 def sources(*suffixes: str) -> list[str]:
     """Files below csrc with one of these suffixes, relative to this folder (setuptools' wish)."""
     found = (path for path in ROOT.glob("csrc/**/*") if path.suffix in suffixes)
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def translation_units(folder: Path) -> list[str]:
+    """What the compiler is given: one file in ``folder`` for each folder of csrc, including all its sources.
+
+    Three quarters of the time for a file of operators go into torch's headers, so files that share
+    them compile in 40 % of the time. A unit is only written if its list changed: ninja would
+    otherwise compile it again.
+    """
+    units: dict[str, list[str]] = {}
+    alone = []
+    for source in sources(".cpp"):
+        parent = source.rpartition("/")[0]
+        if parent in SEPARATE_FOLDERS:
+            alone.append(source)
+        else:
+            units.setdefault(parent, []).append(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent, members in units.items():
+        unit = folder / f"{parent.replace('/', '_')}.cpp"
+        lines = [f'#include "{member.removeprefix("csrc/")}"' for member in members]
+        text = "\n".join(["// Written by setup.py.", *lines, ""])
+        if not unit.is_file() or unit.read_text() != text:
+            unit.write_text(text)
+        alone.append(unit.as_posix())
+    return alone
 
 
 def compiler_version(compiler: list[str]) -> str:
@@ -94,6 +124,8 @@ class BuildExt(BuildExtension):
         # setuptools would skip an extension that is newer than its sources, even when it was built
         # for another torch. ninja, behind BuildExtension, knows better: headers and flags count.
         self.force = True
+        for extension in self.extensions:  # its sources are csrc's files: the ones that sdist packs
+            extension.sources = translation_units(Path(self.build_temp) / "units")
         super().run()
         self.write_build_info(compiler_version(compiler))
 
@@ -124,7 +156,7 @@ setup(
             "torchquant._C",
             sources(".cpp"),
             include_dirs=[str(ROOT / "csrc")],  # absolute: ninja runs in the build folder
-            depends=sources(".h", ".inc"),
+            depends=sources(".cpp", ".h", ".inc"),
             # The macro makes ninja rebuild when torch changes under an existing build folder.
             define_macros=[("TORCHQUANT_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args=COMPILE_FLAGS + OPENMP_FLAGS,
