@@ -17,13 +17,13 @@ namespace torchquant {
 namespace amxint8 {
 #include "vec_avx512.inc"
 #include "affine.inc"
-#include "quantize_pack.inc"
+#include "qat.inc"
 #include "activations.inc"
 #include "norms.inc"
 #include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx512_micro.inc"
-#include "gemm.inc"
+#include "linear_epilogue.inc"
+#include "linear_avx512.inc"
+#include "linear_gemm.inc"
 
 constexpr int64_t kVectorRows = 2;  // up to so many rows the vector micro-kernel is the faster one
 // And up to so many products, of as many rows as it can take: the tile unit sleeps between calls, and waking it costs

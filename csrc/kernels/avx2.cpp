@@ -17,14 +17,14 @@ namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
 #include "affine.inc"
-#include "quantize_pack.inc"
+#include "qat.inc"
 #include "activations.inc"
 #include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx2_sums.inc"
+#include "linear_epilogue.inc"
+#include "linear_avx2.inc"
 
 constexpr int kRows = 4, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
@@ -94,7 +94,7 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
       micro_widen(a + r * kAlignK, step, b + t * tile_stride, groups, acc + (r * T + t) * kTileN, resume);
 }
 
-#include "gemm.inc"
+#include "linear_gemm.inc"
 }  // namespace avx2
 
 const KernelTable& avx2_kernels() {

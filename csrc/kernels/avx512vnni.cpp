@@ -14,16 +14,16 @@ namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
 #include "affine.inc"
-#include "quantize_pack.inc"
+#include "qat.inc"
 #include "activations.inc"
 #include "norms.inc"
 #include "attention_avx512.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx512_micro.inc"
-#include "gemm.inc"
+#include "linear_epilogue.inc"
+#include "linear_avx512.inc"
+#include "linear_gemm.inc"
 }  // namespace avx512vnni
 
 const KernelTable& avx512vnni_kernels() {

@@ -14,14 +14,14 @@ namespace torchquant {
 namespace avxvnni {
 #include "vec_avx2.inc"
 #include "affine.inc"
-#include "quantize_pack.inc"
+#include "qat.inc"
 #include "activations.inc"
 #include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx2_sums.inc"
+#include "linear_epilogue.inc"
+#include "linear_avx2.inc"
 
 constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
@@ -55,7 +55,7 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
   store_sums<R, T>(acc, c);
 }
 
-#include "gemm.inc"
+#include "linear_gemm.inc"
 }  // namespace avxvnni
 
 const KernelTable& avxvnni_kernels() {

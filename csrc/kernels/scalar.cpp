@@ -13,13 +13,13 @@ namespace torchquant {
 namespace scalar {
 #include "vec_scalar.inc"
 #include "affine.inc"
-#include "quantize_pack.inc"
+#include "qat.inc"
 #include "activations.inc"
 #include "norms.inc"
 #include "attention_vector.inc"
 #include "attention.inc"
 #include "fake_quantize.inc"
-#include "epilogue.inc"
+#include "linear_epilogue.inc"
 
 #if defined(__SSE2__)
 // x86-64 without AVX2. SSE2 belongs to the processor's baseline, and its pmaddwd multiplies eight 16-bit values and adds
@@ -102,7 +102,7 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 }
 #endif
 
-#include "gemm.inc"
+#include "linear_gemm.inc"
 }  // namespace scalar
 
 const KernelTable& scalar_kernels() {
