@@ -9,9 +9,10 @@
 #include <limits>
 #include <vector>
 
+#include "isa.h"
 #include "cpu/output.h"
 #include "kernels/kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "formats/int8_panel.h"
 
 namespace torchquant::bench {
 namespace {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/spans.h"
+#include "isa.h"
 
 namespace torchquant {
 namespace {

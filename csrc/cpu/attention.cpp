@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "common/attention_arguments.h"
+#include "isa.h"
 #include "cpu/output.h"
 #include "cpu/workspace.h"
 #include "kernels/attention.h"

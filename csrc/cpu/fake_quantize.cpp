@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/reused_output.h"
+#include "isa.h"
 #include "cpu/spans.h"
 #include "common/tensors.h"
 

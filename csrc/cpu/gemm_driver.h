@@ -16,7 +16,7 @@
 
 #include "cpu/workspace.h"
 #include "kernels/kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "formats/int8_panel.h"
 
 namespace torchquant {
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
+#include "isa.h"
 #include "cpu/gemm_driver.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"

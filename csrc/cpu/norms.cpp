@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/checks.h"
+#include "isa.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
 #include "common/tensors.h"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "autograd/qat.h"
+#include "isa.h"
 #include "common/checks.h"
 #include "cpu/output.h"
 #include "cpu/rows.h"
