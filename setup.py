@@ -50,7 +50,7 @@ COMPILE_FLAGS = [
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-# Files of these folders compile for different instruction sets and must not share a translation unit.
+# Each file of these folders compiles for an instruction set of its own, in a unit of its own.
 SEPARATE_FOLDERS = ["csrc/kernels"]
 
 
@@ -61,11 +61,10 @@ def sources(*suffixes: str) -> list[str]:
 
 
 def translation_units(folder: Path) -> list[str]:
-    """What the compiler is given: one file in ``folder`` for each folder of csrc, including all its sources.
+    """The files for the compiler: for each folder of csrc one in ``folder`` that includes the rest.
 
-    Three quarters of the time for a file of operators go into torch's headers, so files that share
-    them compile in 40 % of the time. A unit is only written if its list changed: ninja would
-    otherwise compile it again.
+    Most of the time for an operator goes into torch's headers; files that share them compile in
+    40 % of it. A unit is written only if its list has changed: ninja would compile it again.
     """
     units: dict[str, list[str]] = {}
     alone = []
@@ -124,7 +123,7 @@ class BuildExt(BuildExtension):
         # setuptools would skip an extension that is newer than its sources, even when it was built
         # for another torch. ninja, behind BuildExtension, knows better: headers and flags count.
         self.force = True
-        for extension in self.extensions:  # its sources are csrc's files: the ones that sdist packs
+        for extension in self.extensions:  # until here csrc's own files, which sdist packs
             extension.sources = translation_units(Path(self.build_temp) / "units")
         super().run()
         self.write_build_info(compiler_version(compiler))
