@@ -130,12 +130,7 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return out;
 }
 
-template <class Library>
-void implement_attention(Library& m) {
-  m.impl("attention", &attention);
-}
-
-TORCHQUANT_IMPLEMENT_ATEN(implement_attention)
+TORCHQUANT_ATEN_KERNELS(m) { m.impl<ops::attention>(&attention); }
 
 }  // namespace
 }  // namespace torchquant

@@ -318,15 +318,30 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
   return out;
 }
 
-template <class Library>
-void implement_linear(Library& m) {
-  m.impl("int8_mm", &int8_mm);
-  m.impl("linear_dynamic", &linear_dynamic);
-  m.impl("linear_dynamic_split", &linear_dynamic_split);
-  m.impl("linear_static", &linear_static);
+// ---------------------------------------------------------------- the canonical int8 [N, K] <-> int8_rows.h
+
+at::Tensor pack_weight(const at::Tensor& weight) {
+  check_weight("pack_weight", weight);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const at::Tensor packed = empty_packed(weight, n, k);
+  weights_of(packed, n, k).copy_(weight);
+  complete_packed(packed, n, k);
+  return packed;
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement_linear)
+at::Tensor unpack_weight(const at::Tensor& packed, int64_t out_features, int64_t in_features) {
+  check_packed_rows("unpack_weight", packed, out_features, in_features);
+  return weights_of(packed, out_features, in_features).clone(at::MemoryFormat::Contiguous);
+}
+
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::pack_weight>(&pack_weight);
+  m.impl<ops::unpack_weight>(&unpack_weight);
+  m.impl<ops::int8_mm>(&int8_mm);
+  m.impl<ops::linear_dynamic>(&linear_dynamic);
+  m.impl<ops::linear_dynamic_split>(&linear_dynamic_split);
+  m.impl<ops::linear_static>(&linear_static);
+}
 
 }  // namespace
 }  // namespace torchquant

@@ -69,13 +69,10 @@ at::Tensor layer_norm(const at::Tensor& input, const OptTensor& weight, const Op
   return norm("layer_norm", input, weight, bias, residual, {eps, true, false});
 }
 
-template <class Library>
-void implement_norms(Library& m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("layer_norm", &layer_norm);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::rms_norm>(&rms_norm);
+  m.impl<ops::layer_norm>(&layer_norm);
 }
-
-TORCHQUANT_IMPLEMENT_ATEN(implement_norms)
 
 }  // namespace
 }  // namespace torchquant

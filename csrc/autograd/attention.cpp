@@ -6,19 +6,10 @@
 #include <optional>
 
 #include "autograd/function.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
-
-at::Tensor attention_below(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const OptTensor& mask, std::optional<double> scale, bool causal) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::attention", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
-                                         std::optional<double>, bool)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(query, key, value, mask, scale, causal);
-}
 
 at::Tensor heads_like(const at::Tensor& t, const at::Tensor& query) {  // a key head for every query head
   const c10::SymInt group = query.sym_size(1) / t.sym_size(1);
@@ -31,13 +22,13 @@ at::Tensor sum_of_heads(const at::Tensor& grad, const at::Tensor& t) {
   return grad.unflatten_symint(1, {t.sym_size(1), group}).sum(2).to(t.scalar_type());
 }
 
-struct Attention : public torch::autograd::Function<Attention> {
+struct Attention {
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
                           const OptTensor& mask, std::optional<double> scale, bool causal) {
     ctx->save_for_backward({query, key, value, mask.value_or(Variable())});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["causal"] = causal;
-    return attention_below(query, key, value, mask, scale, causal);
+    return ops::attention::call_below_autograd(query, key, value, mask, scale, causal);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -70,12 +61,12 @@ struct Attention : public torch::autograd::Function<Attention> {
 
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const OptTensor& mask, std::optional<double> scale, bool causal) {
-  if (follows(query) || follows(key) || follows(value) || follows(mask))
-    return Attention::apply(query, key, value, mask, scale, causal);
-  return attention_below(query, key, value, mask, scale, causal);
+  if (follows(ops::attention::name, query, key, value, mask))
+    return Differentiable<Attention>::apply(query, key, value, mask, scale, causal);
+  return ops::attention::call_below_autograd(query, key, value, mask, scale, causal);
 }
 
-TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { m.impl("attention", &attention_autograd); }
+TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { ops::attention::implement(m, &attention_autograd); }
 
 }  // namespace
 }  // namespace torchquant

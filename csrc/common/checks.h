@@ -131,8 +131,7 @@ inline void check_weight(const char* op, const at::Tensor& weight) {
 
 // quantize_pack's arguments.
 inline void check_float_weight(const char* op, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
-                               const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax,
-                               bool symmetric) {
+                               int64_t qmin, int64_t qmax, bool symmetric) {
   check_float(op, "weight", weight);
   check_signed_range(op, qmin, qmax, symmetric && !(scale && scale->defined()));
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must have shape [out_features, in_features], got ",
@@ -140,8 +139,6 @@ inline void check_float_weight(const char* op, const at::Tensor& weight, const s
   const int64_t n = weight.size(0), k = weight.size(1);
   TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
                     kMaxK, " inputs, got ", describe(weight));
-  TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
-                    ": zero_point must be None (a weight's given scales have none), got one");
   if (scale && scale->defined()) check_channels(op, "scale", *scale, at::kFloat, n, true);
 }
 

@@ -12,6 +12,7 @@
 #include "common/checks.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -92,8 +93,8 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("activation", &activation);
-  m.impl("gated_activation", &gated_activation);
+  ops::activation::implement(m, &activation);
+  ops::gated_activation::implement(m, &gated_activation);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "cpu/core_call.h"
 #include "cpu/spans.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -64,9 +65,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_per_token(const at::Tens
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("quantize", &quantize);
-  m.impl("dequantize", &dequantize);
-  m.impl("quantize_per_token", &quantize_per_token);
+  ops::quantize::implement(m, &quantize);
+  ops::dequantize::implement(m, &dequantize);
+  ops::quantize_per_token::implement(m, &quantize_per_token);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "common/tensors.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -48,7 +49,7 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return out;
 }
 
-TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("attention", &attention); }
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) { ops::attention::implement(m, &attention); }
 
 }  // namespace
 }  // namespace torchquant

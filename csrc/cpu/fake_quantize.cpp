@@ -9,6 +9,7 @@
 #include "cpu/core_call.h"
 #include "cpu/reused_output.h"
 #include "cpu/spans.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -155,14 +156,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> minmax(const at::Tensor& input, O
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("fake_quantize", &fake_quantize);
-  m.impl("fake_quantize_mask", &fake_quantize_mask);
-  m.impl("in_range", &in_range);
-  m.impl("positive", &positive);
-  m.impl("mask_gradient", &mask_gradient);
-  m.impl("fake_quantize_learned", &fake_quantize_learned);
-  m.impl("fake_quantize_learned_backward", &fake_quantize_learned_backward);
-  m.impl("minmax", &minmax);
+  ops::fake_quantize::implement(m, &fake_quantize);
+  ops::fake_quantize_mask::implement(m, &fake_quantize_mask);
+  ops::in_range::implement(m, &in_range);
+  ops::positive::implement(m, &positive);
+  ops::mask_gradient::implement(m, &mask_gradient);
+  ops::fake_quantize_learned::implement(m, &fake_quantize_learned);
+  ops::fake_quantize_learned_backward::implement(m, &fake_quantize_learned_backward);
+  ops::minmax::implement(m, &minmax);
 }
 
 }  // namespace

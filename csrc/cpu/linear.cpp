@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -218,11 +219,31 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
   return out;
 }
 
+// The canonical int8 [N, K] <-> the layout that the kernels read (csrc/formats/int8_tiles.h).
+at::Tensor pack_weight(const at::Tensor& weight) {
+  check_weight("pack_weight", weight);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  at::Tensor packed = at::empty({tq_tiles(n), tq_tile_bytes(k)}, weight.options());
+  check_status(tq_pack_weight(weight.const_data_ptr<int8_t>(), weight.stride(0), weight.stride(1), n, k,
+                              packed.mutable_data_ptr<int8_t>(), &kTorchThreads));
+  return packed;
+}
+
+at::Tensor unpack_weight(const at::Tensor& packed, int64_t out_features, int64_t in_features) {
+  check_packed("unpack_weight", packed, out_features, in_features);
+  at::Tensor weight = at::empty({out_features, in_features}, packed.options());
+  check_status(tq_unpack_weight(packed.const_data_ptr<int8_t>(), out_features, in_features,
+                                weight.mutable_data_ptr<int8_t>(), &kTorchThreads));
+  return weight;
+}
+
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("int8_mm", &int8_mm);
-  m.impl("linear_dynamic", &linear_dynamic);
-  m.impl("linear_dynamic_split", &linear_dynamic_split);
-  m.impl("linear_static", &linear_static);
+  ops::pack_weight::implement(m, &pack_weight);
+  ops::unpack_weight::implement(m, &unpack_weight);
+  ops::int8_mm::implement(m, &int8_mm);
+  ops::linear_dynamic::implement(m, &linear_dynamic);
+  ops::linear_dynamic_split::implement(m, &linear_dynamic_split);
+  ops::linear_static::implement(m, &linear_static);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "common/tensors.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -54,8 +55,8 @@ at::Tensor layer_norm(const at::Tensor& input, const OptTensor& weight, const Op
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("layer_norm", &layer_norm);
+  ops::rms_norm::implement(m, &rms_norm);
+  ops::layer_norm::implement(m, &layer_norm);
 }
 
 }  // namespace

@@ -10,10 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "autograd/qat.h"
 #include "common/checks.h"
+#include "common/qat_linear.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -67,11 +68,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& i
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& weight,
-                                                             const std::optional<at::Tensor>& scale,
-                                                             const std::optional<at::Tensor>& zero_point, int64_t qmin,
+                                                             const std::optional<at::Tensor>& scale, int64_t qmin,
                                                              int64_t qmax, bool symmetric) {
   const char* op = "quantize_pack";
-  check_float_weight(op, weight, scale, zero_point, qmin, qmax, symmetric);
+  check_float_weight(op, weight, scale, qmin, qmax, symmetric);
   const int64_t n = weight.size(0), k = weight.size(1);
   at::Tensor row_scale, row_zero = at::empty({n}, weight.options().dtype(at::kInt));
   const bool fixed = scale && scale->defined();
@@ -128,10 +128,10 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("mm_fake_quantized", &mm_fake_quantized);
-  m.impl("quantize_rows", &quantize_rows);
-  m.impl("quantize_pack", &quantize_pack);
-  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquant>);
+  ops::mm_fake_quantized::implement(m, &mm_fake_quantized);
+  ops::quantize_rows::implement(m, &quantize_rows);
+  ops::quantize_pack::implement(m, &quantize_pack);
+  ops::qat_linear::implement(m, &qat::qat_linear_forward<Library::kTorchquant>);
 }
 
 }  // namespace
