@@ -1,11 +1,11 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
-
-#include "kernels/kernel_table.h"
 
 #if defined(TQ_X86)
 #include <cpuid.h>
@@ -16,22 +16,43 @@
 #endif
 
 namespace torchquant {
+
+const KernelTable& scalar_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avxvnni_kernels();
+const KernelTable& avx512vnni_kernels();
+const KernelTable& amxint8_kernels();
+
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"};
-
-#if defined(TQ_X86)
-struct CpuFeatures {
-  bool avx2 = false, avx_vnni = false, avx512_vnni = false, amx_int8 = false;
+// What cpuid and xgetbv report: the registers that the rows below ask about.
+struct Cpu {
+  uint32_t ecx1 = 0, ebx7 = 0, ecx7 = 0, edx7 = 0, eax71 = 0;  // of leaf 1, of leaf 7, of its subleaf 1
+  uint64_t xcr0 = 0;                                           // registers that the operating system saves
 };
 
-uint64_t xgetbv0() {
-  uint32_t eax, edx;
-  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
-  return (static_cast<uint64_t>(edx) << 32) | eax;
+constexpr bool has(uint64_t bits, uint64_t wanted) { return (bits & wanted) == wanted; }
+constexpr uint64_t bit(int index) { return uint64_t{1} << index; }
+
+bool needs_nothing(const Cpu&) { return true; }
+
+#if defined(TQ_X86)
+Cpu detect() {
+  Cpu cpu;
+  uint32_t eax, ebx, ecx, edx, ignore;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return cpu;
+  if (!has(ecx, bit(27))) return cpu;  // OSXSAVE: xgetbv exists
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  uint32_t eax7;
+  if (!__get_cpuid_count(7, 0, &eax7, &cpu.ebx7, &cpu.ecx7, &cpu.edx7)) return cpu;
+  if (eax7 >= 1) __get_cpuid_count(7, 1, &cpu.eax71, &ignore, &ignore, &ignore);
+  cpu.ecx1 = ecx;
+  cpu.xcr0 = static_cast<uint64_t>(high) << 32 | low;
+  return cpu;
 }
 
-// Linux hands out the 8 KB tile state per process and only on request.
+// Linux hands out the 8 KB of tile state per process, and only on request.
 bool request_amx_permission() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
@@ -41,109 +62,103 @@ bool request_amx_permission() {
 #endif
 }
 
-CpuFeatures detect() {
-  CpuFeatures f;
-  uint32_t eax, ebx, ecx, edx;
-  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return f;
-  const bool osxsave = ecx & (1u << 27), fma = ecx & (1u << 12), f16c = ecx & (1u << 29);
-  if (!osxsave || !fma || !f16c) return f;
-  const uint64_t xcr0 = xgetbv0();
-  const bool os_avx = (xcr0 & 0x6) == 0x6, os_avx512 = (xcr0 & 0xe6) == 0xe6;
-  const bool os_amx = (xcr0 & 0x60000) == 0x60000;
-  uint32_t eax7, ebx7, ecx7, edx7, eax71 = 0, ignore;
-  if (!__get_cpuid_count(7, 0, &eax7, &ebx7, &ecx7, &edx7)) return f;
-  if (eax7 >= 1) __get_cpuid_count(7, 1, &eax71, &ignore, &ignore, &ignore);
-  f.avx2 = os_avx && (ebx7 & (1u << 5));
-  f.avx_vnni = f.avx2 && (eax71 & (1u << 4));
-  const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
-  f.avx512_vnni = f.avx2 && os_avx512 && (ebx7 & avx512) == avx512 && (ecx7 & (1u << 11));
-  const uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE, AMX-INT8
-  f.amx_int8 = f.avx512_vnni && os_amx && (edx7 & amx) == amx && request_amx_permission();
-  return f;
+bool needs_avx2(const Cpu& cpu) {
+  return has(cpu.ecx1, bit(12) | bit(29)) && has(cpu.xcr0, 0x6) && has(cpu.ebx7, bit(5));  // FMA, F16C; YMM; AVX2
 }
-
-const CpuFeatures& features() {
-  static const CpuFeatures f = detect();
-  return f;
+bool needs_avx_vnni(const Cpu& cpu) { return needs_avx2(cpu) && has(cpu.eax71, bit(4)); }
+bool needs_avx512_vnni(const Cpu& cpu) {  // ZMM registers; F, DQ, BW, VL; VNNI
+  return needs_avx2(cpu) && has(cpu.xcr0, 0xe6) && has(cpu.ebx7, bit(16) | bit(17) | bit(30) | bit(31)) &&
+         has(cpu.ecx7, bit(11));
 }
+bool needs_amx_int8(const Cpu& cpu) {  // tile registers; AMX-TILE, AMX-INT8
+  return needs_avx512_vnni(cpu) && has(cpu.xcr0, 0x60000) && has(cpu.edx7, bit(24) | bit(25)) &&
+         request_amx_permission();
+}
+#define TQ_ON_X86(needs, kernels) needs, kernels
+#else
+Cpu detect() { return {}; }
+#define TQ_ON_X86(needs, kernels) nullptr, nullptr
 #endif
 
-// One table per instruction set, in the order of the enum; null where the binary does not hold it.
-const KernelTable* registry(Isa isa) {
-  switch (isa) {
-    case Isa::kScalar: return &scalar_kernels();
-#if defined(TQ_X86)
-    case Isa::kAvx2: return &avx2_kernels();
-    case Isa::kAvxVnni: return &avxvnni_kernels();
-    case Isa::kAvx512Vnni: return &avx512vnni_kernels();
-    case Isa::kAmxInt8: return &amxint8_kernels();
-#endif
-    default: return nullptr;
-  }
+struct Row {
+  const char* name;
+  bool (*needs)(const Cpu&);
+  const KernelTable& (*kernels)();  // null where the binary does not hold them
+};
+
+// One row for each instruction set, in ascending priority.
+constexpr Row kIsas[] = {
+    {"scalar", needs_nothing, scalar_kernels},
+    {"avx2", TQ_ON_X86(needs_avx2, avx2_kernels)},
+    {"avx_vnni", TQ_ON_X86(needs_avx_vnni, avxvnni_kernels)},
+    {"avx512_vnni", TQ_ON_X86(needs_avx512_vnni, avx512vnni_kernels)},
+    {"amx_int8", TQ_ON_X86(needs_amx_int8, amxint8_kernels)},
+};
+constexpr int kCount = static_cast<int>(std::size(kIsas));
+
+const Row& row_of(Isa isa) { return kIsas[static_cast<int>(isa)]; }
+
+const std::vector<bool>& supported() {  // by number; asked once, because AMX is requested on the way
+  static const std::vector<bool> found = [] {
+    const Cpu cpu = detect();
+    std::vector<bool> answers;
+    for (const Row& row : kIsas) answers.push_back(row.needs && row.needs(cpu));
+    return answers;
+  }();
+  return found;
 }
 
-std::atomic<int>& active_slot() {
-  static std::atomic<int> slot{static_cast<int>(usable_isas().front())};
-  return slot;
+template <class Condition>
+std::vector<Isa> best_first(const Condition& condition) {
+  std::vector<Isa> isas;
+  for (int i = kCount - 1; i >= 0; --i)
+    if (condition(static_cast<Isa>(i))) isas.push_back(static_cast<Isa>(i));
+  return isas;
 }
 
-std::atomic<const KernelTable*>& table_slot() {
-  static std::atomic<const KernelTable*> slot{registry(active_isa())};
-  return slot;
+std::atomic<const KernelTable*>& active_table() {
+  static std::atomic<const KernelTable*> table{kernels_of(usable_isas().front())};
+  return table;
 }
 
 }  // namespace
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+int isa_count() { return kCount; }
+
+const char* isa_name(Isa isa) { return row_of(isa).name; }
 
 std::optional<Isa> isa_from_name(const std::string& name) {
-  for (int i = 0; i < kNumIsas; ++i)
-    if (name == kNames[i]) return static_cast<Isa>(i);
+  for (int i = 0; i < kCount; ++i)
+    if (name == kIsas[i].name) return static_cast<Isa>(i);
   return std::nullopt;
 }
 
-bool isa_built(Isa isa) { return registry(isa) != nullptr; }
+bool isa_built(Isa isa) { return row_of(isa).kernels != nullptr; }
 
-bool isa_supported(Isa isa) {
-  if (isa == Isa::kScalar) return true;
-#if defined(TQ_X86)
-  const CpuFeatures& f = features();
-  switch (isa) {
-    case Isa::kAvx2: return f.avx2;
-    case Isa::kAvxVnni: return f.avx_vnni;
-    case Isa::kAvx512Vnni: return f.avx512_vnni;
-    case Isa::kAmxInt8: return f.amx_int8;
-    default: return false;
-  }
-#else
-  return false;
-#endif
-}
+bool isa_supported(Isa isa) { return supported()[static_cast<size_t>(isa)]; }
 
-std::vector<Isa> built_isas() {
-  std::vector<Isa> isas;
-  for (int i = kNumIsas - 1; i >= 0; --i)
-    if (isa_built(static_cast<Isa>(i))) isas.push_back(static_cast<Isa>(i));
-  return isas;
-}
+std::vector<Isa> built_isas() { return best_first(isa_built); }
 
 std::vector<Isa> usable_isas() {
-  std::vector<Isa> isas;
-  for (Isa isa : built_isas())
-    if (isa_supported(isa)) isas.push_back(isa);
-  return isas;
+  return best_first([](Isa isa) { return isa_built(isa) && isa_supported(isa); });
 }
 
-Isa active_isa() { return static_cast<Isa>(active_slot().load(std::memory_order_relaxed)); }
+bool is_usable(const char* name) {
+  const std::optional<Isa> isa = isa_from_name(name);
+  return isa && isa_built(*isa) && isa_supported(*isa);
+}
+
+const KernelTable* kernels_of(Isa isa) { return isa_built(isa) ? &row_of(isa).kernels() : nullptr; }
+
+const KernelTable& kernels() { return *active_table().load(std::memory_order_relaxed); }
+
+Isa active_isa() { return *isa_from_name(kernels().name); }
 
 void set_active_isa(Isa isa) {
   if (!isa_built(isa) || !isa_supported(isa))
     throw std::invalid_argument(std::string("instruction set not usable here: ") + isa_name(isa));
-  table_slot().store(registry(isa), std::memory_order_relaxed);
-  active_slot().store(static_cast<int>(isa), std::memory_order_relaxed);
+  active_table().store(kernels_of(isa), std::memory_order_relaxed);
 }
-
-const KernelTable& kernels() { return *table_slot().load(std::memory_order_relaxed); }
 
 std::string cpu_name() {
 #if defined(TQ_X86)

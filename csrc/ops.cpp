@@ -1,10 +1,11 @@
-// Every operator's schema: the table of contents. Kernels register beside their code (csrc/cpu, csrc/aten), gradients in
-// csrc/autograd, fake kernels in torchquant/ops, in this order.
+// Every operator's schema: the table of contents. The C++ types are in operators.h; kernels register next to their code
+// (csrc/cpu, csrc/aten), gradients in csrc/autograd, fake kernels in torchquant/ops; all in this order.
 #include <torch/library.h>
 
 namespace {
 
 void define_operators(torch::Library& m) {
+  // ---- affine
   // q = clamp(rint(input / scale) + zero_point, qmin, qmax). axis: scale is [C], one value per slice along it.
   // group_size: scale is [..., ceil(K / group_size)] (per token: group_size = K). Neither: scale is [1].
   // zero_point: int32, or float32 for a real-valued one; of scale's shape.
@@ -17,6 +18,7 @@ void define_operators(torch::Library& m) {
   // Dynamic per-token parameters: int8 [..., K], float32 [..., 1], int32 [..., 1].
   m.def("quantize_per_token(Tensor input, bool symmetric=True) -> (Tensor, Tensor, Tensor)");
 
+  // ---- linear
   // int8 [N, K] <-> the packed layout of csrc/formats/int8_tiles.h, int8 [ceil(N / 16), tile bytes].
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
@@ -41,23 +43,27 @@ void define_operators(torch::Library& m) {
       "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
       "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
 
+  // ---- activations
   // Elementwise, in the epilogue's arithmetic; dtype: input's unless given. gated: activation(gate) * up.
   m.def("activation(Tensor input, str activation, ScalarType? dtype=None) -> Tensor");
   m.def("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
 
+  // ---- norms
   // Over the last dimension, fp32 inside. cast_before_weight: x / rms is rounded to input's type before the weight
   // multiplies. residual: the norm of input + residual.
   m.def("rms_norm(Tensor input, Tensor? weight, float eps, bool cast_before_weight=False) -> Tensor");
   m.def("layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor");
 
+  // ---- attention
   // softmax(query @ key^T * scale + mask) @ value, products in bfloat16. [B, H, Q, D], [B, G, K, D], [B, G, K, E] with
   // H a multiple of G; mask: bool or float, broadcastable to [B, H, Q, K]. Result [B, H, Q, E], in memory [B, Q, H, E].
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, float? scale=None, bool causal=False) -> "
       "Tensor");
 
-  // Training. fake_quantize: quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. Its mask
-  // says where the rounded value lies in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in
+  // ---- fake_quantize
+  // Quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. The mask has a bit for each element,
+  // set where the rounded value is in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in
   // contiguous order.
   m.def(
       "fake_quantize(Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis=None, "
@@ -82,15 +88,14 @@ void define_operators(torch::Library& m) {
       "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
   // Least and greatest finite element for each scale (inf, -inf: none), and how many are not finite: int64 [1].
   m.def("minmax(Tensor input, int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
+  // ---- qat
   // int8 [..., K], float32 [..., 1], int32 [..., 1]: input with one scale [1] (a row with NaN gets scale NaN),
   // or, without scale, per token to [qmin, qmax].
   m.def(
       "quantize_rows(Tensor input, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
       "(Tensor, Tensor, Tensor)");
   // The same for a weight [N, K], per output channel: packed, float32 [N], int32 [N].
-  m.def(
-      "quantize_pack(Tensor weight, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
-      "(Tensor, Tensor, Tensor)");
+  m.def("quantize_pack(Tensor weight, Tensor? scale, int qmin, int qmax, bool symmetric) -> (Tensor, Tensor, Tensor)");
   // grad [M, N] times fake_quantize of a weight [N, K] per row, float32.
   m.def(
       "mm_fake_quantized(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point, int qmin, int qmax) -> Tensor");

@@ -140,13 +140,10 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
   return (y * up.to(at::kFloat)).to(gate.scalar_type());
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("activation", &activation);
-  m.impl("gated_activation", &gated_activation);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::activation>(&activation);
+  m.impl<ops::gated_activation>(&gated_activation);
 }
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// quantize, dequantize, quantize_per_token, quantize_rows: torchquant/functional/affine.py in ATen.
+// quantize, dequantize, quantize_per_token: torchquant/functional/affine.py in ATen.
 #include <ATen/ATen.h>
 
 #include <array>
@@ -13,14 +13,10 @@
 #include "aten/register.h"
 #include "aten/rows.h"
 #include "aten/spans.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 struct ZeroPoint {
   at::Tensor value;  // float32 of scale's shape, exact for the integers allowed; undefined: 0
@@ -87,82 +83,19 @@ at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const Op
   return out;
 }
 
-using Quantized = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Quantized rows_of(const at::Tensor& input, const RowParams& p, const at::Tensor& q) {  // in input's shape
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = 1;
-  const at::Tensor zero = p.zero.defined() ? p.zero.expand_as(p.scale).clone(at::MemoryFormat::Contiguous)
-                                           : at::zeros_like(p.scale, p.scale.options().dtype(at::kInt));
-  return {q.view(input.sizes()), p.scale.view(sizes), zero.view(sizes)};
-}
-
-Quantized dynamic_rows(const at::Tensor& input, int64_t qmin, int64_t qmax, bool symmetric) {
-  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
-  const RowParams p = dynamic_params(x, qmin, qmax, symmetric);
-  quantize_into(q, x, p, qmin, qmax);
-  return rows_of(input, p, q);
-}
-
-// Rows without elements: the range is zero, and scale and zero point are given or 1 and 0.
-Quantized empty_rows(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero) {
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  const at::Tensor q = at::empty(sizes, input.options().dtype(at::kChar));
-  sizes.back() = 1;
-  const at::Tensor scales = at::ones(sizes, input.options().dtype(at::kFloat));
-  const at::Tensor zeros = at::zeros(sizes, input.options().dtype(at::kInt));
-  if (scale.defined()) scales.copy_(scale.reshape({}));
-  if (zero.defined()) zeros.copy_(zero.reshape({}));
-  return {q, scales, zeros};
-}
-
-Quantized quantize_per_token(const at::Tensor& input, bool symmetric) {
+QuantizedRows quantize_per_token(const at::Tensor& input, bool symmetric) {
   const char* op = "quantize_per_token";
   check_float(op, "input", input);
   check_dim(op, "input", input, 1);
   if (input.size(-1) == 0) return empty_rows(input, {}, {});
-  return dynamic_rows(input, symmetric ? -127 : -128, 127, symmetric);
+  return quantized_rows(input, symmetric ? -127 : -128, 127, symmetric);
 }
 
-Quantized quantize_rows(const at::Tensor& input, const OptTensor& scale, const OptTensor& zero_point, int64_t qmin,
-                        int64_t qmax, bool symmetric) {
-  const char* op = "quantize_rows";
-  check_float(op, "input", input);
-  check_dim(op, "input", input, 1);
-  check_signed_range(op, qmin, qmax, symmetric && !present(scale));
-  if (!present(scale)) {
-    TORCH_CHECK_VALUE(!present(zero_point), op,
-                      ": zero_point must be None without scale (each row finds its own), got one");
-    if (input.size(-1) == 0) return empty_rows(input, {}, {});
-    return dynamic_rows(input, qmin, qmax, symmetric);
-  }
-  check_device(op, "scale", scale, input);
-  check_dtype(op, "scale", *scale, at::kFloat);
-  TORCH_CHECK_VALUE(scale->numel() == 1, op, ": scale must hold one value, got ", describe(*scale));
-  at::Tensor zero;
-  if (present(zero_point)) {
-    check_device(op, "zero_point", zero_point, input);
-    check_dtype(op, "zero_point", *zero_point, at::kInt);
-    TORCH_CHECK_VALUE(zero_point->numel() == 1, op, ": zero_point must hold one value, got ", describe(*zero_point));
-    zero = zero_point->reshape({1, 1});
-  }
-  const at::Tensor given = scale->reshape({1, 1}).clamp_min(kLeastScale);  // a learned one may get there
-  if (input.size(-1) == 0) return empty_rows(input, given, zero);
-  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
-  const RowParams p = static_params(x, given, zero);
-  quantize_into(q, x, p, qmin, qmax);
-  return rows_of(input, p, q);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::quantize>(&quantize);
+  m.impl<ops::dequantize>(&dequantize);
+  m.impl<ops::quantize_per_token>(&quantize_per_token);
 }
-
-template <class Library>
-void implement(Library& m) {
-  m.impl("quantize", &quantize);
-  m.impl("dequantize", &dequantize);
-  m.impl("quantize_per_token", &quantize_per_token);
-  m.impl("quantize_rows", &quantize_rows);
-}
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
 
 }  // namespace
 }  // namespace torchquant

@@ -19,11 +19,10 @@
 #include "common/device.h"
 #include "aten/lanes.h"
 #include "aten/register.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kStep = 32;  // products that are summed before they are added
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -31,7 +30,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 at::Tensor rounded(const at::Tensor& x) { return x.to(at::kBFloat16); }
 
 // [..., M, L] @ [..., L, N] of bfloat16, fp32 [..., M, N], for four dimensions.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+at::Tensor bf16_product(const at::Tensor& a, const at::Tensor& b) {
   const int64_t length = a.size(3), steps = ceil_div(length, kStep), missing = steps * kStep - length;
   const int64_t batch = a.size(0), heads = a.size(1), m = a.size(2), n = b.size(3);
   const at::Tensor left = (missing ? at::constant_pad_nd(a, {0, missing}) : a)
@@ -73,7 +72,7 @@ at::Tensor power_of_two(const at::Tensor& x) {
 // Of some queries: query [b, h, q, d], key [b, h, d, keys], value [b, h, keys, e], mask [b, h, q, keys].
 at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
                   double factor, bool causal, int64_t first_query) {
-  at::Tensor scores = product(query, key);
+  at::Tensor scores = bf16_product(query, key);
   scores = scores * constant_like(scores, factor);
   if (mask.defined() && mask.scalar_type() == at::kBool) {
     scores = scores.masked_fill(mask.logical_not(), -kInfinity);
@@ -94,7 +93,7 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   if (causal) weights = weights.masked_fill(allowed.logical_not(), 0.0);
   const at::Tensor sum = sum_in_lanes(weights, false);
   const at::Tensor inverse = torchquant::reciprocal(sum).masked_fill(sum == 0.0, 0.0);
-  return product(rounded(weights), value) * inverse;
+  return bf16_product(rounded(weights), value) * inverse;
 }
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptTensor& mask,
@@ -131,12 +130,7 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("attention", &attention);
-}
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+TORCHQUANT_ATEN_KERNELS(m) { m.impl<ops::attention>(&attention); }
 
 }  // namespace
 }  // namespace torchquant

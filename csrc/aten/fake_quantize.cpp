@@ -13,14 +13,10 @@
 #include "common/device.h"
 #include "aten/register.h"
 #include "aten/spans.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 at::Tensor bit_numbers(const at::Tensor& like) { return at::arange(8, like.options().dtype(at::kByte)); }
 
@@ -236,19 +232,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> minmax(const at::Tensor& input, O
   return {end(kInfinity, true), end(-kInfinity, false), finite.logical_not().sum(at::kLong).view({1})};
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("fake_quantize", &fake_quantize);
-  m.impl("fake_quantize_mask", &fake_quantize_mask);
-  m.impl("in_range", &in_range);
-  m.impl("positive", &positive);
-  m.impl("mask_gradient", &mask_gradient);
-  m.impl("fake_quantize_learned", &fake_quantize_learned);
-  m.impl("fake_quantize_learned_backward", &fake_quantize_learned_backward);
-  m.impl("minmax", &minmax);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::fake_quantize>(&fake_quantize);
+  m.impl<ops::fake_quantize_mask>(&fake_quantize_mask);
+  m.impl<ops::in_range>(&in_range);
+  m.impl<ops::positive>(&positive);
+  m.impl<ops::mask_gradient>(&mask_gradient);
+  m.impl<ops::fake_quantize_learned>(&fake_quantize_learned);
+  m.impl<ops::fake_quantize_learned_backward>(&fake_quantize_learned_backward);
+  m.impl<ops::minmax>(&minmax);
 }
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
 
 }  // namespace
 }  // namespace torchquant

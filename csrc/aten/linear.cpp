@@ -24,11 +24,10 @@
 #include "aten/packed.h"
 #include "aten/register.h"
 #include "aten/rows.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 // CUDA's _int_mm refuses less than 17 rows, and its library some shapes that are no multiples of 4 or 8, depending on the
 // device. Rows, outputs and inputs are multiples of 32, 16 and 64 here, rows start at multiples of 16 bytes.
@@ -40,8 +39,6 @@ constexpr int64_t kProductElements = int64_t{1} << 26;  // int32 sums at a time
 constexpr int64_t kLeastHeight = 64;                    // rows of such a block, a multiple of kRowMultiple
 
 constexpr int64_t padded_m(int64_t m) { return ceil_div(m, kRowMultiple) * kRowMultiple; }
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 // ---------------------------------------------------------------- rows of activations
 
@@ -134,14 +131,16 @@ Weight weight_side(const char* op, const at::Tensor& input, const at::Tensor& pa
 
 // ---------------------------------------------------------------- product and epilogue
 
-at::Tensor product(const at::Tensor& q, const at::Tensor& w) { return at::_int_mm(q, w.t()); }  // int32 [rows, N16]
+at::Tensor int8_product(const at::Tensor& q, const at::Tensor& w) {
+  return at::_int_mm(q, w.t());
+}  // int32 [rows, N16]
 
 at::Tensor wide_product(const at::Tensor& q, const at::Tensor& w) {  // int64, in chunks that int32 holds
   const int64_t k = q.size(1);
   at::Tensor sum;
   for (int64_t first = 0; first < k; first += kMaxSignedChunkK) {
     const int64_t chunk = std::min(kMaxSignedChunkK, k - first);
-    const at::Tensor part = product(q.narrow(1, first, chunk), w.narrow(1, first, chunk));
+    const at::Tensor part = int8_product(q.narrow(1, first, chunk), w.narrow(1, first, chunk));
     if (sum.defined()) sum.add_(part);
     else sum = part.to(at::kLong);
   }
@@ -156,7 +155,7 @@ void for_products(const Rows& rows, const Weight& w, bool wide, const Run& run) 
   const int64_t height = padded_m(ceil_div(total, blocks));
   for (int64_t first = 0; first < total; first += height) {
     const at::Tensor q = rows.q.narrow(0, first, std::min(height, total - first));
-    const at::Tensor sums = wide ? wide_product(q, w.q) : product(q, w.q);
+    const at::Tensor sums = wide ? wide_product(q, w.q) : int8_product(q, w.q);
     const int64_t count = std::min(height, rows.m - first);
     run(filled(sums, count, w.n), first, count);
   }
@@ -319,15 +318,30 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("int8_mm", &int8_mm);
-  m.impl("linear_dynamic", &linear_dynamic);
-  m.impl("linear_dynamic_split", &linear_dynamic_split);
-  m.impl("linear_static", &linear_static);
+// ---------------------------------------------------------------- the canonical int8 [N, K] <-> int8_rows.h
+
+at::Tensor pack_weight(const at::Tensor& weight) {
+  check_weight("pack_weight", weight);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const at::Tensor packed = empty_packed(weight, n, k);
+  weights_of(packed, n, k).copy_(weight);
+  complete_packed(packed, n, k);
+  return packed;
 }
 
-TORCHQUANT_IMPLEMENT_ATEN(implement)
+at::Tensor unpack_weight(const at::Tensor& packed, int64_t out_features, int64_t in_features) {
+  check_packed_rows("unpack_weight", packed, out_features, in_features);
+  return weights_of(packed, out_features, in_features).clone(at::MemoryFormat::Contiguous);
+}
+
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::pack_weight>(&pack_weight);
+  m.impl<ops::unpack_weight>(&unpack_weight);
+  m.impl<ops::int8_mm>(&int8_mm);
+  m.impl<ops::linear_dynamic>(&linear_dynamic);
+  m.impl<ops::linear_dynamic_split>(&linear_dynamic_split);
+  m.impl<ops::linear_static>(&linear_static);
+}
 
 }  // namespace
 }  // namespace torchquant

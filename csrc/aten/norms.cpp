@@ -11,11 +11,10 @@
 #include "common/device.h"
 #include "aten/lanes.h"
 #include "aten/register.h"
+#include "common/tensors.h"
 
 namespace torchquant {
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 at::Tensor float_or_none(const OptTensor& t) { return t && t->defined() ? t->to(at::kFloat) : at::Tensor(); }
 
@@ -70,13 +69,10 @@ at::Tensor layer_norm(const at::Tensor& input, const OptTensor& weight, const Op
   return norm("layer_norm", input, weight, bias, residual, {eps, true, false});
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("layer_norm", &layer_norm);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::rms_norm>(&rms_norm);
+  m.impl<ops::layer_norm>(&layer_norm);
 }
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
 
 }  // namespace
 }  // namespace torchquant

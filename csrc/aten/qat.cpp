@@ -1,6 +1,4 @@
-// mm_fake_quantized, and qat_linear where no gradient is asked for.
-#include "autograd/qat.h"
-
+// quantize_rows, quantize_pack, mm_fake_quantized, and qat_linear where no gradient is asked for.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -9,11 +7,64 @@
 #include "common/checks.h"
 #include "common/arithmetic.h"
 #include "aten/blocks.h"
+#include "aten/packed.h"
 #include "common/device.h"
+#include "common/qat_linear.h"
 #include "aten/register.h"
+#include "aten/rows.h"
 
 namespace torchquant {
 namespace {
+
+QuantizedRows quantize_rows(const at::Tensor& input, const OptTensor& scale, const OptTensor& zero_point, int64_t qmin,
+                            int64_t qmax, bool symmetric) {
+  const char* op = "quantize_rows";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_signed_range(op, qmin, qmax, symmetric && !present(scale));
+  if (!present(scale)) {
+    TORCH_CHECK_VALUE(!present(zero_point), op,
+                      ": zero_point must be None without scale (each row finds its own), got one");
+    if (input.size(-1) == 0) return empty_rows(input, {}, {});
+    return quantized_rows(input, qmin, qmax, symmetric);
+  }
+  check_device(op, "scale", scale, input);
+  check_dtype(op, "scale", *scale, at::kFloat);
+  TORCH_CHECK_VALUE(scale->numel() == 1, op, ": scale must hold one value, got ", describe(*scale));
+  at::Tensor zero;
+  if (present(zero_point)) {
+    check_device(op, "zero_point", zero_point, input);
+    check_dtype(op, "zero_point", *zero_point, at::kInt);
+    TORCH_CHECK_VALUE(zero_point->numel() == 1, op, ": zero_point must hold one value, got ", describe(*zero_point));
+    zero = zero_point->reshape({1, 1});
+  }
+  const at::Tensor given = scale->reshape({1, 1}).clamp_min(kLeastScale);  // a learned one may get there
+  if (input.size(-1) == 0) return empty_rows(input, given, zero);
+  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const RowParams p = static_params(x, given, zero);
+  quantize_into(q, x, p, qmin, qmax);
+  return rows_of(input, p, q);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& weight, const OptTensor& scale,
+                                                             int64_t qmin, int64_t qmax, bool symmetric) {
+  const char* op = "quantize_pack";
+  check_device(op, "scale", scale, weight, "weight");
+  check_float_weight(op, weight, scale, qmin, qmax, symmetric);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  RowParams p;
+  if (scale && scale->defined()) {
+    p = static_params(weight, scale->reshape({-1, 1}).clamp_min(kLeastScale), {});
+    p.inverse = at::where(p.scale.isnan(), p.scale, p.inverse);  // such a row's integers are all 0
+  } else {
+    p = dynamic_params(weight, qmin, qmax, symmetric);
+  }
+  const at::Tensor packed = empty_packed(weight, n, k);
+  quantize_into(weights_of(packed, n, k), weight, p, qmin, qmax);
+  complete_packed(packed, n, k);
+  const at::Tensor zero = p.zero.defined() ? p.zero.reshape({n}) : at::zeros({n}, weight.options().dtype(at::kInt));
+  return {packed, p.scale.reshape({n}), zero};
+}
 
 // grad [m, n] times the fake-quantized weight [n, k], some of its rows at a time.
 at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& scale,
@@ -48,25 +99,15 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
-  m.impl("mm_fake_quantized", &mm_fake_quantized);
+TORCHQUANT_ATEN_KERNELS(m) {
+  m.impl<ops::quantize_rows>(&quantize_rows);
+  m.impl<ops::quantize_pack>(&quantize_pack);
+  m.impl<ops::mm_fake_quantized>(&mm_fake_quantized);
 }
-
-TORCHQUANT_IMPLEMENT_ATEN(implement)
 
 // Each library's own operators inside: Triton kernels registered for torchquant's run in its layer.
-template <class Library>
-void implement_layer(Library& m) {
-  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquant>);
-}
-template <class Library>
-void implement_aten_layer(Library& m) {
-  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquantAten>);
-}
-
-TORCHQUANT_IMPLEMENT_ON_CUDA(implement_layer)
-TORCHQUANT_IMPLEMENT_AS_ATEN(implement_aten_layer)
+TORCHQUANT_ATEN_KERNEL_ON_CUDA(ops::qat_linear, &qat::qat_linear_forward<Library::kTorchquant>)
+TORCHQUANT_ATEN_KERNEL_AS_ATEN(ops::qat_linear, &qat::qat_linear_forward<Library::kTorchquantAten>)
 
 }  // namespace
 }  // namespace torchquant

@@ -4,7 +4,7 @@
 // what they do not cover.
 //
 // Rules of this folder: no value is read on the host (.item(), nonzero, comparisons in C++), so values inside tensors
-// are trusted; every tensor of a call lies on the input's device; a result depends on no order of additions but the
+// are trusted; every tensor of a call must be on the input's device; a result depends on no order of additions but the
 // specification's (torchquant/functional).
 #pragma once
 
@@ -14,6 +14,8 @@
 
 #include <utility>
 
+#include "operators.h"
+
 namespace torchquant {
 
 // Registers functions so that the ATen operators inside run below autograd and autocast. Autograd would record them, one
@@ -22,52 +24,42 @@ class AtenKernels {
  public:
   explicit AtenKernels(torch::Library& library) : library_(library) {}
 
+  template <class Operator>
+  void impl(typename Operator::Function* kernel) {
+    impl_function(Operator::name, kernel);
+  }
+
+ private:
   template <class Result, class... Arguments>
-  void impl(const char* name, Result (*kernel)(Arguments...)) {
+  void impl_function(const char* name, Result (*kernel)(Arguments...)) {
     library_.impl(name, [kernel](Arguments... arguments) -> Result {
-      at::AutoDispatchBelowADInplaceOrView no_autograd;
-      c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      const at::AutoDispatchBelowADInplaceOrView no_autograd;
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       return kernel(std::forward<Arguments>(arguments)...);
     });
   }
 
- private:
-  torch::Library& library_;
-};
-
-// The gradients belong to torchquant's operators: autograd looks through torchquant_aten's.
-class NoGradients {
- public:
-  explicit NoGradients(torch::Library& library) : library_(library) {}
-
-  template <class Kernel>
-  void impl(const char* name, Kernel) {
-    library_.impl(name, torch::CppFunction::makeFallthrough());
-  }
-
- private:
   torch::Library& library_;
 };
 
 }  // namespace torchquant
 
-// implement: template <class Library> void implement(Library& m) { m.impl("name", &function); ... }
-#define TORCHQUANT_IMPLEMENT_ATEN(implement) \
-  TORCHQUANT_IMPLEMENT_ON_CUDA(implement)    \
-  TORCHQUANT_IMPLEMENT_AS_ATEN(implement)
+// TORCHQUANT_ATEN_KERNELS(m) { m.impl<ops::quantize>(&quantize); } in namespace torchquant, for both libraries; the two
+// macros after it for one of them.
+#define TORCHQUANT_ATEN_KERNELS(m) TORCHQUANT_ATEN_KERNELS_NAMED(C10_CONCATENATE(aten_kernels_, C10_UID), m)
+#define TORCHQUANT_ATEN_KERNELS_NAMED(function, m)                          \
+  static void function(AtenKernels& m);                                     \
+  TORCH_LIBRARY_IMPL(torchquant, CUDA, library) {                           \
+    AtenKernels kernels(library);                                           \
+    function(kernels);                                                      \
+  }                                                                         \
+  TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, library) { \
+    AtenKernels kernels(library);                                           \
+    function(kernels);                                                      \
+  }                                                                         \
+  static void function(AtenKernels& m)
 
-#define TORCHQUANT_IMPLEMENT_ON_CUDA(implement) \
-  TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {     \
-    torchquant::AtenKernels kernels(m);         \
-    implement(kernels);                         \
-  }
-
-#define TORCHQUANT_IMPLEMENT_AS_ATEN(implement)                       \
-  TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, m) { \
-    torchquant::AtenKernels kernels(m);                               \
-    implement(kernels);                                               \
-  }                                                                   \
-  TORCH_LIBRARY_IMPL(torchquant_aten, Autograd, m) {                  \
-    torchquant::NoGradients none(m);                                  \
-    implement(none);                                                  \
-  }
+#define TORCHQUANT_ATEN_KERNEL_ON_CUDA(op, kernel) \
+  TORCH_LIBRARY_IMPL(torchquant, CUDA, library) { AtenKernels(library).impl<op>(kernel); }
+#define TORCHQUANT_ATEN_KERNEL_AS_ATEN(op, kernel) \
+  TORCH_LIBRARY_IMPL(torchquant_aten, CompositeExplicitAutograd, library) { AtenKernels(library).impl<op>(kernel); }

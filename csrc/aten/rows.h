@@ -6,8 +6,10 @@
 
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "common/arithmetic.h"
+#include "common/checks.h"
 #include "aten/blocks.h"
 
 namespace torchquant {
@@ -72,6 +74,35 @@ inline void quantize_into(const at::Tensor& q, const at::Tensor& x, const RowPar
     if (!p.within) y.clamp_(qmin, qmax);
     part[1].copy_(y);
   });
+}
+
+using QuantizedRows = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+inline QuantizedRows rows_of(const at::Tensor& input, const RowParams& p, const at::Tensor& q) {  // in input's shape
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = 1;
+  const at::Tensor zero = p.zero.defined() ? p.zero.expand_as(p.scale).clone(at::MemoryFormat::Contiguous)
+                                           : at::zeros_like(p.scale, p.scale.options().dtype(at::kInt));
+  return {q.view(input.sizes()), p.scale.view(sizes), zero.view(sizes)};
+}
+
+inline QuantizedRows quantized_rows(const at::Tensor& input, int64_t qmin, int64_t qmax, bool symmetric) {
+  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const RowParams p = dynamic_params(x, qmin, qmax, symmetric);
+  quantize_into(q, x, p, qmin, qmax);
+  return rows_of(input, p, q);
+}
+
+// Rows without elements: the range is zero, and scale and zero point are given or 1 and 0.
+inline QuantizedRows empty_rows(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero) {
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  const at::Tensor q = at::empty(sizes, input.options().dtype(at::kChar));
+  sizes.back() = 1;
+  const at::Tensor scales = at::ones(sizes, input.options().dtype(at::kFloat));
+  const at::Tensor zeros = at::zeros(sizes, input.options().dtype(at::kInt));
+  if (scale.defined()) scales.copy_(scale.reshape({}));
+  if (zero.defined()) zeros.copy_(zero.reshape({}));
+  return {q, scales, zeros};
 }
 
 // sum_k q[m, k] of int8 [M, K], int32 [M, 1]

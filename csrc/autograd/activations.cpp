@@ -1,40 +1,20 @@
 // Gradients of activation and gated_activation: ATen's derivatives in fp32, rounded once to the argument's type. The
 // function is computed again in backward, through autograd, so that gradients of gradients exist.
 #include "autograd/activations.h"
-
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "autograd/function.h"
+#include "operators.h"
 
 #include <optional>
 
 namespace torchquant {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-
-at::Tensor activation_call(const at::Tensor& input, std::string_view activation, std::optional<at::ScalarType> dtype) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::activation", "")
-                       .typed<at::Tensor(const at::Tensor&, std::string_view, std::optional<at::ScalarType>)>();
-  return op.call(input, activation, dtype);
-}
-
-at::Tensor gated_activation_call(const at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::gated_activation", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, std::string_view)>();
-  return op.call(gate, up, activation);
-}
-
-struct ActivationFunction : public torch::autograd::Function<ActivationFunction> {
+struct ActivationFunction {
   static Variable forward(AutogradContext* ctx, const Variable& input, std::string_view activation,
                           std::optional<at::ScalarType> dtype) {
     ctx->save_for_backward({input});
     ctx->saved_data["activation"] = std::string(activation);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return activation_call(input, activation, dtype);
+    return ops::activation::call_below_autograd(input, activation, dtype);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -45,12 +25,11 @@ struct ActivationFunction : public torch::autograd::Function<ActivationFunction>
   }
 };
 
-struct GatedActivation : public torch::autograd::Function<GatedActivation> {
+struct GatedActivation {
   static Variable forward(AutogradContext* ctx, const Variable& gate, const Variable& up, std::string_view activation) {
     ctx->save_for_backward({gate, up});
     ctx->saved_data["activation"] = std::string(activation);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return gated_activation_call(gate, up, activation);
+    return ops::gated_activation::call_below_autograd(gate, up, activation);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -61,32 +40,26 @@ struct GatedActivation : public torch::autograd::Function<GatedActivation> {
     if (ctx->needs_input_grad(0))
       grad_gate = activation_backward(activation, grad * up, gate).to(saved[0].scalar_type());
     if (ctx->needs_input_grad(1))
-      grad_up = (grad * activation_call(gate, activation, at::kFloat)).to(saved[1].scalar_type());
+      grad_up = (grad * ops::activation::call(gate, activation, at::kFloat)).to(saved[1].scalar_type());
     return {grad_gate, grad_up, Variable()};
   }
 };
 
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const at::Tensor& t) {
-  return at::GradMode::is_enabled() && (t.requires_grad() || t._fw_grad(/*level=*/0).defined());
-}
-
 at::Tensor activation_autograd(const at::Tensor& input, std::string_view activation,
                                std::optional<at::ScalarType> dtype) {
-  if (follows(input)) return ActivationFunction::apply(input, activation, dtype);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return activation_call(input, activation, dtype);
+  if (follows(ops::activation::name, input)) return Differentiable<ActivationFunction>::apply(input, activation, dtype);
+  return ops::activation::call_below_autograd(input, activation, dtype);
 }
 
 at::Tensor gated_activation_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
-  if (follows(gate) || follows(up)) return GatedActivation::apply(gate, up, activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return gated_activation_call(gate, up, activation);
+  if (follows(ops::gated_activation::name, gate, up))
+    return Differentiable<GatedActivation>::apply(gate, up, activation);
+  return ops::gated_activation::call_below_autograd(gate, up, activation);
 }
 
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  m.impl("activation", &activation_autograd);
-  m.impl("gated_activation", &gated_activation_autograd);
+  ops::activation::implement(m, &activation_autograd);
+  ops::gated_activation::implement(m, &gated_activation_autograd);
 }
 
 }  // namespace

@@ -1,35 +1,15 @@
 // Gradients of attention, in fp32 and by its formula, in operators that have gradients themselves. The rounding of the
 // products to bfloat16 counts as the identity.
-#include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <optional>
 
+#include "autograd/function.h"
+#include "operators.h"
+
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-
-at::Tensor attention_below(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const OptTensor& mask, std::optional<double> scale, bool causal) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::attention", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&,
-                                         std::optional<double>, bool)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(query, key, value, mask, scale, causal);
-}
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && t && t->defined() && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
-}
 
 at::Tensor heads_like(const at::Tensor& t, const at::Tensor& query) {  // a key head for every query head
   const c10::SymInt group = query.sym_size(1) / t.sym_size(1);
@@ -42,13 +22,13 @@ at::Tensor sum_of_heads(const at::Tensor& grad, const at::Tensor& t) {
   return grad.unflatten_symint(1, {t.sym_size(1), group}).sum(2).to(t.scalar_type());
 }
 
-struct Attention : public torch::autograd::Function<Attention> {
+struct Attention {
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
                           const OptTensor& mask, std::optional<double> scale, bool causal) {
     ctx->save_for_backward({query, key, value, mask.value_or(Variable())});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["causal"] = causal;
-    return attention_below(query, key, value, mask, scale, causal);
+    return ops::attention::call_below_autograd(query, key, value, mask, scale, causal);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -81,12 +61,12 @@ struct Attention : public torch::autograd::Function<Attention> {
 
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const OptTensor& mask, std::optional<double> scale, bool causal) {
-  if (follows(query) || follows(key) || follows(value) || follows(mask))
-    return Attention::apply(query, key, value, mask, scale, causal);
-  return attention_below(query, key, value, mask, scale, causal);
+  if (follows(ops::attention::name, query, key, value, mask))
+    return Differentiable<Attention>::apply(query, key, value, mask, scale, causal);
+  return ops::attention::call_below_autograd(query, key, value, mask, scale, causal);
 }
 
-TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { m.impl("attention", &attention_autograd); }
+TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { ops::attention::implement(m, &attention_autograd); }
 
 }  // namespace
 }  // namespace torchquant

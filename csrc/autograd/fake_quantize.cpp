@@ -1,94 +1,37 @@
 // Gradients of fake quantization, straight through the rounding. fake_quantize keeps one bit an element for them and
 // nothing else; a learned step needs its float input. The other operators of training have no gradients and say so.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <optional>
+
+#include "autograd/function.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-using OptInt = std::optional<int64_t>;
-
-template <class Signature>
-auto operator_named(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool present(const OptTensor& t) { return t && t->defined(); }
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && present(t) && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
-}
-
-at::Tensor mask_gradient_call(const at::Tensor& grad, const at::Tensor& bits) {
-  static auto op = operator_named<at::Tensor(const at::Tensor&, const at::Tensor&)>("torchquant::mask_gradient");
-  return op.call(grad, bits);
-}
-
-struct MaskGradient : public torch::autograd::Function<MaskGradient> {
+struct MaskGradient {
   static Variable forward(AutogradContext* ctx, const Variable& grad, const Variable& bits) {
     ctx->save_for_backward({bits});
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return mask_gradient_call(grad, bits);
+    return ops::mask_gradient::call_below_autograd(grad, bits);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {mask_gradient_call(grads[0], ctx->get_saved_variables()[0]), Variable()};
+    return {ops::mask_gradient::call(grads[0], ctx->get_saved_variables()[0]), Variable()};
   }
 };
 
-at::Tensor fake_quantize_call(const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero_point,
-                              int64_t qmin, int64_t qmax, OptInt axis, OptInt group_size) {
-  static auto op = operator_named<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
-                                             OptInt, OptInt)>("torchquant::fake_quantize");
-  return op.call(input, scale, zero_point, qmin, qmax, axis, group_size);
-}
-
-std::tuple<at::Tensor, at::Tensor> mask_call(const at::Tensor& input, const at::Tensor& scale,
-                                             const OptTensor& zero_point, int64_t qmin, int64_t qmax, OptInt axis,
-                                             OptInt group_size) {
-  static auto op =
-      operator_named<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t,
-                                                        int64_t, OptInt, OptInt)>("torchquant::fake_quantize_mask");
-  return op.call(input, scale, zero_point, qmin, qmax, axis, group_size);
-}
-
-at::Tensor learned_call(const at::Tensor& input, const at::Tensor& scale, const OptTensor& offset, int64_t qmin,
-                        int64_t qmax, double grad_factor, OptInt axis, OptInt group_size) {
-  static auto op = operator_named<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t,
-                                             double, OptInt, OptInt)>("torchquant::fake_quantize_learned");
-  return op.call(input, scale, offset, qmin, qmax, grad_factor, axis, group_size);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> learned_backward_call(const at::Tensor& grad, const at::Tensor& input,
-                                                                     const at::Tensor& scale,
-                                                                     const OptTensor& zero_point, int64_t qmin,
-                                                                     int64_t qmax, OptInt axis, OptInt group_size) {
-  static auto op = operator_named<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&, int64_t, int64_t, OptInt, OptInt)>(
-      "torchquant::fake_quantize_learned_backward");
-  return op.call(grad, input, scale, zero_point, qmin, qmax, axis, group_size);
-}
-
-struct FakeQuantize : public torch::autograd::Function<FakeQuantize> {
+struct FakeQuantize {
   static Variable forward(AutogradContext* ctx, const Variable& input, const at::Tensor& scale,
                           const OptTensor& zero_point, int64_t qmin, int64_t qmax, OptInt axis, OptInt group_size) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, bits] = mask_call(input, scale, zero_point, qmin, qmax, axis, group_size);
+    auto [output, bits] =
+        ops::fake_quantize_mask::call_below_autograd(input, scale, zero_point, qmin, qmax, axis, group_size);
     ctx->save_for_backward({bits});
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(7);
-    result[0] = mask_gradient_call(grads[0], ctx->get_saved_variables()[0]);
+    result[0] = ops::mask_gradient::call(grads[0], ctx->get_saved_variables()[0]);
     return result;
   }
 };
@@ -99,7 +42,7 @@ at::Tensor zero_point_of(const at::Tensor& offset, const at::Tensor& scale, int6
   return at::nan_to_num(zero, 0.0).clamp(qmin, qmax).to(at::kInt);
 }
 
-struct FakeQuantizeLearned : public torch::autograd::Function<FakeQuantizeLearned> {
+struct FakeQuantizeLearned {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale, const OptTensor& offset,
                           int64_t qmin, int64_t qmax, double grad_factor, OptInt axis, OptInt group_size) {
     ctx->save_for_backward({input, scale, offset.value_or(Variable())});
@@ -108,8 +51,8 @@ struct FakeQuantizeLearned : public torch::autograd::Function<FakeQuantizeLearne
     ctx->saved_data["grad_factor"] = grad_factor;
     ctx->saved_data["axis"] = axis;
     ctx->saved_data["group_size"] = group_size;
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return learned_call(input, scale, offset, qmin, qmax, grad_factor, axis, group_size);
+    return ops::fake_quantize_learned::call_below_autograd(input, scale, offset, qmin, qmax, grad_factor, axis,
+                                                           group_size);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -126,7 +69,7 @@ struct FakeQuantizeLearned : public torch::autograd::Function<FakeQuantizeLearne
       zero_point = zero_point_of(saved[2], saved[1], qmin, qmax);
       scale = at::where(saved[2].isnan(), saved[2], saved[1]);  // as in forward: an integer cannot hold NaN
     }
-    auto [grad_input, grad_scale, grad_offset] = learned_backward_call(
+    auto [grad_input, grad_scale, grad_offset] = ops::fake_quantize_learned_backward::call_below_autograd(
         grads[0], saved[0], scale, zero_point, qmin, qmax, ctx->saved_data["axis"].toOptional<int64_t>(),
         ctx->saved_data["group_size"].toOptional<int64_t>());
     variable_list result(8);
@@ -138,33 +81,32 @@ struct FakeQuantizeLearned : public torch::autograd::Function<FakeQuantizeLearne
 };
 
 at::Tensor mask_gradient_autograd(const at::Tensor& grad, const at::Tensor& bits) {
-  if (follows(grad)) return MaskGradient::apply(grad, bits);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return mask_gradient_call(grad, bits);
+  if (follows(ops::mask_gradient::name, grad)) return Differentiable<MaskGradient>::apply(grad, bits);
+  return ops::mask_gradient::call_below_autograd(grad, bits);
 }
 
 at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero_point,
                                   int64_t qmin, int64_t qmax, OptInt axis, OptInt group_size) {
-  if (follows(input)) return FakeQuantize::apply(input, scale, zero_point, qmin, qmax, axis, group_size);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return fake_quantize_call(input, scale, zero_point, qmin, qmax, axis, group_size);
+  if (follows(ops::fake_quantize::name, input))
+    return Differentiable<FakeQuantize>::apply(input, scale, zero_point, qmin, qmax, axis, group_size);
+  return ops::fake_quantize::call_below_autograd(input, scale, zero_point, qmin, qmax, axis, group_size);
 }
 
 at::Tensor fake_quantize_learned_autograd(const at::Tensor& input, const at::Tensor& scale, const OptTensor& offset,
                                           int64_t qmin, int64_t qmax, double grad_factor, OptInt axis,
                                           OptInt group_size) {
-  if (follows(input) || follows(scale) || follows(offset))
-    return FakeQuantizeLearned::apply(input, scale, offset, qmin, qmax, grad_factor, axis, group_size);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return learned_call(input, scale, offset, qmin, qmax, grad_factor, axis, group_size);
+  if (follows(ops::fake_quantize_learned::name, input, scale, offset)) {
+    refuse_transforms(ops::fake_quantize_learned::name);
+    return Differentiable<FakeQuantizeLearned>::apply(input, scale, offset, qmin, qmax, grad_factor, axis, group_size);
+  }
+  return ops::fake_quantize_learned::call_below_autograd(input, scale, offset, qmin, qmax, grad_factor, axis,
+                                                         group_size);
 }
 
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  m.impl("fake_quantize", &fake_quantize_autograd);
-  m.impl("mask_gradient", &mask_gradient_autograd);
-  m.impl("fake_quantize_learned", &fake_quantize_learned_autograd);
-  for (const char* name : {"fake_quantize_mask", "in_range", "positive", "fake_quantize_learned_backward", "minmax"})
-    m.impl(name, torch::CppFunction::makeFallthrough());
+  ops::fake_quantize::implement(m, &fake_quantize_autograd);
+  ops::mask_gradient::implement(m, &mask_gradient_autograd);
+  ops::fake_quantize_learned::implement(m, &fake_quantize_learned_autograd);
 }
 
 }  // namespace

@@ -1,79 +1,24 @@
 // Gradients of the linears: to the input (straight through the quantizer, so that adapters below a quantized layer
 // train) and to a float bias; the integer weight has none. Only what autograd asks for is computed.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "autograd/activations.h"
 #include "common/checks.h"
 #include "common/arithmetic.h"
 #include "formats/int8_rows.h"
 #include "formats/int8_tiles.h"
+#include "autograd/function.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-
-at::Tensor dynamic_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
-                         const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
-                         bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype,
-                         int64_t activation_bits) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torchquant::linear_dynamic", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptTensor&, const OptTensor&,
-                            int64_t, bool, std::string_view, std::optional<at::ScalarType>, int64_t)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                 output_dtype, activation_bits);
-}
-
-at::Tensor static_below(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
-                        const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
-                        const OptTensor& bias, int64_t out_features, std::string_view activation,
-                        at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
-                        int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torchquant::linear_static", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptTensor&, const at::Tensor&,
-                            const at::Tensor&, const OptTensor&, const OptTensor&, int64_t, std::string_view,
-                            at::ScalarType, const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias, out_features,
-                 activation, output_dtype, output_scale, output_zero_point, output_qmin, output_qmax, input_qmin,
-                 input_qmax);
-}
-
-at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
-                                   const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
-                                   bool symmetric, std::string_view activation,
-                                   std::optional<at::ScalarType> output_dtype, int64_t activation_bits);
-at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& input_scale,
-                                  const OptTensor& input_zero_point, const at::Tensor& packed,
-                                  const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
-                                  const OptTensor& bias, int64_t out_features, std::string_view activation,
-                                  at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
-                                  int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax);
-
 // The weight as the float values it stands for, fp32 [N, K].
 at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
                         int64_t n, const c10::SymInt& k) {
-  static auto unpack = c10::Dispatcher::singleton()
-                           .findSchemaOrThrow("torchquant::unpack_weight", "")
-                           .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt)>();
-  at::Tensor w = unpack.call(packed, n, k).to(at::kFloat);
+  at::Tensor w = ops::unpack_weight::call_symbolic(packed, n, k).to(at::kFloat);
   if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).reshape({-1, 1});
   return w * weight_scale.reshape({-1, 1});
 }
-
-OptTensor optional_of(const Variable& v) { return v.defined() ? OptTensor(v) : std::nullopt; }
-
-bool present(const OptTensor& t) { return t && t->defined(); }
 
 // Autograd numbers the tensor arguments that are there, so the bias's number depends on the optional ones before it.
 bool bias_wants_gradient(AutogradContext* ctx) {
@@ -85,7 +30,7 @@ at::Tensor bias_gradient(const at::Tensor& grad) {  // summed over all but the l
   return grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0);
 }
 
-struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
+struct LinearDynamic {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& packed,
                           const Variable& weight_scale, const OptTensor& weight_zero_point, const OptTensor& bias,
                           int64_t out_features, bool symmetric, std::string_view activation,
@@ -101,8 +46,8 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
     ctx->saved_data["bias_edge"] = int64_t{present(bias) ? 3 + present(weight_zero_point) : -1};
-    return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                         output_dtype, activation_bits);
+    return ops::linear_dynamic::call_below_autograd(input, packed, weight_scale, weight_zero_point, bias, out_features,
+                                                    symmetric, activation, output_dtype, activation_bits);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -111,9 +56,9 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {  // through autograd, for gradients of this gradient (create_graph=True)
-      const at::Tensor pre = linear_dynamic_autograd(saved[0], saved[1], saved[2], optional_of(saved[3]),
-                                                     optional_of(saved[4]), n, ctx->saved_data["symmetric"].toBool(),
-                                                     "none", at::kFloat, ctx->saved_data["activation_bits"].toInt());
+      const at::Tensor pre = ops::linear_dynamic::call(saved[0], saved[1], saved[2], optional_of(saved[3]),
+                                                       optional_of(saved[4]), n, ctx->saved_data["symmetric"].toBool(),
+                                                       "none", at::kFloat, ctx->saved_data["activation_bits"].toInt());
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
@@ -129,7 +74,7 @@ struct LinearDynamic : public torch::autograd::Function<LinearDynamic> {
   }
 };
 
-struct LinearStatic : public torch::autograd::Function<LinearStatic> {
+struct LinearStatic {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& input_scale,
                           const OptTensor& input_zero_point, const Variable& packed, const Variable& weight_scale,
                           const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
@@ -143,8 +88,9 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
         int64_t{present(bias) ? 4 + present(input_zero_point) + present(weight_zero_point) : -1};
     ctx->saved_data["input_qmin"] = input_qmin;
     ctx->saved_data["input_qmax"] = input_qmax;
-    return static_below(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
-                        out_features, activation, output_dtype, std::nullopt, 0, -128, 127, input_qmin, input_qmax);
+    return ops::linear_static::call_below_autograd(input, input_scale, input_zero_point, packed, weight_scale,
+                                                   weight_zero_point, bias, out_features, activation, output_dtype,
+                                                   std::nullopt, 0, -128, 127, input_qmin, input_qmax);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -157,8 +103,8 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {
       const at::Tensor pre =
-          linear_static_autograd(input, scale, zero, saved[3], saved[4], weight_zero, optional_of(saved[6]), n, "none",
-                                 at::kFloat, std::nullopt, 0, -128, 127, qmin, qmax);
+          ops::linear_static::call(input, scale, zero, saved[3], saved[4], weight_zero, optional_of(saved[6]), n,
+                                   "none", at::kFloat, std::nullopt, 0, -128, 127, qmin, qmax);
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
@@ -177,21 +123,15 @@ struct LinearStatic : public torch::autograd::Function<LinearStatic> {
   }
 };
 
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool wants_gradient(const at::Tensor& input, const OptTensor& bias) {
-  const auto follows = [](const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); };
-  return at::GradMode::is_enabled() && (follows(input) || (bias && bias->defined() && follows(*bias)));
-}
-
 at::Tensor linear_dynamic_autograd(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                                    const OptTensor& weight_zero_point, const OptTensor& bias, int64_t out_features,
                                    bool symmetric, std::string_view activation,
                                    std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
-  if (!wants_gradient(input, bias))
-    return dynamic_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                         output_dtype, activation_bits);
-  return LinearDynamic::apply(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activation,
-                              output_dtype, activation_bits);
+  if (!follows(ops::linear_dynamic::name, input, bias))
+    return ops::linear_dynamic::call_below_autograd(input, packed, weight_scale, weight_zero_point, bias, out_features,
+                                                    symmetric, activation, output_dtype, activation_bits);
+  return Differentiable<LinearDynamic>::apply(input, packed, weight_scale, weight_zero_point, bias, out_features,
+                                              symmetric, activation, output_dtype, activation_bits);
 }
 
 at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& input_scale,
@@ -201,27 +141,13 @@ at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& inp
                                   at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
                                   int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
   const bool integer_output = output_scale && output_scale->defined();
-  if (!wants_gradient(input, bias) || integer_output)
-    return static_below(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
-                        out_features, activation, output_dtype, output_scale, output_zero_point, output_qmin,
-                        output_qmax, input_qmin, input_qmax);
-  return LinearStatic::apply(input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias,
-                             out_features, activation, output_dtype, input_qmin, input_qmax);
-}
-
-std::vector<at::Tensor> split_below(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
-                                    const OptTensor& weight_zero_point, const OptTensor& bias,
-                                    at::IntArrayRef out_features, bool symmetric,
-                                    const c10::List<std::string>& activations,
-                                    std::optional<at::ScalarType> output_dtype) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::linear_dynamic_split", "")
-                       .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                      const OptTensor&, const OptTensor&, at::IntArrayRef, bool,
-                                                      const c10::List<std::string>&, std::optional<at::ScalarType>)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
-                 output_dtype);
+  if (integer_output || !follows(ops::linear_static::name, input, bias))
+    return ops::linear_static::call_below_autograd(
+        input, input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias, out_features, activation,
+        output_dtype, output_scale, output_zero_point, output_qmin, output_qmax, input_qmin, input_qmax);
+  return Differentiable<LinearStatic>::apply(input, input_scale, input_zero_point, packed, weight_scale,
+                                             weight_zero_point, bias, out_features, activation, output_dtype,
+                                             input_qmin, input_qmax);
 }
 
 // With gradients it is what it stands for: the layers one by one.
@@ -231,9 +157,9 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
                                                       at::IntArrayRef out_features, bool symmetric,
                                                       const c10::List<std::string>& activations,
                                                       std::optional<at::ScalarType> output_dtype) {
-  if (!wants_gradient(input, bias))
-    return split_below(input, packed, weight_scale, weight_zero_point, bias, out_features, symmetric, activations,
-                       output_dtype);
+  if (!follows(ops::linear_dynamic_split::name, input, bias))
+    return ops::linear_dynamic_split::call_below_autograd(input, packed, weight_scale, weight_zero_point, bias,
+                                                          out_features, symmetric, activations, output_dtype);
   const char* op = "linear_dynamic_split";
   check_members(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   // The layout (csrc/formats/int8_tiles.h, csrc/formats/int8_rows.h) shows in the second dimension.
@@ -247,9 +173,9 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
     const int64_t n = out_features[i], rows = height(n);
     const auto part = [&](const OptTensor& t) { return present(t) ? OptTensor(t->narrow(0, first, n)) : std::nullopt; };
     const std::string activation = activations.empty() ? "none" : activations.get(i);
-    outputs.push_back(linear_dynamic_autograd(input, packed.narrow(0, row, rows), weight_scale.narrow(0, first, n),
-                                              part(weight_zero_point), part(bias), n, symmetric, activation,
-                                              output_dtype, 8));
+    outputs.push_back(ops::linear_dynamic::call(input, packed.narrow(0, row, rows), weight_scale.narrow(0, first, n),
+                                                part(weight_zero_point), part(bias), n, symmetric, activation,
+                                                output_dtype, 8));
     first += n;
     row += rows;
   }
@@ -257,9 +183,9 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
 }
 
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  m.impl("linear_dynamic_split", &linear_dynamic_split_autograd);
-  m.impl("linear_dynamic", &linear_dynamic_autograd);
-  m.impl("linear_static", &linear_static_autograd);
+  ops::linear_dynamic_split::implement(m, &linear_dynamic_split_autograd);
+  ops::linear_dynamic::implement(m, &linear_dynamic_autograd);
+  ops::linear_static::implement(m, &linear_static_autograd);
 }
 
 }  // namespace

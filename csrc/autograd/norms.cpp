@@ -1,48 +1,18 @@
 // Gradients of rms_norm and layer_norm, in fp32: LayerNorm's by ATen's own backward, RMSNorm's by its formula, written in
 // operators that have gradients themselves.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <optional>
 
+#include "autograd/function.h"
+#include "operators.h"
+
 namespace torchquant {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using OptTensor = std::optional<at::Tensor>;
-
-bool present(const OptTensor& t) { return t && t->defined(); }
-
-// A forward-mode tangent counts: the function then raises torch's own error instead of dropping the tangent.
-bool follows(const OptTensor& t) {
-  return at::GradMode::is_enabled() && present(t) && (t->requires_grad() || t->_fw_grad(/*level=*/0).defined());
-}
 
 at::Tensor to_float(const at::Tensor& t) { return t.defined() ? t.to(at::kFloat) : t; }
 
 Variable to_type_of(const at::Tensor& grad, const at::Tensor& t) {
   return grad.defined() && t.defined() ? grad.to(t.scalar_type()) : Variable();
-}
-
-at::Tensor rms_norm_below(const at::Tensor& input, const OptTensor& weight, double eps, bool cast_before_weight) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("torchquant::rms_norm", "")
-                       .typed<at::Tensor(const at::Tensor&, const OptTensor&, double, bool)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, weight, eps, cast_before_weight);
-}
-
-at::Tensor layer_norm_below(const at::Tensor& input, const OptTensor& weight, const OptTensor& bias, double eps,
-                            const OptTensor& residual) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torchquant::layer_norm", "")
-          .typed<at::Tensor(const at::Tensor&, const OptTensor&, const OptTensor&, double, const OptTensor&)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, weight, bias, eps, residual);
 }
 
 // Autograd numbers the tensor arguments that are there.
@@ -56,13 +26,13 @@ bool wanted(AutogradContext* ctx, const char* edge) {
   return number >= 0 && ctx->needs_input_grad(static_cast<size_t>(number));
 }
 
-struct RmsNorm : public torch::autograd::Function<RmsNorm> {
+struct RmsNorm {
   static Variable forward(AutogradContext* ctx, const Variable& input, const OptTensor& weight, double eps,
                           bool cast_before_weight) {
     ctx->save_for_backward({input, weight.value_or(Variable())});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["weight"] = int64_t{present(weight) ? 1 : -1};
-    return rms_norm_below(input, weight, eps, cast_before_weight);
+    return ops::rms_norm::call_below_autograd(input, weight, eps, cast_before_weight);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -83,7 +53,7 @@ struct RmsNorm : public torch::autograd::Function<RmsNorm> {
   }
 };
 
-struct LayerNorm : public torch::autograd::Function<LayerNorm> {
+struct LayerNorm {
   static Variable forward(AutogradContext* ctx, const Variable& input, const OptTensor& weight, const OptTensor& bias,
                           double eps, const OptTensor& residual) {
     ctx->save_for_backward(
@@ -94,7 +64,7 @@ struct LayerNorm : public torch::autograd::Function<LayerNorm> {
     ctx->saved_data["weight"] = edge(weight);
     ctx->saved_data["bias"] = edge(bias);
     ctx->saved_data["residual"] = edge(residual);
-    return layer_norm_below(input, weight, bias, eps, residual);
+    return ops::layer_norm::call_below_autograd(input, weight, bias, eps, residual);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -116,20 +86,21 @@ struct LayerNorm : public torch::autograd::Function<LayerNorm> {
 };
 
 at::Tensor rms_norm_autograd(const at::Tensor& input, const OptTensor& weight, double eps, bool cast_before_weight) {
-  if (follows(input) || follows(weight)) return RmsNorm::apply(input, weight, eps, cast_before_weight);
-  return rms_norm_below(input, weight, eps, cast_before_weight);
+  if (follows(ops::rms_norm::name, input, weight))
+    return Differentiable<RmsNorm>::apply(input, weight, eps, cast_before_weight);
+  return ops::rms_norm::call_below_autograd(input, weight, eps, cast_before_weight);
 }
 
 at::Tensor layer_norm_autograd(const at::Tensor& input, const OptTensor& weight, const OptTensor& bias, double eps,
                                const OptTensor& residual) {
-  if (follows(input) || follows(weight) || follows(bias) || follows(residual))
-    return LayerNorm::apply(input, weight, bias, eps, residual);
-  return layer_norm_below(input, weight, bias, eps, residual);
+  if (follows(ops::layer_norm::name, input, weight, bias, residual))
+    return Differentiable<LayerNorm>::apply(input, weight, bias, eps, residual);
+  return ops::layer_norm::call_below_autograd(input, weight, bias, eps, residual);
 }
 
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  m.impl("rms_norm", &rms_norm_autograd);
-  m.impl("layer_norm", &layer_norm_autograd);
+  ops::rms_norm::implement(m, &rms_norm_autograd);
+  ops::layer_norm::implement(m, &layer_norm_autograd);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include "bench/call_cost.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <chrono>
@@ -8,10 +8,11 @@
 #include <limits>
 #include <vector>
 
-#include "bench/peak.h"
+#include "isa.h"
 #include "cpu/output.h"
 #include "kernels/kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "formats/int8_panel.h"
+#include "operators.h"
 
 namespace torchquant::bench {
 namespace {
@@ -83,27 +84,13 @@ double part_seconds(const std::string& part, const at::Tensor& input, const at::
   if (part == "allocation")
     return least_seconds([&] { return empty_output({input.size(0), out_features}, input.options()); }, seconds);
   TORCH_CHECK_VALUE(part == "operator", "part_seconds: part must be kernel, allocation or operator, got ", part);
-  const auto op = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow("torchquant::linear_dynamic", "")
-                      .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                        const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t,
-                                        bool, std::string_view, std::optional<at::ScalarType>, int64_t)>();
   const std::optional<at::Tensor> with_bias = bias;
   return least_seconds(
       [&] {
-        return op.call(input, packed, weight_scale, std::nullopt, with_bias, out_features, true, "none", std::nullopt,
-                       8);
+        return ops::linear_dynamic::call(input, packed, weight_scale, std::nullopt, with_bias, out_features, true,
+                                         "none", std::nullopt, 8);
       },
       seconds);
-}
-
-void bind(pybind11::module_& m) {
-  using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("peak_names", &peak_names);
-  m.def("measure_peak", &measure_peak, Released());
-  m.def("measure_bandwidth", &measure_bandwidth, Released());
-  m.def("naive_product_seconds", &naive_product_seconds, Released());
-  m.def("part_seconds", &part_seconds, Released());
 }
 
 }  // namespace torchquant::bench

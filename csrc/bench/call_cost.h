@@ -1,7 +1,9 @@
 // What the parts of a call cost, for the benchmark that breaks a module's call down.
 #pragma once
 
-#include <torch/extension.h>
+#include <ATen/core/Tensor.h>
+
+#include <string>
 
 namespace torchquant::bench {
 
@@ -12,7 +14,5 @@ namespace torchquant::bench {
 //   "operator"    the whole operator through the dispatcher, as autograd's and inference mode's state ask for
 double part_seconds(const std::string& part, const at::Tensor& input, const at::Tensor& packed,
                     const at::Tensor& weight_scale, const at::Tensor& bias, int64_t out_features, double seconds);
-
-void bind(pybind11::module_& m);  // everything in this folder, as functions of torchquant._C
 
 }  // namespace torchquant::bench

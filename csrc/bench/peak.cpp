@@ -117,7 +117,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Four products of two by two tiles, as the kernel runs them. Asking isa_supported() has got us the tile registers.
+// Four products of two by two tiles, as the kernel runs them. Asking is_usable() has got us the tile registers.
 double amx_int8(int64_t count) {
   const double operations = 4.0 * 16 * 16 * 64 * 2 * static_cast<double>(count);
   TileConfig config;
@@ -143,17 +143,14 @@ double amx_int8(int64_t count) {
 
 struct Loop {
   const char* name;
-  Isa needs;
+  const char* needs;  // instruction set of isa.h
   double (*run)(int64_t count);
 };
 constexpr Loop kLoops[] = {
-    {"amx_int8", Isa::kAmxInt8, amx_int8},
-    {"avx512_vnni", Isa::kAvx512Vnni, avx512_vnni},
-    {"avx_vnni", Isa::kAvxVnni, avx_vnni},
-    {"avx2", Isa::kAvx2, avx2},
-    {"avx2_saturating", Isa::kAvx2, avx2_saturating},
-    {"fp32_fma_512", Isa::kAvx512Vnni, fp32_fma_512},
-    {"fp32_fma_256", Isa::kAvx2, fp32_fma_256},
+    {"amx_int8", "amx_int8", amx_int8},           {"avx512_vnni", "avx512_vnni", avx512_vnni},
+    {"avx_vnni", "avx_vnni", avx_vnni},           {"avx2", "avx2", avx2},
+    {"avx2_saturating", "avx2", avx2_saturating}, {"fp32_fma_512", "avx512_vnni", fp32_fma_512},
+    {"fp32_fma_256", "avx2", fp32_fma_256},
 };
 
 // Four streams a quarter of the buffer apart (they keep more lines in flight than one), or one.
@@ -258,7 +255,7 @@ std::vector<std::string> peak_names() {
   std::vector<std::string> names;
 #if defined(TQ_X86)
   for (const Loop& loop : kLoops)
-    if (isa_supported(loop.needs)) names.emplace_back(loop.name);
+    if (is_usable(loop.needs)) names.emplace_back(loop.name);
 #endif
   return names;
 }
@@ -266,7 +263,7 @@ std::vector<std::string> peak_names() {
 double measure_peak(const std::string& name, int threads, double seconds) {
 #if defined(TQ_X86)
   for (const Loop& loop : kLoops) {
-    if (name != loop.name || !isa_supported(loop.needs)) continue;
+    if (name != loop.name || !is_usable(loop.needs)) continue;
     const int64_t count = loop.run == amx_int8 ? 1000 : 5000;  // some 20 microseconds
     return best_rate(threads, seconds, [&] { return [&, count] { return loop.run(count); }; });
   }
@@ -276,7 +273,7 @@ double measure_peak(const std::string& name, int threads, double seconds) {
 
 double measure_bandwidth(int64_t bytes, int threads, double seconds) {
 #if defined(TQ_X86)
-  if (!isa_supported(Isa::kAvx2)) return 0;
+  if (!is_usable("avx2")) return 0;
   const int64_t share = std::max<int64_t>(bytes / threads, 512);
   const int64_t repeats = std::max<int64_t>(1, (int64_t{1} << 19) / share);  // the clock costs what 8 KiB do
   const auto rate = [&](void (*read)(const char*, int64_t)) {

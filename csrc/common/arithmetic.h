@@ -8,8 +8,6 @@
 
 namespace torchquant {
 
-inline constexpr double kLeastScale = 0x1p-126;
-
 inline at::Tensor constant_like(const at::Tensor& like, double value) {  // fp32, without dimensions, on like's device
   return at::full({}, value, like.options().dtype(at::kFloat));
 }

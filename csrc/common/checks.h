@@ -13,6 +13,7 @@
 
 namespace torchquant {
 
+inline constexpr float kLeastScale = 0x1p-126f;    // the least normal number
 constexpr int64_t kMaxSplitN = int64_t{1} << 40;   // a member's outputs: their sum cannot overflow
 constexpr int64_t kMaxN = (int64_t{1} << 31) - 1;  // the tiles keep N in 32 bits (int8_tiles.h)
 
@@ -111,9 +112,9 @@ inline void check_signed_range(const char* op, int64_t qmin, int64_t qmax, bool 
                     " with symmetric=True and no scale, got ", qmin, "; pass symmetric=False for a range like this");
 }
 
-// NaN passes: what is computed with it becomes NaN and stays visible.
+// NaN passes: results computed with it are NaN and stay visible.
 inline void check_scale(const char* op, const char* name, float scale) {
-  TORCH_CHECK_VALUE(!(scale < 0x1p-126f || scale > 0x1.fffffep127f), op, ": ", name,
+  TORCH_CHECK_VALUE(!(scale < kLeastScale || scale > 0x1.fffffep127f), op, ": ", name,
                     " must be finite and at least 2^-126, got ", scale);
 }
 
@@ -130,8 +131,7 @@ inline void check_weight(const char* op, const at::Tensor& weight) {
 
 // quantize_pack's arguments.
 inline void check_float_weight(const char* op, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
-                               const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax,
-                               bool symmetric) {
+                               int64_t qmin, int64_t qmax, bool symmetric) {
   check_float(op, "weight", weight);
   check_signed_range(op, qmin, qmax, symmetric && !(scale && scale->defined()));
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must have shape [out_features, in_features], got ",
@@ -139,8 +139,6 @@ inline void check_float_weight(const char* op, const at::Tensor& weight, const s
   const int64_t n = weight.size(0), k = weight.size(1);
   TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= kMaxK, op, ": weight must have at least one output and between 1 and ",
                     kMaxK, " inputs, got ", describe(weight));
-  TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
-                    ": zero_point must be None (a weight's given scales have none), got one");
   if (scale && scale->defined()) check_channels(op, "scale", *scale, at::kFloat, n, true);
 }
 

@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
-#include "cpu/gemm_driver.h"
+#include "cpu/core_call.h"
 #include "cpu/output.h"
-#include "cpu/rows.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
@@ -17,26 +17,10 @@ std::vector<int64_t> output_sizes(const at::Tensor& input, int64_t out_features)
   return sizes;
 }
 
-// The tensor itself where its rows lie a fixed distance apart, else a copy.
-at::Tensor as_rows(const at::Tensor& input) {
-  return input.is_contiguous() || row_stride(input) ? input : input.contiguous();
-}
-int64_t distance(const at::Tensor& rows) { return row_stride(rows).value_or(rows.size(-1)); }  // none: no rows at all
-
-OutType out_type_from(at::ScalarType type) {
-  switch (type) {
-    case at::kBFloat16: return OutType::kBF16;
-    case at::kHalf: return OutType::kF16;
-    case at::kChar: return OutType::kI8;
-    case at::kByte: return OutType::kU8;
-    default: return OutType::kF32;
-  }
-}
-
-// What is the same for every kind of input: the weight's side of the call. Tensors that had to be converted live in
-// `keep` until the call is over.
+// What is the same for every kind of input: the weight and the output. `keep` holds tensors that had to be converted
+// until the call is over.
 struct WeightSide {
-  GemmArgs args{};
+  tq_linear_part part{};
   std::vector<at::Tensor> keep;
 };
 
@@ -52,50 +36,38 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
   check_packed(op, packed, n, k);
   check_channels(op, "weight_scale", weight_scale, at::kFloat, n, true);
   WeightSide side;
-  side.keep.reserve(3);
-  side.args.k = k;
-  side.args.n = n;
-  side.args.packed = packed.const_data_ptr<int8_t>();
-  side.args.weight_scale = contiguous_in(side, weight_scale, n).const_data_ptr<float>();
+  side.part.n = n;
+  side.part.packed = packed.const_data_ptr<int8_t>();
+  side.part.weight_scale = contiguous_in(side, weight_scale, n).const_data_ptr<float>();
   if (weight_zero_point && weight_zero_point->defined()) {
     check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, n, true);
-    side.args.weight_zero = contiguous_in(side, *weight_zero_point, n).const_data_ptr<int32_t>();
-    check_zero_points(op, "weight_zero_point", side.args.weight_zero, n, -128, 127);
+    side.part.weight_zero_point = contiguous_in(side, *weight_zero_point, n).const_data_ptr<int32_t>();
+    check_zero_points(op, "weight_zero_point", side.part.weight_zero_point, n, -128, 127);
   }
   if (bias && bias->defined()) {
     const bool integer = check_bias(op, *bias, integer_bias_allowed, n);
     const at::Tensor& b = contiguous_in(side, *bias, n);
-    if (integer) side.args.bias_i32 = b.const_data_ptr<int32_t>();
-    else side.args.bias = b.const_data_ptr<float>();
+    if (integer) side.part.integer_bias = b.const_data_ptr<int32_t>();
+    else side.part.bias = b.const_data_ptr<float>();
   }
-  side.args.activation = activation_from(op, activation);
+  side.part.activation = activation_of(op, activation);
   return side;
 }
 
-QuantizeRowsArgs float_rows(const at::Tensor& rows, int64_t k, RowMode mode, int64_t bits = 8) {
-  QuantizeRowsArgs q{};
-  q.x = rows.const_data_ptr();
-  q.x_type = float_type(rows.scalar_type());
-  q.x_stride = distance(rows);
-  q.k = k;
-  q.mode = mode;
-  q.qmax = (1 << (bits - 1)) - 1;
-  q.qmin = -q.qmax - 1;
-  return q;
+void set_output(tq_linear_part& part, const at::Tensor& out) {
+  part.out_type = type_of(out);
+  part.out = out.mutable_data_ptr();
+  part.out_stride = part.n;
 }
 
-// Rows [m0, m1) of the input into panel rows from m0 - first on.
-void quantize_into(QuantizeRowsArgs q, const KernelTable& table, const Panel& panel, int64_t m0, int64_t m1,
-                   int64_t first) {
-  const int64_t element = q.x_type == FloatType::kF32 ? 4 : 2;
-  q.x = static_cast<const char*>(q.x) + first * q.x_stride * element;
-  q.offset = table.panel_offset;
-  q.q = panel.q;
-  q.panel_rows = panel.block_rows;
-  q.row_scale = panel.row_scale;
-  q.row_zero = panel.row_zero;
-  q.row_term = panel.row_term;
-  table.quantize_rows(q, m0 - first, m1 - first);
+// Float rows with a scale of their own.
+tq_linear_input dynamic_input(const at::Tensor& rows, int64_t k, bool symmetric, int64_t bits = 8) {
+  tq_linear_input in{};
+  in.rows = rows_of(rows, k);
+  in.quantization.mode = symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC;
+  in.quantization.qmax = (1 << (bits - 1)) - 1;
+  in.quantization.qmin = -in.quantization.qmax - 1;
+  return in;
 }
 
 at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
@@ -111,20 +83,10 @@ at::Tensor linear_dynamic(const at::Tensor& input, const at::Tensor& packed, con
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
   check_float_type(op, "output_dtype", out_dtype);
   const at::Tensor rows = as_rows(input);
-  const int64_t m = rows.numel() / k;
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(out_dtype));
-  if (m == 0) return out;
-  side.args.out_type = out_type_from(out_dtype);
-  side.args.c = out.mutable_data_ptr();
-  side.args.ldc = n;
-  side.args.same_row_zero = symmetric;
-  const KernelTable& table = kernels();
-  const QuantizeRowsArgs q =
-      float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric, activation_bits);
-  run_linear(table, side.args, m, out.element_size(), side.args.weight_zero != nullptr,
-             [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
-               quantize_into(q, table, panel, m0, m1, first);
-             });
+  set_output(side.part, out);
+  const tq_linear_input in = dynamic_input(rows, k, symmetric, activation_bits);
+  check_status(tq_linear(&in, &side.part, 1, &kTorchThreads));
   return out;
 }
 
@@ -141,11 +103,10 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
   const at::ScalarType out_dtype = output_dtype.value_or(input.scalar_type());
   check_float_type(op, "output_dtype", out_dtype);
   const at::Tensor rows = as_rows(input);
-  const int64_t m = rows.numel() / k;
   const std::vector<std::string> names = activations.vec();
   std::vector<at::Tensor> outputs;
   std::vector<WeightSide> sides;
-  c10::SmallVector<GemmArgs, 4> parts;
+  c10::SmallVector<tq_linear_part, 4> parts;
   const auto part_of = [](const std::optional<at::Tensor>& t, int64_t first, int64_t n) -> std::optional<at::Tensor> {
     return t && t->defined() ? std::optional<at::Tensor>(t->narrow(0, first, n)) : std::nullopt;
   };
@@ -156,21 +117,13 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
                                 part_of(weight_zero_point, first, n), part_of(bias, first, n), false, n, k,
                                 activations.empty() ? std::string_view("none") : std::string_view(names[i])));
     outputs.push_back(empty_output(output_sizes(input, n), input.options().dtype(out_dtype)));
-    GemmArgs args = sides.back().args;
-    args.out_type = out_type_from(out_dtype);
-    args.c = outputs.back().mutable_data_ptr();
-    args.ldc = n;
-    args.same_row_zero = symmetric;
-    parts.push_back(args);
+    set_output(sides.back().part, outputs.back());
+    parts.push_back(sides.back().part);
     first += n;
     tile += num_tiles(n);
   }
-  if (m == 0) return outputs;
-  const KernelTable& table = kernels();
-  const QuantizeRowsArgs q = float_rows(rows, k, symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
-  run_linear(
-      table, parts, m, c10::elementSize(out_dtype), parts[0].weight_zero != nullptr,
-      [&](const Panel& panel, int64_t m0, int64_t m1, int64_t row0) { quantize_into(q, table, panel, m0, m1, row0); });
+  const tq_linear_input in = dynamic_input(rows, k, symmetric);
+  check_status(tq_linear(&in, parts.data(), static_cast<int64_t>(parts.size()), &kTorchThreads));
   return outputs;
 }
 
@@ -194,30 +147,6 @@ InputParams input_params(const char* op, const at::Tensor& input, const at::Tens
   return p;
 }
 
-void copy_into(const at::Tensor& rows, const InputParams& params, const KernelTable& table, const Panel& panel,
-               int64_t m0, int64_t m1, int64_t first) {
-  const bool is_signed = rows.scalar_type() == at::kChar;
-  const int64_t stride = distance(rows);
-  CopyRowsArgs g{};
-  g.x = static_cast<const uint8_t*>(rows.const_data_ptr()) + first * stride;
-  g.x_stride = stride;
-  g.k = rows.size(-1);
-  g.x_signed = is_signed;
-  g.shift = is_signed ? table.panel_offset : table.panel_offset - 128;
-  g.q = panel.q;
-  g.panel_rows = panel.block_rows;
-  g.row_zero = panel.row_zero;
-  g.row_term = panel.row_term;
-  const float* scale = params.scale.defined() ? params.scale.const_data_ptr<float>() : nullptr;
-  const int32_t* zero = params.zero.defined() ? params.zero.const_data_ptr<int32_t>() : nullptr;
-  const bool row_scales = scale && params.scale.numel() > 1, row_zeros = zero && params.zero.numel() > 1;
-  for (int64_t m = m0; m < m1; ++m) {
-    panel.row_scale[m - first] = scale ? scale[row_scales ? m : 0] : 1.0f;
-    panel.row_zero[m - first] = (zero ? zero[row_zeros ? m : 0] : 0) + g.shift;
-  }
-  table.copy_rows(g, m0 - first, m1 - first);
-}
-
 at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
                          const std::optional<at::Tensor>& input_zero_point, const at::Tensor& packed,
                          const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
@@ -231,22 +160,22 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
   const int64_t n = out_features, k = input.size(-1);
   WeightSide side = weight_side(op, packed, weight_scale, weight_zero_point, bias, true, n, k, activation);
   const at::Tensor rows = as_rows(input);
-  const int64_t m = rows.numel() / k;
   const InputParams params = input_params(op, input, input_scale, input_zero_point);
 
   check_linear_output(op, output_dtype, output_scale, output_zero_point, output_qmin, output_qmax);
-  side.args.out_type = out_type_from(output_dtype);
   if (output_scale && output_scale->defined()) {
-    check_scale(op, "output_scale", *output_scale->const_data_ptr<float>());
-    side.args.inv_out_scale = 1.0f / *output_scale->const_data_ptr<float>();
-    side.args.out_zero = static_cast<int32_t>(output_zero_point);
-    side.args.out_lo = static_cast<float>(output_qmin - output_zero_point);
-    side.args.out_hi = static_cast<float>(output_qmax - output_zero_point);
+    side.part.out_scale = *output_scale->const_data_ptr<float>();
+    check_scale(op, "output_scale", side.part.out_scale);
+    side.part.out_zero_point = static_cast<int32_t>(output_zero_point);
+    side.part.out_qmin = static_cast<int32_t>(output_qmin);
+    side.part.out_qmax = static_cast<int32_t>(output_qmax);
   }
 
-  QuantizeRowsArgs q{};
+  tq_linear_input in{};
+  in.rows = rows_of(rows, k);
   if (float_input) {
-    q = float_rows(rows, k, RowMode::kStatic);
+    tq_row_quantization& q = in.quantization;
+    q.mode = TQ_STATIC;
     q.scale = *params.scale.const_data_ptr<float>();
     check_scale(op, "input_scale", q.scale);
     q.zero_point = params.zero.defined() ? *params.zero.const_data_ptr<int32_t>() : 0;
@@ -256,26 +185,18 @@ at::Tensor linear_static(const at::Tensor& input, const at::Tensor& input_scale,
                       input_qmin, ", ", q.zero_point, ", ", input_qmax);
     q.qmin = static_cast<int32_t>(input_qmin);
     q.qmax = static_cast<int32_t>(input_qmax);
+  } else {
+    in.scale = params.scale.const_data_ptr<float>();
+    in.scale_per_row = params.scale.numel() > 1;
+    if (params.zero.defined()) {
+      in.zero_point = params.zero.const_data_ptr<int32_t>();
+      in.zero_point_per_row = params.zero.numel() > 1;
+    }
   }
 
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(output_dtype));
-  if (m == 0) return out;
-  side.args.c = out.mutable_data_ptr();
-  side.args.ldc = n;
-  side.args.same_row_zero = !params.zero.defined() || params.zero.numel() == 1;
-  const KernelTable& table = kernels();
-  const bool want_term = side.args.weight_zero != nullptr;
-  if (float_input) {
-    run_linear(table, side.args, m, out.element_size(), want_term,
-               [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
-                 quantize_into(q, table, panel, m0, m1, first);
-               });
-  } else {
-    run_linear(table, side.args, m, out.element_size(), want_term,
-               [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
-                 copy_into(rows, params, table, panel, m0, m1, first);
-               });
-  }
+  set_output(side.part, out);
+  check_status(tq_linear(&in, &side.part, 1, &kTorchThreads));
   return out;
 }
 
@@ -287,29 +208,42 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
   check_packed(op, packed, n, k);
   check_product_inputs(op, k);
   const at::Tensor rows = as_rows(input);
-  const int64_t m = rows.numel() / k;
   at::Tensor out = empty_output(output_sizes(input, n), input.options().dtype(at::kInt));
-  if (m == 0) return out;
-  GemmArgs args{};
-  args.k = k;
-  args.n = n;
-  args.packed = packed.const_data_ptr<int8_t>();
-  args.out_type = OutType::kI32;
-  args.c = out.mutable_data_ptr();
-  args.ldc = n;
-  args.same_row_zero = true;
-  const KernelTable& table = kernels();
-  run_linear(table, args, m, 4, false, [&](const Panel& panel, int64_t m0, int64_t m1, int64_t first) {
-    copy_into(rows, InputParams{}, table, panel, m0, m1, first);
-  });
+  tq_linear_part part{};
+  part.n = n;
+  part.packed = packed.const_data_ptr<int8_t>();
+  set_output(part, out);
+  tq_linear_input in{};
+  in.rows = rows_of(rows, k);
+  check_status(tq_linear(&in, &part, 1, &kTorchThreads));
   return out;
 }
 
+// The canonical int8 [N, K] <-> the layout that the kernels read (csrc/formats/int8_tiles.h).
+at::Tensor pack_weight(const at::Tensor& weight) {
+  check_weight("pack_weight", weight);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  at::Tensor packed = at::empty({tq_tiles(n), tq_tile_bytes(k)}, weight.options());
+  check_status(tq_pack_weight(weight.const_data_ptr<int8_t>(), weight.stride(0), weight.stride(1), n, k,
+                              packed.mutable_data_ptr<int8_t>(), &kTorchThreads));
+  return packed;
+}
+
+at::Tensor unpack_weight(const at::Tensor& packed, int64_t out_features, int64_t in_features) {
+  check_packed("unpack_weight", packed, out_features, in_features);
+  at::Tensor weight = at::empty({out_features, in_features}, packed.options());
+  check_status(tq_unpack_weight(packed.const_data_ptr<int8_t>(), out_features, in_features,
+                                weight.mutable_data_ptr<int8_t>(), &kTorchThreads));
+  return weight;
+}
+
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("int8_mm", &int8_mm);
-  m.impl("linear_dynamic", &linear_dynamic);
-  m.impl("linear_dynamic_split", &linear_dynamic_split);
-  m.impl("linear_static", &linear_static);
+  ops::pack_weight::implement(m, &pack_weight);
+  ops::unpack_weight::implement(m, &unpack_weight);
+  ops::int8_mm::implement(m, &int8_mm);
+  ops::linear_dynamic::implement(m, &linear_dynamic);
+  ops::linear_dynamic_split::implement(m, &linear_dynamic_split);
+  ops::linear_static::implement(m, &linear_static);
 }
 
 }  // namespace

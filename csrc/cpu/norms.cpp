@@ -1,72 +1,62 @@
-// rms_norm, layer_norm: over the last dimension, one visit per row while it lies in the nearest cache.
-#include <ATen/Parallel.h>
+// rms_norm, layer_norm: over the last dimension.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "common/checks.h"
+#include "common/tensors.h"
+#include "cpu/core_call.h"
 #include "cpu/output.h"
-#include "cpu/rows.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kGrain = 1 << 13;  // elements a thread should have at least
-using OptTensor = std::optional<at::Tensor>;
-
 at::Tensor contiguous_or_none(const OptTensor& t) { return t && t->defined() ? t->contiguous() : at::Tensor(); }
 
-at::Tensor norm(const char* op, NormArgs args, const at::Tensor& input, const OptTensor& weight, const OptTensor& bias,
-                double eps, const OptTensor& residual) {
+at::Tensor norm(const char* op, tq_norm_call call, const at::Tensor& input, const OptTensor& weight,
+                const OptTensor& bias, double eps, const OptTensor& residual) {
   check_norm(op, input, weight, bias, eps, residual);
-  const at::Tensor w = contiguous_or_none(weight), b = contiguous_or_none(bias);
-  const auto x_stride = row_stride(input);
-  const at::Tensor x = x_stride ? input : input.contiguous();
+  const at::Tensor w = contiguous_or_none(weight), b = contiguous_or_none(bias), x = as_rows(input);
+  const int64_t k = x.size(-1);
   at::Tensor r;
   if (residual && residual->defined()) {
-    r = row_stride(*residual) ? *residual : residual->contiguous();
-    args.residual = r.const_data_ptr();
-    args.residual_stride = row_stride(r).value_or(r.size(-1));
+    r = as_rows(*residual);
+    call.residual = r.const_data_ptr();
+    call.residual_stride = row_stride(r).value_or(k);
   }
   at::Tensor out = empty_output(input.sizes(), input.options());
   if (out.numel() == 0) return out;
-  args.x = x.const_data_ptr();
-  args.k = x.size(-1);
-  args.x_stride = x_stride.value_or(args.k);
-  args.type = float_type(x.scalar_type());
+  call.rows = rows_of(x, k);
   if (w.defined()) {
-    args.weight = w.const_data_ptr();
-    args.weight_type = float_type(w.scalar_type());
+    call.weight = w.const_data_ptr();
+    call.weight_type = type_of(w);
   }
   if (b.defined()) {
-    args.bias = b.const_data_ptr();
-    args.bias_type = float_type(b.scalar_type());
+    call.bias = b.const_data_ptr();
+    call.bias_type = type_of(b);
   }
-  args.out = out.mutable_data_ptr();
-  args.eps = static_cast<float>(eps);
-  const KernelTable& table = kernels();
-  at::parallel_for(0, out.numel() / args.k, std::max<int64_t>(1, kGrain / args.k),
-                   [&](int64_t m0, int64_t m1) { table.normalize_rows(args, m0, m1); });
+  call.out = out.mutable_data_ptr();
+  call.eps = static_cast<float>(eps);
+  check_status(tq_normalize(&call, &kTorchThreads));
   return out;
 }
 
 at::Tensor rms_norm(const at::Tensor& input, const OptTensor& weight, double eps, bool cast_before_weight) {
-  NormArgs args{};
-  args.cast_before_weight = cast_before_weight;
-  return norm("rms_norm", args, input, weight, std::nullopt, eps, std::nullopt);
+  tq_norm_call call{};
+  call.cast_before_weight = cast_before_weight;
+  return norm("rms_norm", call, input, weight, std::nullopt, eps, std::nullopt);
 }
 
 at::Tensor layer_norm(const at::Tensor& input, const OptTensor& weight, const OptTensor& bias, double eps,
                       const OptTensor& residual) {
-  NormArgs args{};
-  args.centered = true;
-  return norm("layer_norm", args, input, weight, bias, eps, residual);
+  tq_norm_call call{};
+  call.centered = true;
+  return norm("layer_norm", call, input, weight, bias, eps, residual);
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("layer_norm", &layer_norm);
+  ops::rms_norm::implement(m, &rms_norm);
+  ops::layer_norm::implement(m, &layer_norm);
 }
 
 }  // namespace

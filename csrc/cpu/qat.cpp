@@ -1,5 +1,4 @@
 // quantize_rows, quantize_pack, and qat_linear where no gradient is asked for.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -11,18 +10,16 @@
 #include <tuple>
 #include <vector>
 
-#include "autograd/qat.h"
 #include "common/checks.h"
+#include "common/qat_linear.h"
+#include "cpu/core_call.h"
 #include "cpu/output.h"
-#include "cpu/rows.h"
-#include "cpu/workspace.h"
+#include "operators.h"
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kGrain = 16384;         // elements a thread should have at least
 constexpr int64_t kBlockBytes = 4 << 20;  // of a weight's rows in scratch memory
-constexpr float kLeastScale = 0x1p-126f;
 
 // Every row its own copy of the zero point, checked against the range.
 int32_t one_zero_point(const char* op, const std::optional<at::Tensor>& zero_point, int64_t qmin, int64_t qmax) {
@@ -43,50 +40,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& i
   check_dim(op, "input", input, 1);
   const bool fixed = scale && scale->defined();
   check_signed_range(op, qmin, qmax, symmetric && !fixed);
-  QuantizeRowsArgs g{};
-  g.mode = fixed ? RowMode::kStatic : (symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
-  g.qmin = static_cast<int32_t>(qmin);
-  g.qmax = static_cast<int32_t>(qmax);
+  tq_row_quantization how{};
+  how.mode = fixed ? TQ_STATIC : (symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC);
+  how.qmin = static_cast<int32_t>(qmin);
+  how.qmax = static_cast<int32_t>(qmax);
   if (fixed) {
     check_dtype(op, "scale", *scale, at::kFloat);
     TORCH_CHECK_VALUE(scale->numel() == 1, op, ": scale must hold one value, got ", describe(*scale));
-    g.scale = *scale->const_data_ptr<float>();
-    if (g.scale < kLeastScale) g.scale = kLeastScale;  // a learned one may get there between two steps
-    g.zero_point = one_zero_point(op, zero_point, qmin, qmax);
+    how.scale = *scale->const_data_ptr<float>();
+    if (how.scale < kLeastScale) how.scale = kLeastScale;  // a learned scale may be less between two steps
+    how.zero_point = one_zero_point(op, zero_point, qmin, qmax);
   } else {
     TORCH_CHECK_VALUE(!zero_point || !zero_point->defined(), op,
                       ": zero_point must be None without scale (each row finds its own), got one");
   }
-  const at::Tensor x = input.is_contiguous() || row_stride(input) ? input : input.contiguous();
-  const int64_t k = x.size(-1), rows = k ? x.numel() / k : 0;
+  const at::Tensor x = as_rows(input);
   std::vector<int64_t> token_sizes(x.sizes().begin(), x.sizes().end());
   token_sizes.back() = 1;
   at::Tensor q = empty_output(x.sizes(), x.options().dtype(at::kChar));
   at::Tensor row_scale = at::empty(token_sizes, x.options().dtype(at::kFloat));
   at::Tensor row_zero = at::empty(token_sizes, x.options().dtype(at::kInt));
-  if (k == 0) {  // rows without elements: the range is zero
-    row_scale.fill_(fixed ? g.scale : 1.0f);
-    row_zero.fill_(g.zero_point);
-    return {q, row_scale, row_zero};
-  }
-  g.x = x.const_data_ptr();
-  g.x_type = float_type(x.scalar_type());
-  g.x_stride = row_stride(x).value_or(k);
-  g.k = k;
-  g.q = static_cast<uint8_t*>(q.mutable_data_ptr());
-  g.row_scale = row_scale.mutable_data_ptr<float>();
-  g.row_zero = row_zero.mutable_data_ptr<int32_t>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / k),
-                   [&](int64_t m0, int64_t m1) { kernels().quantize_rows(g, m0, m1); });
+  tq_rows rows = rows_of(x, x.size(-1));
+  rows.m = row_scale.numel();  // also where the rows have no elements
+  check_status(tq_quantize_rows(&rows, &how, q.mutable_data_ptr<int8_t>(), row_scale.mutable_data_ptr<float>(),
+                                row_zero.mutable_data_ptr<int32_t>(), &kTorchThreads));
   return {q, row_scale, row_zero};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& weight,
-                                                             const std::optional<at::Tensor>& scale,
-                                                             const std::optional<at::Tensor>& zero_point, int64_t qmin,
+                                                             const std::optional<at::Tensor>& scale, int64_t qmin,
                                                              int64_t qmax, bool symmetric) {
   const char* op = "quantize_pack";
-  check_float_weight(op, weight, scale, zero_point, qmin, qmax, symmetric);
+  check_float_weight(op, weight, scale, qmin, qmax, symmetric);
   const int64_t n = weight.size(0), k = weight.size(1);
   at::Tensor row_scale, row_zero = at::empty({n}, weight.options().dtype(at::kInt));
   const bool fixed = scale && scale->defined();
@@ -96,22 +81,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
   } else {
     row_scale = at::empty({n}, weight.options().dtype(at::kFloat));
   }
-  const at::Tensor w = weight.is_contiguous() || row_stride(weight) ? weight : weight.contiguous();
-  at::Tensor packed = empty_output({num_tiles(n), tile_bytes(k)}, weight.options().dtype(at::kChar));
-  QuantizePackArgs g{};
-  g.w = w.const_data_ptr();
-  g.w_type = float_type(w.scalar_type());
-  g.w_stride = row_stride(w).value_or(k);
-  g.n = n;
-  g.k = k;
-  g.mode = fixed ? RowMode::kStatic : (symmetric ? RowMode::kSymmetric : RowMode::kAsymmetric);
-  g.qmin = static_cast<int32_t>(qmin);
-  g.qmax = static_cast<int32_t>(qmax);
-  g.packed = packed.mutable_data_ptr<int8_t>();
-  g.scale = row_scale.mutable_data_ptr<float>();
-  g.zero = row_zero.mutable_data_ptr<int32_t>();
-  at::parallel_for(0, num_tiles(n), ceil_div(kGrain, kTileN * k),
-                   [&](int64_t first, int64_t last) { kernels().quantize_pack(g, first, last); });
+  const at::Tensor w = as_rows(weight);
+  at::Tensor packed = empty_output({tq_tiles(n), tq_tile_bytes(k)}, weight.options().dtype(at::kChar));
+  const tq_rows rows = rows_of(w, k);
+  const tq_row_mode mode = fixed ? TQ_STATIC : (symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC);
+  check_status(tq_quantize_pack(&rows, mode, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax),
+                                packed.mutable_data_ptr<int8_t>(), row_scale.mutable_data_ptr<float>(),
+                                row_zero.mutable_data_ptr<int32_t>(), &kTorchThreads));
   return {packed, row_scale, row_zero};
 }
 
@@ -126,9 +102,8 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
   at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor out = empty_output({m, k}, grad.options());
   if (m == 0 || n == 0 || k == 0) return out.zero_();
-  const at::Tensor w = weight.is_contiguous() || row_stride(weight) ? weight : weight.contiguous();
-  const int64_t w_stride = row_stride(w).value_or(k);
-  const float* values = w.const_data_ptr<float>();
+  const at::Tensor w = as_rows(weight);
+  const tq_rows all = rows_of(w, k);
   const at::Tensor scales = scale.expand({n}).contiguous();
   const at::Tensor zeros = has_zero ? zero_point->expand({n}).contiguous() : at::Tensor();
   const float* s = scales.const_data_ptr<float>();
@@ -136,29 +111,15 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
   for (int64_t i = 0; i < n; ++i) check_scale(op, "scale", s[i]);
   if (z) check_zero_points(op, "zero_point", z, n, qmin, qmax);
   const int64_t height = std::min(n, std::max<int64_t>(64, kBlockBytes / (4 * k)));
-  float* scratch = reinterpret_cast<float*>(Workspace::of_this_thread().get(height * k * 4));
-  const KernelTable& table = kernels();
+  float* scratch = static_cast<float*>(tq_scratch(height * k * 4));
+  if (!scratch) throw std::bad_alloc();
   for (int64_t first = 0; first < n; first += height) {
-    const int64_t rows = std::min(height, n - first);
-    at::parallel_for(0, rows, ceil_div(kGrain, k), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t i = first + r;
-        const int64_t zero = z ? z[i] : 0;
-        const float inverse = 1.0f / s[i], none = 0.0f, lo = static_cast<float>(qmin - zero),
-                    hi = static_cast<float>(qmax - zero);
-        FakeQuantizeArgs args{};
-        args.x = values + i * w_stride;
-        args.out = scratch + r * k;
-        args.n = k;
-        args.type = FloatType::kF32;
-        args.scale = s + i;
-        args.inverse = &inverse;
-        args.real_zero = &none;
-        args.lo = &lo;
-        args.hi = &hi;
-        table.fake_quantize_span(args);
-      }
-    });
+    tq_rows part_rows = all;
+    part_rows.x = static_cast<const float*>(all.x) + first * all.stride;
+    const int64_t rows = part_rows.m = std::min(height, n - first);
+    const tq_scales part_scales = {
+        rows, s + first, z ? z + first : nullptr, nullptr, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax)};
+    check_status(tq_fake_quantize_rows(&part_rows, &part_scales, scratch, &kTorchThreads));
     const at::Tensor block = at::from_blob(scratch, {rows, k}, grad.options()), part = grad.narrow(1, first, rows);
     if (first == 0) at::mm_out(out, part, block);
     else at::addmm_out(out, out, part, block);
@@ -167,10 +128,10 @@ at::Tensor mm_fake_quantized(const at::Tensor& grad, const at::Tensor& weight, c
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  m.impl("mm_fake_quantized", &mm_fake_quantized);
-  m.impl("quantize_rows", &quantize_rows);
-  m.impl("quantize_pack", &quantize_pack);
-  m.impl("qat_linear", &qat_linear_forward<OperatorsOf::kTorchquant>);
+  ops::mm_fake_quantized::implement(m, &mm_fake_quantized);
+  ops::quantize_rows::implement(m, &quantize_rows);
+  ops::quantize_pack::implement(m, &quantize_pack);
+  ops::qat_linear::implement(m, &qat::qat_linear_forward<Library::kTorchquant>);
 }
 
 }  // namespace

@@ -18,8 +18,6 @@
 
 namespace torchquant {
 
-inline constexpr int kRowsLayoutVersion = 1;
-
 constexpr int64_t padded_n(int64_t n) { return num_tiles(n) * kTileN; }
 constexpr int64_t tail_rows(int64_t n, int64_t k) { return ceil_div(4 * padded_n(n), padded_k(k)); }
 constexpr int64_t layout_rows(int64_t n, int64_t k) { return padded_n(n) + tail_rows(n, k); }

@@ -53,25 +53,6 @@ inline int64_t tile_in_features(const int8_t* tile, int64_t k) { return tile_sum
 inline int64_t tile_out_features(const int8_t* tile, int64_t k) { return tile_sums(tile, k)[18]; }
 inline int64_t tile_version(const int8_t* tile, int64_t k) { return tile_sums(tile, k)[19]; }
 
-// Activations are quantized into a panel, in the order in which a register tile reads them: blocks of H rows, in a
-// block K in steps of 64, in a step the rows one after the other.
-//
-//   block of rows 0 .. H-1:   k = 0..63                      k = 64..127
-//                            +----------+----------+-- ... --+----------+-- ...
-//                            | row 0    | row 1    |         | row 0    |            64 bytes each, padded up to K64
-//                            +----------+----------+-- ... --+----------+-- ...
-//
-// So a tile's operands are one ascending stream, whatever K is. With rows side by side at a stride of K, a K of 4096
-// put all rows of a tile on the same cache sets. H, panel_rows, is at most the table's row_block, and the row count of
-// all blocks is about the same: 9 rows are 5 and 4, not 8 and 1.
-constexpr int64_t balanced(int64_t count, int64_t most) { return ceil_div(count, ceil_div(count, most)); }
-constexpr int64_t panel_bytes(int64_t rows, int64_t k, int64_t panel_rows) {
-  return ceil_div(rows, panel_rows) * panel_rows * padded_k(k);
-}
-constexpr int64_t panel_at(int64_t row, int64_t k, int64_t panel_rows) {  // of the row's first byte
-  return row / panel_rows * panel_rows * padded_k(k) + row % panel_rows * kAlignK;
-}
-
 // W int8 [n, k] with the given strides (in elements) <-> packed (packed_bytes(n, k) bytes, 64-byte aligned).
 void pack_weight(const int8_t* weight, int64_t row_stride, int64_t col_stride, int64_t n, int64_t k, int64_t first_tile,
                  int64_t last_tile, int8_t* packed);

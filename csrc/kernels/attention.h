@@ -13,10 +13,27 @@
 
 #include <cstdint>
 
-#include "kernel_table.h"
 #include "formats/int8_tiles.h"
+#include "kernels/types.h"
 
 namespace torchquant {
+
+// One head of attention: queries and the keys and values that they attend to.
+enum class MaskType : int { kNone, kBool, kFloat };
+struct AttentionArgs {
+  const void* q;  // [queries, d], [keys, d], [keys, dv]; rows a stride apart, contiguous within a row
+  const void* k;
+  const void* v;
+  const void* mask;  // [queries, keys]: bool (false: not attended to), or fp32 that is added to the scaled scores
+  void* out;         // [queries, dv], of q's type
+  int64_t q_stride, k_stride, v_stride, mask_stride, out_stride;
+  int64_t queries, keys, d, dv;
+  FloatType type;
+  MaskType mask_type;
+  float scale;      // of the scores, times log2(e)
+  bool causal;      // query i attends to keys 0 .. i
+  uint8_t* memory;  // attention.h
+};
 
 inline constexpr int64_t kQueryBlock = 32;  // queries that are computed together: two AMX tiles
 inline constexpr int64_t kSumStep = 32;     // products of one tile instruction

@@ -2,29 +2,18 @@
 // unsigned side and sign(w, a) as the signed one, |a| <= 128 and |w| <= 127 give at most 2 * 128 * 127 = 32,512: exact.
 // A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that hold one (int8_tiles.h's flag) take the widening path,
 // vpmovsxbw and vpmaddwd, exact for all bytes.
-#include "kernel_table.h"
+#include "kernels/kernel_table.h"
 
 #if defined(TQ_X86)
 #include <immintrin.h>
 
 #include <cmath>
 
-#include "attention.h"
-#include "formats/int8_tiles.h"
-
 TQ_TARGET_BEGIN("avx2,fma,f16c")
 namespace torchquant {
 namespace avx2 {
 #include "vec_avx2.inc"
-#include "affine.inc"
-#include "quantize_pack.inc"
-#include "activations.inc"
-#include "norms.inc"
-#include "attention_vector.inc"
-#include "attention.inc"
-#include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx2_sums.inc"
+#include "linear_avx2.inc"
 
 constexpr int kRows = 4, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
@@ -94,32 +83,23 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
       micro_widen(a + r * kAlignK, step, b + t * tile_stride, groups, acc + (r * T + t) * kTileN, resume);
 }
 
-#include "gemm.inc"
+#include "all.inc"
+
+static constexpr KernelTable make_table() {
+  KernelTable table = all_kernels();
+  table.name = "avx2";
+  table.panel_offset = 0;
+  table.panel_rows = kRows;
+  table.row_block = kRows;
+  table.tile_block = kTiles;
+  table.products_per_ns = 60.0f;
+  return table;
+}
 }  // namespace avx2
 
 const KernelTable& avx2_kernels() {
-  using namespace avx2;
-  static constexpr KernelTable table = {"avx2",
-                                        0,
-                                        kRows,
-                                        kRows,
-                                        kTiles,
-                                        60.0f,
-                                        quantize_rows,
-                                        copy_rows,
-                                        quantize_pack,
-                                        gemm_vector,
-                                        quantize_span,
-                                        dequantize_span,
-                                        activate_span,
-                                        normalize_rows,
-                                        pack_attention,
-                                        attend,
-                                        fake_quantize_span,
-                                        learned_backward_span,
-                                        mask_span,
-                                        positive_span,
-                                        minmax_span};
+  static constexpr KernelTable table = avx2::make_table();
+  static_assert(is_complete(table));
   return table;
 }
 }  // namespace torchquant

@@ -1,54 +1,34 @@
 // AVX512-VNNI: vpdpbusd, 64 products an instruction, exact.
-#include "kernel_table.h"
+#include "kernels/kernel_table.h"
 
 #if defined(TQ_X86)
 #include <immintrin.h>
 
 #include <cmath>
 
-#include "attention.h"
-#include "formats/int8_tiles.h"
-
 TQ_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
-#include "affine.inc"
-#include "quantize_pack.inc"
-#include "activations.inc"
-#include "norms.inc"
+#include "linear_avx512.inc"
 #include "attention_avx512.inc"
-#include "attention_vector.inc"
-#include "attention.inc"
-#include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx512_micro.inc"
-#include "gemm.inc"
+#include "all.inc"
+
+static constexpr KernelTable make_table() {
+  KernelTable table = all_kernels();
+  table.name = "avx512_vnni";
+  table.panel_offset = 128;
+  table.panel_rows = kRows;
+  table.row_block = kRows;
+  table.tile_block = kTiles;
+  table.products_per_ns = 300.0f;
+  return table;
+}
 }  // namespace avx512vnni
 
 const KernelTable& avx512vnni_kernels() {
-  using namespace avx512vnni;
-  static constexpr KernelTable table = {"avx512_vnni",
-                                        128,
-                                        kRows,
-                                        kRows,
-                                        kTiles,
-                                        300.0f,
-                                        quantize_rows,
-                                        copy_rows,
-                                        quantize_pack,
-                                        gemm_vector,
-                                        quantize_span,
-                                        dequantize_span,
-                                        activate_span,
-                                        normalize_rows,
-                                        pack_attention,
-                                        attend,
-                                        fake_quantize_span,
-                                        learned_backward_span,
-                                        mask_span,
-                                        positive_span,
-                                        minmax_span};
+  static constexpr KernelTable table = avx512vnni::make_table();
+  static_assert(is_complete(table));
   return table;
 }
 }  // namespace torchquant

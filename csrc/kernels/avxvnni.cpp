@@ -1,27 +1,16 @@
 // AVX-VNNI (VEX encoding, 256 bit): vpdpbusd on processors without AVX-512.
-#include "kernel_table.h"
+#include "kernels/kernel_table.h"
 
 #if defined(TQ_X86)
 #include <immintrin.h>
 
 #include <cmath>
 
-#include "attention.h"
-#include "formats/int8_tiles.h"
-
 TQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace torchquant {
 namespace avxvnni {
 #include "vec_avx2.inc"
-#include "affine.inc"
-#include "quantize_pack.inc"
-#include "activations.inc"
-#include "norms.inc"
-#include "attention_vector.inc"
-#include "attention.inc"
-#include "fake_quantize.inc"
-#include "epilogue.inc"
-#include "avx2_sums.inc"
+#include "linear_avx2.inc"
 
 constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
@@ -55,32 +44,23 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
   store_sums<R, T>(acc, c);
 }
 
-#include "gemm.inc"
+#include "all.inc"
+
+static constexpr KernelTable make_table() {
+  KernelTable table = all_kernels();
+  table.name = "avx_vnni";
+  table.panel_offset = 128;
+  table.panel_rows = kRows;
+  table.row_block = kRows;
+  table.tile_block = kTiles;
+  table.products_per_ns = 180.0f;
+  return table;
+}
 }  // namespace avxvnni
 
 const KernelTable& avxvnni_kernels() {
-  using namespace avxvnni;
-  static constexpr KernelTable table = {"avx_vnni",
-                                        128,
-                                        kRows,
-                                        kRows,
-                                        kTiles,
-                                        180.0f,
-                                        quantize_rows,
-                                        copy_rows,
-                                        quantize_pack,
-                                        gemm_vector,
-                                        quantize_span,
-                                        dequantize_span,
-                                        activate_span,
-                                        normalize_rows,
-                                        pack_attention,
-                                        attend,
-                                        fake_quantize_span,
-                                        learned_backward_span,
-                                        mask_span,
-                                        positive_span,
-                                        minmax_span};
+  static constexpr KernelTable table = avxvnni::make_table();
+  static_assert(is_complete(table));
   return table;
 }
 }  // namespace torchquant

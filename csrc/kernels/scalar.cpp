@@ -5,21 +5,11 @@
 #include <emmintrin.h>
 #endif
 
-#include "attention.h"
-#include "kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "kernels/kernel_table.h"
 
 namespace torchquant {
 namespace scalar {
 #include "vec_scalar.inc"
-#include "affine.inc"
-#include "quantize_pack.inc"
-#include "activations.inc"
-#include "norms.inc"
-#include "attention_vector.inc"
-#include "attention.inc"
-#include "fake_quantize.inc"
-#include "epilogue.inc"
 
 #if defined(__SSE2__)
 // x86-64 without AVX2. SSE2 belongs to the processor's baseline, and its pmaddwd multiplies eight 16-bit values and adds
@@ -102,32 +92,23 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 }
 #endif
 
-#include "gemm.inc"
+#include "all.inc"
+
+static constexpr KernelTable make_table() {
+  KernelTable table = all_kernels();
+  table.name = "scalar";
+  table.panel_offset = 0;
+  table.panel_rows = kRows;
+  table.row_block = kRows;
+  table.tile_block = kTiles;
+  table.products_per_ns = 20.0f;
+  return table;
+}
 }  // namespace scalar
 
 const KernelTable& scalar_kernels() {
-  static constexpr KernelTable table = {"scalar",
-                                        0,
-                                        scalar::kRows,
-                                        scalar::kRows,
-                                        scalar::kTiles,
-                                        20.0f,
-                                        scalar::quantize_rows,
-                                        scalar::copy_rows,
-                                        scalar::quantize_pack,
-                                        scalar::gemm_vector,
-                                        scalar::quantize_span,
-                                        scalar::dequantize_span,
-                                        scalar::activate_span,
-                                        scalar::normalize_rows,
-                                        scalar::pack_attention,
-                                        scalar::attend,
-                                        scalar::fake_quantize_span,
-                                        scalar::learned_backward_span,
-                                        scalar::mask_span,
-                                        scalar::positive_span,
-                                        scalar::minmax_span};
+  static constexpr KernelTable table = scalar::make_table();
+  static_assert(is_complete(table));
   return table;
 }
-
 }  // namespace torchquant

@@ -124,7 +124,7 @@ def test_quantize_pack(n, k, dtype, spice, layout, symmetric, bits, scales, seed
         "odd": sprinkle(positive(n, 1, seed=seed), (NAN, 0.0, -1.0, 1e-44, INF), seed).view(n),
     }[scales]
     qmin, qmax = quant_range(bits, narrow_range=symmetric)
-    args = (scale, None, qmin, qmax, symmetric)
+    args = (scale, qmin, qmax, symmetric)
     tiles, *expected = KERNELS.quantize_pack(weight, *args)
     canonical = KERNELS.unpack_weight(tiles, n, k)
     for device in DEVICES:
@@ -436,8 +436,8 @@ SCHEMA: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("pack_weight", (integers(16, 64),), {}),
     ("unpack_weight", (WEIGHT, N, K), {}),
     ("unpack_weight", (packed(integers(16, 64)), 16, 64), {}),
-    ("quantize_pack", (floats(N, K), None, None, -128, 127, False), {}),
-    ("quantize_pack", (floats(N, K), SCALE, None, -127, 127, True), {}),
+    ("quantize_pack", (floats(N, K), None, -128, 127, False), {}),
+    ("quantize_pack", (floats(N, K), SCALE, -127, 127, True), {}),
     ("int8_mm", (Q, WEIGHT, N), {}),
     ("int8_mm", (ALIGNED, packed(integers(16, 64)), 16), {}),
     ("int8_mm", (Q.view(torch.uint8), WEIGHT, N), {}),
@@ -481,7 +481,7 @@ def test_results_require_no_gradient():
     x, bias = X.clone().requires_grad_(), BIAS.clone().requires_grad_()
     rows = ATEN.pack_weight(WEIGHT.weights[0])
     assert not ATEN.linear_dynamic(x, rows, SCALE, None, bias, N).requires_grad
-    assert not any(t.requires_grad for t in ATEN.quantize_pack(x, None, None, -127, 127, True))
+    assert not any(t.requires_grad for t in ATEN.quantize_pack(x, None, -127, 127, True))
 
 
 META_ROWS = ATEN.pack_weight(WEIGHT.weights[0].to("meta"))
@@ -503,7 +503,7 @@ def test_reads_no_values():
         x, twice, scale.repeat(2), None, bias.repeat(2), [N, N], True, []
     )
     assert [y.shape for y in both] == [(6, N)] * 2
-    rows, *_ = ATEN.quantize_pack(scale.view(1, N), None, None, -127, 127, True)
+    rows, *_ = ATEN.quantize_pack(scale.view(1, N), None, -127, 127, True)
     assert ATEN.unpack_weight(rows, 1, N).shape == (1, N)
 
 
@@ -523,12 +523,11 @@ REFUSALS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "unpack: in_features": ("unpack_weight", (WEIGHT, N, 0), {}),
     "unpack: out_features": ("unpack_weight", (WEIGHT, 0, K), {}),
     "unpack: type": ("unpack_weight", (X, N, K), {}),
-    "quantize_pack: type": ("quantize_pack", (Q, None, None, -127, 127, True), {}),
-    "quantize_pack: range": ("quantize_pack", (X, None, None, -129, 127, True), {}),
-    "quantize_pack: dimensions": ("quantize_pack", (X[0], None, None, -127, 127, True), {}),
-    "quantize_pack: empty": ("quantize_pack", (X[:0], None, None, -127, 127, True), {}),
-    "quantize_pack: scales": ("quantize_pack", (X, SCALE, None, -127, 127, True), {}),
-    "quantize_pack: zero point": ("quantize_pack", (X, None, POINT, -127, 127, True), {}),
+    "quantize_pack: type": ("quantize_pack", (Q, None, -127, 127, True), {}),
+    "quantize_pack: range": ("quantize_pack", (X, None, -129, 127, True), {}),
+    "quantize_pack: dimensions": ("quantize_pack", (X[0], None, -127, 127, True), {}),
+    "quantize_pack: empty": ("quantize_pack", (X[:0], None, -127, 127, True), {}),
+    "quantize_pack: scales": ("quantize_pack", (X, SCALE, -127, 127, True), {}),
     "int8_mm: type": ("int8_mm", (X, WEIGHT, N), {}),
     "int8_mm: no dimension": ("int8_mm", (Q[0, 0], WEIGHT, N), {}),
     "dynamic: type": ("linear_dynamic", (Q, WEIGHT, SCALE, None, None, N), {}),
@@ -675,7 +674,7 @@ STATIC = (Q, ONE, POINT, ROWS_LAYOUT, SCALE, ZERO, BIAS, N)
         ("linear_static", STATIC, 4, "weight_scale"),
         ("linear_static", STATIC, 6, "bias"),
         ("int8_mm", (Q, ROWS_LAYOUT, N), 1, "packed"),
-        ("quantize_pack", (X, SCALE[:6], None, -127, 127, True), 1, "scale"),
+        ("quantize_pack", (X, SCALE[:6], -127, 127, True), 1, "scale"),
     ],
 )
 def test_refuses_tensors_elsewhere(name, args, place, argument):

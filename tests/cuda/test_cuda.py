@@ -166,7 +166,7 @@ def _rows(c: Case) -> tuple[Any, ...]:
 
 def _pack(c: Case) -> tuple[Any, ...]:
     scale = c.pick(None, positive(1, seed=c.seed), positive(c.n, seed=c.seed))
-    return (c.x(c.n, c.k), scale, None, *c.pick((-127, 127), (-8, 7)), c.pick(True, False))
+    return (c.x(c.n, c.k), scale, *c.pick((-127, 127), (-8, 7)), c.pick(True, False))
 
 
 def _int8_mm(c: Case) -> tuple[Any, ...]:

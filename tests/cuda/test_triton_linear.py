@@ -150,7 +150,7 @@ def test_quantize_pack(data: st.DataObject) -> None:
     w = w.to(data.draw(st.sampled_from(FLOATS)))
     count = data.draw(st.sampled_from([None, 1, n]))
     scale = None if count is None else positive(count, seed=k)
-    args = [w, scale, None, qmin, qmax, data.draw(st.booleans())]
+    args = [w, scale, qmin, qmax, data.draw(st.booleans())]
     packed, *params = call("quantize_pack", *args)
     expected, *wanted = CPU.quantize_pack(*args)
     assert_same_bits(packed.cpu(), in_rows(CPU.unpack_weight(expected, n, k)), "packed")
@@ -163,8 +163,8 @@ def test_quantize_pack(data: st.DataObject) -> None:
 def test_quantize_pack_in_two_passes(n: int, k: int) -> None:
     w = floats(n, k).half()
     for scale in (None, torch.tensor([0.5])):
-        packed, *_ = call("quantize_pack", w, scale, None, -127, 127, False)
-        expected, *_ = CPU.quantize_pack(w, scale, None, -127, 127, False)
+        packed, *_ = call("quantize_pack", w, scale, -127, 127, False)
+        expected, *_ = CPU.quantize_pack(w, scale, -127, 127, False)
         assert_same_bits(packed.cpu(), in_rows(CPU.unpack_weight(expected, n, k)))
 
 
@@ -425,7 +425,7 @@ def test_what_is_not_covered_is_left_to_the_fallback() -> None:
     assert call("int8_mm", q.repeat(1, 2), w, 20) is NotImplemented
     assert call("quantize_rows", x, None, zeros[:1], -128, 127, True) is NotImplemented
     assert call("quantize_rows", x, None, None, 1, 127, True) is NotImplemented
-    assert call("quantize_pack", x, scale, None, -128, 127, True) is NotImplemented
+    assert call("quantize_pack", x, scale, -128, 127, True) is NotImplemented
     deep = torch.zeros(quantize.layout_shape(20, 40000), dtype=torch.int8)
     args = [wide, deep, scale, zeros, None, 20, False]
     assert call("linear_dynamic", *args) is NotImplemented  # beyond 32-bit sums

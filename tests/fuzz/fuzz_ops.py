@@ -71,9 +71,8 @@ class Arguments:
             return self.filled((1, 2, self.rows, inputs), self.dtype)
         if name == "mask":
             return self.filled((self.rows, self.rows), torch.float32)
-        if name in ("scale", "zero_point") and self.operator == "quantize_pack":
-            zeros = self.filled((outputs,), torch.int32)
-            return zeros if name == "zero_point" else torch.rand(outputs) + 0.01
+        if name == "scale" and self.operator == "quantize_pack":
+            return torch.rand(outputs) + 0.01
         if name in ("scale", "input_scale", "output_scale"):
             return torch.rand(()) + 0.01
         if name in ("zero_point", "input_zero_point"):

@@ -6,7 +6,7 @@
 
 #include "isa.h"
 #include "kernels/kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "formats/int8_panel.h"
 
 namespace native {
 
@@ -144,17 +144,9 @@ inline void multiply(const KernelTable& table, const Linear& l, const Panel& p, 
   table.gemm(a, 0, l.m, tile0, tile1);
 }
 
-// Of an instruction set by name, without making it the active one.
-inline const KernelTable& table_of(torchquant::Isa isa) {
-  switch (isa) {
-#if defined(TQ_X86)
-    case torchquant::Isa::kAvx2: return torchquant::avx2_kernels();
-    case torchquant::Isa::kAvxVnni: return torchquant::avxvnni_kernels();
-    case torchquant::Isa::kAvx512Vnni: return torchquant::avx512vnni_kernels();
-    case torchquant::Isa::kAmxInt8: return torchquant::amxint8_kernels();
-#endif
-    default: return torchquant::scalar_kernels();
-  }
-}
+// Of an instruction set, without making it the active one.
+inline const KernelTable& table_of(torchquant::Isa isa) { return *torchquant::kernels_of(isa); }
+
+inline const KernelTable& scalar_table() { return table_of(*torchquant::isa_from_name("scalar")); }
 
 }  // namespace native

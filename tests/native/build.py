@@ -8,14 +8,13 @@
     fuzz      coverage-guided (libFuzzer, guard pages) where a clang has it, else the same target
               under "address" on random inputs; the output says which, and how many cases ran
 
-The compiler is $CXX, else g++. A sanitizer that it lacks is said to be skipped. Objects are kept in
-build/native, by the hash of what they are made from.
+The compiler is $CXX, or g++. The output names each sanitizer that it lacks. Objects are kept in
+build/native, by the hash of the text that they are made from.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import os
 import re
@@ -65,20 +64,12 @@ def compiler() -> list[str]:
     return command
 
 
-@functools.cache
-def headers_hash(of_tests: bool) -> str:
-    """Of every header that a source may include; its own text comes on top."""
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("csrc/**/*"), *(HERE.glob("*.h") if of_tests else ())]):
-        if path.suffix in (".h", ".inc"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def compile_one(source: Path, cxx: list[str], flags: list[str]) -> Path:
+    """The object of a source; kept by the hash of the preprocessed text and of the command."""
     command = [*cxx, *COMMON, *flags, *INCLUDES, "-c", str(source)]
-    key = "\0".join([headers_hash(source.parent == HERE), source.read_text(), *command])
-    target = BUILD / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.o"
+    text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256("\0".join(command).encode() + b"\0" + text).hexdigest()
+    target = BUILD / f"{source.stem}-{digest[:16]}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         subprocess.run([*command, "-o", str(partial)], check=True)

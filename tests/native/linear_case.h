@@ -323,7 +323,7 @@ inline void apply_activation(Case& c, Scratch& scratch, Expected& e) {
   in_floats.out_type = OutType::kF32;
   in_floats.ldc = l.n;
   Panel panel;
-  run(torchquant::scalar_kernels(), in_floats, scratch, c.place, 0, panel);
+  run(scalar_table(), in_floats, scratch, c.place, 0, panel);
   const float* got = static_cast<const float*>(in_floats.c);
   for (size_t i = 0; i < e.y.size(); ++i) {
     const double x = e.y[i], want = true_activation(l.activation, x);

@@ -89,8 +89,7 @@ inline void check_activation(Draw& draw, Scratch& inputs, Scratch& outputs) {
   // The scalar path in fp32, element by element where x and up can be widened first.
   std::vector<float> wide(static_cast<size_t>(n)), y(wide.size());
   for (int64_t i = 0; i < n; ++i) wide[static_cast<size_t>(i)] = load(l.x, in, i);
-  torchquant::scalar_kernels().activate_span(
-      {wide.data(), nullptr, y.data(), n, FloatType::kF32, FloatType::kF32, activation});
+  scalar_table().activate_span({wide.data(), nullptr, y.data(), n, FloatType::kF32, FloatType::kF32, activation});
   for (size_t i = 0; i < y.size(); ++i) {
     CHECK(close_to_activation(activation, wide[i], y[i]), "activation %d of %a is %a", int(activation), double(wide[i]),
           double(y[i]));

@@ -1,6 +1,7 @@
 // The kernels without torch, shape class by shape class: every instruction set of this machine against a naive
 // reference, in memory that ends at (or begins behind) an unmapped page. Arguments: how many times (1), the seed (0).
 #include <array>
+#include <cstddef>
 
 #include "norm_case.h"
 
@@ -40,11 +41,34 @@ std::vector<Shape> shapes(int64_t times) {
   return repeated;
 }
 
+// Every instruction set of this build has its name, its sizes and every kernel, whether this machine can run it or not.
+void check_tables() {
+  for (torchquant::Isa isa : torchquant::built_isas()) {
+    const KernelTable& table = table_of(isa);
+    const char* name = torchquant::isa_name(isa);
+    CHECK(!std::strcmp(table.name, name), "the table of %s has the name %s", name, table.name);
+    CHECK(table.panel_rows > 0 && table.row_block > 0 && table.tile_block > 0 && table.products_per_ns > 0,
+          "%s: a size is missing", name);
+    CHECK(table.panel_offset == 0 || table.panel_offset == 128, "%s: panel_offset is %d", name, table.panel_offset);
+    int64_t kernels = 0;
+#define NATIVE_CHECK_KERNEL(kernel, ...)                   \
+  CHECK(table.kernel != nullptr, "%s: no " #kernel, name); \
+  ++kernels;
+    TQ_KERNELS(NATIVE_CHECK_KERNEL)
+#undef NATIVE_CHECK_KERNEL
+    // No field outside the list, which nothing would fill: the kernels are the end of the table.
+    const int64_t first = offsetof(KernelTable, quantize_rows), size = sizeof(KernelTable);
+    CHECK(first + kernels * int64_t{sizeof(void (*)())} == size, "KernelTable has %ld bytes for %ld kernels",
+          long(size - first), long(kernels));
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int64_t times = argc > 1 ? std::atoll(argv[1]) : 1;
   Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  check_tables();
   std::string names;
   for (torchquant::Isa isa : torchquant::usable_isas()) names += std::string(" ") + torchquant::isa_name(isa);
   Memory memory;

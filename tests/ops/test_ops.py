@@ -219,9 +219,9 @@ def samples() -> dict[str, list[Sample]]:
             sample(X[:0], None, None, -128, 127, False),
         ],
         "quantize_pack": [
-            sample(weight, None, None, -127, 127, True),
-            sample(weight.bfloat16(), None, None, -8, 7, False),
-            sample(weight, SCALE, None, -128, 127, True),
+            sample(weight, None, -127, 127, True),
+            sample(weight.bfloat16(), None, -8, 7, False),
+            sample(weight, SCALE, -128, 127, True),
         ],
         "mm_fake_quantized": [
             sample(torch.randn(4, N), weight, SCALE, None, -127, 127),

@@ -112,7 +112,7 @@ def test_rows_without_elements() -> None:
         functional.quantize_rows,
         functional.quantize_channels,
         lambda x, **o: torch.ops.torchquant_aten.quantize_rows(x, None, None, *o.values()),
-        lambda x, **o: torch.ops.torchquant_aten.quantize_pack(x, None, None, *o.values()),
+        lambda x, **o: torch.ops.torchquant_aten.quantize_pack(x, None, *o.values()),
     ],
 )
 def test_a_symmetric_range_of_its_own_reaches_below_zero(call: Callable[..., Any]) -> None:
@@ -493,7 +493,7 @@ def test_opcheck() -> None:
     for sample in ((x, None, None, -128, 127, False), (x, scale, zero, -8, 7, True)):
         torch.library.opcheck(rows, sample)
     pack = torch.ops.torchquant.quantize_pack.default
-    for sample in ((w, None, None, -127, 127, True), (w, positive(17), None, -8, 7, True)):
+    for sample in ((w, None, -127, 127, True), (w, positive(17), -8, 7, True)):
         torch.library.opcheck(pack, sample)
     product = torch.ops.torchquant.mm_fake_quantized.default
     torch.library.opcheck(product, (torch.randn(4, 17), w, positive(17), None, -127, 127))

@@ -97,20 +97,15 @@ def quantize_pack(
                 [   0,  127]], dtype=torch.int8), tensor([0.0100, 0.0200]))
     """
     return torch.ops.torchquant.quantize_pack.default(  # type: ignore[no-any-return]
-        weight, scale, None, qmin, qmax, symmetric
+        weight, scale, qmin, qmax, symmetric
     )
 
 
 @torch.library.register_fake("torchquant::quantize_pack")
 def _(
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
+    weight: Tensor, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require_one_device("quantize_pack", weight, scale=scale, zero_point=zero_point)
+    require_one_device("quantize_pack", weight, scale=scale)
     channels, shape = (
         weight.shape[:1],
         packed_shape(weight.shape[0], weight.shape[1], weight.device),

@@ -138,15 +138,10 @@ def _per_token(
 
 
 def quantize_pack(
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
+    weight: Tensor, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool
 ) -> Any:
     """See :func:`torchquant.ops.quantize_pack`."""
-    covered = _covers(weight, _FLOATS, scale) and weight.dim() == 2 and zero_point is None
+    covered = _covers(weight, _FLOATS, scale) and weight.dim() == 2
     if not covered or not _is_range(qmin, qmax, symmetric and scale is None):
         return NotImplemented
     if not _channels(scale, weight.shape[0], torch.float32):

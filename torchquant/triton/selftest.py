@@ -118,8 +118,8 @@ def _affine(d: _Draw) -> Cases:
             lambda: (d.floats(ROWS, INPUTS), d.scales(1), d.zero_points(1), -128, 127, False),
         ],
         "quantize_pack": [
-            lambda: (d.floats(OUTPUTS, INPUTS, odd=False), None, None, -127, 127, True),
-            lambda: (d.floats(OUTPUTS, INPUTS, odd=False), d.scales(OUTPUTS), None, -8, 7, True),
+            lambda: (d.floats(OUTPUTS, INPUTS, odd=False), None, -127, 127, True),
+            lambda: (d.floats(OUTPUTS, INPUTS, odd=False), d.scales(OUTPUTS), -8, 7, True),
         ],
         "pack_weight": [lambda: (d.int8(OUTPUTS, INPUTS),)],
         "unpack_weight": [lambda: (d.packed(OUTPUTS), OUTPUTS, INPUTS)],

@@ -1,0 +1,260 @@
+/* The kernels of torchquant behind a C interface: raw pointers, sizes and strides; no tensor, no exception, no C++ type.
+ *
+ * Everything that computes is below this line: the kernels (csrc/kernels), the choice of the instruction set (isa.h), the
+ * layouts of packed weights (csrc/formats) and the division of the work among threads (csrc/core). Above it are the
+ * operators of torch (csrc/cpu), which check their arguments, allocate the results, fill a struct and call one function
+ * of this file. Nothing here includes a torch header, so that the tests in tests/native and other programs need no torch.
+ *
+ * - Arguments are not checked again: an argument outside its stated range is a programming error.
+ * - Threads are the caller's: tq_parallel is two callbacks. Null stands for one thread. No result depends on how the work
+ *   is divided.
+ * - A function returns TQ_OK, or TQ_OUT_OF_MEMORY where scratch memory could not be allocated; results are then undefined.
+ * - A pointer that may be null says so. Sizes may be 0.
+ * - What each number means and how it is rounded: torchquant/functional, the specification, under the same names.
+ */
+#ifndef TORCHQUANT_CORE_H
+#define TORCHQUANT_CORE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum tq_status { TQ_OK, TQ_OUT_OF_MEMORY, TQ_UNUSABLE_ISA } tq_status;
+
+/* Element types. "Float" below means one of the first three. */
+typedef enum tq_type { TQ_F32, TQ_BF16, TQ_F16, TQ_I8, TQ_U8, TQ_I32 } tq_type;
+
+typedef enum tq_activation { TQ_NONE, TQ_RELU, TQ_GELU, TQ_GELU_TANH, TQ_SILU, TQ_TANH, TQ_SIGMOID } tq_activation;
+
+/* Where the scale of a row comes from: it is given, or from the row's own range, without or with a zero point. */
+typedef enum tq_row_mode { TQ_STATIC, TQ_SYMMETRIC, TQ_ASYMMETRIC } tq_row_mode;
+
+/* ---------------------------------------------------------------- threads */
+
+typedef void (*tq_body)(void* argument, int64_t first, int64_t last);
+
+typedef struct tq_parallel {
+  void* context;
+  /* How many threads `run` would use if it were called now; 1 inside a parallel region. */
+  int64_t (*threads)(void* context);
+  /* Calls body(argument, first, last) for parts of at least `grain` that together make up [begin, end), and returns when
+   * all calls have returned. */
+  void (*run)(void* context, int64_t begin, int64_t end, int64_t grain, tq_body body, void* argument);
+} tq_parallel;
+
+/* Scratch memory of the calling thread, aligned to 64 bytes, or null; valid until this thread's next call of tq_scratch,
+ * tq_linear or tq_attention. */
+void* tq_scratch(int64_t bytes);
+
+/* ---------------------------------------------------------------- instruction sets */
+
+/* By number, from 0 (scalar) to tq_isa_count() - 1, in ascending priority. */
+int32_t tq_isa_count(void);
+const char* tq_isa_name(int32_t isa);
+bool tq_isa_usable(int32_t isa); /* this binary has kernels for it, this CPU and operating system support it */
+int32_t tq_active_isa(void);
+tq_status tq_set_active_isa(int32_t isa); /* for the whole process; TQ_UNUSABLE_ISA changes nothing */
+
+/* ---------------------------------------------------------------- affine: float to int8 and back */
+
+/* Elements that share a scale. A tensor in contiguous order is `count` spans of `length` elements (the last span of each
+ * row of `row` elements may be shorter); by_element: a span is a run along the channel axis, and each of its elements has
+ * a scale of its own. Made by one of the three functions below. */
+typedef struct tq_spans {
+  int64_t count, length;
+  int64_t per_row, row; /* spans in a row, elements in a row */
+  int64_t channels;     /* scales that the spans take in turn, or 1 */
+  bool by_element;
+} tq_spans;
+
+tq_spans tq_spans_per_tensor(int64_t elements);
+tq_spans tq_spans_per_channel(int64_t outer, int64_t channels, int64_t inner); /* a tensor [outer, channels, inner] */
+tq_spans tq_spans_per_group(int64_t rows, int64_t row, int64_t group_size);    /* a tensor [rows, row] */
+
+/* q = clamp(rint((x - real_zero) / scale) + zero_point, qmin, qmax); x' = (q - zero_point) * scale + real_zero.
+ * Scales are normal numbers of at least 2^-126; NaN makes the values NaN. |qmin|, |qmax|, |zero_point| <= 2^22. */
+typedef struct tq_scales {
+  int64_t count; /* 1, or one for each channel or span */
+  const float* scale;
+  const int32_t* zero_point; /* null: 0 */
+  const float* real_zero;    /* null: 0 */
+  int32_t qmin, qmax;        /* not read by tq_dequantize */
+} tq_scales;
+
+tq_status tq_quantize(const void* x, tq_type x_type, void* q, tq_type q_type, const tq_spans* spans,
+                      const tq_scales* scales, const tq_parallel* parallel);
+tq_status tq_dequantize(const void* q, tq_type q_type, void* x, tq_type x_type, const tq_spans* spans,
+                        const tq_scales* scales, const tq_parallel* parallel);
+
+/* [m, k], `stride` elements from row to row; a row is contiguous. */
+typedef struct tq_rows {
+  const void* x;
+  tq_type type;
+  int64_t m, k, stride;
+} tq_rows;
+
+/* How rows of floats are quantized. A symmetric row's scale is its greatest |x| over qmax. */
+typedef struct tq_row_quantization {
+  tq_row_mode mode;
+  int32_t qmin, qmax; /* within -128 .. 127 */
+  float scale;        /* TQ_STATIC: of all rows */
+  int32_t zero_point;
+} tq_row_quantization;
+
+/* q int8 [m, k], scale [m], zero_point [m]. A row with NaN (and, with a scale of its own, with infinity) gets scale NaN. */
+tq_status tq_quantize_rows(const tq_rows* rows, const tq_row_quantization* how, int8_t* q, float* scale,
+                           int32_t* zero_point, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- linear */
+
+/* A weight int8 [n, k] in the layout that the kernels read (formats/int8_tiles.h): tq_tiles(n) * tq_tile_bytes(k) bytes,
+ * aligned to 64. 1 <= n < 2^31, 1 <= k <= 2^23. */
+int64_t tq_tiles(int64_t n);
+int64_t tq_tile_bytes(int64_t k);
+tq_status tq_pack_weight(const int8_t* weight, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
+                         int8_t* packed, const tq_parallel* parallel);
+tq_status tq_unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, const tq_parallel* parallel);
+
+/* Float rows are quantized; rows of TQ_I8 or TQ_U8 are integers already, with the scales and zero points given here. */
+typedef struct tq_linear_input {
+  tq_rows rows;
+  tq_row_quantization quantization; /* float rows */
+  const float* scale;               /* integer rows: [1] or, per_row, [m]; null: 1 */
+  const int32_t* zero_point;        /* integer rows: [1] or, per_row, [m]; null: 0 */
+  bool scale_per_row, zero_point_per_row;
+} tq_linear_input;
+
+/* A weight and what follows the product:
+ * out[m, n] = activation((sum_k (q[m, k] - zero_point[m]) (W[n, k] - weight_zero_point[n]) + integer_bias[n])
+ *                        * (scale[m] * weight_scale[n]) + bias[n]), rounded or quantized to out_type. */
+typedef struct tq_linear_part {
+  int64_t n;
+  const int8_t* packed;
+  const float* weight_scale;        /* [n]; null only with TQ_I32 */
+  const int32_t* weight_zero_point; /* [n] or null */
+  const float* bias;                /* [n] or null; not with integer_bias */
+  const int32_t* integer_bias;      /* [n] or null; its scale is scale[m] * weight_scale[n] */
+  tq_activation activation;
+  tq_type out_type;       /* TQ_I32: the sums themselves, k <= 65,793 */
+  float out_scale;        /* TQ_I8 and TQ_U8 */
+  int32_t out_zero_point; /* the same; out_qmin <= out_zero_point <= out_qmax */
+  int32_t out_qmin, out_qmax;
+  void* out; /* [m, n], out_stride elements from row to row */
+  int64_t out_stride;
+} tq_linear_part;
+
+/* One linear layer or several on the same input, which is then quantized once. */
+tq_status tq_linear(const tq_linear_input* input, const tq_linear_part* parts, int64_t count,
+                    const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- activations */
+
+/* out = activation(x), or activation(x) * up. Rows of `length` elements; out is contiguous. */
+typedef struct tq_activation_call {
+  const void* x;
+  const void* up; /* of x_type, as is out then; or null */
+  void* out;
+  tq_type x_type, out_type; /* float types */
+  tq_activation activation;
+  int64_t rows, length;
+  int64_t x_stride, up_stride; /* elements from row to row; not read where rows = 1 */
+} tq_activation_call;
+
+tq_status tq_activate(const tq_activation_call* call, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- norms */
+
+/* Rows over their root mean square, or (centered) over their standard deviation about their mean. */
+typedef struct tq_norm_call {
+  tq_rows rows;         /* floats */
+  const void* residual; /* of the rows' type, added to them first; or null */
+  int64_t residual_stride;
+  const void* weight; /* [k] of weight_type, or null */
+  const void* bias;   /* [k] of bias_type, or null; only with a weight */
+  tq_type weight_type, bias_type;
+  float eps;
+  bool centered;
+  bool cast_before_weight; /* the quotient is rounded to the rows' type before the weight multiplies */
+  void* out;               /* [m, k] of the rows' type, contiguous */
+} tq_norm_call;
+
+tq_status tq_normalize(const tq_norm_call* call, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- attention */
+
+/* [batch, heads, length, width] in any order of memory whose last dimension is contiguous; strides in elements. */
+typedef struct tq_heads {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride;
+} tq_heads;
+
+typedef enum tq_mask_type { TQ_NO_MASK, TQ_BOOL_MASK, TQ_FLOAT_MASK } tq_mask_type;
+
+/* softmax(query key^T * scale + mask) value for each head; key_heads divides heads. */
+typedef struct tq_attention_call {
+  tq_type type; /* of query, key, value and out; a float type */
+  tq_heads query, key, value;
+  tq_heads mask;          /* [batch, heads, queries, keys]: bool (false: not attended to), or float32 to be added */
+  tq_mask_type mask_type; /* strides of 0 repeat the mask */
+  int64_t batch, heads, key_heads, queries, keys;
+  int64_t d, dv;              /* width of queries and keys, of values; keys >= 1, d >= 1 */
+  float scale_in_powers_of_2; /* scale * log2(e) */
+  bool causal;                /* query i attends to the keys 0 .. i */
+  void* out;                  /* [batch, queries, heads, dv], contiguous */
+} tq_attention_call;
+
+tq_status tq_attention(const tq_attention_call* call, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- fake quantization */
+
+/* out = dequantize(quantize(x)), NaN where x is NaN; bits: one bit for each element, bit i % 8 of byte i / 8, set where the
+ * rounded value is in [qmin, qmax]. Either result may be null. x and out contiguous. */
+tq_status tq_fake_quantize(const void* x, tq_type type, void* out, uint8_t* bits, const tq_spans* spans,
+                           const tq_scales* scales, const tq_parallel* parallel);
+
+/* The same for float32 rows that have a scale each. out: float32 [m, k], contiguous. */
+tq_status tq_fake_quantize_rows(const tq_rows* rows, const tq_scales* scales, float* out, const tq_parallel* parallel);
+
+/* bits of x > 0; x where its bit is set and +0 elsewhere. */
+tq_status tq_positive(const void* x, tq_type type, int64_t elements, uint8_t* bits, const tq_parallel* parallel);
+tq_status tq_mask(const void* x, tq_type type, int64_t elements, const uint8_t* bits, void* out,
+                  const tq_parallel* parallel);
+
+/* With a learned scale and a learned offset (null: none): zero_point = clamp(rint(-offset / scale), qmin, qmax).
+ * Scales below 2^-126 are used as 2^-126. scales.zero_point and scales.real_zero are not read. */
+tq_status tq_fake_quantize_learned(const void* x, tq_type type, void* out, const tq_spans* spans,
+                                   const tq_scales* scales, const float* offset, const tq_parallel* parallel);
+
+/* The gradients of x, and, summed, of scale and offset [scales.count], without the factor of the learned step. */
+typedef struct tq_learned_backward_call {
+  const void* grad;
+  const void* x;
+  void* grad_x;
+  tq_type type; /* of the three */
+  float* grad_scale;
+  float* grad_offset;
+} tq_learned_backward_call;
+
+tq_status tq_fake_quantize_learned_backward(const tq_learned_backward_call* call, const tq_spans* spans,
+                                            const tq_scales* scales, const tq_parallel* parallel);
+
+/* The least and the greatest finite element for each of `scales` scales (infinity, -infinity: none), and how many elements
+ * are not finite. */
+tq_status tq_minmax(const void* x, tq_type type, const tq_spans* spans, int64_t scales, float* least, float* greatest,
+                    int64_t* nonfinite, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- training of linear layers */
+
+/* A float weight [n, k] to the packed layout, one scale for each output channel. TQ_STATIC: `scale` holds them, zero
+ * points are 0. `scale` and `zero_point` [n] are written: a row with NaN gets scale NaN and integers of 0. */
+tq_status tq_quantize_pack(const tq_rows* weight, tq_row_mode mode, int32_t qmin, int32_t qmax, int8_t* packed,
+                           float* scale, int32_t* zero_point, const tq_parallel* parallel);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
