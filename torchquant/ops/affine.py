@@ -9,7 +9,7 @@ from torchquant.functional._checks import require_tensor
 from torchquant.ops._arguments import layout_arguments as _layout_arguments
 from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
 from torchquant.ops._arguments import packed_shape
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 from torchquant.scheme import PER_TENSOR, Granularity
 
 __all__ = ["dequantize", "pack_weight", "quantize", "quantize_per_token", "unpack_weight"]
@@ -62,7 +62,7 @@ def quantize(
     )
 
 
-@torch.library.register_fake("torchquant::quantize")
+@fake("quantize")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -73,7 +73,6 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -109,7 +108,7 @@ def dequantize(
     )
 
 
-@torch.library.register_fake("torchquant::dequantize")
+@fake("dequantize")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -118,7 +117,6 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -141,7 +139,7 @@ def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor
     return torch.ops.torchquant.quantize_per_token.default(input, symmetric)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::quantize_per_token")
+@fake("quantize_per_token")
 def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     token = (*input.shape[:-1], 1)
     return (
@@ -171,7 +169,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::pack_weight")
+@fake("pack_weight")
 def _(weight: Tensor) -> Tensor:
     shape = packed_shape(weight.shape[0], weight.shape[1], weight.device)
     return torch.empty(shape, dtype=torch.int8, device=weight.device)
@@ -188,6 +186,6 @@ def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor
     return torch.ops.torchquant.unpack_weight.default(packed, out_features, in_features)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::unpack_weight")
+@fake("unpack_weight")
 def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     return torch.empty((out_features, in_features), dtype=torch.int8, device=packed.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 
 _C = load()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -36,9 +36,8 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return torch.ops.torchquant.int8_mm.default(input, packed, out_features)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::int8_mm")
+@fake("int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    _require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -96,7 +95,7 @@ def linear_dynamic(
     )
 
 
-@torch.library.register_fake("torchquant::linear_dynamic")
+@fake("linear_dynamic")
 def _(
     input: Tensor,
     packed: Tensor,
@@ -109,14 +108,6 @@ def _(
     output_dtype: torch.dtype | None = None,
     activation_bits: int = 8,
 ) -> Tensor:
-    _require_one_device(
-        "linear_dynamic",
-        input,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
 
@@ -174,7 +165,7 @@ def linear_dynamic_split(
     )
 
 
-@torch.library.register_fake("torchquant::linear_dynamic_split")
+@fake("linear_dynamic_split")
 def _(
     input: Tensor,
     packed: Tensor,
@@ -186,14 +177,6 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    _require_one_device(
-        "linear_dynamic_split",
-        input,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-    )
     dtype = output_dtype or input.dtype
     return [
         torch.empty((*input.shape[:-1], n), dtype=dtype, device=input.device) for n in out_features
@@ -267,7 +250,7 @@ def linear_static(
     )
 
 
-@torch.library.register_fake("torchquant::linear_static")
+@fake("linear_static")
 def _(
     input: Tensor,
     input_scale: Tensor,
@@ -286,16 +269,5 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    _require_one_device(
-        "linear_static",
-        input,
-        input_scale=input_scale,
-        input_zero_point=input_zero_point,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-        output_scale=output_scale,
-    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype, device=input.device)
