@@ -51,7 +51,7 @@ class Case:
     def arguments(
         self, namespace: Any = NAMESPACE, device: str = "cpu", gradients: bool = True
     ) -> dict[str, Any]:
-        """The arguments by name, for ``namespace`` on ``device``; tensors with gradients are new."""
+        """The arguments by name, for ``namespace`` on ``device``; those with gradients are new."""
         _, values = arguments(namespace, device, **self.given)
         for name in self.gradients if gradients else ():
             values[name] = values[name].detach().clone().requires_grad_()
@@ -199,9 +199,7 @@ def quantize(o: Operands) -> Samples:
         "to uint8", input=o.bf16, scale=ONE, zero_point=ZERO, qmin=0, qmax=15, dtype=torch.uint8
     )
     zeros = ZERO.expand(o.shape.rows)
-    yield sample(
-        "rows", input=o.x, scale=o.rows[:, 0], zero_point=zeros, qmin=-8, qmax=7, axis=0
-    )
+    yield sample("rows", input=o.x, scale=o.rows[:, 0], zero_point=zeros, qmin=-8, qmax=7, axis=0)
     yield sample("columns", input=o.x, scale=o.columns, axis=-1, **byte)
     yield sample(
         "groups", input=o.x, scale=o.groups, zero_point=o.group_zeros, group_size=32, **byte
@@ -267,7 +265,8 @@ def linear_dynamic(o: Operands) -> Samples:
     yield sample("few bits", input=o.x, bias=o.bias, activation_bits=4, **side)
     yield sample("gradient of the input", "input", input=o.x, **side)
     both = {"input": o.x, "bias": o.bias}
-    yield sample("gradients behind gelu", "input", "bias", activation="gelu", **both, **side, **zero)
+    gelu = {"activation": "gelu", **both, **zero}
+    yield sample("gradients behind gelu", "input", "bias", **gelu, **side)
     yield sample("gradient of the bias", "bias", symmetric=False, activation="relu", **both, **side)
     tanh = {"bias": o.bias, "activation": "gelu_tanh"}
     yield sample("bfloat16 gradient", "input", input=o.bf16, **tanh, **side, **zero)
@@ -495,6 +494,9 @@ def quantize_rows(o: Operands) -> Samples:
     yield sample("own ranges", input=o.x, symmetric=False, **byte)
     yield sample("few bits", input=o.bf16, qmin=-8, qmax=7, symmetric=True)
     yield sample("one scale", input=o.x, scale=ONE, zero_point=ZERO, symmetric=False, **byte)
+    static = {"scale": ONE, "zero_point": ZERO, "symmetric": False, **byte}
+    yield sample("one scale, one row", input=o.x[:1], **static)
+    yield sample("one scale, no columns", input=o.x[:, :0], **static)
     yield sample("no rows", input=o.x[:0], symmetric=False, **byte)
 
 

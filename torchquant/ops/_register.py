@@ -17,6 +17,8 @@ from torchquant._extension import load
 
 load()  # registers the operators
 
+KERNELS: dict[str, Callable[..., Any]] = {}  # the fake kernels by the names of their operators
+
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the fake kernel of operator ``name``.
@@ -54,6 +56,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return kernel(*args, **kwargs)
 
         torch.library.register_fake(f"torchquant::{name}", checked)
+        KERNELS[name] = kernel
         return kernel
 
     return register
