@@ -12,8 +12,7 @@ from torchquant.functional.quantized_linear import (
     check_quantized_linear,
     check_weight,
 )
-from torchquant.ops.affine import pack_weight, unpack_weight
-from torchquant.ops.linear import linear_static
+from torchquant.ops.linear import linear_static, pack_weight, unpack_weight
 
 __all__ = ["PackedWeight", "quantized_linear"]
 
