@@ -8,6 +8,7 @@ every operator promises is written out in plain torch in :mod:`torchquant.functi
 
 from __future__ import annotations
 
+from torchquant.ops import _flops  # noqa: F401  (FLOPs of the operators)
 from torchquant.ops.activations import activation, gated_activation
 from torchquant.ops.affine import dequantize, quantize, quantize_per_token
 from torchquant.ops.attention import attention
