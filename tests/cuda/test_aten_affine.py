@@ -23,7 +23,7 @@ from support import (
     integers,
     positive,
 )
-from support.aten import ATEN, KERNELS, check_same, check_schema
+from support.aten import ATEN, KERNELS, check_same
 from torch import Tensor
 
 from torchquant.scheme import quant_range
@@ -203,34 +203,6 @@ def test_more_elements_than_a_block():
 
 X, Q = floats(6, 70, seed=6), integers(6, 70, seed=7)
 ONE, ZERO = torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("name", "args", "kwargs"),
-    [
-        ("quantize", (X, ONE, ZERO, -128, 127), {}),
-        ("quantize", (X, positive(6, 3), torch.randn(6, 3), -128, 127), {"group_size": 32}),
-        ("dequantize", (Q, positive(6), None), {"axis": 0}),
-        ("quantize_per_token", (X, False), {}),
-        ("quantize_rows", (X, None, None, -8, 7, True), {}),
-        ("quantize_rows", (X, ONE, ZERO, -128, 127, False), {}),
-        ("quantize_rows", (X[:1], ONE, ZERO, -128, 127, False), {}),
-        ("quantize_rows", (X[:, :0], ONE, ZERO, -128, 127, False), {}),
-    ],
-)
-def test_schema(name, args, kwargs):
-    check_schema(name, *args, **kwargs)
-
-
-def test_results_require_no_gradient():
-    x = X.clone().requires_grad_()
-    for name, args in (
-        ("quantize_per_token", (x, False)),
-        ("quantize_rows", (x, ONE.clone().requires_grad_(), None, -128, 127, False)),
-    ):
-        assert not any(t.requires_grad for t in getattr(ATEN, name)(*args))
-    x = ATEN.dequantize(Q, ONE.clone().requires_grad_(), None)
-    assert not x.requires_grad
 
 
 # ---------------------------------------------------------------- refusals: the CPU's, and devices

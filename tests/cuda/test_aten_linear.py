@@ -32,15 +32,11 @@ from support.aten import (
     ATEN,
     DEVICES,
     KERNELS,
-    arguments,
     check_same,
-    check_schema,
-    flat,
     moved,
     packed,
 )
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from torchquant.scheme import quant_range
 
@@ -425,64 +421,10 @@ N, K = 20, 70
 WEIGHT = packed(integers(N, K, seed=1))
 BOTH = packed(*WEIGHT.weights, WEIGHT.weights[0][:16])
 SCALE, ZERO, BIAS = positive(N, seed=2), zeros_of(N, 3), floats(N, seed=4)
-SCALES, ZEROS, BIASES_2 = (torch.cat([t, t[:16]]) for t in (SCALE, ZERO, BIAS))
+SCALES = torch.cat([SCALE, SCALE[:16]])
 X, Q = floats(6, K, seed=6), integers(6, K, seed=7)
-ALIGNED = integers(32, 64, seed=8)
 ONE, POINT = torch.tensor([0.02]), torch.tensor([-7], dtype=torch.int32)
 TO_INT8 = {"output_dtype": torch.int8, "output_scale": torch.tensor([0.5])}
-
-SCHEMA: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-    ("pack_weight", (WEIGHT.weights[0],), {}),
-    ("pack_weight", (integers(16, 64),), {}),
-    ("unpack_weight", (WEIGHT, N, K), {}),
-    ("unpack_weight", (packed(integers(16, 64)), 16, 64), {}),
-    ("quantize_pack", (floats(N, K), None, -128, 127, False), {}),
-    ("quantize_pack", (floats(N, K), SCALE, -127, 127, True), {}),
-    ("int8_mm", (Q, WEIGHT, N), {}),
-    ("int8_mm", (ALIGNED, packed(integers(16, 64)), 16), {}),
-    ("int8_mm", (Q.view(torch.uint8), WEIGHT, N), {}),
-    ("linear_dynamic", (X, WEIGHT, SCALE, ZERO, BIAS, N, False, "gelu"), {}),
-    ("linear_dynamic", (X, WEIGHT, SCALE, None, None, N), {}),
-    ("linear_dynamic_split", (X, BOTH, SCALES, ZEROS, BIASES_2, [N, 16], True, []), {}),
-    ("linear_static", (X, ONE, POINT, WEIGHT, SCALE, ZERO, BIAS, N), {}),
-    ("linear_static", (ALIGNED, ONE, POINT, packed(integers(16, 64)), ONE, POINT, None, 16), {}),
-    ("linear_static", (Q, ONE, POINT, WEIGHT, SCALE, None, BIAS, N), TO_INT8),
-]
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
-def test_schema(name, args, kwargs):
-    check_schema(name, *args, **kwargs)
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), SCHEMA)
-def test_a_gpu_without_values(name, args, kwargs):
-    """Fake tensors of a GPU: no step waits for a value, and none leaves the device."""
-    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
-    expected = flat(getattr(ATEN, name)(*positional, **named))
-    with FakeTensorMode():
-
-        def fake(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="cuda"
-            )
-
-        results = getattr(ATEN, name)(
-            *map(fake, positional), **{n: fake(v) for n, v in named.items()}
-        )
-        for got, want in zip(flat(results), expected, strict=True):
-            assert got.device.type == "cuda"
-            assert (got.shape, got.dtype) == (want.shape, want.dtype)
-
-
-def test_results_require_no_gradient():
-    x, bias = X.clone().requires_grad_(), BIAS.clone().requires_grad_()
-    rows = ATEN.pack_weight(WEIGHT.weights[0])
-    assert not ATEN.linear_dynamic(x, rows, SCALE, None, bias, N).requires_grad
-    assert not any(t.requires_grad for t in ATEN.quantize_pack(x, None, -127, 127, True))
-
 
 META_ROWS = ATEN.pack_weight(WEIGHT.weights[0].to("meta"))
 
@@ -505,15 +447,6 @@ def test_reads_no_values():
     assert [y.shape for y in both] == [(6, N)] * 2
     rows, *_ = ATEN.quantize_pack(scale.view(1, N), None, -127, 127, True)
     assert ATEN.unpack_weight(rows, 1, N).shape == (1, N)
-
-
-def test_runs_under_autocast():
-    """torch.autocast changes the dtypes of ATen's operators, not of these."""
-    rows = ATEN.pack_weight(WEIGHT.weights[0])
-    expected = ATEN.linear_dynamic(X, rows, SCALE, ZERO, BIAS, N, False, "gelu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ATEN.linear_dynamic(X, rows, SCALE, ZERO, BIAS, N, False, "gelu")
-    assert_same_bits(got, expected)
 
 
 REFUSALS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {

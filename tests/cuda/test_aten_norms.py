@@ -20,7 +20,7 @@ from support import (
     in_layout,
     sprinkle,
 )
-from support.aten import ATEN, DEVICES, KERNELS, check_schema, moved
+from support.aten import ATEN, DEVICES, KERNELS, moved
 from torch import Tensor
 
 MASKS = ("none", "bool", "float", "one for all keys", "for all heads", "for all queries")
@@ -147,32 +147,6 @@ def test_more_sums_than_a_block(shape: tuple[int, int, int, int]) -> None:
 
 
 # ---------------------------------------------------------------- what holds for all
-
-
-def test_schemas() -> None:
-    x = floats(2, 3, 4, 8)
-    check_schema("rms_norm", x, x[0, 0, 0].clone(), 1e-6)
-    check_schema("layer_norm", x, None, None, 1e-6, x.clone())
-    check_schema("attention", x, x.clone(), x.clone())
-
-
-def test_autograd_and_autocast_stay_outside() -> None:
-    """The gradients are torchquant's; nothing inside is recorded or rounded."""
-    x = floats(1, 2, 5, 8).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        results = (
-            ATEN.rms_norm(x, None, 1e-6),
-            ATEN.layer_norm(x, None, None, 1e-6),
-            ATEN.attention(x, x, x),
-        )
-    expected = (
-        KERNELS.rms_norm(x, None, 1e-6),
-        KERNELS.layer_norm(x, None, None, 1e-6),
-        KERNELS.attention(x, x, x),
-    )
-    for got, want in zip(results, expected, strict=True):
-        assert not got.requires_grad
-        assert_same_bits(got, want.detach())
 
 
 @pytest.mark.parametrize(

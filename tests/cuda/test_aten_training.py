@@ -29,7 +29,7 @@ from support import (
     positive,
     sprinkle,
 )
-from support.aten import ATEN, DEVICES, KERNELS, check_same, check_schema, moved
+from support.aten import ATEN, DEVICES, KERNELS, check_same, moved
 from torch import Tensor
 
 SPICES: dict[str, tuple[float, ...]] = {
@@ -241,51 +241,6 @@ def test_qat_linear(rows, outputs, inputs, activations, weight, bits, dtypes, re
 
 
 # ---------------------------------------------------------------- what holds for all
-
-
-def samples() -> dict[str, tuple[Any, ...]]:
-    x, scale = floats(4, 24), positive(4)
-    q = (-8, 7, 0, None)
-    return {
-        "fake_quantize": (x, scale, None, *q),
-        "fake_quantize_mask": (x, scale, None, *q),
-        "in_range": (x, scale, None, *q),
-        "positive": (x,),
-        "mask_gradient": (x, torch.full((12,), 77, dtype=torch.uint8)),
-        "fake_quantize_learned": (x, scale, positive(4, seed=1), -8, 7, 0.1, 0, None),
-        "fake_quantize_learned_backward": (x.clone(), x, scale, None, *q),
-        "minmax": (x, 0, None),
-        "mm_fake_quantized": (floats(3, 4), x, scale, None, -8, 7),
-        "qat_linear": (
-            *(x, floats(5, 24), floats(5), None, None, None, -128, 127, False, None),
-            *(-127, 127, True, "relu", 0.0, 0.0, None),
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", samples())
-def test_schemas(name: str) -> None:
-    check_schema(name, *samples()[name])
-
-
-@pytest.mark.parametrize("name", samples())
-def test_autograd_and_autocast_stay_outside(name: str) -> None:
-    """The gradients are torchquant's; nothing inside is recorded or rounded."""
-    arguments = samples()[name]
-    leaves = [
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments
-    ]
-    with torch.autocast("cpu", torch.bfloat16):
-        results = getattr(ATEN, name)(*leaves)
-    expected = getattr(ATEN, name)(*arguments)
-    for got, want in zip(
-        results if isinstance(results, tuple) else (results,),
-        expected if isinstance(expected, tuple) else (expected,),
-        strict=True,
-    ):
-        assert not got.requires_grad
-        assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize(

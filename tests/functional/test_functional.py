@@ -584,7 +584,7 @@ SUM_TYPE = "PerTensor(), PerAxis(axis), PerGroup(group_size) or PerToken()"
         (
             lambda: dequantize(X, 1.0),
             TypeError,
-            "dequantize: q must be int8, uint8, int16 or int32, got float32 [2, 6]; "
+            "dequantize: input must be int8, uint8, int16 or int32, got float32 [2, 6]; "
             "convert it with .to()",
         ),
         (

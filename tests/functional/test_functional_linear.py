@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torchquant.functional import (
     ACTIVATIONS,
     choose_qparams,
-    dynamic_linear,
     fmaf,
+    linear_dynamic,
+    linear_static,
     quantize,
     quantize_bias,
     quantize_per_token,
     quantized_linear,
     shift_bias,
-    static_linear,
 )
 from torchquant.scheme import PerAxis
 
@@ -217,35 +217,31 @@ def test_output_scale_means_int8_by_default():
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dynamic_linear_is_its_two_steps(symmetric, dtype):
+def test_linear_dynamic_is_its_two_steps(symmetric, dtype):
     x = torch.randn(2, 5, 24).to(dtype)
     w, bias, sw = integers((6, 24)), torch.randn(6), positive(6)
     q, scale, zero_point = quantize_per_token(x, symmetric=symmetric)
     expected = quantized_linear(
         q, w, bias, input_scale=scale, input_zero_point=zero_point, weight_scale=sw
     )
-    got = dynamic_linear(x, w, bias, weight_scale=sw, symmetric=symmetric)
+    got = linear_dynamic(x, w, sw, bias=bias, symmetric=symmetric)
     assert got.dtype == dtype
     assert torch.equal(got, expected.to(dtype))
-    wide = dynamic_linear(
-        x, w, bias, weight_scale=sw, symmetric=symmetric, output_dtype=torch.float32
-    )
+    wide = linear_dynamic(x, w, sw, bias=bias, symmetric=symmetric, output_dtype=torch.float32)
     assert torch.equal(wide, expected)
 
 
-def test_dynamic_linear_approximates_the_float_layer():
+def test_linear_dynamic_approximates_the_float_layer():
     x, weight, bias = torch.randn(32, 256), torch.randn(64, 256), torch.randn(64)
     scale, _ = choose_qparams(weight, granularity=PerAxis(0))
     qweight = quantize(weight, scale, qmin=-127, granularity=PerAxis(0))
     exact = torch.nn.functional.linear(x, weight, bias)
     for symmetric in (True, False):
-        got = dynamic_linear(x, qweight, bias, weight_scale=scale, symmetric=symmetric)
+        got = linear_dynamic(x, qweight, scale, bias=bias, symmetric=symmetric)
         assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.9995
     asymmetric_scale, zero_point = choose_qparams(weight, symmetric=False, granularity=PerAxis(0))
     qweight = quantize(weight, asymmetric_scale, zero_point, granularity=PerAxis(0))
-    got = dynamic_linear(
-        x, qweight, bias, weight_scale=asymmetric_scale, weight_zero_point=zero_point
-    )
+    got = linear_dynamic(x, qweight, asymmetric_scale, zero_point, bias)
     assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.9995
 
 
@@ -253,29 +249,35 @@ def test_dynamic_linear_approximates_the_float_layer():
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_dynamic_rows_that_are_not_finite_give_nan(bad, activation):
     x, w = torch.randn(4, 12), integers((3, 12))
-    clean = dynamic_linear(x, w, torch.ones(3), weight_scale=0.01, activation=activation)
+    clean = linear_dynamic(x, w, 0.01, bias=torch.ones(3), activation=activation)
     x[2, 5] = bad
-    y = dynamic_linear(x, w, torch.ones(3), weight_scale=0.01, activation=activation)
+    y = linear_dynamic(x, w, 0.01, bias=torch.ones(3), activation=activation)
     assert y[2].isnan().all()
     rest = [0, 1, 3]
     assert torch.equal(y[rest], clean[rest])
 
 
-def test_static_linear_marks_nan_and_saturates_infinity():
+def test_linear_static_marks_nan_and_saturates_infinity():
     x, w = torch.randn(5, 12), integers((3, 12))
     x[1, 5], x[2, 0], x[3, 0] = NAN, INF, -INF
     arguments = {"input_scale": 0.05, "input_zero_point": 7, "weight_scale": positive(3)}
-    y = static_linear(x, w, torch.ones(3), **arguments)
+    y = linear_static(x, weight=w, bias=torch.ones(3), **arguments)
     expected = quantized_linear(quantize(x, 0.05, 7), w, torch.ones(3), **arguments)
     assert y[1].isnan().all()
     rest = [0, 2, 3, 4]
     assert torch.equal(y[rest], expected[rest])
-    q = static_linear(
-        x, w, integers((3,), 3, torch.int32), **arguments, output_scale=0.5, output_zero_point=-9
+    q = linear_static(
+        x,
+        weight=w,
+        bias=integers((3,), 3, torch.int32),
+        **arguments,
+        output_dtype=torch.int8,
+        output_scale=0.5,
+        output_zero_point=-9,
     )
     assert q.dtype == torch.int8
     assert q[1].tolist() == [-9, -9, -9]
-    assert static_linear(x.bfloat16(), w, **arguments).dtype == torch.bfloat16
+    assert linear_static(x.bfloat16(), weight=w, **arguments).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- biases, reference numbers
@@ -338,7 +340,7 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
             lambda: quantized_linear(X.float(), W, **SCALES),
             TypeError,
             "quantized_linear: input must be int8 or uint8, got float32 [2, 6]; quantize it first "
-            "(quantize), or use static_linear or dynamic_linear, which take float input",
+            "(quantize), or use linear_static or linear_dynamic, which take float input",
         ),
         (
             lambda: quantized_linear(X[0, 0], W, **SCALES),
@@ -424,22 +426,20 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
             "sigmoid, got 'swish'",
         ),
         (
-            lambda: dynamic_linear(X, W, weight_scale=1.0),
+            lambda: linear_dynamic(X, W, 1.0),
             TypeError,
-            "dynamic_linear: input must be float32, bfloat16 or float16, got int8 [2, 6]; "
+            "linear_dynamic: input must be float32, bfloat16 or float16, got int8 [2, 6]; "
             "convert it with .to()",
         ),
         (
-            lambda: dynamic_linear(
-                X.float(), W, torch.zeros(4, dtype=torch.int32), weight_scale=1.0
-            ),
+            lambda: linear_dynamic(X.float(), W, 1.0, bias=torch.zeros(4, dtype=torch.int32)),
             TypeError,
-            "dynamic_linear: bias must be float32, got int32 [4]; convert it with .to()",
+            "linear_dynamic: bias must be float32, got int32 [4]; convert it with .to()",
         ),
         (
-            lambda: static_linear(X.float(), W, input_scale=torch.ones(2), weight_scale=1.0),
+            lambda: linear_static(X.float(), torch.ones(2), None, W, 1.0),
             ValueError,
-            "static_linear: input_scale must have shape [1], got [2]",
+            "linear_static: input_scale must have shape [1], got [2]",
         ),
         (
             lambda: quantize_bias(torch.zeros(2, 2), 1.0, 1.0),

@@ -93,12 +93,12 @@ def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
     config = DYNAMIC[name]
     layer = layer_of(config)
     x = sprinkle(floats(9, 70), NOT_FINITE, seed=1)
-    want = functional.dynamic_linear(
+    want = functional.linear_dynamic(
         x,
         layer.qweight,
+        layer.weight_scale,
+        layer.weight_zero_point,
         layer.bias.detach(),
-        weight_scale=layer.weight_scale,
-        weight_zero_point=layer.weight_zero_point,
         symmetric=config.activations.symmetric,
         activation_bits=config.activations.bits,
     )

@@ -199,7 +199,7 @@ def test_learned_gradients_are_those_of_the_formula() -> None:
             qmin=input_range[0],
             qmax=input_range[1],
         )
-        channels = functional.quantize_channels(
+        channels = functional.quantize_pack(
             layer.weight.detach(),
             None if weight_quantizer is None else deployed.weight_scale,
             qmin=weight_range[0],

@@ -126,7 +126,7 @@ def check_dynamic(
         "output_dtype": output_dtype,
         "activation": layer.activation,
     }
-    expected = functional.dynamic_linear(x, weight, bias, **layer.weight_side, **options)
+    expected = functional.linear_dynamic(x, weight, bias=bias, **layer.weight_side, **options)
     packed, side = ops.pack_weight(weight), layer.weight_side
     check_everywhere(
         lambda: ops.linear_dynamic(
@@ -171,22 +171,16 @@ def check_static(
 ) -> None:
     x, bias = layer.float_input(dtype, spice), layer.bias_tensor
     scale, side = positive(1, seed=layer.seed + 6), layer.weight_side
-    output = {"output_dtype": torch.float32, **output}
-    expected = functional.static_linear(
-        x,
-        layer.weight,
-        bias,
-        input_scale=scale,
-        input_zero_point=zero_point,
-        **side,
-        activation=layer.activation,
-        **output,
-    )
     if "output_scale" in output:
-        limits = quant_range(output.pop("output_bits", 8), signed=expected.dtype == torch.int8)
+        output = {"output_dtype": torch.int8, **output}
+        signed = output["output_dtype"] == torch.int8
+        limits = quant_range(output.pop("output_bits", 8), signed=signed)
         output |= {"output_qmin": limits[0], "output_qmax": limits[1]}
         output["output_scale"] = torch.tensor([output["output_scale"]])
-        output["output_dtype"] = expected.dtype
+    output = {"output_dtype": torch.float32, "activation": layer.activation, **output}
+    expected = functional.linear_static(
+        x, scale, zero_point, layer.weight, bias=bias, **side, **output
+    )
     packed = ops.pack_weight(layer.weight)
     zero = torch.tensor([zero_point], dtype=torch.int32)
     check_everywhere(
@@ -198,7 +192,6 @@ def check_static(
             **side,
             bias=bias,
             out_features=layer.shape.outputs,
-            activation=layer.activation,
             **output,
         ),
         expected,
@@ -461,7 +454,7 @@ def test_layout_of_the_input_does_not_matter(layout, leading):
         x = in_layout(floats(*leading, 33).to(dtype), layout)
         check_everywhere(
             lambda: ops.linear_dynamic(x, packed, **side, out_features=20),  # noqa: B023
-            functional.dynamic_linear(x, weight, **side),
+            functional.linear_dynamic(x, weight, **side),
         )
         check_everywhere(
             lambda: ops.quantize_per_token(x, symmetric=False),  # noqa: B023
@@ -481,12 +474,12 @@ def test_expanded_tensors():
     zero = torch.tensor([3], dtype=torch.int32).expand(20)
     check_everywhere(
         lambda: ops.linear_dynamic(x, packed, scale, zero, bias, out_features=20),
-        functional.dynamic_linear(x, weight, bias, weight_scale=scale, weight_zero_point=zero),
+        functional.linear_dynamic(x, weight, scale, zero, bias),
     )
     column = floats(35, 1).expand(35, 40)
     check_everywhere(
         lambda: ops.linear_dynamic(column, packed, scale, out_features=20),
-        functional.dynamic_linear(column, weight, weight_scale=scale),
+        functional.linear_dynamic(column, weight, weight_scale=scale),
     )
     weights = integers(1, 40).expand(20, 40)
     check_everywhere(
@@ -498,7 +491,7 @@ def test_expanded_tensors():
 def test_parameters_in_any_layout():
     layer = Layer(Shape(9, 21, 40), bias="float", weight_zero_point=True)
     x, side, packed = layer.float_input(torch.float32), layer.weight_side, layer.weight
-    expected = functional.dynamic_linear(x, packed, layer.bias_tensor, **side)
+    expected = functional.linear_dynamic(x, packed, bias=layer.bias_tensor, **side)
     packed = in_layout(ops.pack_weight(packed), "offset")  # contiguous, at an odd address
     assert packed.data_ptr() % 2 == 1
     for layout in ("offset", "strided"):
@@ -534,7 +527,7 @@ def test_empty_and_one_dimensional_batches(rows, leading):
     q = integers(*shape)
     check_everywhere(
         lambda: ops.linear_dynamic(x, packed, **side, out_features=7),
-        functional.dynamic_linear(x, weight, **side),
+        functional.linear_dynamic(x, weight, **side),
     )
     check_everywhere(
         lambda: quantized_linear(q, PackedWeight(packed, 7, 30), input_scale=0.1, **side),
@@ -692,7 +685,7 @@ def test_deep_float_rows_are_exact(inputs):
     for symmetric, zw in itertools.product((True, False), (None, zero)):
         check_everywhere(
             lambda: ops.linear_dynamic(x, packed, scale, zw, out_features=2, symmetric=symmetric),  # noqa: B023
-            functional.dynamic_linear(
+            functional.linear_dynamic(
                 x, w, weight_scale=scale, weight_zero_point=zw, symmetric=symmetric
             ),
         )

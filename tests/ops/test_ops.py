@@ -1280,7 +1280,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: quantized_linear(X, WEIGHT, **CALL),
         TypeError,
         f"quantized_linear: input must be int8 or uint8, got float32 [6, {K}]; quantize it first "
-        "(quantize), or use static_linear or dynamic_linear, which take float input",
+        "(quantize), or use linear_static or linear_dynamic, which take float input",
     ),
     "quantized_linear: scalar": (
         lambda: quantized_linear(Q[0, 0], WEIGHT, **CALL),
@@ -1381,7 +1381,7 @@ def test_wrong_arguments_raise_and_change_nothing(call, error, message):
         call()
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor, copy)
-    assert_same_bits(dynamic(), functional.dynamic_linear(X, WEIGHT, weight_scale=SCALE))
+    assert_same_bits(dynamic(), functional.linear_dynamic(X, WEIGHT, SCALE))
 
 
 MIXED = {

@@ -110,7 +110,7 @@ def test_rows_without_elements() -> None:
         ops.quantize_rows,
         ops.quantize_pack,
         functional.quantize_rows,
-        functional.quantize_channels,
+        functional.quantize_pack,
         lambda x, **o: torch.ops.torchquant_aten.quantize_rows(x, None, None, *o.values()),
         lambda x, **o: torch.ops.torchquant_aten.quantize_pack(x, None, *o.values()),
     ],
@@ -135,7 +135,7 @@ def test_weights_with_their_own_range(bits: int, dtype: torch.dtype) -> None:
             options: dict[str, Any] = {"qmin": qmin, "qmax": qmax, "symmetric": symmetric}
             check_everywhere(
                 lambda w=w, o=options: ops.quantize_pack(w, **o),
-                packed_channels(functional.quantize_channels(w, **options)),
+                packed_channels(functional.quantize_pack(w, **options)),
                 counts=(1, 2),
                 what=(w.shape, options),
             )
@@ -153,9 +153,7 @@ def test_weights_with_given_scales(bits: int) -> None:
                     lambda w=w, s=given_scale, low=qmin, high=qmax: ops.quantize_pack(
                         w, s, qmin=low, qmax=high
                     ),
-                    packed_channels(
-                        functional.quantize_channels(w, given_scale, qmin=qmin, qmax=qmax)
-                    ),
+                    packed_channels(functional.quantize_pack(w, given_scale, qmin=qmin, qmax=qmax)),
                     what=(w.shape, qmin, qmax),
                 )
 
@@ -164,7 +162,7 @@ def test_weights_with_given_scales(bits: int) -> None:
 def test_weights_of_every_shape(kind: str) -> None:
     for _, outputs, inputs in SHAPES[kind]:
         w = floats(outputs, inputs, seed=outputs)
-        want = packed_channels(functional.quantize_channels(w, qmin=-128, symmetric=False))
+        want = packed_channels(functional.quantize_pack(w, qmin=-128, symmetric=False))
         check_everywhere(
             lambda w=w: ops.quantize_pack(w, qmin=-128, symmetric=False), want, what=w.shape
         )
@@ -185,7 +183,7 @@ def test_weights_of_any_magnitude() -> None:
     w = torch.tensor(rows)
     for bits, symmetric in itertools.product(BITS, (True, False)):
         qmin, qmax = quant_range(bits)
-        want = functional.quantize_channels(w, qmin=qmin, qmax=qmax, symmetric=symmetric)
+        want = functional.quantize_pack(w, qmin=qmin, qmax=qmax, symmetric=symmetric)
         check_everywhere(
             lambda low=qmin, high=qmax, s=symmetric: ops.quantize_pack(
                 w, qmin=low, qmax=high, symmetric=s
@@ -232,9 +230,7 @@ def arguments(
 
 
 def expected(values: dict[str, Any], **changes: Any) -> Tensor:
-    left_out = ("input_grad_factor", "weight_grad_factor", "input_offset")
-    kept = {name: value for name, value in values.items() if name not in left_out}
-    return functional.qat_linear(**kept, **changes)
+    return functional.qat_linear(**values, **changes)
 
 
 CASES = {
@@ -285,6 +281,34 @@ def test_forward_of_no_rows_and_of_one_dimension() -> None:
             assert values["input"].grad.shape == shape
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.7, -3.0, 1e9, NAN])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_forward_with_an_offset(bits: int, offset: float) -> None:
+    for shape in SIZES:
+        values = arguments(shape, bits=bits, static=True)
+        values |= {"input_zero_point": None, "input_offset": torch.tensor([offset])}
+        values["input"] = sprinkle(values["input"], NOT_FINITE, seed=5)
+        want = expected(values)
+        check_everywhere(lambda v=values: ops.qat_linear(**v), want, what=shape)
+        values["input_offset"].requires_grad_()
+        values["input_grad_factor"] = 0.1
+        check_everywhere(lambda v=values: ops.qat_linear(**v).detach(), want, what=shape)
+
+
+@pytest.mark.parametrize("qmax", [1, 15, 127, 200, 255])
+def test_forward_with_unsigned_activations(qmax: int) -> None:
+    """Beyond 127 the integers are stored 128 lower, and so is their zero point."""
+    for shape in SIZES:
+        values = arguments(shape, static=True)
+        values |= {"input_zero_point": None, "input_qmin": 0, "input_qmax": qmax}
+        want = expected(values)
+        check_everywhere(lambda v=values: ops.qat_linear(**v), want, what=shape)
+        exact = values["input"].clamp(0, qmax * float(values["input_scale"]))
+        plain = torch.nn.functional.linear(exact, values["weight"], values["bias"])
+        error = (want - plain).norm() / plain.norm()
+        assert float(error) < 0.5 / qmax**0.5 + 0.02, shape
+
+
 # ---------------------------------------------------------------- qat_linear: backward
 
 
@@ -304,7 +328,7 @@ def oracle(values: dict[str, Any], grad: Tensor) -> dict[str, Tensor | None]:
         qmax=values["input_qmax"],
         symmetric=values["input_symmetric"],
     )
-    w = functional.quantize_channels(
+    w = functional.quantize_pack(
         values["weight"],
         given_scale,
         qmin=values["weight_qmin"],

@@ -166,12 +166,12 @@ def test_bits_of_the_specification():
         )
         x = floats(6, 70)
         for i, got in enumerate(case.together(x)):
-            expected = functional.dynamic_linear(
+            expected = functional.linear_dynamic(
                 x,
                 case.weights[i],
+                case.scales[i],
+                case.zero_points[i] if zero_points else None,
                 case.biases[i],
-                weight_scale=case.scales[i],
-                weight_zero_point=case.zero_points[i] if zero_points else None,
                 symmetric=symmetric,
                 activation=names[i],
             )

@@ -65,11 +65,3 @@ def check_same(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             assert a.device.type == device and a.is_contiguous()
             assert_same_bits(a.cpu(), b, (name, device, i))
     return expected
-
-
-def check_schema(name: str, *args: Any, **kwargs: Any) -> None:
-    """Neither aliases nor writes to its arguments, as the schema says."""
-    positional, named = arguments(ATEN, "cpu", *args, **kwargs)
-    torch.library.opcheck(
-        getattr(ATEN, name).default, tuple(positional), named, test_utils="test_schema"
-    )

@@ -47,12 +47,12 @@ def expected_output(
     layer: QuantizedLinear, x: Tensor, output_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The specification's, from the canonical state."""
-    return functional.dynamic_linear(
+    return functional.linear_dynamic(
         x,
         layer.qweight,
+        layer.weight_scale,
+        layer.weight_zero_point,
         None if layer.bias is None else layer.bias.detach(),
-        weight_scale=layer.weight_scale,
-        weight_zero_point=layer.weight_zero_point,
         symmetric=layer.config.activations.symmetric,
         output_dtype=output_dtype,
         activation=layer.activation,

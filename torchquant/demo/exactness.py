@@ -151,12 +151,12 @@ def layers_with_inputs(
 
 def specified_output(layer: QuantizedLinear, rows: Tensor) -> Tensor:
     """What the layer's output is by the specification: sums in int64, exact fused multiply-add."""
-    return functional.dynamic_linear(
+    return functional.linear_dynamic(
         rows,
         layer.qweight,
+        layer.weight_scale,
+        layer.weight_zero_point,
         layer.bias,
-        weight_scale=layer.weight_scale,
-        weight_zero_point=layer.weight_zero_point,
         symmetric=layer.config.activations.symmetric,
         activation=layer.activation,
     )

@@ -6,7 +6,9 @@ compare with ``torch.equal``. What each function promises stands in its module:
 * :mod:`~torchquant.functional.affine`: quantize, dequantize, fake-quantize, per-token rows
 * :mod:`~torchquant.functional.fake_quantize`: what training adds: masks, learned steps, ranges
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
-* :mod:`~torchquant.functional.linear`: the integer linear layer
+* :mod:`~torchquant.functional.linear`: linear layers on float or integer input
+* :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
+* :mod:`~torchquant.functional.bias`: biases as int32
 * :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
   fixed fp32 sequences
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
@@ -18,6 +20,8 @@ compare with ``torch.equal``. What each function promises stands in its module:
 from torchquant.functional._arithmetic import fmaf
 from torchquant.functional.activations import (
     ACTIVATIONS,
+    activation,
+    gated_activation,
     gelu,
     gelu_tanh,
     relu,
@@ -27,57 +31,69 @@ from torchquant.functional.activations import (
 )
 from torchquant.functional.affine import dequantize, quantize, quantize_per_token
 from torchquant.functional.attention import attention
+from torchquant.functional.bias import quantize_bias, shift_bias
 from torchquant.functional.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_learned_backward,
+    fake_quantize_mask,
     in_range,
     learned_zero_point,
     mask_gradient,
     minmax,
     pack_bits,
+    positive,
     unpack_bits,
 )
 from torchquant.functional.linear import (
-    dynamic_linear,
-    quantize_bias,
-    quantized_linear,
-    shift_bias,
-    static_linear,
+    int8_mm,
+    linear_dynamic,
+    linear_dynamic_split,
+    linear_static,
 )
 from torchquant.functional.norms import layer_norm, rms_norm
 from torchquant.functional.qat import (
+    mm_fake_quantized,
     qat_linear,
     qat_linear_backward,
-    quantize_channels,
+    quantize_pack,
     quantize_rows,
 )
 from torchquant.functional.qparams import choose_qparams, qparams_from_range
+from torchquant.functional.quantized_linear import quantized_linear
 
 __all__ = [
     "ACTIVATIONS",
+    "activation",
     "attention",
     "choose_qparams",
     "dequantize",
-    "dynamic_linear",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "fmaf",
+    "gated_activation",
     "gelu",
     "gelu_tanh",
     "in_range",
+    "int8_mm",
     "layer_norm",
     "learned_zero_point",
+    "linear_dynamic",
+    "linear_dynamic_split",
+    "linear_static",
     "mask_gradient",
     "minmax",
+    "mm_fake_quantized",
     "pack_bits",
+    "positive",
     "qat_linear",
     "qat_linear_backward",
     "qparams_from_range",
     "quantize",
     "quantize_bias",
-    "quantize_channels",
+    "quantize_pack",
     "quantize_per_token",
     "quantize_rows",
     "quantized_linear",
@@ -86,7 +102,6 @@ __all__ = [
     "shift_bias",
     "sigmoid",
     "silu",
-    "static_linear",
     "tanh",
     "unpack_bits",
 ]

@@ -42,11 +42,13 @@ def require_dtype(who: str, name: str, value: Tensor, dtypes: tuple[torch.dtype,
         )
 
 
-def require_device(who: str, name: str, value: Tensor, device: torch.device) -> None:
-    """Raise unless ``value`` lies on ``device``."""
+def require_device(
+    who: str, name: str, value: Tensor, device: torch.device, first: str = "input"
+) -> None:
+    """Raise unless ``value`` is on ``device``, that of the argument ``first``."""
     if value.device != device:
         raise ValueError(
-            f"{who}: {name} must be on the input's device {device}, got {value.device}; "
+            f"{who}: {name} must be on the {first}'s device {device}, got {value.device}; "
             "move it with .to(device)"
         )
 

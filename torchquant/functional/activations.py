@@ -36,7 +36,13 @@ import torch
 from torch import Tensor
 
 from torchquant.functional._arithmetic import fmaf
-from torchquant.functional._checks import require_dtype
+from torchquant.functional._checks import (
+    FLOAT_DTYPES,
+    describe,
+    dtype_name,
+    require_device,
+    require_dtype,
+)
 
 _MAGIC = float.fromhex("0x1.8p+23")  # adding it rounds to an integer, which lands in the low bits
 _LOG2_E = float.fromhex("0x1.715476p+0")
@@ -284,10 +290,64 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )
 
 
-def apply_activation(who: str, activation: str, input: Tensor) -> Tensor:
-    """The activation named ``activation`` of an fp32 tensor; raises for an unknown name."""
+def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The activation function of that name, of any float type.
+
+    Args:
+        input: float32, bfloat16 or float16 of any shape; widened to float32 exactly.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        dtype: float32, bfloat16 or float16, rounded to once; by default input's.
+
+    Returns:
+        Of input's shape.
+
+    Raises:
+        TypeError: input or ``dtype`` is not one of the three float types.
+        ValueError: no activation has that name.
+
+    Example:
+        >>> activation(torch.tensor([-1.0, 0.0, 1.0]), "gelu")
+        tensor([-0.1587,  0.0000,  0.8413])
+    """
+    require_dtype("activation", "input", input, FLOAT_DTYPES)
+    require_activation("activation", activation)
+    target = input.dtype if dtype is None else dtype
+    if target not in FLOAT_DTYPES:
+        raise TypeError(
+            f"activation: dtype must be float32, bfloat16 or float16, got {dtype_name(target)}"
+        )
+    return ACTIVATIONS[activation](input.to(torch.float32)).to(target)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up``: the middle of a gated feed-forward layer.
+
+    Args:
+        gate, up: float32, bfloat16 or float16 of one shape and dtype; widened to float32 exactly.
+        activation: as in :func:`activation`.
+
+    Returns:
+        Of gate's shape and dtype. The product is taken in float32 and rounded once.
+
+    Raises:
+        TypeError: gate is not of a float type, or up has another dtype.
+        ValueError: the shapes or devices differ, or no activation has that name.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> gated_activation(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 2.0]), "silu")
+        tensor([-0.5379,  1.4621])
+    """
+    who = "gated_activation"
+    require_dtype(who, "gate", gate, FLOAT_DTYPES)
+    require_dtype(who, "up", up, (gate.dtype,))
+    require_device(who, "up", up, gate.device, "gate")
+    if up.shape != gate.shape:
+        raise ValueError(f"{who}: up must have gate's shape {list(gate.shape)}, got {describe(up)}")
     require_activation(who, activation)
-    return ACTIVATIONS[activation](input)
+    product = ACTIVATIONS[activation](gate.to(torch.float32)) * up.to(torch.float32)
+    return product.to(gate.dtype)
 
 
 def require_activation(who: str, activation: str) -> None:

@@ -94,22 +94,22 @@ def quantize(
 
 
 def dequantize(
-    q: Tensor,
+    input: Tensor,
     scale: float | Tensor,
     zero_point: int | Tensor | None = None,
     *,
     granularity: Granularity = PER_TENSOR,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Map integers back to real numbers: ``float(q - zero_point) * scale``.
+    """Map integers back to real numbers: ``float(input - zero_point) * scale``.
 
     Args:
-        q: int8, uint8, int16 or int32 tensor of any shape.
+        input: int8, uint8, int16 or int32 tensor of any shape.
         scale, zero_point, granularity: as in :func:`quantize`.
         dtype: float32, bfloat16 or float16; the fp32 result is rounded to it once.
 
     Returns:
-        Tensor of q's shape and of ``dtype``.
+        Tensor of input's shape and of ``dtype``.
 
     Raises:
         TypeError: wrong dtype of an argument.
@@ -120,17 +120,17 @@ def dequantize(
         tensor([-1.0000,  0.2500])
     """
     who = "dequantize"
-    require_dtype(who, "q", q, INTEGER_DTYPES)
+    require_dtype(who, "input", input, INTEGER_DTYPES)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{who}: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
         )
     limits = torch.iinfo(torch.int32)
-    s, z = _broadcastable(who, q, scale, zero_point, granularity, limits.min, limits.max)
+    s, z = _broadcastable(who, input, scale, zero_point, granularity, limits.min, limits.max)
     if z.is_floating_point():
-        return (q.to(torch.float32) * s + z).to(dtype)
+        return (input.to(torch.float32) * s + z).to(dtype)
     # int64: neither the difference of two int32 nor its conversion may wrap or round twice.
-    return ((q.to(torch.int64) - z).to(torch.float32) * s).to(dtype)
+    return ((input.to(torch.int64) - z).to(torch.float32) * s).to(dtype)
 
 
 def fake_quantize(

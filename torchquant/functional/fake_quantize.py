@@ -38,11 +38,13 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_learned_backward",
+    "fake_quantize_mask",
     "in_range",
     "learned_zero_point",
     "mask_gradient",
     "minmax",
     "pack_bits",
+    "positive",
     "unpack_bits",
 ]
 
@@ -84,6 +86,58 @@ def in_range(
         return (rounded >= qmin) & (rounded <= qmax)
     rounded = torch.round(x * reciprocal(s))
     return (rounded >= (qmin - z).to(torch.float32)) & (rounded <= (qmax - z).to(torch.float32))
+
+
+def fake_quantize_mask(
+    input: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor | None = None,
+    *,
+    qmin: int = -128,
+    qmax: int = 127,
+    granularity: Granularity = PER_TENSOR,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quantize`, and :func:`in_range` of the same arguments.
+
+    Args:
+        input, scale, zero_point, qmin, qmax, granularity: as in :func:`fake_quantize`.
+
+    Returns:
+        ``(output, mask)``.
+
+    Raises:
+        TypeError: wrong dtype of an argument.
+        ValueError: wrong shape, device, range, or a number outside its bounds.
+
+    Example:
+        >>> fake_quantize_mask(torch.tensor([-1.0, 0.26, 9.0]), 0.05, qmin=-8, qmax=7)
+        (tensor([-0.4000,  0.2500,  0.3500]), tensor([False,  True, False]))
+    """
+    options = {"qmin": qmin, "qmax": qmax}
+    return (
+        fake_quantize(input, scale, zero_point, **options, granularity=granularity),
+        in_range(input, scale, zero_point, **options, granularity=granularity),
+    )
+
+
+def positive(input: Tensor) -> Tensor:
+    """Where ``input > 0``: where a relu passes its gradient.
+
+    Args:
+        input: fp32, bf16 or fp16 tensor of any shape.
+
+    Returns:
+        bool tensor of input's shape; False where input is NaN.
+
+    Raises:
+        TypeError: ``input`` is not a float tensor.
+
+    Example:
+        >>> positive(torch.tensor([1.0, 0.0, -1.0, 2.0]))
+        tensor([ True, False, False,  True])
+    """
+    require_dtype("positive", "input", input, FLOAT_DTYPES)
+    return input > 0
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -183,6 +237,7 @@ def fake_quantize_learned(
     *,
     qmin: int = -128,
     qmax: int = 127,
+    grad_factor: float = 1.0,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
     """:func:`fake_quantize` with a learned step and, if given, a learned offset.
@@ -193,6 +248,8 @@ def fake_quantize_learned(
             optimizer drove to zero or beyond is no error. NaN gives NaN.
         offset: fp32 tensor of scale's shape: the real number that ``zero_point`` stands for,
             negated (see :func:`learned_zero_point`). NaN gives NaN.
+        qmin, qmax, granularity: as in :func:`fake_quantize`.
+        grad_factor: multiplies the gradients of scale and offset; the result does not depend on it.
 
     Returns:
         Tensor of input's shape and dtype. No gradient: see :func:`fake_quantize_learned_backward`.

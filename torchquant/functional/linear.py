@@ -1,463 +1,276 @@
-"""Linear layers on integers: what the kernels must produce, bit for bit.
+"""Linear layers on packed weights, as their operators compute them.
 
-With activations x, weights w and their zero points zx, zw, for row m and output n::
-
-    acc = sum_k (x[m,k] - zx[m]) * (w[n,k] - zw[n])               exact
-    y   = fmaf(float(acc), fl(sx[m] * sw[n]), bias[n])            float bias
-    y   = fl(float(acc) * fl(sx[m] * sw[n]))                      no bias
-    y   = fl(float(acc + bias[n]) * fl(sx[m] * sw[n]))            int32 bias of scale sx*sw
-
-then the activation function in fp32, then one rounding to the output type, or
-``clamp(rint(y * (1/so)) + zo)`` to int8 or uint8.
+The integer arithmetic is that of :mod:`~torchquant.functional.quantized_linear`; here is what comes
+before it, the quantization of float input. Where an operator takes the packed weight and
+``out_features``, its specification takes the int8 weight ``[out_features, in_features]``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torchquant.functional._arithmetic import fmaf, reciprocal
 from torchquant.functional._checks import (
     FLOAT_DTYPES,
-    describe,
     dtype_name,
-    require_device,
     require_dtype,
-    require_tensor,
     scale_tensor,
     zero_point_tensor,
 )
-from torchquant.functional.activations import apply_activation, require_activation
 from torchquant.functional.affine import quantize, quantize_per_token
-from torchquant.scheme import quant_range
+from torchquant.functional.quantized_linear import (
+    accumulate,
+    check_bias,
+    check_integer_input,
+    check_quantized_linear,
+    check_weight,
+    integer_linear,
+)
 
-_INT8 = (torch.int8,)
+MOST_INPUTS = 65_793  # 255 * 128 * MOST_INPUTS still fits int32
 
 
-def quantized_linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    input_scale: float | Tensor,
-    input_zero_point: int | Tensor = 0,
-    weight_scale: float | Tensor,
-    weight_zero_point: int | Tensor | None = None,
-    output_scale: float | Tensor | None = None,
-    output_zero_point: int | Tensor = 0,
-    output_bits: int = 8,
-    output_dtype: torch.dtype = torch.float32,
-    activation: str = "none",
-) -> Tensor:
-    """Integer linear layer, the specification in plain torch.
+def int8_mm(input: Tensor, weight: Tensor) -> Tensor:
+    """Raw int32 accumulators of an integer product: ``input @ weight.T``.
 
     Args:
-        input: int8 or uint8 ``[..., K]``.
+        input: int8 or uint8 ``[..., K]``, K at most 65,793, so that every sum fits int32.
         weight: int8 ``[N, K]``.
-        bias: fp32 ``[N]``; or int32 ``[N]`` of scale input_scale * weight_scale, unshifted (the
-            zero points are compensated here); or None.
-        input_scale: float, fp32 ``[1]``, or one per row: ``[..., 1]`` or input's leading shape.
-        input_zero_point: int, int32 ``[1]`` or one per row.
-        weight_scale: float, fp32 ``[1]`` or ``[N]``.
-        weight_zero_point: None, int, int32 ``[1]`` or ``[N]``.
-        output_scale: None for a float result, else float or fp32 ``[1]``: the result is an integer.
-        output_zero_point: int or int32 ``[1]``, for an integer result.
-        output_bits: 2 to 8; range of an integer result.
-        output_dtype: float32, bfloat16, float16; with output_scale int8 (float32, the default, then
-            stands for int8) or uint8.
-        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
 
     Returns:
-        ``[..., N]`` of ``output_dtype``. NaN before an integer output becomes its zero point.
+        int32 ``[..., N]``, exact.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, bits or combination of options.
+        TypeError: input is not int8 or uint8, or weight not int8.
+        ValueError: the shapes do not fit, the devices differ, or K is too large.
 
     Example:
-        >>> x = torch.tensor([[10, -20]], dtype=torch.int8)
-        >>> w = torch.tensor([[3, 1], [0, -128]], dtype=torch.int8)
-        >>> quantized_linear(x, w, torch.tensor([0.5, 0.0]), input_scale=0.5, weight_scale=0.25)
-        tensor([[  1.7500, 320.0000]])
+        >>> x = torch.full((1, 3), 100, dtype=torch.int8)
+        >>> int8_mm(x, torch.full((2, 3), -128, dtype=torch.int8))
+        tensor([[-38400, -38400]], dtype=torch.int32)
     """
-    who = "quantized_linear"
-    check_integer_input(who, input)
-    check_weight(who, input, weight)
-    checked = check_quantized_linear(
-        who,
-        input,
-        weight.shape[0],
-        bias,
-        input_scale=input_scale,
-        input_zero_point=input_zero_point,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        output_scale=output_scale,
-        output_zero_point=output_zero_point,
-        output_bits=output_bits,
-        output_dtype=output_dtype,
-        activation=activation,
-    )
-    zx = _per_row(checked.input_zero_point, input)
-    acc = _accumulate(input, zx, weight, checked.weight_zero_point)
-    y = _to_real(acc, _per_row(checked.input_scale, input) * checked.weight_scale, bias)
-    y = apply_activation(who, activation, y)
-    if checked.output_scale is None:
-        return y.to(checked.output_dtype)
-    return quantize(
-        y,
-        checked.output_scale,
-        checked.output_zero_point,
-        qmin=checked.output_qmin,
-        qmax=checked.output_qmax,
-        dtype=checked.output_dtype,
-    )
+    check_integer_input("int8_mm", input)
+    check_weight("int8_mm", input, weight)
+    if input.shape[-1] > MOST_INPUTS:
+        raise ValueError(
+            f"int8_mm: in_features must be at most {MOST_INPUTS} for sums that fit int32, got "
+            f"{input.shape[-1]}; split the input along its last dimension and add in int64"
+        )
+    zero = torch.zeros(1, device=input.device)
+    return accumulate(input, zero, weight, zero).to(torch.int32)
 
 
-def static_linear(
+def linear_dynamic(
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    input_scale: float | Tensor,
-    input_zero_point: int | Tensor = 0,
     weight_scale: float | Tensor,
     weight_zero_point: int | Tensor | None = None,
-    output_scale: float | Tensor | None = None,
-    output_zero_point: int | Tensor = 0,
-    output_bits: int = 8,
-    output_dtype: torch.dtype | None = None,
-    activation: str = "none",
-) -> Tensor:
-    """Quantize float input to int8 with a fixed scale, then :func:`quantized_linear`.
-
-    A row that holds NaN gives NaN in all its outputs (an integer output: its zero point); +-inf
-    saturates. Other rows are untouched.
-
-    Args:
-        input: fp32, bf16 or fp16 ``[..., K]``.
-        input_scale: float or fp32 ``[1]``.
-        input_zero_point: int or int32 ``[1]``; the integers cover [-128, 127].
-        output_dtype: by default input's dtype (with output_scale: int8).
-        weight, bias, weight_scale, weight_zero_point, output_scale, output_zero_point, output_bits,
-            activation: as in :func:`quantized_linear`.
-
-    Returns:
-        ``[..., N]`` of ``output_dtype``.
-
-    Raises:
-        TypeError, ValueError: as :func:`quantized_linear`.
-
-    Example:
-        >>> w = torch.tensor([[2, 4]], dtype=torch.int8)
-        >>> x = torch.tensor([[1.0, 0.5], [float("nan"), 0.0]])
-        >>> static_linear(x, w, input_scale=0.5, weight_scale=0.25)
-        tensor([[1.],
-                [nan]])
-    """
-    who = "static_linear"
-    _check_float_input(who, input)
-    scale = scale_tensor(who, "input_scale", input_scale, input.device, (1,))
-    zero_point = zero_point_tensor(
-        who, "input_zero_point", input_zero_point, input.device, -128, 127, (1,)
-    )
-    has_nan = input.isnan().any(-1, keepdim=True)
-    if output_dtype is None:
-        output_dtype = input.dtype if output_scale is None else torch.int8
-    return quantized_linear(
-        quantize(input, scale, zero_point),
-        weight,
-        bias,
-        input_scale=torch.where(has_nan, float("nan"), scale),
-        input_zero_point=zero_point,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        output_scale=output_scale,
-        output_zero_point=output_zero_point,
-        output_bits=output_bits,
-        output_dtype=output_dtype,
-        activation=activation,
-    )
-
-
-def dynamic_linear(
-    input: Tensor,
-    weight: Tensor,
     bias: Tensor | None = None,
     *,
-    weight_scale: float | Tensor,
-    weight_zero_point: int | Tensor | None = None,
     symmetric: bool = True,
-    activation_bits: int = 8,
-    output_dtype: torch.dtype | None = None,
     activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
 ) -> Tensor:
-    """Quantize each row of float input with its own scale, then :func:`quantized_linear`.
+    """A linear layer on float input, each row of which is quantized with a scale of its own.
 
     A row that holds NaN or +-inf gives NaN in all its outputs; other rows are untouched.
 
     Args:
         input: fp32, bf16 or fp16 ``[..., K]``.
         weight: int8 ``[N, K]``.
+        weight_scale: float, fp32 ``[1]`` or ``[N]``.
+        weight_zero_point: None, int, int32 ``[1]`` or ``[N]``.
         bias: fp32 ``[N]`` or None.
-        weight_scale, weight_zero_point, activation: as in :func:`quantized_linear`.
-        symmetric, activation_bits: see :func:`torchquant.functional.quantize_per_token`.
+        symmetric, activation_bits: ``symmetric`` and ``bits`` of
+            :func:`torchquant.functional.quantize_per_token`.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
         output_dtype: float32, bfloat16 or float16; by default input's dtype.
 
     Returns:
         ``[..., N]`` of ``output_dtype``.
 
     Raises:
-        TypeError, ValueError: as :func:`quantized_linear`.
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number, or the activation's name is wrong.
 
     Example:
         >>> w = torch.tensor([[2, 4]], dtype=torch.int8)
-        >>> dynamic_linear(torch.tensor([[127.0, 1.0]]), w, weight_scale=0.5)
+        >>> linear_dynamic(torch.tensor([[127.0, 1.0]]), w, 0.5)
         tensor([[129.]])
     """
-    who = "dynamic_linear"
+    who = "linear_dynamic"
     _check_float_input(who, input)
     check_weight(who, input, weight)
-    _check_bias(who, bias, weight.shape[0], input.device, (torch.float32,))
+    check_bias(who, bias, weight.shape[0], input.device, (torch.float32,))
     q, scale, zero_point = quantize_per_token(input, symmetric=symmetric, bits=activation_bits)
-    return quantized_linear(
+    checked = check_quantized_linear(
+        who,
         q,
-        weight,
+        weight.shape[0],
         bias,
         input_scale=scale,
         input_zero_point=zero_point,
         weight_scale=weight_scale,
         weight_zero_point=weight_zero_point,
+        output_scale=None,
+        output_zero_point=0,
+        output_range=8,
         output_dtype=input.dtype if output_dtype is None else output_dtype,
         activation=activation,
     )
+    return integer_linear(q, weight, bias, checked, activation)
 
 
-def quantize_bias(
-    bias: Tensor, input_scale: float | Tensor, weight_scale: float | Tensor
+def linear_dynamic_split(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_features: Sequence[int],
+    symmetric: bool = True,
+    activations: Sequence[str] = (),
+    output_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Several linear layers on one input: :func:`linear_dynamic` of each.
+
+    Args:
+        input: fp32, bf16 or fp16 ``[..., K]``.
+        weight: int8, the layers' weights ``[N, K]`` one below the other.
+        weight_scale, weight_zero_point, bias: of all outputs, ``[sum of N]``.
+        out_features: N of each layer.
+        symmetric, output_dtype: as in :func:`linear_dynamic`.
+        activations: the name of each layer's activation, or empty for none.
+
+    Returns:
+        A tensor ``[..., N]`` for each layer.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device or a name is wrong, or the lists have different lengths.
+
+    Example:
+        >>> w = torch.tensor([[100, 0], [0, 50], [100, 0]], dtype=torch.int8)
+        >>> linear_dynamic_split(torch.ones(1, 2), w, torch.full((3,), 0.01), out_features=[2, 1])
+        [tensor([[1.0000, 0.5000]]), tensor([[1.]])]
+    """
+    sizes = list(out_features)
+    names = list(activations) or ["none"] * len(sizes)
+    if len(names) != len(sizes) or sum(sizes) != weight.shape[0]:
+        raise ValueError(
+            "linear_dynamic_split: out_features must add up to weight's "
+            f"{weight.shape[0]} rows and activations be empty or one name per layer, "
+            f"got {sizes} and {list(activations)}"
+        )
+    parts = [
+        [None] * len(sizes) if tensor is None else tensor.split(sizes)
+        for tensor in (weight_scale, weight_zero_point, bias)
+    ]
+    return [
+        linear_dynamic(
+            input, w, *side, symmetric=symmetric, activation=name, output_dtype=output_dtype
+        )
+        for w, *side, name in zip(weight.split(sizes), *parts, names, strict=True)
+    ]
+
+
+def linear_static(
+    input: Tensor,
+    input_scale: float | Tensor,
+    input_zero_point: int | Tensor | None,
+    weight: Tensor,
+    weight_scale: float | Tensor,
+    weight_zero_point: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    output_scale: float | Tensor | None = None,
+    output_zero_point: int = 0,
+    output_qmin: int = -128,
+    output_qmax: int = 127,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
 ) -> Tensor:
-    """Bias as int32 with scale ``fl(input_scale * weight_scale)`` and zero point 0.
+    """A linear layer on integers of given scale, or on float input quantized with it first.
+
+    In float input a row that holds NaN gives NaN in all its outputs (an integer output: its zero
+    point); +-inf saturates. Other rows are untouched.
 
     Args:
-        bias: fp32 ``[N]``.
-        input_scale: float or fp32 ``[1]``.
-        weight_scale: float, fp32 ``[1]`` or ``[N]``.
+        input: int8 or uint8 ``[..., K]``; or fp32, bf16 or fp16, which is quantized to int8 in
+            ``[input_qmin, input_qmax]``.
+        input_scale: float, fp32 ``[1]``; for integer input also one per row.
+        input_zero_point: None for 0, int, int32 ``[1]``; for integer input also one per row.
+        weight, weight_scale, weight_zero_point, activation: as in :func:`linear_dynamic`.
+        bias: fp32 ``[N]``; int32 ``[N]`` in units of ``input_scale * weight_scale``; or None.
+        output_dtype: float32, bfloat16 or float16; with ``output_scale`` int8 or uint8.
+        output_scale: None for a float result, else float or fp32 ``[1]``.
+        output_zero_point, output_qmin, output_qmax: of an integer result.
 
     Returns:
-        int32 ``[N]``, saturated to its range; NaN gives 0.
+        ``[..., N]`` of ``output_dtype``.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device.
+        TypeError: a dtype is wrong, or ``output_dtype`` is an integer type without
+            ``output_scale`` or a float type with it.
+        ValueError: a shape, a device, a range, a number, or the activation's name is wrong.
 
     Example:
-        >>> quantize_bias(torch.tensor([1.0, -0.26]), 0.5, 0.25)
-        tensor([ 8, -2], dtype=torch.int32)
+        >>> w = torch.tensor([[2, 4]], dtype=torch.int8)
+        >>> x = torch.tensor([[1.0, 0.5], [float("nan"), 0.0]])
+        >>> linear_static(x, 0.5, None, w, 0.25)
+        tensor([[1.],
+                [nan]])
     """
-    who = "quantize_bias"
-    require_dtype(who, "bias", bias, (torch.float32,))
-    if bias.dim() != 1:
-        raise ValueError(f"{who}: bias must have shape [N], got {list(bias.shape)}")
-    sx = scale_tensor(who, "input_scale", input_scale, bias.device, (1,))
-    sw = scale_tensor(who, "weight_scale", weight_scale, bias.device, (1,), tuple(bias.shape))
-    # fp32 cannot hold 2^31 - 1: the clamp is in float64, the product's one rounding stays fp32.
-    steps = torch.round(bias * reciprocal(sx * sw)).to(torch.float64)
-    limits = torch.iinfo(torch.int32)
-    return torch.nan_to_num(steps, nan=0.0).clamp(limits.min, limits.max).to(torch.int32)
-
-
-def shift_bias(qbias: Tensor, qweight: Tensor, input_zero_point: int | Tensor) -> Tensor:
-    """Fold the input's zero point into an int32 bias: ``qbias - zx * sum_k qweight``.
-
-    With it ``sum_k x * w + shifted`` equals ``sum_k (x - zx) * w + qbias``. For kernels that do not
-    compensate zero points themselves; :func:`quantized_linear` does and wants the unshifted bias.
-
-    Args:
-        qbias: int32 ``[N]``.
-        qweight: int8 ``[N, K]``, symmetric.
-        input_zero_point: int or int32 ``[1]``.
-
-    Returns:
-        int32 ``[N]``.
-
-    Raises:
-        TypeError, ValueError: wrong dtype or shape, or a sum that does not fit into int32.
-
-    Example:
-        >>> w = torch.tensor([[1, 1], [1, -2]], dtype=torch.int8)
-        >>> shift_bias(torch.tensor([3, -2], dtype=torch.int32), w, -2)
-        tensor([ 7, -4], dtype=torch.int32)
-    """
-    who = "shift_bias"
-    require_dtype(who, "qbias", qbias, (torch.int32,))
-    require_dtype(who, "qweight", qweight, _INT8)
-    if qweight.dim() != 2 or qbias.shape != qweight.shape[:1]:
-        raise ValueError(
-            f"{who}: qbias must have shape [N] and qweight [N, K], "
-            f"got {list(qbias.shape)} and {list(qweight.shape)}"
+    who = "linear_static"
+    if (output_scale is None) != output_dtype.is_floating_point:
+        given = "without" if output_scale is None else "with"
+        raise TypeError(
+            f"{who}: output_dtype must be int8 or uint8 exactly where output_scale is given, "
+            f"got {dtype_name(output_dtype)} {given} output_scale"
         )
-    limits = torch.iinfo(torch.int32)
-    zx = zero_point_tensor(
-        who, "input_zero_point", input_zero_point, qbias.device, limits.min, limits.max, (1,)
+    zero_point = 0 if input_zero_point is None else input_zero_point
+    q, scale = input, input_scale
+    if input.is_floating_point():
+        _check_float_input(who, input)
+        if not -128 <= input_qmin <= input_qmax <= 127:
+            raise ValueError(
+                f"{who}: input_qmin <= input_qmax must lie within -128 .. 127, "
+                f"got {input_qmin} and {input_qmax}"
+            )
+        scale = scale_tensor(who, "input_scale", input_scale, input.device, (1,))
+        limits = (input_qmin, input_qmax)
+        zero_point = zero_point_tensor(
+            who, "input_zero_point", zero_point, input.device, *limits, (1,)
+        )
+        q = quantize(input, scale, zero_point, qmin=input_qmin, qmax=input_qmax, dtype=torch.int8)
+        scale = torch.where(input.isnan().any(-1, keepdim=True), float("nan"), scale)
+    check_integer_input(who, q)
+    check_weight(who, q, weight)
+    checked = check_quantized_linear(
+        who,
+        q,
+        weight.shape[0],
+        bias,
+        input_scale=scale,
+        input_zero_point=zero_point,
+        weight_scale=weight_scale,
+        weight_zero_point=weight_zero_point,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_range=(output_qmin, output_qmax),
+        output_dtype=output_dtype,
+        activation=activation,
     )
-    shifted = qbias.to(torch.int64) - zx.to(torch.int64) * qweight.to(torch.int64).sum(1)
-    if bool(((shifted < limits.min) | (shifted > limits.max)).any()):
-        raise ValueError(
-            f"{who}: the shifted bias must fit into int32, got {shifted.abs().max().item()}; "
-            "pass the unshifted bias to quantized_linear instead"
-        )
-    return shifted.to(torch.int32)
+    return integer_linear(q, weight, bias, checked, activation)
 
 
 def _check_float_input(who: str, input: Tensor) -> None:
     require_dtype(who, "input", input, FLOAT_DTYPES)
     if input.dim() == 0:
         raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
-
-
-def check_integer_input(who: str, input: Tensor) -> None:
-    """Raise unless ``input`` is int8 or uint8 ``[..., K]``."""
-    require_tensor(who, "input", input)
-    if input.dtype not in (torch.int8, torch.uint8):
-        raise TypeError(
-            f"{who}: input must be int8 or uint8, got {describe(input)}; quantize it first "
-            "(quantize), or use static_linear or dynamic_linear, which take float input"
-        )
-    if input.dim() == 0:
-        raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
-
-
-def check_weight(who: str, input: Tensor, weight: Tensor) -> None:
-    """Raise unless ``weight`` is int8 ``[N, K]`` for an input ``[..., K]``."""
-    inner = input.shape[-1]
-    wanted = f"{who}: weight must be int8 [N, K] with K = {inner}"
-    if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-        raise TypeError(f"{wanted}, got {describe(weight)}")
-    if weight.dim() != 2 or weight.shape[1] != inner:
-        raise ValueError(f"{wanted}, got {describe(weight)}")
-    require_device(who, "weight", weight, input.device)
-
-
-class CheckedLinear(NamedTuple):
-    """:func:`quantized_linear`'s arguments, checked; numbers made tensors."""
-
-    input_scale: Tensor
-    input_zero_point: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-    output_dtype: torch.dtype
-    output_scale: Tensor | None
-    output_zero_point: Tensor
-    output_qmin: int
-    output_qmax: int
-
-
-def check_quantized_linear(
-    who: str,
-    input: Tensor,
-    features: int,
-    bias: Tensor | None,
-    *,
-    input_scale: float | Tensor,
-    input_zero_point: int | Tensor,
-    weight_scale: float | Tensor,
-    weight_zero_point: int | Tensor | None,
-    output_scale: float | Tensor | None,
-    output_zero_point: int | Tensor,
-    output_bits: int,
-    output_dtype: torch.dtype,
-    activation: str,
-) -> CheckedLinear:
-    """The arguments of an integer linear layer with ``features`` outputs; raises for wrong ones.
-
-    One place for this specification and for the operator's wrapper: they refuse the same.
-    """
-    device = input.device
-    _check_bias(who, bias, features, device, (torch.float32, torch.int32))
-    rows, channels = _row_shapes(input), ((1,), (features,))
-    sx = scale_tensor(who, "input_scale", input_scale, device, *rows)
-    limits = torch.iinfo(input.dtype)
-    zx = zero_point_tensor(
-        who, "input_zero_point", input_zero_point, device, limits.min, limits.max, *rows
-    )
-    sw = scale_tensor(who, "weight_scale", weight_scale, device, *channels)
-    zw = zero_point_tensor(
-        who, "weight_zero_point", weight_zero_point, device, -128, 127, *channels
-    )
-    output_dtype = _output_dtype(who, output_scale, output_dtype)
-    require_activation(who, activation)
-    if output_scale is None:
-        return CheckedLinear(sx, zx, sw, zw, output_dtype, None, zx, 0, 0)
-    qmin, qmax = quant_range(output_bits, signed=output_dtype == torch.int8)
-    so = scale_tensor(who, "output_scale", output_scale, device, (1,))
-    zo = zero_point_tensor(who, "output_zero_point", output_zero_point, device, qmin, qmax, (1,))
-    return CheckedLinear(sx, zx, sw, zw, output_dtype, so, zo, qmin, qmax)
-
-
-def _check_bias(
-    who: str,
-    bias: Tensor | None,
-    features: int,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if bias is None:
-        return
-    require_dtype(who, "bias", bias, dtypes)
-    require_device(who, "bias", bias, device)
-    if bias.shape != (features,):
-        raise ValueError(
-            f"{who}: bias must have shape [N] with N = {features}, got {list(bias.shape)}"
-        )
-
-
-def _row_shapes(input: Tensor) -> tuple[tuple[int, ...], ...]:
-    leading = tuple(input.shape[:-1])
-    return (1,), (*leading, 1), leading
-
-
-def _per_row(parameter: Tensor, input: Tensor) -> Tensor:
-    """A parameter of one of :func:`_row_shapes` so that it broadcasts against ``[..., N]``."""
-    if parameter.shape == (1,) or parameter.dim() == input.dim():
-        return parameter
-    return parameter.unsqueeze(-1)
-
-
-def _accumulate(input: Tensor, zx: Tensor, weight: Tensor, zw: Tensor) -> Tensor:
-    """``sum_k (x - zx) * (w - zw)`` as float64, in which integers are exact to 2^53.
-
-    A matrix product in float64 rounds nothing while 255 * 255 * K stays below 2^53, whatever order
-    it adds in, and is far faster than one in int64.
-    """
-    x = input.to(torch.float64) - zx.to(torch.float64)
-    w = weight.to(torch.float64) - zw.to(torch.float64).unsqueeze(-1)
-    # A sum of one product may be -0.0, which no integer is.
-    return torch.matmul(x, w.t()) + 0.0
-
-
-def _to_real(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return acc.to(torch.float32) * scale
-    if bias.dtype == torch.int32:
-        return (acc + bias.to(torch.float64)).to(torch.float32) * scale
-    return fmaf(acc.to(torch.float32), scale, bias)
-
-
-def _output_dtype(
-    who: str, output_scale: float | Tensor | None, output_dtype: torch.dtype
-) -> torch.dtype:
-    if output_scale is None:
-        if output_dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{who}: output_dtype must be float32, bfloat16 or float16 without output_scale, "
-                f"got {dtype_name(output_dtype)}; pass output_scale for an integer result"
-            )
-        return output_dtype
-    if output_dtype == torch.float32:
-        return torch.int8
-    if output_dtype not in (torch.int8, torch.uint8):
-        raise TypeError(
-            f"{who}: output_dtype must be int8 or uint8 with output_scale, "
-            f"got {dtype_name(output_dtype)}; leave output_scale out for a float result"
-        )
-    return output_dtype

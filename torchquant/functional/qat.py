@@ -21,9 +21,10 @@ from torch import Tensor
 
 from torchquant.functional._arithmetic import reciprocal
 from torchquant.functional._checks import FLOAT_DTYPES, MIN_SCALE, require_dtype
-from torchquant.functional.affine import quantize
-from torchquant.functional.linear import quantized_linear
+from torchquant.functional.affine import fake_quantize, quantize
+from torchquant.functional.fake_quantize import learned_zero_point
 from torchquant.functional.qparams import qparams_from_range
+from torchquant.functional.quantized_linear import quantized_linear
 from torchquant.scheme import PerAxis
 
 
@@ -57,7 +58,7 @@ def quantize_rows(
 ) -> Quantized:
     """Each row ``[..., K]`` as int8 with a scale and zero point ``[..., 1]``.
 
-    Args and result: :func:`torchquant.ops.quantize_rows`.
+    Args and result: those of :func:`torchquant.ops.quantize_rows`.
 
     Example:
         >>> quantize_rows(torch.tensor([[-3.0, 1.0]]), qmin=-2, qmax=1).q
@@ -89,7 +90,7 @@ def quantize_rows(
     return Quantized(q.to(torch.int8), scales, zeros)
 
 
-def quantize_channels(
+def quantize_pack(
     weight: Tensor,
     scale: Tensor | None = None,
     *,
@@ -99,15 +100,15 @@ def quantize_channels(
 ) -> Quantized:
     """A weight ``[N, K]`` as int8 with a scale and zero point for each output channel, ``[N]``.
 
-    Args and result: :func:`torchquant.ops.quantize_pack`, but not packed.
+    Args and result: those of :func:`torchquant.ops.quantize_pack`, which packs the integers too.
 
     Example:
-        >>> quantize_channels(torch.tensor([[0.5, -1.27], [0.0, 2.54]])).q
+        >>> quantize_pack(torch.tensor([[0.5, -1.27], [0.0, 2.54]])).q
         tensor([[  50, -127],
                 [   0,  127]], dtype=torch.int8)
     """
-    require_dtype("quantize_channels", "weight", weight, FLOAT_DTYPES)
-    _check_symmetric("quantize_channels", scale, qmin, qmax, symmetric)
+    require_dtype("quantize_pack", "weight", weight, FLOAT_DTYPES)
+    _check_symmetric("quantize_pack", scale, qmin, qmax, symmetric)
     w = weight.to(torch.float32)
     if scale is None:
         scales, zeros = qparams_from_range(
@@ -121,6 +122,37 @@ def quantize_channels(
     return Quantized(q, scales, zeros)
 
 
+def mm_fake_quantized(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    qmin: int = -127,
+    qmax: int = 127,
+) -> Tensor:
+    """``grad @ fake_quantize(weight)``, per output channel: the gradient of a layer's input.
+
+    Args and result: those of :func:`torchquant.ops.mm_fake_quantized`; grad may be float64, the sum
+    then is too. The order of the sums is not promised.
+
+    Example:
+        >>> mm_fake_quantized(torch.ones(1, 1), torch.tensor([[0.26, 9.0]]), torch.ones(1) / 2)
+        tensor([[0.5000, 9.0000]])
+    """
+    require_dtype("mm_fake_quantized", "grad", grad, (torch.float32, torch.float64))
+    channels = (weight.shape[0],)
+    values = fake_quantize(
+        weight,
+        scale.expand(channels),
+        None if zero_point is None else zero_point.expand(channels),
+        qmin=qmin,
+        qmax=qmax,
+        granularity=PerAxis(0),
+    )
+    return grad @ values.to(grad.dtype)
+
+
 def qat_linear(
     input: Tensor,
     weight: Tensor,
@@ -128,6 +160,7 @@ def qat_linear(
     *,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
+    input_offset: Tensor | None = None,
     input_qmin: int = -128,
     input_qmax: int = 127,
     input_symmetric: bool = False,
@@ -136,23 +169,37 @@ def qat_linear(
     weight_qmax: int = 127,
     weight_symmetric: bool = True,
     activation: str = "none",
+    input_grad_factor: float = 0.0,
+    weight_grad_factor: float = 0.0,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Forward of :func:`torchquant.ops.qat_linear`, bit for bit; without gradients.
+
+    Args and result: those of the operator. The two factors belong to the gradients
+    (:func:`qat_linear_backward`): the result does not depend on them.
 
     Example:
         >>> qat_linear(torch.ones(1, 2), torch.tensor([[1.0, -0.5]]))
         tensor([[0.4961]])
     """
+    scale, zero_point = input_scale, input_zero_point
+    # Unsigned integers beyond int8, 0 .. 255, are 128 lower; so is their zero point.
+    shift = 128 if input_qmax > 127 else 0
+    if scale is not None and zero_point is None:
+        if input_offset is not None:
+            zero_point = learned_zero_point(scale, input_offset, input_qmin, input_qmax)
+            scale = torch.where(input_offset.isnan(), float("nan"), scale)  # integers have no NaN
+        elif shift:
+            zero_point = torch.full((1,), -shift, dtype=torch.int32, device=input.device)
     x = quantize_rows(
         input,
-        input_scale,
-        input_zero_point,
-        qmin=input_qmin,
-        qmax=input_qmax,
+        scale,
+        zero_point,
+        qmin=input_qmin - shift,
+        qmax=input_qmax - shift,
         symmetric=input_symmetric,
     )
-    w = quantize_channels(
+    w = quantize_pack(
         weight, weight_scale, qmin=weight_qmin, qmax=weight_qmax, symmetric=weight_symmetric
     )
     return quantized_linear(
@@ -191,7 +238,7 @@ def qat_linear_backward(
         grad: ``[M, N]``, usually float64.
         output: of the forward, ``[M, N]``.
         input, weight: ``[M, K]`` and ``[N, K]``, as the forward had them.
-        x, w: what :func:`quantize_rows` and :func:`quantize_channels` made of them: the integers
+        x, w: what :func:`quantize_rows` and :func:`quantize_pack` made of them: the integers
             are the contract's, whatever ``grad``'s dtype is.
         input_range, weight_range: qmin and qmax.
         static: the activations' range is fixed.
@@ -204,7 +251,7 @@ def qat_linear_backward(
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, -0.5]])
-        >>> xq, wq = quantize_rows(x), quantize_channels(w)
+        >>> xq, wq = quantize_rows(x), quantize_pack(w)
         >>> ranges = {"input_range": (-128, 127), "weight_range": (-127, 127)}
         >>> qat_linear_backward(torch.ones(1, 1), torch.ones(1, 1), x, w, xq, wq, **ranges).weight
         tensor([[1., 1.]])
@@ -276,8 +323,9 @@ def _learned(
 __all__ = [
     "LinearGradients",
     "Quantized",
+    "mm_fake_quantized",
     "qat_linear",
     "qat_linear_backward",
-    "quantize_channels",
+    "quantize_pack",
     "quantize_rows",
 ]

@@ -8,14 +8,9 @@ every operator promises is written out in plain torch in :mod:`torchquant.functi
 
 from __future__ import annotations
 
+from torchquant.ops import _flops  # noqa: F401  (FLOPs of the operators)
 from torchquant.ops.activations import activation, gated_activation
-from torchquant.ops.affine import (
-    dequantize,
-    pack_weight,
-    quantize,
-    quantize_per_token,
-    unpack_weight,
-)
+from torchquant.ops.affine import dequantize, quantize, quantize_per_token
 from torchquant.ops.attention import attention
 from torchquant.ops.fake_quantize import (
     fake_quantize,
@@ -27,7 +22,14 @@ from torchquant.ops.fake_quantize import (
     minmax,
     positive,
 )
-from torchquant.ops.linear import int8_mm, linear_dynamic, linear_dynamic_split, linear_static
+from torchquant.ops.linear import (
+    int8_mm,
+    linear_dynamic,
+    linear_dynamic_split,
+    linear_static,
+    pack_weight,
+    unpack_weight,
+)
 from torchquant.ops.norms import layer_norm, rms_norm
 from torchquant.ops.qat import mm_fake_quantized, qat_linear, quantize_pack, quantize_rows
 from torchquant.ops.quantized_linear import PackedWeight, quantized_linear

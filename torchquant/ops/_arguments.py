@@ -42,20 +42,6 @@ def numbers_to_tensors(
     return scale, zero_point
 
 
-def require_one_device(who: str, input: Tensor, **others: Tensor | None) -> None:
-    """Raise unless all tensors lie on input's device; for fake kernels.
-
-    The dispatcher prefers the meta device over the CPU: a CPU tensor among meta tensors arrives in
-    the fake kernel, and the result would be memory that nobody wrote.
-    """
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"{who}: {name} must be on the input's device {input.device}, got {tensor.device}; "
-                "move it with .to(device)"
-            )
-
-
 def has_kernels(tensor: Tensor) -> bool:
     """Whether the operators run where a tensor lies: on the CPU and on CUDA devices."""
     return tensor.is_cpu or tensor.is_cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 
 __all__ = ["activation", "gated_activation"]
 
@@ -34,7 +34,7 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
     return torch.ops.torchquant.activation.default(input, activation, dtype)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::activation")
+@fake("activation")
 def _(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(input, dtype=dtype)
 
@@ -64,7 +64,6 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.ops.torchquant.gated_activation.default(gate, up, activation)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::gated_activation")
+@fake("gated_activation")
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    _require_one_device("gated_activation", gate, up=up)
     return torch.empty_like(gate)

@@ -1,4 +1,4 @@
-"""Numbers to integers and back, and weights into the kernels' layout."""
+"""Numbers to integers and back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch import Tensor
 from torchquant.functional._checks import require_tensor
 from torchquant.ops._arguments import layout_arguments as _layout_arguments
 from torchquant.ops._arguments import numbers_to_tensors as _numbers_to_tensors
-from torchquant.ops._arguments import packed_shape
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 from torchquant.scheme import PER_TENSOR, Granularity
 
-__all__ = ["dequantize", "pack_weight", "quantize", "quantize_per_token", "unpack_weight"]
+__all__ = ["dequantize", "quantize", "quantize_per_token"]
 
 
 def quantize(
@@ -62,7 +61,7 @@ def quantize(
     )
 
 
-@torch.library.register_fake("torchquant::quantize")
+@fake("quantize")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -73,7 +72,6 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    _require_one_device("quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -109,7 +107,7 @@ def dequantize(
     )
 
 
-@torch.library.register_fake("torchquant::dequantize")
+@fake("dequantize")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -118,7 +116,6 @@ def _(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    _require_one_device("dequantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=dtype, device=input.device)
 
 
@@ -141,7 +138,7 @@ def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor
     return torch.ops.torchquant.quantize_per_token.default(input, symmetric)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::quantize_per_token")
+@fake("quantize_per_token")
 def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     token = (*input.shape[:-1], 1)
     return (
@@ -149,45 +146,3 @@ def _(input: Tensor, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         torch.empty(token, dtype=torch.float32, device=input.device),
         torch.empty(token, dtype=torch.int32, device=input.device),
     )
-
-
-def pack_weight(weight: Tensor) -> Tensor:
-    """Reorder an int8 weight for its device's kernels; the same on every CPU, and on every GPU.
-
-    These two layouts differ: between devices move what :func:`unpack_weight` returns.
-
-    Args:
-        weight: int8 ``[out_features, in_features]``, any strides.
-
-    Returns:
-        int8, in_features padded to 64 and the column sums with the weights. On the CPU
-        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/formats/int8_tiles.h; on CUDA
-        ``[rows, padded in_features]``: that of csrc/formats/int8_rows.h.
-
-    Example:
-        >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
-        torch.Size([2, 2176])
-    """
-    return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
-
-
-@torch.library.register_fake("torchquant::pack_weight")
-def _(weight: Tensor) -> Tensor:
-    shape = packed_shape(weight.shape[0], weight.shape[1], weight.device)
-    return torch.empty(shape, dtype=torch.int8, device=weight.device)
-
-
-def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The int8 ``[out_features, in_features]`` weight that :func:`pack_weight` was given.
-
-    Example:
-        >>> w = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
-        >>> torch.equal(unpack_weight(pack_weight(w), 3, 4), w)
-        True
-    """
-    return torch.ops.torchquant.unpack_weight.default(packed, out_features, in_features)  # type: ignore[no-any-return]
-
-
-@torch.library.register_fake("torchquant::unpack_weight")
-def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    return torch.empty((out_features, in_features), dtype=torch.int8, device=packed.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 
 __all__ = ["attention"]
 
@@ -59,7 +59,7 @@ def attention(
     return torch.ops.torchquant.attention.default(query, key, value, mask, scale, causal)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::attention")
+@fake("attention")
 def _(
     query: Tensor,
     key: Tensor,
@@ -68,7 +68,6 @@ def _(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    _require_one_device("attention", query, key=key, value=value, mask=mask)
     batch, heads, queries, _ = query.shape
     shape = (batch, queries, heads, value.shape[-1])
     return torch.empty(shape, dtype=query.dtype, device=query.device).transpose(1, 2)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant._extension import load
 from torchquant.functional._checks import require_range, require_tensor
-from torchquant.ops._arguments import layout_arguments, numbers_to_tensors, require_one_device
+from torchquant.ops._arguments import layout_arguments, numbers_to_tensors
+from torchquant.ops._register import fake
 from torchquant.scheme import PER_TENSOR, Granularity
-
-load()
 
 
 def _empty_bits(input: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def fake_quantize(
     )
 
 
-@torch.library.register_fake("torchquant::fake_quantize")
+@fake("fake_quantize")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -83,7 +81,6 @@ def _(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    require_one_device("fake_quantize", input, scale=scale, zero_point=zero_point)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -122,7 +119,7 @@ def fake_quantize_mask(
     )
 
 
-@torch.library.register_fake("torchquant::fake_quantize_mask")
+@fake("fake_quantize_mask")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -132,7 +129,6 @@ def _(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    require_one_device("fake_quantize_mask", input, scale=scale, zero_point=zero_point)
     return (
         torch.empty(input.shape, dtype=input.dtype, device=input.device),
         _empty_bits(input),
@@ -172,7 +168,7 @@ def in_range(
     )
 
 
-@torch.library.register_fake("torchquant::in_range")
+@fake("in_range")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -182,7 +178,6 @@ def _(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    require_one_device("in_range", input, scale=scale, zero_point=zero_point)
     return _empty_bits(input)
 
 
@@ -205,7 +200,7 @@ def positive(input: Tensor) -> Tensor:
     return torch.ops.torchquant.positive.default(input)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::positive")
+@fake("positive")
 def _(input: Tensor) -> Tensor:
     return _empty_bits(input)
 
@@ -232,9 +227,8 @@ def mask_gradient(grad: Tensor, bits: Tensor) -> Tensor:
     return torch.ops.torchquant.mask_gradient.default(grad, bits)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::mask_gradient")
+@fake("mask_gradient")
 def _(grad: Tensor, bits: Tensor) -> Tensor:
-    require_one_device("mask_gradient", grad, bits=bits)
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
 
 
@@ -291,7 +285,7 @@ def fake_quantize_learned(
     )
 
 
-@torch.library.register_fake("torchquant::fake_quantize_learned")
+@fake("fake_quantize_learned")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -302,7 +296,6 @@ def _(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    require_one_device("fake_quantize_learned", input, scale=scale, offset=offset)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -350,7 +343,7 @@ def fake_quantize_learned_backward(
     )
 
 
-@torch.library.register_fake("torchquant::fake_quantize_learned_backward")
+@fake("fake_quantize_learned_backward")
 def _(
     grad: Tensor,
     input: Tensor,
@@ -361,9 +354,6 @@ def _(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require_one_device(
-        "fake_quantize_learned_backward", input, grad=grad, scale=scale, zero_point=zero_point
-    )
     return (
         torch.empty(input.shape, dtype=input.dtype, device=input.device),
         torch.empty(scale.shape, dtype=torch.float32, device=input.device),
@@ -396,7 +386,7 @@ def minmax(
     return torch.ops.torchquant.minmax.default(input, **layout)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::minmax")
+@fake("minmax")
 def _(
     input: Tensor, axis: int | None = None, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Integer products: raw sums, and linear layers in one call."""
+"""Weights in the kernels' layout, raw integer sums, and linear layers in one call."""
 
 from __future__ import annotations
 
@@ -8,12 +8,62 @@ import torch
 from torch import Tensor
 
 from torchquant._extension import load
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._arguments import packed_shape
+from torchquant.ops._register import fake
 
 _C = load()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
-__all__ = ["int8_mm", "linear_dynamic", "linear_dynamic_split", "linear_static"]
+__all__ = [
+    "int8_mm",
+    "linear_dynamic",
+    "linear_dynamic_split",
+    "linear_static",
+    "pack_weight",
+    "unpack_weight",
+]
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Reorder an int8 weight for its device's kernels; the same on every CPU, and on every GPU.
+
+    These two layouts differ: between devices move what :func:`unpack_weight` returns.
+
+    Args:
+        weight: int8 ``[out_features, in_features]``, any strides.
+
+    Returns:
+        int8, in_features padded to 64 and the column sums with the weights. On the CPU
+        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/formats/int8_tiles.h; on CUDA
+        ``[rows, padded in_features]``: that of csrc/formats/int8_rows.h.
+
+    Example:
+        >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
+        torch.Size([2, 2176])
+    """
+    return torch.ops.torchquant.pack_weight.default(weight)  # type: ignore[no-any-return]
+
+
+@fake("pack_weight")
+def _(weight: Tensor) -> Tensor:
+    shape = packed_shape(weight.shape[0], weight.shape[1], weight.device)
+    return torch.empty(shape, dtype=torch.int8, device=weight.device)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The int8 ``[out_features, in_features]`` weight that :func:`pack_weight` was given.
+
+    Example:
+        >>> w = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
+        >>> torch.equal(unpack_weight(pack_weight(w), 3, 4), w)
+        True
+    """
+    return torch.ops.torchquant.unpack_weight.default(packed, out_features, in_features)  # type: ignore[no-any-return]
+
+
+@fake("unpack_weight")
+def _(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return torch.empty((out_features, in_features), dtype=torch.int8, device=packed.device)
 
 
 def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
@@ -28,7 +78,6 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
         int32 ``[..., N]``, exact.
 
     Example:
-        >>> from torchquant.ops import pack_weight
         >>> x = torch.full((1, 3), 100, dtype=torch.int8)
         >>> int8_mm(x, pack_weight(torch.full((2, 3), -128, dtype=torch.int8)), 2)
         tensor([[-38400, -38400]], dtype=torch.int32)
@@ -36,9 +85,8 @@ def int8_mm(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return torch.ops.torchquant.int8_mm.default(input, packed, out_features)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::int8_mm")
+@fake("int8_mm")
 def _(input: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    _require_one_device("int8_mm", input, packed=packed)
     return torch.empty((*input.shape[:-1], out_features), dtype=torch.int32, device=input.device)
 
 
@@ -77,7 +125,6 @@ def linear_dynamic(
     Gradients: to ``input`` (straight through) and ``bias``.
 
     Example:
-        >>> from torchquant.ops import pack_weight
         >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
         >>> linear_dynamic(torch.ones(1, 2), pack_weight(w), torch.full((2,), 0.01), out_features=2)
         tensor([[1.0000, 0.5000]])
@@ -96,7 +143,7 @@ def linear_dynamic(
     )
 
 
-@torch.library.register_fake("torchquant::linear_dynamic")
+@fake("linear_dynamic")
 def _(
     input: Tensor,
     packed: Tensor,
@@ -109,14 +156,6 @@ def _(
     output_dtype: torch.dtype | None = None,
     activation_bits: int = 8,
 ) -> Tensor:
-    _require_one_device(
-        "linear_dynamic",
-        input,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)
 
@@ -154,7 +193,6 @@ def linear_dynamic_split(
         TypeError, ValueError: as :func:`linear_dynamic`; packed is not of these layers.
 
     Example:
-        >>> from torchquant.ops import pack_weight
         >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
         >>> both = torch.cat([pack_weight(w), pack_weight(w[:1])])
         >>> scale = torch.full((3,), 0.01)
@@ -174,7 +212,7 @@ def linear_dynamic_split(
     )
 
 
-@torch.library.register_fake("torchquant::linear_dynamic_split")
+@fake("linear_dynamic_split")
 def _(
     input: Tensor,
     packed: Tensor,
@@ -186,14 +224,6 @@ def _(
     activations: Sequence[str],
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    _require_one_device(
-        "linear_dynamic_split",
-        input,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-    )
     dtype = output_dtype or input.dtype
     return [
         torch.empty((*input.shape[:-1], n), dtype=dtype, device=input.device) for n in out_features
@@ -237,7 +267,6 @@ def linear_static(
         ``[..., N]`` of ``output_dtype``.
 
     Example:
-        >>> from torchquant.ops import pack_weight
         >>> x = torch.tensor([[10, 20]], dtype=torch.int8)
         >>> w = pack_weight(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8))
         >>> linear_static(x, torch.tensor([0.5]), None, w, torch.ones(2), out_features=2)
@@ -267,7 +296,7 @@ def linear_static(
     )
 
 
-@torch.library.register_fake("torchquant::linear_static")
+@fake("linear_static")
 def _(
     input: Tensor,
     input_scale: Tensor,
@@ -286,16 +315,5 @@ def _(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    _require_one_device(
-        "linear_static",
-        input,
-        input_scale=input_scale,
-        input_zero_point=input_zero_point,
-        packed=packed,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        bias=bias,
-        output_scale=output_scale,
-    )
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype, device=input.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.ops._arguments import require_one_device as _require_one_device
+from torchquant.ops._register import fake
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -41,9 +41,8 @@ def rms_norm(
     return torch.ops.torchquant.rms_norm.default(input, weight, eps, cast_before_weight)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::rms_norm")
+@fake("rms_norm")
 def _(input: Tensor, weight: Tensor | None, eps: float, cast_before_weight: bool = False) -> Tensor:
-    _require_one_device("rms_norm", input, weight=weight)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
@@ -82,7 +81,7 @@ def layer_norm(
     return torch.ops.torchquant.layer_norm.default(input, weight, bias, eps, residual)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("torchquant::layer_norm")
+@fake("layer_norm")
 def _(
     input: Tensor,
     weight: Tensor | None,
@@ -90,5 +89,4 @@ def _(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _require_one_device("layer_norm", input, weight=weight, bias=bias, residual=residual)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)

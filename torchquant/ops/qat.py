@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant._extension import load
-from torchquant.ops._arguments import packed_shape, require_one_device
-
-load()
+from torchquant.ops._arguments import packed_shape
+from torchquant.ops._register import fake
 
 
 def quantize_rows(
@@ -46,7 +44,7 @@ def quantize_rows(
     )
 
 
-@torch.library.register_fake("torchquant::quantize_rows")
+@fake("quantize_rows")
 def _(
     input: Tensor,
     scale: Tensor | None,
@@ -55,7 +53,6 @@ def _(
     qmax: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require_one_device("quantize_rows", input, scale=scale, zero_point=zero_point)
     token = (*input.shape[:-1], 1)
     return (
         torch.empty(input.shape, dtype=torch.int8, device=input.device),
@@ -101,11 +98,10 @@ def quantize_pack(
     )
 
 
-@torch.library.register_fake("torchquant::quantize_pack")
+@fake("quantize_pack")
 def _(
     weight: Tensor, scale: Tensor | None, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require_one_device("quantize_pack", weight, scale=scale)
     channels, shape = (
         weight.shape[:1],
         packed_shape(weight.shape[0], weight.shape[1], weight.device),
@@ -150,7 +146,7 @@ def mm_fake_quantized(
     )
 
 
-@torch.library.register_fake("torchquant::mm_fake_quantized")
+@fake("mm_fake_quantized")
 def _(
     grad: Tensor,
     weight: Tensor,
@@ -159,7 +155,6 @@ def _(
     qmin: int,
     qmax: int,
 ) -> Tensor:
-    require_one_device("mm_fake_quantized", grad, weight=weight, scale=scale, zero_point=zero_point)
     return torch.empty((grad.shape[0], weight.shape[1]), dtype=grad.dtype, device=grad.device)
 
 
@@ -246,7 +241,7 @@ def qat_linear(
     )
 
 
-@torch.library.register_fake("torchquant::qat_linear")
+@fake("qat_linear")
 def _(
     input: Tensor,
     weight: Tensor,
@@ -266,6 +261,5 @@ def _(
     weight_grad_factor: float = 0.0,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    require_one_device("qat_linear", input, weight=weight, bias=bias, input_scale=input_scale)
     shape = (*input.shape[:-1], weight.shape[0])
     return torch.empty(shape, dtype=output_dtype or input.dtype, device=input.device)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchquant.functional.linear import check_integer_input, check_quantized_linear, check_weight
-from torchquant.ops.affine import pack_weight, unpack_weight
-from torchquant.ops.linear import linear_static
+from torchquant.functional.quantized_linear import (
+    check_integer_input,
+    check_quantized_linear,
+    check_weight,
+)
+from torchquant.ops.linear import linear_static, pack_weight, unpack_weight
 
 __all__ = ["PackedWeight", "quantized_linear"]
 
@@ -111,7 +114,7 @@ def quantized_linear(
         weight_zero_point=weight_zero_point,
         output_scale=output_scale,
         output_zero_point=output_zero_point,
-        output_bits=output_bits,
+        output_range=output_bits,
         output_dtype=output_dtype,
         activation=activation,
     )

@@ -1,0 +1,123 @@
+"""Specification, wrapper and schema of an operator have one name and the same arguments."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from cases import OPERATORS, Case, all_cases, schema
+from support import assert_same_bits
+from support.aten import Packed, flat
+from torch import Tensor
+
+from torchquant import functional, ops
+from torchquant.scheme import PerAxis, PerGroup
+
+# Packing moves integers in memory and computes nothing: csrc/formats describes it.
+WITHOUT_SPECIFICATION = {"pack_weight", "unpack_weight"}
+
+# The wrappers say with one argument which elements share a scale.
+GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
+# A weight's given scales have no zero points: the kernels refuse one.
+ONLY_IN_THE_SCHEMA = {"quantize_pack": {"zero_point"}}
+
+# The specification takes the int8 weight, whose shape tells out_features, and masks of bools.
+CANONICAL = {"packed": "weight", "bits": "mask"}
+TOLD_BY_THE_WEIGHT = {"int8_mm", "linear_dynamic", "linear_static"}
+# What only the specification takes: an oracle's precision, and the bits that linear_dynamic has.
+ONLY_IN_THE_SPECIFICATION = {
+    "fake_quantize_learned_backward": {"dtype"},
+    "quantize_per_token": {"bits"},
+}
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
+    left_out = ONLY_IN_THE_SCHEMA.get(operator, set())
+    names = [a.name for a in schema(operator) if a.name not in left_out]
+    renamed = dict.fromkeys(GRANULARITY.get(name, name) for name in names)
+    got = parameters(getattr(ops, operator))
+    if "granularity" in renamed:  # stands before dtype in the schema, and at will in the wrapper
+        assert sorted(got) == sorted(renamed)
+    else:
+        assert got == list(renamed)
+
+
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - WITHOUT_SPECIFICATION))
+def test_the_specification_has_the_wrappers_arguments(operator: str) -> None:
+    wanted = [CANONICAL.get(name, name) for name in parameters(getattr(ops, operator))]
+    if operator in TOLD_BY_THE_WEIGHT:
+        wanted.remove("out_features")
+    extra = ONLY_IN_THE_SPECIFICATION.get(operator, set())
+    got = parameters(getattr(functional, operator))
+    assert extra <= set(got)
+    assert [name for name in got if name not in extra] == wanted
+
+
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - WITHOUT_SPECIFICATION))
+def test_defaults_of_the_specification_are_the_wrappers(operator: str) -> None:
+    specified = inspect.signature(getattr(functional, operator)).parameters
+    for name, parameter in inspect.signature(getattr(ops, operator)).parameters.items():
+        if name in specified and (operator, name) != ("quantize", "dtype"):  # None: by the range
+            assert specified[name].default == parameter.default, name
+
+
+def test_specifications_and_wrappers_have_files_of_one_name() -> None:
+    for operator in sorted(set(OPERATORS) - WITHOUT_SPECIFICATION):
+        module = getattr(ops, operator).__module__.rpartition(".")[2]
+        specification = getattr(functional, operator).__module__.rpartition(".")[2]
+        if operator != "fake_quantize":  # the forward pass is an affine map; the rest is training's
+            assert module == specification, operator
+
+
+# ---------------------------------------------------------------- every case
+
+
+def specified(case: Case) -> tuple[Tensor, ...]:
+    """The specification's results of a case, in the operator's form."""
+    values = case.arguments(gradients=False)
+    for name, value in case.given.items():
+        if isinstance(value, Packed):
+            del values[name]
+            values["weight"] = torch.cat(value.weights)
+    if case.operator in TOLD_BY_THE_WEIGHT:
+        del values["out_features"]
+    if "bits" in values:
+        values["mask"] = functional.unpack_bits(values.pop("bits"), values["grad"].shape)
+    if (axis := values.pop("axis", None)) is not None:
+        values["granularity"] = PerAxis(axis)
+    if (size := values.pop("group_size", None)) is not None:
+        values["granularity"] = PerGroup(size)
+    for name in ONLY_IN_THE_SCHEMA.get(case.operator, ()):
+        values.pop(name, None)
+    if case.operator == "quantize":
+        values.setdefault("dtype", torch.int8)
+    results = list(flat(getattr(functional, case.operator)(**values)))
+    if case.operator == "quantize_pack":
+        results[0] = ops.pack_weight(results[0])
+    masks = ("in_range", "positive", "fake_quantize_mask")
+    if case.operator in masks:
+        results[-1] = functional.pack_bits(results[-1])
+    return tuple(results)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in all_cases() if case.operator not in WITHOUT_SPECIFICATION],
+    ids=lambda case: case.id,
+)
+def test_the_bits_of_the_specification(case: Case) -> None:
+    expected = specified(case)
+    for number, got in enumerate(flat(case.call(gradients=False))):
+        want = expected[number]
+        sums = case.operator == "fake_quantize_learned_backward" and number > 0
+        if sums or case.operator == "mm_fake_quantized":  # no promised order
+            assert (got.dtype, got.shape) == (want.dtype, want.shape)
+            largest = float(want.abs().max()) if want.numel() else 0.0
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * largest)
+        else:
+            assert_same_bits(got, want)
