@@ -63,7 +63,7 @@ class LayerServer:
         return {"error": error, "seconds": seconds}
 
     def block(self, seconds: float) -> Answer:
-        """Median seconds per call for every way of calling that is not much slower than the best."""
+        """Median seconds per call, for every way of calling that is nearly as fast as the best."""
         with torch.inference_mode():
             found = {name: seconds_per_call(call, seconds) for name, call in self.calls.items()}
         limit = SLOWER_WAY * min(found.values())

@@ -33,9 +33,7 @@ class Dispatcher:
         operators: names of the operators to replace.
     """
 
-    def __init__(
-        self, host: Host, key: str = "CUDA", operators: Iterable[str] = FAMILY_OF
-    ) -> None:
+    def __init__(self, host: Host, key: str = "CUDA", operators: Iterable[str] = FAMILY_OF) -> None:
         self.host = host
         self.key = key
         self.operators = tuple(operators)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-# The operators that Triton's kernels run, by family: torchquant.triton.ops.<family> has a function of
-# the operator's name. ATen's kernels run all others.
+# The operators that Triton's kernels run, by family: torchquant.triton.ops.<family> has a function
+# of the operator's name. ATen's kernels run all others.
 FAMILIES = {
     "affine": ("quantize", "dequantize", "quantize_per_token", "quantize_rows", "quantize_pack"),
     "linear": ("int8_mm", "linear_dynamic", "linear_dynamic_split", "linear_static"),

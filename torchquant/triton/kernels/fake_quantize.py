@@ -1,10 +1,10 @@
 """Fake quantization in training: values, bit masks, a learned step's gradients, ranges.
 
 Memory bounds the speed of all of them. A program reads a tile
-(:mod:`torchquant.triton.kernels.tiles`) once, 16 bytes per access, and writes the requested results.
-Sums and ranges take two steps without atomics: each program writes those of its tile, then a second
-kernel combines them in a fixed order. Both divisions of the work depend on shapes alone, and so do
-the bits of a sum.
+(:mod:`torchquant.triton.kernels.tiles`) once, 16 bytes per access, and writes the requested
+results. Sums and ranges take two steps without atomics: each program writes those of its tile, then
+a second kernel combines them in a fixed order. Both divisions of the work depend on shapes alone,
+and so do the bits of a sum.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
