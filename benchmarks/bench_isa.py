@@ -2,7 +2,7 @@
 
 import typer
 
-from torchquant.bench.cli import isa_command
+from torchquant.cli.bench import isa_command
 
 if __name__ == "__main__":
     typer.run(isa_command)

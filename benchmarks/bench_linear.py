@@ -2,7 +2,7 @@
 
 import typer
 
-from torchquant.bench.cli import linear_command
+from torchquant.cli.bench import linear_command
 
 if __name__ == "__main__":
     typer.run(linear_command)

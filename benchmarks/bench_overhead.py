@@ -2,7 +2,7 @@
 
 import typer
 
-from torchquant.bench.cli import overhead_command
+from torchquant.cli.bench import overhead_command
 
 if __name__ == "__main__":
     typer.run(overhead_command)

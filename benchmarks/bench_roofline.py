@@ -2,7 +2,7 @@
 
 import typer
 
-from torchquant.bench.cli import roofline_command
+from torchquant.cli.bench import roofline_command
 
 if __name__ == "__main__":
     typer.run(roofline_command)

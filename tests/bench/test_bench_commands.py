@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import torchquant
 from torchquant._extension import load
-from torchquant.bench import cli as bench_cli
+from torchquant.bench.files import results_file, write_json_lines
 from torchquant.bench.isa import FBGEMM_AVX2, answers, entries, isa_shapes
 from torchquant.bench.overhead import GRAD_MODES, measure_call, overhead_table, run_overhead
 from torchquant.bench.results import ShapeResult
@@ -40,7 +40,7 @@ def test_help(command: str) -> None:
     [
         pytest.param(["linear", "--shapes", "x*"], "'x*' matches no MxNxK", id="pattern"),
         pytest.param(["linear", "--peers", "mkl"], "got 'mkl'", id="peer"),
-        pytest.param(["linear", "--suite", "static"], "must be of dynamic, preq", id="suite"),
+        pytest.param(["linear", "--suite", "static"], "must be one of dynamic, preq", id="suite"),
         pytest.param(["linear", "--threads", "1,0"], "numbers of at least 1", id="threads"),
         pytest.param(["isa", "--threads", "two"], "numbers of at least 1", id="no number"),
         pytest.param(["linear", "--isa", "sse9"], "got 'sse9' (unknown)", id="isa"),
@@ -117,12 +117,18 @@ def test_saved_files_are_named_by_date_cpu_and_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench_cli.result_file(".jsonl", "isa").parent == Path()
+    assert results_file("isa").parent == Path()
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    path = bench_cli.result_file(".md", "linear", "2threads", None)
+    path = results_file("linear", "2threads", None, suffix=".md")
     assert path.parent == Path("benchmarks/results")
     assert path.name.startswith("linear-")
     assert path.name.endswith("-2threads.md")
+
+
+def test_a_results_file_has_a_record_per_line_and_six_digits(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "a", [{"kind": "header"}, {"us": [12.3456789, 1234567.0], "n": 3}])
+    lines = (tmp_path / "a").read_text().splitlines()
+    assert lines == ['{"kind": "header"}', '{"us": [12.3457, 1234570.0], "n": 3}']
 
 
 def test_roofline_as_json() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from torchquant.bench import machine, tables, timing, workers
+from torchquant.bench.layer_worker import LayerServer, start_layer_worker
 from torchquant.bench.linear import Bench, Entry, Options, Pace
 from torchquant.bench.peers import OURS, SUITES, PeerInfo, make_linear_peer
 from torchquant.bench.results import Run, ShapeResult, summarise, summary_lines
@@ -192,33 +195,66 @@ def test_the_header_cuts_absolute_paths_from_the_command(monkeypatch: pytest.Mon
 
 
 def test_a_worker_measures_and_reports_failure_in_its_peers_words() -> None:
-    worker = workers.Worker("dynamic", "fp32", 1)
+    worker = start_layer_worker("dynamic", "fp32", 1)
     try:
-        worker.ask(do="load", n=8, k=4)
-        answer = worker.ask(do="input", m=2)
+        worker.ask("load", n=8, k=4)
+        answer = worker.ask("input", m=2)
         assert answer["error"] < 1e-6
-        assert worker.ask(do="block", seconds=0.001)["seconds"]["module"] > 0
+        assert worker.ask("block", seconds=0.001)["seconds"]["module"] > 0
         assert worker.wait_until_asleep(timeout=10)
         with pytest.raises(workers.WorkerError, match=r"AttributeError: .*'nothing'"):
-            worker.ask(do="nothing")
+            worker.ask("nothing")
     finally:
         worker.close()
 
 
-def test_a_peer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.01)
-    worker = workers.Worker("dynamic", "fp32", 1)
+def test_a_peer_that_hangs_is_ended() -> None:
+    worker = workers.Worker(["-c", "import time; time.sleep(60)"], answer_seconds=0.01)
     try:
         with pytest.raises(workers.WorkerError, match=r"no answer within 0 s"):
-            worker.ask(do="about")
+            worker.ask("about")
         with pytest.raises(workers.WorkerError):
-            worker.ask(do="about")
+            worker.ask("about")
     finally:
         worker.close()
+
+
+class EchoServer:
+    """Answers with its environment and with seconds; fails on request."""
+
+    def variable(self, name: str) -> dict[str, Any]:
+        return {"value": os.environ.get(name)}
+
+    def block(self, values: list[float]) -> dict[str, Any]:
+        print("a library's own words")  # must not reach the parent as an answer
+        return {"seconds": values}
+
+    def fail(self) -> dict[str, Any]:
+        raise ValueError("first line\nsecond line")
+
+
+ECHO = ["-c", "from test_benchmarks import EchoServer, workers; workers.serve(EchoServer)"]
+HERE = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+
+
+def test_any_object_can_be_served_and_blocks_take_turns() -> None:
+    peers = {name: workers.Worker(ECHO, HERE | {"PEER": name}) for name in ("a", "b")}
+    try:
+        assert peers["b"].ask("variable", name="PEER") == {"value": "b"}
+        kept = peers["a"].ask("variable", name="MALLOC_TRIM_THRESHOLD_")["value"]
+        assert kept == os.environ.get("MALLOC_TRIM_THRESHOLD_", str(2**33))
+        with pytest.raises(workers.WorkerError, match=r"^ValueError: first line$"):
+            peers["a"].ask("fail")
+        blocks = workers.measure_blocks(peers, 3, "block", values=[3.0, 1.0, 2.0])
+        assert blocks == {"a": [2.0] * 3, "b": [2.0] * 3}
+        assert timing.medians(blocks) == {"a": 2.0, "b": 2.0}
+    finally:
+        for peer in peers.values():
+            peer.close()
 
 
 def test_a_slow_way_of_calling_is_measured_once_only() -> None:
-    server = workers._Server(make_linear_peer("dynamic", "fp32", 1))
+    server = LayerServer(make_linear_peer("dynamic", "fp32", 1))
     server.load(n=8, k=4)
     server.input(m=2)
     server.calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.001)}
@@ -227,13 +263,13 @@ def test_a_slow_way_of_calling_is_measured_once_only() -> None:
 
 
 def test_a_peer_that_cannot_be_made_or_that_dies_says_so() -> None:
-    worker = workers.Worker("dynamic", "no-such-peer", 1)
+    worker = start_layer_worker("dynamic", "no-such-peer", 1)
     try:
         with pytest.raises(workers.WorkerError, match=r"KeyError: 'no-such-peer'"):
-            worker.ask(do="about")
+            worker.ask("about")
         worker._process.kill()
         with pytest.raises(workers.WorkerError, match=r"process ended with status -9"):
-            worker.ask(do="about")
+            worker.ask("about")
     finally:
         worker.close()
 
@@ -261,7 +297,7 @@ def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
         pytest.skip("compiles for seconds; torchao itself is tested")
     engine = torch.backends.quantized.engine
     try:
-        server = workers._Server(make_linear_peer(suite, name, 1))
+        server = LayerServer(make_linear_peer(suite, name, 1))
         server.load(n=48, k=80)
         answer = server.input(m=3)
     finally:
@@ -273,7 +309,7 @@ def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
 
 def test_a_peer_that_computes_something_else_is_found_out() -> None:
     peer = make_linear_peer("dynamic", "fp32", 1)
-    server = workers._Server(peer)
+    server = LayerServer(peer)
     server.load(n=8, k=4)
     peer.layer.weight = torch.nn.Parameter(peer.layer.weight * 1.2)  # type: ignore[attr-defined]
     assert server.input(m=2)["error"] > 0.05
@@ -286,7 +322,7 @@ class FakeWorker:
         self.first, self.block, self.error = first, block, error
         self.blocks = 0
 
-    def send(self, **request: Any) -> None:
+    def send(self, do: str, **rest: Any) -> None:
         pass
 
     def receive(self) -> dict[str, Any]:

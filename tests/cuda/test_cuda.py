@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import torchquant
 from torchquant import cuda
-from torchquant.cuda.host import MODULES
+from torchquant.cuda.host import FAMILY_OF
 
 CUDA = "cuda"
 # A kernel that fails leaves its operator to ATen with a message: here that is a failure.
@@ -320,7 +320,7 @@ def test_the_cpus_bits(name: str, path: str, data: Any) -> None:
         pytest.skip(f"path {path}: not on this GPU")
     with cuda.use_path(path):
         compare(name, CASES[name](Case(data)), KERNELS, CUDA)
-        if path == "triton" and name in MODULES:
+        if path == "triton" and name in FAMILY_OF:
             assert (name, 0) in cuda.paths._dispatcher._sound, "Triton's kernel ran"
 
 
@@ -623,12 +623,12 @@ def test_a_gpu_that_triton_does_not_serve(fresh: None, monkeypatch: pytest.Monke
 
 @on_gpu
 def test_a_kernel_that_computes_wrong_numbers(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchquant.triton import linear_ops
+    from torchquant.triton.ops import affine
 
     def wrong(input: Tensor, *rest: Any) -> Any:
         return ATEN.quantize_per_token(input * 1.01, *rest)
 
-    monkeypatch.setitem(linear_ops.OPERATORS, "quantize_per_token", wrong)
+    monkeypatch.setattr(affine, "quantize_per_token", wrong)
     x = floats(5, 64)
     with pytest.warns(RuntimeWarning, match="quantize_per_token gave other bits"):
         q = KERNELS.quantize_per_token(x.cuda())

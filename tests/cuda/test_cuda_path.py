@@ -18,7 +18,14 @@ import torch
 
 from torchquant.cuda import paths as cuda
 from torchquant.cuda.dispatch import PROBE, Dispatcher, failure, tensor_positions
-from torchquant.cuda.host import MODULES, CudaHost, Device, is_device_error, triton_version
+from torchquant.cuda.host import (
+    FAMILIES,
+    FAMILY_OF,
+    CudaHost,
+    Device,
+    is_device_error,
+    triton_version,
+)
 
 NAMES = ("linear_dynamic", "positive", PROBE)
 
@@ -102,7 +109,7 @@ class FakeDispatcher(Dispatcher):
     """Over :class:`Host` and :class:`Aten`; never registered."""
 
     def __init__(self, host, **settings):
-        super().__init__(host, modules=dict.fromkeys(NAMES, "none"), **settings)
+        super().__init__(host, operators=NAMES, **settings)
         self.fallbacks = {name: Aten(name) for name in NAMES}
         self.entries = {name: self._entry(name) for name in NAMES}
 
@@ -200,7 +207,7 @@ def test_tensor_positions():
     assert positions("positive") == ()
     assert positions("linear_dynamic") == (1, 2, 3, 4)
     assert positions("linear_static") == (1, 2, 3, 4, 5, 6, 10)
-    for name in MODULES:
+    for name in FAMILY_OF:
         first = getattr(torch.ops.torchquant, name).default._schema.arguments[0]
         assert str(first.type) == "Tensor", f"{name}: its device is the call's"
 
@@ -698,18 +705,26 @@ def test_triton_version():
 
 
 @needs_triton
-def test_modules_lists_every_operator_of_torchquant_triton():
+def test_families_lists_every_operator_of_torchquant_triton():
     import importlib
+    import inspect
+    import pkgutil
+
+    from torchquant.triton import ops
 
     found = {}
-    for module in sorted(set(MODULES.values())):
-        operators = importlib.import_module(f"torchquant.triton.{module}").OPERATORS
-        found |= dict.fromkeys(operators, module)
-    assert found == MODULES
+    for info in pkgutil.iter_modules(ops.__path__):
+        if info.name == "arguments":  # what the families share
+            continue
+        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = {name for name, f in functions if f.__module__ == module.__name__}
+        found[info.name] = {name for name in own if not name.startswith("_")}
+    assert found == {family: set(operators) for family, operators in FAMILIES.items()}
 
 
 @needs_triton
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FAMILY_OF)
 def test_signatures_are_the_operators(name):
     """The dispatcher passes arguments by position and leaves trailing defaults out."""
     import inspect

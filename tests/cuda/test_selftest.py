@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import triton as support_triton
 
-from torchquant.cuda.host import MODULES, CudaHost
+from torchquant.cuda.host import FAMILY_OF, CudaHost
 
 selftest = support_triton.module("selftest")
 ATEN = torch.ops.torchquant_aten
@@ -12,7 +12,7 @@ ATEN = torch.ops.torchquant_aten
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FAMILY_OF)
 def test_the_kernels_pass(name):
     aten = getattr(ATEN, name).default
     kernel = CudaHost().kernel(name)
@@ -30,7 +30,7 @@ def test_the_kernels_pass(name):
     assert covered and all(covered), "the cases are no use if the kernel refuses them"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FAMILY_OF)
 def test_one_wrong_bit_is_found(name):
     aten = getattr(ATEN, name).default
 
@@ -49,7 +49,7 @@ def test_one_wrong_bit_is_found(name):
     assert "1 of " in selftest.check(name, flipped, aten, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FAMILY_OF)
 def test_samples_are_the_same_every_time_and_leave_the_generator_alone(name):
     torch.manual_seed(3)
     first = list(selftest.samples(name, torch.device("cpu")))

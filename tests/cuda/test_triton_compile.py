@@ -96,7 +96,8 @@ def _epilogue(
 ) -> Any:
     """Types of a product's epilogue, with a scale for each row and channel, and a bias."""
     import triton.language as tl
-    from torchquant.triton.gemm.run.kernels import Epilogue
+
+    from torchquant.triton.gemm.kernels import Epilogue
 
     integers = "*i32" if zero_points else None
     one = tl.constexpr(1)
@@ -121,11 +122,11 @@ def _epilogue(
 
 def compile_all(capability: int) -> list[dict]:
     import torch
-    from torchquant.triton.gemm.run.problem import Problem
 
-    from torchquant.triton import quantize
     from torchquant.triton.gemm import configs as gemm_configs
     from torchquant.triton.gemm import kernels as gemm_kernels
+    from torchquant.triton.gemm.problem import Problem
+    from torchquant.triton.kernels import rows
 
     device = gemm_configs.Device((capability // 10, 0), 132, SHARED[capability])
     floats = ("scale_ptr", "given_scale_ptr")
@@ -198,7 +199,7 @@ def compile_all(capability: int) -> list[dict]:
         ("static", False, 1 << 17),
         ("symmetric", True, 64),
     ):
-        blocks = quantize.blocks_for(k)
+        blocks = rows.blocks_for(k)
         constants = {
             "MODE": mode,
             "QMIN": -127,
@@ -216,7 +217,7 @@ def compile_all(capability: int) -> list[dict]:
         facts.append(
             _compile(
                 f"quantize {mode} {pack} {blocks}",
-                quantize._quantize_rows_kernel,
+                rows._quantize_rows_kernel,
                 capability,
                 types | {"x_ptr": "*bf16"},
                 constants,

@@ -79,10 +79,10 @@ OTHERS = (
 
 def arguments_of(name: str) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     """Kernel, types of what its pointers point to, constants, warps."""
-    from torchquant.triton import elementwise, fake_quantize, norms
+    from torchquant.triton.kernels import activations, affine, fake_quantize, norms
 
     family, constants, warps = name.split()[0], dict(CASES[name]), 8
-    for module in (elementwise, fake_quantize, norms):
+    for module in (activations, affine, fake_quantize, norms):
         kernel = getattr(module, f"{family}_kernel", None)
         if kernel is not None:
             break

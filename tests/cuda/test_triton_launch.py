@@ -61,7 +61,8 @@ def main(rows: int, outputs: int, inputs: int) -> None:
 
     driver.set_active(Driver())
     import torchquant  # noqa: F401 (operators)
-    from torchquant.triton import linear_ops, selftest, training_ops
+    from torchquant.cuda.host import FAMILIES, FAMILY_OF, CudaHost
+    from torchquant.triton import selftest
 
     selftest.ROWS, selftest.OUTPUTS, selftest.INPUTS = rows, outputs, inputs
     if rows < 4:  # its special values have no place
@@ -71,10 +72,15 @@ def main(rows: int, outputs: int, inputs: int) -> None:
             return plain(self, *shape, dtype=dtype, odd=False)
 
         selftest._Draw.floats = floats  # type: ignore[method-assign]
-    operators = dict(linear_ops.OPERATORS)
-    if rows < 1000:
-        operators |= training_ops.OPERATORS
-    for name, function in operators.items():
+    rows_and_products = (
+        *FAMILIES["linear"],
+        "quantize_per_token",
+        "quantize_rows",
+        "quantize_pack",
+    )
+    operators = FAMILY_OF if rows < 1000 else rows_and_products
+    for name in operators:
+        function = CudaHost().kernel(name)
         for arguments in selftest.samples(name, torch.device("cpu")):
             before = Driver.launched
             result = function(*arguments)

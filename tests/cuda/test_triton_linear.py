@@ -8,164 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     ACTIVATIONS,
-    EXTREME,
     FLOATS,
-    LAYOUTS,
     NOT_FINITE,
     SPECIAL,
     assert_same_bits,
     floats,
-    in_layout,
     integers,
     positive,
     sprinkle,
 )
 from support import triton as support_triton
+from support.triton_operators import CPU, call, check_rows, in_rows
 from torch import Tensor
 
-import torchquant  # noqa: F401  (the operators)
-
-gemm, gemm_configs, gemm_problem, linear_ops, quantize = (
-    support_triton.module(name)
-    for name in ("gemm.run", "gemm.configs", "gemm.problem", "linear_ops", "quantize")
+gemm, gemm_configs, gemm_problem, layout = (
+    support_triton.module(name) for name in ("gemm.run", "gemm.configs", "gemm.problem", "layout")
 )
 
 # numpy, with which the interpreter computes, warns of overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-CPU = torch.ops.torchquant
 EXAMPLES = settings(max_examples=30)
 SIZES = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 70])
 DEPTHS = st.sampled_from([1, 2, 7, 16, 63, 64, 65, 100, 128, 200])
-
-
-def call(name: str, *args: object) -> object:
-    """The Triton operator on ``DEVICE``; what it allocates holds poison."""
-    empty = torch.empty
-
-    def poisoned(*size: object, dtype: torch.dtype, device: object = None) -> Tensor:
-        shape = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
-        return support_triton.poisoned(*shape, dtype=dtype)
-
-    moved = [arg.to(support_triton.DEVICE) if isinstance(arg, Tensor) else arg for arg in args]
-    torch.empty = poisoned
-    try:
-        return linear_ops.OPERATORS[name](*moved)
-    finally:
-        torch.empty = empty
-
-
-def check(name: str, tiles: list[object], rows: list[object], what: object = "") -> None:
-    """``name`` gives the CPU's bits; ``tiles`` and ``rows`` differ in how the weight is packed."""
-    got, expected = call(name, *rows), getattr(CPU, name)(*tiles)
-    assert got is not NotImplemented, what
-    if isinstance(expected, Tensor):
-        got, expected = [got], [expected]
-    for index, (one, want) in enumerate(zip(got, expected, strict=True)):
-        assert_same_bits(one.cpu(), want, f"{name}, result {index}, {what}")
-
-
-def in_rows(weight: Tensor) -> Tensor:
-    """The rows layout as csrc/formats/int8_rows.h draws it, in plain torch."""
-    n, k = weight.shape
-    packed = torch.zeros(quantize.layout_shape(n, k), dtype=torch.int8)
-    packed[:n, :k] = weight
-    sums = torch.zeros(quantize.padded_n(n), dtype=torch.int32)
-    sums[:n] = weight.sum(1)
-    packed.view(-1)[quantize.padded_n(n) * packed.shape[1] :][: 4 * len(sums)] = sums.view(
-        torch.int8
-    )
-    return packed
-
-
-# ---------------------------------------------------------------- rows
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 2, 17), (2, 300), (9, 64)], ids=str)
-def test_quantize_per_token(shape: tuple[int, ...], symmetric: bool, dtype: torch.dtype) -> None:
-    for seed in range(3):
-        x = floats(*shape, seed=seed).to(dtype)
-        x = sprinkle(x, (SPECIAL, EXTREME, NOT_FINITE)[seed], seed).to(dtype)
-        check("quantize_per_token", [x, symmetric], [x, symmetric], seed)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_in_any_memory(layout: str) -> None:
-    x = in_layout(floats(6, 40), layout)
-    check("quantize_per_token", [x, False], [x, False])
-    w = integers(20, 40)
-    args = [torch.full((20,), 0.02), None, None, 20]
-    check("linear_dynamic", [x, CPU.pack_weight(w), *args], [x, in_rows(w), *args])
-    q = in_layout(integers(6, 40), layout)
-    check("int8_mm", [q, CPU.pack_weight(w), 20], [q, in_rows(w), 20])
-
-
-@EXAMPLES
-@given(data=st.data())
-def test_quantize_rows(data: st.DataObject) -> None:
-    m, k = data.draw(SIZES), data.draw(DEPTHS)
-    qmin, qmax = data.draw(st.sampled_from([(-128, 127), (-127, 127), (-8, 7), (-2, 1), (0, 1)]))
-    x = sprinkle(floats(m, k, seed=k), SPECIAL + NOT_FINITE, m, share=0.05)
-    x = x.to(data.draw(st.sampled_from(FLOATS)))
-    scale = zero = None
-    if data.draw(st.booleans()):
-        scale = torch.tensor([data.draw(st.sampled_from([0.03, 2.0**-130, 1e30, float("nan")]))])
-        if data.draw(st.booleans()):
-            zero = torch.tensor([data.draw(st.integers(qmin, qmax))], dtype=torch.int32)
-    symmetric = qmin < 0 and data.draw(st.booleans())  # a symmetric range has both signs
-    args = [x, scale, zero, qmin, qmax, symmetric]
-    check("quantize_rows", args, args)
-
-
-@pytest.fixture
-def narrow_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that rows of a few hundred elements go in two passes."""
-    monkeypatch.setattr(quantize, "_ONE_PASS", 32)
-    monkeypatch.setattr(quantize, "_LOOP", 64)
-
-
-@pytest.mark.usefixtures("narrow_passes")
-@pytest.mark.parametrize("k", [33, 64, 200])
-def test_rows_in_two_passes(k: int) -> None:
-    x = floats(4, k)
-    x[1, -1] = float("nan")
-    x[2, -1] = 1e4
-    for symmetric in (True, False):
-        check("quantize_per_token", [x, symmetric], [x, symmetric])
-    args = [x, torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32), -128, 127, False]
-    check("quantize_rows", args, args)
-    w = integers(20, k)
-    args = [torch.full((20,), 0.02), torch.full((20,), 3, dtype=torch.int32), None, 20]
-    check("linear_dynamic", [x, CPU.pack_weight(w), *args], [x, in_rows(w), *args])
-
-
-@EXAMPLES
-@given(data=st.data())
-def test_quantize_pack(data: st.DataObject) -> None:
-    n, k = data.draw(SIZES), data.draw(DEPTHS)
-    qmin, qmax = data.draw(st.sampled_from([(-127, 127), (-128, 127), (-8, 7)]))
-    w = sprinkle(floats(n, k, seed=n), SPECIAL + NOT_FINITE, k, share=0.05)
-    w = w.to(data.draw(st.sampled_from(FLOATS)))
-    count = data.draw(st.sampled_from([None, 1, n]))
-    scale = None if count is None else positive(count, seed=k)
-    args = [w, scale, qmin, qmax, data.draw(st.booleans())]
-    packed, *params = call("quantize_pack", *args)
-    expected, *wanted = CPU.quantize_pack(*args)
-    assert_same_bits(packed.cpu(), in_rows(CPU.unpack_weight(expected, n, k)), "packed")
-    for got, want in zip(params, wanted, strict=True):
-        assert_same_bits(got.cpu(), want)
-
-
-@pytest.mark.usefixtures("narrow_passes")
-@pytest.mark.parametrize("n, k", [(1, 100), (17, 33), (16, 64)])
-def test_quantize_pack_in_two_passes(n: int, k: int) -> None:
-    w = floats(n, k).half()
-    for scale in (None, torch.tensor([0.5])):
-        packed, *_ = call("quantize_pack", w, scale, -127, 127, False)
-        expected, *_ = CPU.quantize_pack(w, scale, -127, 127, False)
-        assert_same_bits(packed.cpu(), in_rows(CPU.unpack_weight(expected, n, k)))
 
 
 # ---------------------------------------------------------------- products
@@ -185,7 +50,7 @@ def test_int8_mm(data: st.DataObject) -> None:
     m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(DEPTHS)
     q = integers(m, k, seed=m, dtype=data.draw(st.sampled_from([torch.int8, torch.uint8])))
     w = integers(n, k, seed=n)
-    check("int8_mm", [q, CPU.pack_weight(w), n], [q, in_rows(w), n], (m, n, k))
+    check_rows("int8_mm", [q, CPU.pack_weight(w), n], [q, in_rows(w), n], (m, n, k))
 
 
 @EXAMPLES
@@ -206,7 +71,7 @@ def test_linear_dynamic(data: st.DataObject) -> None:
         data.draw(st.sampled_from([None, *FLOATS])),
         data.draw(st.integers(2, 8)),
     ]
-    check("linear_dynamic", [x, CPU.pack_weight(w), *args], [x, in_rows(w), *args], (m, n, k))
+    check_rows("linear_dynamic", [x, CPU.pack_weight(w), *args], [x, in_rows(w), *args], (m, n, k))
 
 
 @EXAMPLES
@@ -244,7 +109,7 @@ def test_linear_static(data: st.DataObject) -> None:
         zero,
         *ends,
     ]
-    check(
+    check_rows(
         "linear_static",
         [x, *before, CPU.pack_weight(w), *after],
         [x, *before, in_rows(w), *after],
@@ -278,7 +143,7 @@ def test_linear_dynamic_split(scale_and_zero: bool) -> None:
     ]
     tiles = torch.cat([CPU.pack_weight(w) for w in weights])
     rows = torch.cat([in_rows(w) for w in weights])
-    check("linear_dynamic_split", [x, tiles, *args], [x, rows, *args])
+    check_rows("linear_dynamic_split", [x, tiles, *args], [x, rows, *args])
 
 
 # ---------------------------------------------------------------- configurations
@@ -346,10 +211,10 @@ def problem(
     """A product with everything in its epilogue, and the CPU's result."""
     x = integers(m, k, seed=m, dtype=torch.uint8 if unsigned else torch.int8)
     w = integers(n, k, seed=n)
-    wide = support_triton.poisoned(m, quantize.padded_k(k), dtype=x.dtype)
+    wide = support_triton.poisoned(m, layout.padded_k(k), dtype=x.dtype)
     wide[:, :k] = x
     rows = in_rows(w).to(support_triton.DEVICE)
-    parts = (wide, rows[: quantize.padded_n(n)], quantize.packed_sums(rows, n))
+    parts = (wide, rows[: layout.padded_n(n)], layout.packed_sums(rows, n))
     out = support_triton.poisoned(m, n, dtype=output)
     if output == torch.int32:
         return gemm_problem.Problem(*parts, out, k), CPU.int8_mm(x, CPU.pack_weight(w), n)
@@ -426,6 +291,6 @@ def test_what_is_not_covered_is_left_to_the_fallback() -> None:
     assert call("quantize_rows", x, None, zeros[:1], -128, 127, True) is NotImplemented
     assert call("quantize_rows", x, None, None, 1, 127, True) is NotImplemented
     assert call("quantize_pack", x, scale, -128, 127, True) is NotImplemented
-    deep = torch.zeros(quantize.layout_shape(20, 40000), dtype=torch.int8)
+    deep = torch.zeros(layout.layout_shape(20, 40000), dtype=torch.int8)
     args = [wide, deep, scale, zeros, None, 20, False]
     assert call("linear_dynamic", *args) is NotImplemented  # beyond 32-bit sums

@@ -10,9 +10,9 @@ from support import triton as support_triton
 
 from torchquant.triton.tuning import choose as tuning
 
-gemm, gemm_configs, gemm_tuning, linear_ops, quantize = (
+gemm, gemm_configs, gemm_tuning, linear = (
     support_triton.module(name)
-    for name in ("gemm.run", "gemm.configs", "gemm.tuning", "linear_ops", "quantize")
+    for name in ("gemm.run", "gemm.configs", "gemm.tuning", "ops.linear")
 )
 
 M, N, K = 5, 37, 83
@@ -38,15 +38,15 @@ def arguments(**changes):
 
 
 PROBLEMS = {
-    "dynamic": lambda: linear_ops.linear_dynamic(**arguments(activation="gelu")),
-    "asymmetric": lambda: linear_ops.linear_dynamic(
+    "dynamic": lambda: linear.linear_dynamic(**arguments(activation="gelu")),
+    "asymmetric": lambda: linear.linear_dynamic(
         **arguments(symmetric=False, weight_zero_point=integers(N).int(), bias=None)
     ),
-    "bfloat16": lambda: linear_ops.linear_dynamic(**arguments(output_dtype=torch.bfloat16)),
-    "sums": lambda: linear_ops.int8_mm(
+    "bfloat16": lambda: linear.linear_dynamic(**arguments(output_dtype=torch.bfloat16)),
+    "sums": lambda: linear.int8_mm(
         *support_triton.to_device(integers(M, K, dtype=torch.uint8)), packed(), N
     ),
-    "to_int8": lambda: linear_ops.linear_static(
+    "to_int8": lambda: linear.linear_static(
         *support_triton.to_device(integers(M, K), positive(1), integers(1).int()),
         packed(),
         *support_triton.to_device(positive(N), None, integers(N, dtype=torch.int8).int()),
@@ -108,7 +108,7 @@ def test_every_candidate_is_right_and_the_fastest_runs(call, tuner, problems, mo
 def test_the_trial_is_not_the_calls_data(problems):
     """Zeros, on which every product is right, and values that nobody may change."""
     call = arguments(input=torch.zeros(M, K))
-    linear_ops.linear_dynamic(**call)
+    linear.linear_dynamic(**call)
     (problem,) = problems
     trial = gemm_tuning.trial_of(problem)
     assert not problem.x[:, :K].any()

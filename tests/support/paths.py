@@ -19,7 +19,7 @@ import torch
 from torch.library import Library
 
 from torchquant import cpu
-from torchquant.cuda.host import MODULES
+from torchquant.cuda.host import FAMILY_OF
 from torchquant.ops import _arguments
 
 VARIABLE = "TORCHQUANT_TEST_PATH"
@@ -46,8 +46,8 @@ def triton_operators() -> dict[str, Callable]:
     importlib.import_module("support.triton")  # repairs the interpreter
     fallback = aten_operators()
     operators = {}
-    for name, module in MODULES.items():
-        function = importlib.import_module(f"torchquant.triton.{module}").OPERATORS[name]
+    for name, family in FAMILY_OF.items():
+        function = getattr(importlib.import_module(f"torchquant.triton.ops.{family}"), name)
         operators[name] = _with_fallback(function, fallback[name])
     return operators
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchquant.bench import machine
+from torchquant.bench.layer_worker import start_layer_worker
 from torchquant.bench.peers import OURS, SUITES
 from torchquant.bench.results import Run, ShapeResult
 from torchquant.bench.roofline import measure_roofline
@@ -147,10 +148,10 @@ class Bench:
             if info.missing():
                 self._drop(label, f"not installed; {info.how_to_install()}")
                 continue
-            self.workers[label] = Worker(
-                entry.suite, entry.peer, self.threads, dict(entry.environment)
+            self.workers[label] = start_layer_worker(
+                entry.suite, entry.peer, self.threads, entry.environment
             )
-            self.workers[label].send(do="about")
+            self.workers[label].send("about")
         for label, worker in list(self.workers.items()):
             try:
                 self.about[label] = worker.receive()
@@ -160,7 +161,7 @@ class Bench:
     def run(self, shapes: list[LinearShape], on_shape: Callable[[LinearShape], None]) -> None:
         """Measure every shape, layer by layer."""
         for (n, k), group in groupby(shapes, key=lambda shape: (shape.n, shape.k)):
-            failures = self._ask_all(self.workers, do="load", n=n, k=k)
+            failures = self._ask_all(self.workers, "load", n=n, k=k)
             ready = {name: worker for name, worker in self.workers.items() if name not in failures}
             for shape in group:
                 on_shape(shape)
@@ -182,11 +183,11 @@ class Bench:
         if worker := self.workers.pop(name, None):
             worker.close()
 
-    def _ask_all(self, workers: dict[str, Worker], **request: Any) -> dict[str, str]:
+    def _ask_all(self, workers: dict[str, Worker], do: str, **arguments: Any) -> dict[str, str]:
         """The same request to all at the same time; returns the failures."""
         failures = {}
         for worker in workers.values():
-            worker.send(**request)
+            worker.send(do, **arguments)
         for name, worker in workers.items():
             try:
                 worker.receive()
@@ -211,7 +212,7 @@ class Bench:
             order = list(active) if index % 2 == 0 else list(reversed(active))
             for name in order:
                 try:
-                    answer = active[name].ask(do="block", seconds=self.options.block)
+                    answer = active[name].ask("block", seconds=self.options.block)
                 except WorkerError as failure:
                     result.failures[name] = str(failure)
                     del active[name]
@@ -225,7 +226,7 @@ class Bench:
         first: dict[str, dict[str, float]] = {}
         for name, worker in workers.items():
             try:
-                answer = worker.ask(do="input", m=result.shape.m)
+                answer = worker.ask("input", m=result.shape.m)
             except WorkerError as failure:
                 result.failures[name] = str(failure)
                 continue

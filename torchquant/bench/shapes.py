@@ -134,7 +134,7 @@ def select(shapes: list[LinearShape], patterns: list[str]) -> list[LinearShape]:
             found = [LinearShape(n=n, k=k, m=m)] if min(m, n, k) >= 1 else []
         if not found:
             raise ValueError(
-                f"--shapes: {pattern!r} matches no MxNxK of the benchmark, "
+                f"{pattern!r} matches no MxNxK of the benchmark, "
                 f"which look like {shapes[0]}; try '1x*', '*x768x768' or a shape of your own"
             )
         chosen.update(dict.fromkeys(found))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -142,12 +140,6 @@ def grouped_failures(run: Run) -> list[tuple[str, str, int]]:
 def records(run: Run) -> list[dict[str, Any]]:
     """The header, one record per shape, the summary."""
     return [run.header, *(result.record() for result in run.results), run.summary()]
-
-
-def write_json_lines(path: Path, runs: list[Run]) -> None:
-    """All runs' records, a line each."""
-    lines = [json.dumps(record) + "\n" for run in runs for record in records(run)]
-    path.write_text("".join(lines))
 
 
 def number(value: float | None, form: str) -> str:

@@ -1,11 +1,11 @@
-"""How a call is timed, and how the figures of several blocks become one."""
+"""How a call is timed, how calls take turns, and how the numbers of several blocks become one."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 BATCH_SECONDS = 100e-6  # reading the clock costs about 0.1 us, a thousandth of this
@@ -14,9 +14,9 @@ BATCH_SECONDS = 100e-6  # reading the clock costs about 0.1 us, a thousandth of 
 def seconds_per_call(call: Callable[[], Any], seconds: float, min_batches: int = 2) -> float:
     """Median time of one call, over batches that fill `seconds`.
 
-    Short calls are timed in batches, so that the clock itself is not measured; a batch is one call
-    when that takes longer than `BATCH_SECONDS`. The first fifth of the time is warm-up and not
-    counted: caches hold the neighbour's weights, threads sleep, clocks are low. A call that alone
+    Short calls are timed in batches, so that reading the clock does not count; a batch is one call
+    if that takes longer than `BATCH_SECONDS`. The first fifth of the time is a warm-up and does not
+    count: caches hold another peer's weights, threads sleep, clocks are low. A call that alone
     takes longer than `seconds` is timed once.
     """
     batch, shortest = _warm_up(call, seconds / 5)
@@ -33,7 +33,9 @@ def seconds_per_call(call: Callable[[], Any], seconds: float, min_batches: int =
 
 
 def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
-    """Call for `seconds`, at least once; how many calls fill `BATCH_SECONDS`, and the shortest."""
+    """Call for `seconds`, at least once. How many calls fill `BATCH_SECONDS`, and the shortest
+    time.
+    """
     shortest = math.inf
     stop = time.perf_counter() + seconds
     while math.isinf(shortest) or time.perf_counter() < stop:
@@ -41,6 +43,36 @@ def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
         call()
         shortest = min(shortest, time.perf_counter() - start)
     return max(1, math.ceil(BATCH_SECONDS / shortest)), shortest
+
+
+def call_seconds(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Times of the calls that fill `seconds`, at least two, after one call that does not count."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name once per round, in every other round backwards.
+
+    Clock speeds drift by a fifth within minutes. Peers that take turns share the drift, and none of
+    them always follows the same other one.
+
+    >>> list(in_turns(["a", "b"], 3))
+    ['a', 'b', 'b', 'a', 'a', 'b']
+    """
+    for index in range(rounds):
+        yield from names if index % 2 == 0 else reversed(names)
+
+
+def medians(blocks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each name's blocks."""
+    return {name: statistics.median(values) for name, values in blocks.items()}
 
 
 def geometric_mean(values: Iterable[float]) -> float:

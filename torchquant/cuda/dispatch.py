@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from torchquant.cuda.host import LEAST_CAPABILITY, MODULES, Host, Kernel, is_device_error
+from torchquant.cuda.host import FAMILY_OF, LEAST_CAPABILITY, Host, Kernel, is_device_error
 
 PATHS = ("auto", "triton", "aten")
 PROBE = "quantize_per_token"
@@ -30,18 +30,16 @@ class Dispatcher:
     Args:
         host: see :class:`Host`.
         key: the dispatch key whose kernels are replaced.
-        modules: the operators to replace, as :data:`MODULES`.
+        operators: names of the operators to replace.
     """
 
-    def __init__(
-        self, host: Host, key: str = "CUDA", modules: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, host: Host, key: str = "CUDA", operators: Iterable[str] = FAMILY_OF) -> None:
         self.host = host
         self.key = key
-        self.modules = MODULES if modules is None else modules
+        self.operators = tuple(operators)
         self.path = "auto"
         # Operator -> device's index -> what to call. Read without the lock, by every call.
-        self._prepared: dict[str, dict[int, Kernel]] = {name: {} for name in self.modules}
+        self._prepared: dict[str, dict[int, Kernel]] = {name: {} for name in self.operators}
         self._sound: set[tuple[str, int]] = set()  # gave the fallback's bits
         self._device_reasons: dict[int, str] = {}
         self._operator_reasons: dict[tuple[str, int], str] = {}
@@ -65,7 +63,7 @@ class Dispatcher:
             with warnings.catch_warnings():
                 # torch tells of a replaced kernel, once a process: here it is meant.
                 warnings.filterwarnings("ignore", "Warning only once for all operators")
-                for name in self.modules:
+                for name in self.operators:
                     self._library.impl(name, self._entry(name), self.key, allow_override=True)
 
     def _entry(self, name: str) -> Kernel:
@@ -186,7 +184,7 @@ class Dispatcher:
 
     def _works(self, failed: str, index: int) -> bool:
         """Whether the simplest operator runs where another one has failed as the first of all."""
-        if failed == PROBE or PROBE not in self.modules:
+        if failed == PROBE or PROBE not in self.operators:
             return False
         try:
             kernel = self.host.kernel(PROBE)

@@ -12,31 +12,26 @@ from typing import Any, Protocol
 
 import torch
 
-# Operator -> module of torchquant.triton that has it in OPERATORS; what is missing here is ATen's.
-MODULES = {
-    "quantize_per_token": "linear_ops",
-    "int8_mm": "linear_ops",
-    "linear_dynamic": "linear_ops",
-    "linear_dynamic_split": "linear_ops",
-    "linear_static": "linear_ops",
-    "quantize_rows": "linear_ops",
-    "quantize_pack": "linear_ops",
-    "quantize": "training_ops",
-    "dequantize": "training_ops",
-    "activation": "training_ops",
-    "gated_activation": "training_ops",
-    "rms_norm": "training_ops",
-    "layer_norm": "training_ops",
-    "fake_quantize": "training_ops",
-    "fake_quantize_mask": "training_ops",
-    "in_range": "training_ops",
-    "positive": "training_ops",
-    "mask_gradient": "training_ops",
-    "fake_quantize_learned": "training_ops",
-    "fake_quantize_learned_backward": "training_ops",
-    "minmax": "training_ops",
-    "mm_fake_quantized": "training_ops",
+# The operators that Triton's kernels run, by family: torchquant.triton.ops.<family> has a function
+# of the operator's name. ATen's kernels run all others.
+FAMILIES = {
+    "affine": ("quantize", "dequantize", "quantize_per_token", "quantize_rows", "quantize_pack"),
+    "linear": ("int8_mm", "linear_dynamic", "linear_dynamic_split", "linear_static"),
+    "activations": ("activation", "gated_activation"),
+    "norms": ("rms_norm", "layer_norm"),
+    "fake_quantize": (
+        "fake_quantize",
+        "fake_quantize_mask",
+        "in_range",
+        "positive",
+        "mask_gradient",
+        "fake_quantize_learned",
+        "fake_quantize_learned_backward",
+        "minmax",
+    ),
+    "qat": ("mm_fake_quantized",),
 }
+FAMILY_OF = {operator: family for family, operators in FAMILIES.items() for operator in operators}
 
 LEAST_CAPABILITY = (8, 0)  # Ampere: int8 tensor cores that Triton's tl.dot compiles to
 
@@ -113,10 +108,11 @@ class CudaHost:
         return None if triton_installed() else "triton is not installed (pip install triton)"
 
     def kernel(self, name: str) -> Kernel:
-        module = importlib.import_module(f"torchquant.triton.{MODULES[name]}")
-        if MODULES[name] == "linear_ops":
+        family = FAMILY_OF[name]
+        module = importlib.import_module(f"torchquant.triton.ops.{family}")
+        if family == "linear":
             importlib.import_module("torchquant.triton.gemm.tuning").install()
-        kernel: Kernel = module.OPERATORS[name]
+        kernel: Kernel = getattr(module, name)
         return kernel
 
     def capturing(self) -> bool:

@@ -1,12 +1,13 @@
-"""Triton kernels for the operators on CUDA: fused, with the bits of the CPU's kernels.
+"""Triton kernels for the operators on CUDA: fused, with the same bits as the CPU kernels.
 
-Each family of operators is a module with plain functions of the operators' signatures in
-``OPERATORS``; a function returns ``NotImplemented`` for a call that it leaves to the ATen fallback
-(``csrc/aten``). :mod:`torchquant.cuda` registers them. ``import torchquant`` does not import this
-package: triton is optional, and importing it takes time.
+``ops`` has the operators, one module per family; ``kernels`` has their kernels, ``gemm`` the
+integer matrix products, ``tuning`` the choice of a configuration by measuring. An operator returns
+``NotImplemented`` for a call that it leaves to the ATen fallback (``csrc/aten``).
+:mod:`torchquant.cuda` registers the operators. ``import torchquant`` does not import this package,
+because triton is optional and takes long to import.
 
-How the bits come out equal: kernels are compiled with ``enable_fp_fusion=False``, so that a fused
-multiply-add is one only where :func:`~torchquant.triton.language.fma` is written; divisions are
-IEEE divisions (``/`` is not, in Triton); no function of libdevice is used, since those may flush
-denormals; nothing is added in floating point across threads in an order that could vary.
+Why the bits are the same: the kernels are compiled with ``enable_fp_fusion=False``, so that a fused
+multiply-add exists only where :func:`~torchquant.triton.kernels.language.fma` is written. Divisions
+are IEEE divisions (Triton's ``/`` is not). No function of libdevice is used, because those may
+flush denormals. No floating-point sum across threads has an order that can vary.
 """

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchquant.triton.activation import apply_activation
-from torchquant.triton.language import fma, quantize, reciprocal
+from torchquant.triton.kernels.activations import apply_activation
+from torchquant.triton.kernels.language import fma, quantize, reciprocal
 
 
 class Epilogue(NamedTuple):

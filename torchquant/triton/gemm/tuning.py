@@ -15,7 +15,7 @@ from torch import Tensor
 from torchquant.triton.gemm import run as gemm
 from torchquant.triton.gemm.configs import Config, candidates, default_config
 from torchquant.triton.gemm.problem import Problem
-from torchquant.triton.quantize import packed_sums, padded_k, padded_n
+from torchquant.triton.layout import packed_sums, padded_k, padded_n
 from torchquant.triton.tuning import choose as tuning
 
 MOST_CANDIDATES = 8  # a compilation takes seconds; candidates() puts the likely best first

@@ -10,7 +10,7 @@ the cache: there are only so many programs that the rows which they work on fit 
 import triton
 import triton.language as tl
 
-from torchquant.triton.language import divide, fma
+from torchquant.triton.kernels.language import divide, fma
 
 ROWS = 8  # of a program of one warp
 COLUMNS = 128  # that it writes at once

@@ -1,17 +1,37 @@
-"""Triton's fp32 operations and activation functions against torchquant.functional, bit for bit."""
+"""Activations on Triton's kernels, and their fp32 arithmetic: the specification's bits."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from support import ACTIVATIONS, EXTREME, NOT_FINITE, SPECIAL, assert_same_bits, generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    ACTIVATIONS,
+    EXTREME,
+    FLOATS,
+    LAYOUTS,
+    NOT_FINITE,
+    SPECIAL,
+    assert_same_bits,
+    generator,
+    in_layout,
+)
 from support import triton as support_triton
+from support.triton_operators import (
+    awkward,
+    check,
+    run,
+    seeds,
+    shapes,
+    small_tiles_and_poisoned_memory,  # noqa: F401  (a fixture)
+)
 
 from torchquant import functional as F
 from torchquant.functional._arithmetic import fmaf
 
 language, activation, launch = (
-    support_triton.module(name) for name in ("language", "activation", "launch")
+    support_triton.module(name) for name in ("kernels.language", "kernels.activations", "launch")
 )
 
 # numpy, with which the interpreter computes, warns of overflow and NaN.
@@ -98,3 +118,41 @@ def test_operations_have_the_bits_of_torch() -> None:
     for operation, (second, want) in expected.items():
         got = _run(_operation_kernel, x, second, z, OPERATION=operation)
         assert_same_bits(got, want, operation)
+
+
+# ---------------------------------------------------------------- operators
+
+
+@pytest.mark.usefixtures("small_tiles_and_poisoned_memory")
+@settings(deadline=None, max_examples=40)
+@given(
+    shapes,
+    st.sampled_from(FLOATS),
+    st.sampled_from((None, *FLOATS)),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(ACTIVATIONS),
+    seeds,
+)
+def test_activations(shape, dtype, wanted, memory, other, activation, seed):
+    x = in_layout(awkward(*shape, seed=seed, dtype=dtype), memory)
+    up = in_layout(awkward(*shape, seed=seed + 1, dtype=dtype), other)
+    check("activation", x, activation, wanted)
+    check("gated_activation", x, up, activation)
+    for name, args in (("activation", (x, activation)), ("gated_activation", (x, up, activation))):
+        got, expected = run(name, *args)
+        strides = zip(got.shape, got.stride(), expected.stride(), strict=True)
+        assert all(size == 1 or ours == theirs for size, ours, theirs in strides)
+
+
+@pytest.mark.usefixtures("small_tiles_and_poisoned_memory")
+def test_activations_of_halves_and_of_other_orders_of_dimensions():
+    wide = awkward(5, 7, 140)
+    gate, up = wide.chunk(2, -1)
+    check("gated_activation", gate, up, "silu")
+    check("gated_activation", gate.contiguous(), up, "silu")
+    images = awkward(2, 5, 6, 7).to(memory_format=torch.channels_last)
+    check("activation", images, "gelu")
+    check("gated_activation", images, images.contiguous(), "gelu")
+    check("activation", torch.tensor(-0.5), "tanh")
+    check("activation", torch.randn(4, 1).expand(4, 6), "relu")

@@ -1,34 +1,36 @@
-"""``torchquant bench``: options, their errors, and where output goes.
+"""``torchquant bench``: options, their errors, and files.
 
-The work is in the modules beside. Results go to standard output, progress and complaints to
-standard error.
+The measurements are in :mod:`torchquant.bench`.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
-from torchquant import cpu
 from torchquant.bench import machine, tables
+from torchquant.bench.files import results_file, write_json_lines
 from torchquant.bench.isa import isa_table, run_isa
-from torchquant.bench.linear import Options, Progress, run_linear
+from torchquant.bench.linear import Options, run_linear
 from torchquant.bench.overhead import overhead_table, run_overhead
 from torchquant.bench.peers import OURS, SUITES, all_peer_names
 from torchquant.bench.results import Run
 from torchquant.bench.roofline import DEFAULT_MEBIBYTES, MEBIBYTE, measure_roofline
+from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
+from torchquant.cli.output import (
+    error_console,
+    output_console,
+    print_json,
+    print_table,
+    progress_bar,
+    warn,
+)
 
 app = typer.Typer(
     name="bench",
@@ -36,11 +38,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-REPOSITORY_RESULTS = Path("benchmarks") / "results"
 
 
 def split(values: list[str] | None) -> tuple[str, ...]:
-    """Options may be repeated or hold several values between commas or spaces.
+    """The values of an option that can be repeated, or have several values with commas or spaces.
 
     >>> split(["1x*,4x*", "16x768x768"])
     ('1x*', '4x*', '16x768x768')
@@ -49,17 +50,17 @@ def split(values: list[str] | None) -> tuple[str, ...]:
 
 
 def check_names(option: str, names: tuple[str, ...], known: list[str]) -> tuple[str, ...]:
-    """Refuse a name that is not known, and list those that are."""
+    """Refuse an unknown name; the message lists the known ones."""
     for name in names:
         if name not in known:
             raise typer.BadParameter(
-                f"must be of {', '.join(known)}, got {name!r}", param_hint=option
+                f"must be one of {', '.join(known)}, got {name!r}", param_hint=option
             )
     return names
 
 
 def parse_threads(values: list[str] | None) -> tuple[int, ...]:
-    """`["1,2"]` as (1, 2); 2 and 1 without."""
+    """The numbers of threads: `["1,2"]` gives (1, 2), None gives (2, 1)."""
     numbers = split(values) or ("2", "1")
     if not all(number.isdigit() and int(number) >= 1 for number in numbers):
         raise typer.BadParameter(
@@ -68,23 +69,9 @@ def parse_threads(values: list[str] | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(number) for number in numbers))
 
 
-def check_isa(name: str | None) -> str | None:
-    """Callback of ``--isa``: refuse what cannot run here; the message lists what can."""
-    if name is not None:
-        try:
-            cpu.check_isa("the name", name)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return name
-
-
 ThreadsOption = Annotated[
     list[str] | None,
-    typer.Option("--threads", metavar="1,2", help="Threads of every peer; 2, then 1."),
-]
-IsaOption = Annotated[
-    str | None,
-    typer.Option(callback=check_isa, metavar="NAME", help="Instruction set of torchquant."),
+    typer.Option("--threads", metavar="N,...", help="Threads of every peer (default: 2, then 1)."),
 ]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Blocks per peer and shape.")]
 BlockOption = Annotated[
@@ -92,23 +79,23 @@ BlockOption = Annotated[
 ]
 MinutesOption = Annotated[
     float | None,
-    typer.Option(min=0.0, help="About so long for all of it: rounds give way, shapes do not."),
+    typer.Option(min=0.0, help="Time budget in minutes: fewer rounds, never fewer shapes."),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write JSON lines to this file.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-ProgressOption = Annotated[
-    bool, typer.Option("--progress/--no-progress", help="Show a progress bar on a terminal.")
-]
 SaveOption = Annotated[
     bool,
     typer.Option(
-        "--save", help="Write all files, named by date and CPU, to benchmarks/results or to here."
+        "--save",
+        help="Write all files, named by date and CPU, to benchmarks/results or the current folder.",
     ),
 ]
 SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="A few tiny blocks, seconds: does it run at all?")
+    bool,
+    typer.Option(
+        "--smoke", help="Measure almost nothing, in seconds: only shows that the command works."
+    ),
 ]
 
 
@@ -118,15 +105,16 @@ def linear_command(
         list[str] | None,
         typer.Option(
             metavar="MxNxK,...",
-            help="Only shapes that match ('1x*', '*x768x768'), or shapes of your own.",
+            help="Only shapes that match ('1x*', '*x768x768'), or your own shapes.",
         ),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(metavar="NAME,...", help=f"Of {', '.join(SUITES)}.")
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(SUITES)}."),
     ] = None,
     peers: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME,...", help=f"Of {', '.join(all_peer_names())}."),
+        typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(all_peer_names())}."),
     ] = None,
     threads: ThreadsOption = None,
     isa: IsaOption = None,
@@ -139,17 +127,19 @@ def linear_command(
     ] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a figure; several runs: one file each."),
+        typer.Option(
+            metavar="FILE", help="Write a figure to this file; for several runs one file each."
+        ),
     ] = None,
     save: SaveOption = False,
     as_json: JsonOption = False,
     progress: ProgressOption = True,
     smoke: SmokeOption = False,
 ) -> None:
-    """int8 linear layers against other libraries: table, roofline figure, files.
+    """Compare int8 linear layers with other libraries: table, roofline figure, files.
 
-    Peers that are not installed are named and left out. Exits with code 1 if torchquant itself was
-    asked for and could not be measured.
+    Peers that are not installed are named and left out. The exit code is 1 if torchquant was
+    requested and could not be measured.
     """
     suites = check_names("--suite", split(suite), list(SUITES)) or tuple(SUITES)
     options = Options(
@@ -174,7 +164,9 @@ def linear_command(
         for number in options.threads if save else ():
             mine = [run for run in runs if run.threads == number]
             parts = ("linear", f"{number}thread{'s' if number > 1 else ''}", isa)
-            lines, page, picture = (result_file(end, *parts) for end in (".jsonl", ".md", ".png"))
+            lines, page, picture = (
+                results_file(*parts, suffix=suffix) for suffix in (".jsonl", ".md", ".png")
+            )
             if mine:
                 write_files(mine, lines, page, picture if drawn else None, errors)
 
@@ -186,9 +178,9 @@ def linear_command(
         print_runs(runs)
     for run in runs:
         for name, reason, count in tables.grouped_failures(run):
-            complain(errors, f"{name}, {run.suite}, {count} shapes", reason)
+            warn(errors, f"{name}, {run.suite}, {count} shapes", reason)
     write(runs, drawn=True)
-    if smoke:  # the writers must not go stale either
+    if smoke:  # also runs what writes the files
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_files(runs, folder / "a.jsonl", folder / "a.md", folder / "a.png", errors)
@@ -202,14 +194,14 @@ def roofline_command(
     threads: ThreadsOption = None,
     mebibytes: Annotated[
         list[str] | None,
-        typer.Option("--mib", metavar="1,43", help="Sizes of the buffers that are read, in MiB."),
+        typer.Option("--mib", metavar="MIB,...", help="Sizes of the buffers to read, in MiB."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Time for each figure.")] = 0.2,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time per measurement.")] = 0.2,
     output: OutputOption = None,
     as_json: JsonOption = False,
     smoke: SmokeOption = False,
 ) -> None:
-    """What this machine can do at most: multiply-adds per second, bytes read per second."""
+    """Measure this machine's limits: multiply-adds per second, bytes read per second."""
     try:
         sizes = [float(size) for size in split(mebibytes)] or list(DEFAULT_MEBIBYTES)
     except ValueError:
@@ -231,7 +223,8 @@ def roofline_command(
         for roofline in measured:
             for table in tables.roofline_tables(roofline):
                 print_table(output_console(), table)
-    write_lines(output, records)
+    if output:
+        write_json_lines(output, records)
 
 
 @app.command("isa")
@@ -246,7 +239,7 @@ def isa_command(
     progress: ProgressOption = True,
     smoke: SmokeOption = False,
 ) -> None:
-    """The integer product on every instruction set, against that instruction set's own peak."""
+    """Compare the integer product on every instruction set with that instruction set's peak."""
     options = Options(
         threads=(1,) if smoke and not threads else parse_threads(threads),
         rounds=1 if smoke else rounds,
@@ -264,32 +257,34 @@ def isa_command(
             print_table(output_console(), isa_table(record))
             for words, value in record["answers"].items():
                 output_console().print(f"{words}: {value:.2f}")
-    write_lines(output, records)
+    if output:
+        write_json_lines(output, records)
     if save:
-        write_lines(result_file(".jsonl", "isa"), records)
+        write_json_lines(results_file("isa"), records)
 
 
 @app.command("overhead")
 def overhead_command(
-    seconds: Annotated[float, typer.Option(min=0.0001, help="Time for each figure.")] = 0.2,
+    seconds: Annotated[float, typer.Option(min=0.0001, help="Time per measurement.")] = 0.2,
     output: OutputOption = None,
     save: SaveOption = False,
     as_json: JsonOption = False,
     smoke: SmokeOption = False,
 ) -> None:
-    """What a call of a tiny layer costs beside its kernel, piece by piece."""
+    """Measure what a call of a tiny layer costs in addition to its kernel, piece by piece."""
     result = run_overhead(0.002 if smoke else seconds)
     if as_json:
         print_json(result)
     else:
         print_table(output_console(), overhead_table(result))
-    write_lines(output, [result])
+    if output:
+        write_json_lines(output, [result])
     if save:
-        write_lines(result_file(".jsonl", "overhead"), [result])
+        write_json_lines(results_file("overhead"), [result])
 
 
 def print_runs(runs: list[Run]) -> None:
-    """Tables, then the summaries together, where they can be compared."""
+    """Print the tables, then all summaries together, where they can be compared."""
     console = output_console()
     for run in runs:
         print_table(console, tables.rich_table(run))
@@ -299,14 +294,6 @@ def print_runs(runs: list[Run]) -> None:
             console.print(line)
 
 
-def print_table(console: Console, table: Table) -> None:
-    """The title on lines of its own: rich would break it at the width of a narrow table."""
-    if table.title:
-        console.print(f"\n{table.title}", style="italic", soft_wrap=True)
-    table.title = None
-    console.print(table)
-
-
 def write_files(
     runs: list[Run],
     output: Path | None,
@@ -314,15 +301,15 @@ def write_files(
     figure: Path | None,
     errors: Console,
 ) -> None:
-    """The files that were asked for; a figure per run."""
+    """Write the requested files; one figure per run."""
     if output:
-        tables.write_json_lines(output, runs)
+        write_json_lines(output, [record for run in runs for record in tables.records(run)])
     if markdown:
         markdown.write_text(tables.markdown(runs))
     if not figure:
         return
     if find_spec("matplotlib") is None:
-        complain(errors, "no figure", "matplotlib is not installed; pip install matplotlib")
+        warn(errors, "no figure", "matplotlib is not installed; pip install matplotlib")
         return
     from torchquant.bench.figures import save_linear_figure
 
@@ -331,52 +318,3 @@ def write_files(
         suffix = f"-{run.suite}" if len({other.suite for other in runs}) > 1 else ""
         suffix += f"-{run.threads}threads" if several_threads else ""
         save_linear_figure(figure.with_name(f"{figure.stem}{suffix}{figure.suffix}"), run)
-
-
-def write_lines(path: Path | None, records: list[dict[str, Any]]) -> None:
-    """A record a line, where a file was asked for."""
-    if path:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def result_file(ending: str, kind: str, *parts: str | None) -> Path:
-    """Where `--save` writes: the repository's folder of results where it is there, else here."""
-    folder = REPOSITORY_RESULTS if REPOSITORY_RESULTS.is_dir() else Path()
-    stem = "-".join([kind, machine.today(), machine.cpu_slug(), *filter(None, parts)])
-    return folder / f"{stem}{ending}"
-
-
-def complain(errors: Console, what: str, why: str) -> None:
-    """One line on standard error."""
-    errors.print(f"[yellow]{escape(what)}:[/yellow] {escape(why)}", soft_wrap=True)
-
-
-def print_json(data: Any) -> None:
-    """JSON on standard output, and nothing else there."""
-    typer.echo(json.dumps(data, indent=2))
-
-
-def output_console() -> Console:
-    """Standard output; wide where it is no terminal, so that tables in files are not cut."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=240)
-
-
-def error_console() -> Console:
-    """Standard error."""
-    return Console(stderr=True, highlight=False)
-
-
-@contextmanager
-def progress_bar(console: Console, *, shown: bool) -> Iterator[Progress]:
-    """A bar on a terminal that goes away when the block ends."""
-    columns = (  # the description last, so that the bar does not jump with its length
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    hidden = not (shown and console.is_terminal)
-    with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda description, done: bar.update(task, description=description, completed=done)

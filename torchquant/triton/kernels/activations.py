@@ -7,7 +7,7 @@ from and how exact they are.
 import triton
 import triton.language as tl
 
-from torchquant.triton.language import absolute, copysign, divide, fma
+from torchquant.triton.kernels.language import absolute, copysign, divide, fma
 
 _MAGIC = tl.constexpr(float.fromhex("0x1.8p+23"))
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
@@ -175,3 +175,31 @@ def apply_activation(y, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return y
+
+
+@triton.jit
+def activation_kernel(
+    x,
+    up,
+    out,
+    count,
+    length,
+    x_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``activation(x)`` or ``activation(x) * up`` of rows, which in ``out`` are contiguous."""
+    pid = tl.program_id(0)
+    blocks = (length - 1) // COLUMNS + 1
+    rows = (pid // blocks).to(tl.int32) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = (pid % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < count) & (columns < length)
+    rows = rows.to(tl.int64)
+    v = tl.load(x + (rows * x_stride + columns), mask=inside, other=0.0).to(tl.float32)
+    y = apply_activation(v, ACTIVATION)
+    if GATED:
+        y = y * tl.load(up + (rows * up_stride + columns), mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (rows * length + columns), y.to(out.dtype.element_ty), mask=inside)

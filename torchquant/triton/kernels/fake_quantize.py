@@ -1,25 +1,25 @@
 """Fake quantization in training: values, bit masks, a learned step's gradients, ranges.
 
-All of it is bound by memory. A program reads a tile (:mod:`torchquant.triton.tiles`) once, 16 bytes
-an access, and writes what is wanted of it. Sums and ranges take two steps without atomics: each
-program writes those of its tile, a second kernel combines them in a fixed order; both divisions
-depend on shapes alone, so a sum's bits do too.
+Memory bounds the speed of all of them. A program reads a tile
+(:mod:`torchquant.triton.kernels.tiles`) once, 16 bytes per access, and writes the requested
+results. Sums and ranges take two steps without atomics: each program writes those of its tile, then
+a second kernel combines them in a fixed order. Both divisions of the work depend on shapes alone,
+and so do the bits of a sum.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
 import triton
 import triton.language as tl
 
-from torchquant.triton.language import (
+from torchquant.triton.kernels.language import (
     divide,
     fma,
     is_finite,
-    maximum,
-    minimum,
     reciprocal,
     rint,
+    round_within,
 )
-from torchquant.triton.tiles import (
+from torchquant.triton.kernels.tiles import (
     bytes_of_tile,
     limits,
     load_scale,
@@ -30,28 +30,12 @@ from torchquant.triton.tiles import (
 
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
-_SIGN_BIT = tl.constexpr(-(2**31))
-_BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
 
 
 @triton.jit
 def used_scale(s):
     """A learned step as it is used: at least 2^-126; NaN stays."""
     return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
-
-
-@triton.jit
-def round_within(x, lo, hi):
-    """``clamp(rint(x), lo, hi)`` with NaN kept; a zero comes out as +0.
-
-    lo, hi: integers of magnitude up to 2^23, as fp32. Rounding commutes with the clamp, and up to
-    2^23 adding 2^23 with the number's sign rounds it half to even.
-    """
-    y = minimum(maximum(x, lo), hi)
-    away = ((y.to(tl.int32, bitcast=True) & _SIGN_BIT) | _BITS_OF_2_TO_23).to(
-        tl.float32, bitcast=True
-    )
-    return (y + away) - away
 
 
 @triton.jit
@@ -326,3 +310,26 @@ def combine_ranges_kernel(
         # Of -0 and +0 either might come first: always +0.
         tl.store(least + channel, tl.min(low, axis=0) + 0.0, mask=there)
         tl.store(greatest + channel, tl.max(high, axis=0) + 0.0, mask=there)
+
+
+@triton.jit
+def positive_kernel(x, bits, numel, BYTES: tl.constexpr):
+    """Bits of ``x > 0``."""
+    eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
+    offsets = eights * 8 + tl.arange(0, 8)[None, :]
+    v = tl.load(x + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[None, :]
+    flags = tl.reshape(v > 0.0, (1, BYTES * 8))
+    tl.store(bits + at, packed(flags, 1, BYTES * 8), mask=at * 8 < numel)
+
+
+@triton.jit
+def mask_gradient_kernel(grad, bits, out, numel, BYTES: tl.constexpr):
+    """``grad`` where its bit is set, +0 elsewhere."""
+    eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
+    each = tl.arange(0, 8)[None, :]
+    offsets = eights * 8 + each
+    inside = offsets < numel
+    g = tl.load(grad + offsets, mask=inside, other=0.0)
+    byte = tl.load(bits + eights, mask=eights * 8 < numel, other=0).to(tl.int32)
+    tl.store(out + offsets, tl.where(((byte >> each) & 1) != 0, g, 0.0), mask=inside)

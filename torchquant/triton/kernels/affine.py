@@ -1,13 +1,11 @@
-"""Element by element: quantize and dequantize at every granularity, activations, masks."""
+"""Quantize and dequantize tensors, at every granularity."""
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
 import triton
 import triton.language as tl
 
-from torchquant.triton.activation import apply_activation
-from torchquant.triton.fake_quantize import packed, round_within
-from torchquant.triton.language import reciprocal
-from torchquant.triton.tiles import limits, load_scale, tile, tile_of_turn
+from torchquant.triton.kernels.language import reciprocal, round_within
+from torchquant.triton.kernels.tiles import limits, load_scale, tile, tile_of_turn
 
 
 @triton.jit
@@ -94,54 +92,3 @@ def dequantize_kernel(
     if ZERO == "real":
         y = y + z
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def activation_kernel(
-    x,
-    up,
-    out,
-    count,
-    length,
-    x_stride,
-    up_stride,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """``activation(x)`` or ``activation(x) * up`` of rows, which in ``out`` are contiguous."""
-    pid = tl.program_id(0)
-    blocks = (length - 1) // COLUMNS + 1
-    rows = (pid // blocks).to(tl.int32) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = (pid % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < count) & (columns < length)
-    rows = rows.to(tl.int64)
-    v = tl.load(x + (rows * x_stride + columns), mask=inside, other=0.0).to(tl.float32)
-    y = apply_activation(v, ACTIVATION)
-    if GATED:
-        y = y * tl.load(up + (rows * up_stride + columns), mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + (rows * length + columns), y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def positive_kernel(x, bits, numel, BYTES: tl.constexpr):
-    """Bits of ``x > 0``."""
-    eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
-    offsets = eights * 8 + tl.arange(0, 8)[None, :]
-    v = tl.load(x + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
-    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[None, :]
-    flags = tl.reshape(v > 0.0, (1, BYTES * 8))
-    tl.store(bits + at, packed(flags, 1, BYTES * 8), mask=at * 8 < numel)
-
-
-@triton.jit
-def mask_gradient_kernel(grad, bits, out, numel, BYTES: tl.constexpr):
-    """``grad`` where its bit is set, +0 elsewhere."""
-    eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
-    each = tl.arange(0, 8)[None, :]
-    offsets = eights * 8 + each
-    inside = offsets < numel
-    g = tl.load(grad + offsets, mask=inside, other=0.0)
-    byte = tl.load(bits + eights, mask=eights * 8 < numel, other=0).to(tl.int32)
-    tl.store(out + offsets, tl.where(((byte >> each) & 1) != 0, g, 0.0), mask=inside)

@@ -11,6 +11,7 @@ import triton.language as tl
 # Adding it to |x| < 2^22 rounds x half to even, to an integer that stands in the low bits.
 _ROUNDING = tl.constexpr(float.fromhex("0x1.8p+23"))
 _ROUNDING_BITS = tl.constexpr(0x4B400000)
+_BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
 _INTEGERS_FROM = tl.constexpr(float.fromhex("0x1p+23"))  # from here on fp32 holds integers only
 _SIGN_BIT = tl.constexpr(-(2**31))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -75,6 +76,20 @@ def rint(x):
     a = absolute(x)
     rounded = (a + _INTEGERS_FROM) - _INTEGERS_FROM
     return copysign(tl.where(a < _INTEGERS_FROM, rounded, a), x)
+
+
+@triton.jit
+def round_within(x, lo, hi):
+    """``clamp(rint(x), lo, hi)`` with NaN kept; a zero comes out as +0.
+
+    lo, hi: integers of magnitude up to 2^23, as fp32. Rounding commutes with the clamp, and up to
+    2^23 adding 2^23 with the number's sign rounds it half to even.
+    """
+    y = minimum(maximum(x, lo), hi)
+    away = ((y.to(tl.int32, bitcast=True) & _SIGN_BIT) | _BITS_OF_2_TO_23).to(
+        tl.float32, bitcast=True
+    )
+    return (y + away) - away
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchquant.triton.language import (
+from torchquant.triton.kernels.language import (
     absolute,
     divide,
     finish_scale,
@@ -23,8 +23,9 @@ from torchquant.triton.language import (
     reciprocal,
     rint,
 )
-from torchquant.triton.language import quantize as to_steps
+from torchquant.triton.kernels.language import quantize as to_steps
 from torchquant.triton.launch import launch, next_power_of_2
+from torchquant.triton.layout import layout_shape, packed_sums, padded_k, padded_n
 
 MAX_COLUMNS = 1 << 17
 _ONE_PASS = 32768  # elements of a row that registers hold
@@ -357,28 +358,3 @@ def row_sums(q: Tensor) -> Tensor:
         num_warps=4,
     )
     return sums
-
-
-# ---------------------------------------------------------------- csrc/formats/int8_rows.h
-
-
-def padded_k(k: int) -> int:
-    """K rounded up to a multiple of 64."""
-    return (k + 63) // 64 * 64
-
-
-def padded_n(n: int) -> int:
-    """N rounded up to a multiple of 16."""
-    return (n + 15) // 16 * 16
-
-
-def layout_shape(n: int, k: int) -> tuple[int, int]:
-    """Of a packed weight ``[N, K]``."""
-    tail = (4 * padded_n(n) + padded_k(k) - 1) // padded_k(k)
-    return padded_n(n) + tail, padded_k(k)
-
-
-def packed_sums(packed: Tensor, n: int) -> Tensor:
-    """int32 ``[N16]``: the sum of each weight row."""
-    padded = padded_n(n)
-    return packed.reshape(-1).narrow(0, padded * packed.shape[1], 4 * padded).view(torch.int32)

@@ -1,0 +1,1 @@
+"""Triton's kernels by family, and the arithmetic and the tiles that they share."""
