@@ -1,15 +1,17 @@
 """Builds ``torchquant._C``, the C++ kernels and operators, against the torch found at build time.
 
-What does not depend on that torch stands in ``pyproject.toml``. Three things do, and are here:
+``pyproject.toml`` holds everything that does not depend on that torch, and ``build_backend.py``
+finds it. Three things depend on it:
 
 * the extension itself;
 * the run-time requirement: the C++ interface of torch is stable within one release only, so the
   package requires exactly the release that it was built against;
 * ``torchquant/_build_info.py``, which records that release. ``torchquant/_extension.py`` compares
-  it with the installed torch *before* loading the library, while a clear message is possible.
+  the record with the installed torch *before* it loads the library, while a clear message is
+  possible.
 
-No flag here depends on the machine. Which instruction sets are compiled is decided in the sources,
-by target regions, and which one runs is decided at run time; ``-march=native`` would undo both.
+No flag here depends on the machine. Target regions in the sources decide which instruction sets are
+compiled, and the library chooses one at run time; ``-march=native`` would undo both.
 """
 
 import shlex
@@ -22,18 +24,28 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.errors import CompileError
 
-try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"torchquant is built against torch, which cannot be imported here ({error}). Either "
-        "leave out --no-build-isolation, or first install torch>=2.11,<2.14, setuptools and ninja."
-    ) from None
+from build_backend import TORCH, is_supported, unsupported
+
+if "sdist" in sys.argv[1:]:
+    # An archive of the sources is the same for every torch, and needs none.
+    from setuptools import Extension as CppExtension
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+    TORCH_VERSION, TORCH_REQUIREMENT = "", TORCH
+else:
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"torchquant is built against torch, which cannot be imported here ({error}). Either "
+            f"leave out --no-build-isolation, or first install '{TORCH}', setuptools and ninja."
+        ) from None
+
+    TORCH_VERSION = str(torch.__version__)
+    TORCH_REQUIREMENT = f"torch=={TORCH_VERSION.partition('+')[0]}"  # without a local "+cpu"
 
 ROOT = Path(__file__).resolve().parent
-TORCH_MIN, TORCH_BELOW = (2, 11), (2, 14)  # the same range as build-system.requires
-TORCH_RELEASE = torch.__version__.partition("+")[0]  # "2.13.0+cpu" -> "2.13.0"
 
 # Numerics: no contraction of a*b+c, not even where the user's CFLAGS ask for fast arithmetic.
 # -g0 undoes Python's own -g, which multiplies the size of the library.
@@ -95,12 +107,8 @@ def check_prerequisites(compiler: list[str]) -> None:
     """Stop with one clear line where the compiler would stop with pages."""
     if sys.platform == "win32":
         raise CompileError("torchquant builds on Linux and macOS; on Windows use it inside WSL.")
-    version = tuple(int(part) for part in TORCH_RELEASE.split(".")[:2])
-    if not TORCH_MIN <= version < TORCH_BELOW:
-        raise CompileError(
-            f"torchquant needs torch>=2.11,<2.14 to build, found {torch.__version__}. Install one "
-            "of these, or leave out --no-build-isolation so that pip fetches one."
-        )
+    if not is_supported(TORCH_VERSION):
+        raise CompileError(unsupported(TORCH_VERSION))
     include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").is_file():
         raise CompileError(
@@ -132,7 +140,7 @@ class BuildExt(BuildExtension):
         """Write torchquant/_build_info.py beside each copy of the library."""
         lines = [
             '"""Written by setup.py; describes the torchquant._C beside it."""\n',
-            f"TORCH_VERSION = {str(torch.__version__)!r}",
+            f"TORCH_VERSION = {TORCH_VERSION!r}",
             f"CXX11_ABI = {torch.compiled_with_cxx11_abi()!r}",
             f"COMPILER = {compiler!r}",
             f"FLAGS = {' '.join(COMPILE_FLAGS + OPENMP_FLAGS)!r}",
@@ -144,7 +152,7 @@ class BuildExt(BuildExtension):
 
 setup(
     install_requires=[
-        f"torch=={TORCH_RELEASE}",
+        TORCH_REQUIREMENT,
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "typer>=0.12",
@@ -157,7 +165,7 @@ setup(
             include_dirs=[str(ROOT / "csrc")],  # absolute: ninja runs in the build folder
             depends=sources(".cpp", ".h", ".inc"),
             # The macro makes ninja rebuild when torch changes under an existing build folder.
-            define_macros=[("TORCHQUANT_TORCH_VERSION", f'"{torch.__version__}"')],
+            define_macros=[("TORCHQUANT_TORCH_VERSION", f'"{TORCH_VERSION}"')],
             extra_compile_args=COMPILE_FLAGS + OPENMP_FLAGS,
             extra_link_args=OPENMP_FLAGS,
         )

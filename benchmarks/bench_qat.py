@@ -151,7 +151,7 @@ def make_models(sizes: list[int], compiled: bool) -> dict[str, nn.Module]:
     for name, make in makers.items():
         try:
             models[name] = make()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # torch may drop torch.ao and its dtypes
             print(f"{name} is left out: {error}")
     return models
 

@@ -16,9 +16,10 @@ from types import ModuleType
 
 import torch  # before the library: its OpenMP runtime has to be the one in the process
 
+# pip keeps the wheels that it built, for whichever torch: without the cache it builds again.
 REBUILD = (
-    "pip install --no-build-isolation --force-reinstall --no-deps torchquant "
-    "(in a checkout: pip install --no-build-isolation -e .)"
+    "pip install --force-reinstall --no-deps --no-cache-dir torchquant "
+    "(in a checkout: pip install -e .)"
 )
 
 
@@ -88,7 +89,6 @@ def missing_library_message(folder: Path) -> str:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (
         f"torchquant's C++ library (torchquant._C) for Python {version} is {found} in {folder}. "
-        "In a checkout, build it with: pip install -e . (against an installed torch: "
-        "pip install --no-build-isolation -e .). Otherwise install the package again: "
-        "pip install --force-reinstall --no-deps torchquant"
+        "In a checkout, build it with: pip install -e . Otherwise install the package again: "
+        "pip install --force-reinstall --no-deps --no-cache-dir torchquant"
     )

@@ -18,6 +18,7 @@ from torchquant.bench import machine, tables, timing, workers
 from torchquant.bench.layer_worker import LayerServer, start_layer_worker
 from torchquant.bench.linear import Bench, Entry, Options, Pace
 from torchquant.bench.peers import OURS, SUITES, PeerInfo, make_linear_peer
+from torchquant.bench.peers.base import NotInThisTorch
 from torchquant.bench.results import Run, ShapeResult, summarise, summary_lines
 from torchquant.bench.roofline import Limit, Roofline
 from torchquant.bench.shapes import (
@@ -300,11 +301,34 @@ def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
         server = LayerServer(make_linear_peer(suite, name, 1))
         server.load(n=48, k=80)
         answer = server.input(m=3)
+    except NotInThisTorch as error:
+        pytest.skip(str(error))
     finally:
         torch.backends.quantized.engine = engine
     assert answer["error"] < 0.05
     assert answer["seconds"]
     assert server.about()
+
+
+@pytest.mark.parametrize(
+    ("suite", "name"),
+    [peer for peer in ALL_PEERS if "torch_ao" in SUITES[peer[0]][peer[1]].target],
+)
+def test_a_torch_without_quantized_tensors_has_no_such_peer(
+    suite: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch, "quint8")
+    with pytest.raises(NotInThisTorch, match=r"has no torch\.quint8 any more"):
+        make_linear_peer(suite, name, 1)
+
+
+def test_a_torch_without_torch_ao_has_no_such_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = torch.backends.quantized.engine
+    peer = make_linear_peer("dynamic", "ao-fbgemm", 1)
+    torch.backends.quantized.engine = engine
+    monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)
+    with pytest.raises(NotInThisTorch, match=r"has no torch\.ao: "):
+        peer.load(torch.randn(4, 8), torch.randn(4))
 
 
 def test_a_peer_that_computes_something_else_is_found_out() -> None:

@@ -1,5 +1,6 @@
-"""setup.py: what it requires and compiles, and the clear line where the machine lacks something."""
+"""setup.py: its requirements and sources, and one clear line for each missing prerequisite."""
 
+import re
 import runpy
 import sys
 import sysconfig
@@ -16,8 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def setup_file(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that setup.py defines, and under "call" what it hands to setuptools."""
+    """The names that setup.py defines, and under "call" its arguments to setuptools."""
+    return run_setup(monkeypatch, "bdist_wheel")
+
+
+def run_setup(monkeypatch: pytest.MonkeyPatch, command: str) -> dict[str, Any]:
+    """The fixture's value for one command of setuptools."""
     call: dict[str, Any] = {}
+    monkeypatch.syspath_prepend(str(ROOT))  # for build_backend
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: call.update(arguments))
     return {**runpy.run_path(str(ROOT / "setup.py")), "call": call}
 
@@ -25,6 +33,31 @@ def setup_file(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_requires_exactly_the_release_it_builds_against(setup_file: dict[str, Any]) -> None:
     requirements = setup_file["call"]["install_requires"]
     assert f"torch=={torch.__version__.partition('+')[0]}" in requirements
+
+
+def test_an_archive_of_the_sources_requires_every_supported_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is made where no torch can be imported."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    setup = run_setup(monkeypatch, "sdist")
+    assert setup["TORCH"] in setup["call"]["install_requires"]
+    (extension,) = setup["call"]["ext_modules"]
+    assert {path.name for path in ROOT.glob("csrc/kernels/*.cpp")} <= {
+        Path(source).name for source in extension.sources
+    }
+
+
+def test_missing_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as caught:
+        run_setup(monkeypatch, "bdist_wheel")
+    message = str(caught.value)
+    assert message.startswith("torchquant is built against torch, which cannot be imported here (")
+    assert message.endswith(
+        "Either leave out --no-build-isolation, or first install 'torch>=2.11,<2.16', setuptools "
+        "and ninja."
+    )
 
 
 def test_compiles_every_source_and_watches_every_header(setup_file: dict[str, Any]) -> None:
@@ -59,13 +92,13 @@ def test_missing_python_headers_are_named(
         setup_file["check_prerequisites"](["c++"])
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cpu"])
+@pytest.mark.parametrize("version", ["2.10.1", "2.16.0", "3.0.0+cpu"])
 def test_torch_outside_the_range_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    check = runpy.run_path(str(ROOT / "setup.py"))["check_prerequisites"]
+    check = run_setup(monkeypatch, "build_ext")["check_prerequisites"]
     with pytest.raises(
-        CompileError, match=r"needs torch>=2\.11,<2\.14 to build, found " + version[0]
+        CompileError,
+        match=r"must be built against torch>=2\.11,<2\.16, got torch " + re.escape(version),
     ):
         check(["c++"])
 

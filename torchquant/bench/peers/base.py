@@ -11,6 +11,10 @@ import torch
 Call = Callable[[], Any]
 
 
+class NotInThisTorch(RuntimeError):
+    """A peer that was a part of torch, and is none of the installed release."""
+
+
 class LinearPeer(ABC):
     """One library's int8 (or float) linear layer. Each instance lives alone in its own process.
 

@@ -11,7 +11,20 @@ import warnings
 
 import torch
 
-from torchquant.bench.peers.base import Call, LinearPeer, float_linear, quantize_weight
+from torchquant.bench.peers.base import (
+    Call,
+    LinearPeer,
+    NotInThisTorch,
+    float_linear,
+    quantize_weight,
+)
+
+
+def require_quantized_tensors() -> None:
+    """Raise where torch no longer has them; torch has warned of their removal since 2.13."""
+    names = ("qint8", "quint8", "quantize_per_tensor", "quantize_per_channel")
+    if gone := [name for name in names if not hasattr(torch, name)]:
+        raise NotInThisTorch(f"torch {torch.__version__} has no torch.{gone[0]} any more")
 
 
 class TorchAoDynamic(LinearPeer):
@@ -22,6 +35,7 @@ class TorchAoDynamic(LinearPeer):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
+        require_quantized_tensors()
         warnings.filterwarnings("ignore")  # the whole stack announces its removal
         engines = torch.backends.quantized.supported_engines
         if self.engine not in engines:
@@ -31,8 +45,11 @@ class TorchAoDynamic(LinearPeer):
         torch.backends.quantized.engine = self.engine
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        from torch.ao.nn.quantized.dynamic import Linear
-        from torch.ao.quantization import per_channel_dynamic_qconfig
+        try:
+            from torch.ao.nn.quantized.dynamic import Linear
+            from torch.ao.quantization import per_channel_dynamic_qconfig
+        except ImportError as error:
+            raise NotInThisTorch(f"torch {torch.__version__} has no torch.ao: {error}") from error
 
         linear = float_linear(weight, bias)
         linear.qconfig = per_channel_dynamic_qconfig
@@ -77,6 +94,10 @@ class OnednnPointwise(LinearPeer):
     The operator takes an activation that is already uint8 with one scale; choosing the scale and
     quantizing is what makes it dynamic, so both are part of the call.
     """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        require_quantized_tensors()
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         warnings.filterwarnings("ignore")  # the quantized dtypes announce their removal

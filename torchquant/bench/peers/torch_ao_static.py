@@ -15,7 +15,7 @@ from torchquant.bench.peers.base import (
     float_linear,
     quantize_input,
 )
-from torchquant.bench.peers.torch_ao import OnednnPointwise
+from torchquant.bench.peers.torch_ao import OnednnPointwise, require_quantized_tensors
 
 
 class TorchAoStatic(LinearPeer):
@@ -28,6 +28,7 @@ class TorchAoStatic(LinearPeer):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
+        require_quantized_tensors()
         warnings.filterwarnings("ignore")  # the whole stack announces its removal
         torch.backends.quantized.engine = self.engine
 
