@@ -3,7 +3,7 @@
 from torchquant.nn.activation import Activation
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.fused import FusedActivation
-from torchquant.nn.kinds import Kind, kind_of, kinds, register
+from torchquant.nn.kinds import Kind, kind_of, register
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.qat_linear import QATLinear
@@ -19,6 +19,5 @@ __all__ = [
     "RMSNorm",
     "TrainedModule",
     "kind_of",
-    "kinds",
     "register",
 ]
