@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import held_by
+from torchquant.graph.modules import has_hooks, held_by
 from torchquant.graph.recognize import activation_of
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule
@@ -26,14 +26,6 @@ Owners = dict[int, list[tuple[nn.Module, str]]]
 
 _FUNCTIONS = ("gelu", "relu", "relu_", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_")
 _RELU_FUNCTIONS = ("relu", "relu_")
-_LAYER_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_HOOKS = (*_LAYER_HOOKS, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _TEST_ROWS = 8
 
 
@@ -186,7 +178,7 @@ def _misuse(search: _Search, pair: _Pair, calls: list[tuple[Trace, fx.Node]]) ->
     computed = getattr(layer, "activation", "none")
     if computed != "none":
         return f"the layer computes {computed} already"
-    if any(getattr(layer, hooks) for hooks in _LAYER_HOOKS):
+    if has_hooks(layer, before_forward=False):
         return "hooks on the layer would see other values"
     for trace, node in calls:
         users = list(node.users)
@@ -205,7 +197,7 @@ def _misuse_of_activation(search: _Search, activation: nn.Module) -> str | None:
     kind = type(activation).__name__
     if name is None:
         return f"{kind} is none of the functions that a layer can compute"
-    if any(getattr(module, hooks) for module in activation.modules() for hooks in _HOOKS):
+    if any(map(has_hooks, activation.modules())):
         return "hooks on the activation would see other values"
     if id(activation) not in search.owners:
         return f"{kind} is not registered as a module of the model"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import owners_by_module
+from torchquant.graph.modules import has_hooks, owners_by_module
 from torchquant.graph.trace import Trace, is_shape
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.fused import FusedActivation
@@ -33,7 +33,6 @@ _READING = frozenset(
         *("to", "float", "type_as", "clone", "detach", "t", "mean", "sum", "softmax"),
     )
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def group_projections(
@@ -126,7 +125,7 @@ def _proof(flow: Dataflow, members: Members, owners: Owners) -> tuple[list[CodeT
         return codes, problem
     if any(len(owners.get(key, ())) != 1 for key in ids):
         return codes, "a layer is registered in more than one place"
-    if any(getattr(member, hooks) for member in members for hooks in _HOOKS):
+    if any(map(has_hooks, members)):
         return codes, "hooks on a layer could change the tensor"
     callers = {id(caller) for member in members for caller in flow.callers.get(id(member), [])}
     if len(callers) != 1:
@@ -183,7 +182,7 @@ def _only_reads(trace: Trace, node: fx.Node) -> bool:
         module = trace.modules[node]
         torchs = type(module).__module__.startswith("torch.nn.modules.")
         ours = isinstance(module, (QuantizedModule, FusedActivation))
-        plain = not any(getattr(module, hooks) for hooks in _HOOKS)
+        plain = not has_hooks(module)
         return (torchs or ours) and plain and not getattr(module, "inplace", False)
     if node.op in ("call_function", "call_method"):
         return _target(node) in _READING and "out" not in node.kwargs

@@ -10,18 +10,17 @@ from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-# The attributes that a call of a module reads. State-dict hooks are not among them: they expect the
-# keys of the module that they were registered on.
-HOOKS = (
+# The attributes in which a module keeps the hooks of a call. State-dict hooks are not among them:
+# they expect the keys of the module that they were registered on.
+_HOOKS_BEFORE_FORWARD = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS_FROM_FORWARD_ON = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
+HOOKS = (*_HOOKS_BEFORE_FORWARD, *_HOOKS_FROM_FORWARD_ON, "_is_full_backward_hook")
 
 
 def owners_by_module(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -80,6 +79,19 @@ def memory_key(tensor: torch.Tensor) -> Hashable:
         return id(tensor)
     layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
     return tensor.device, tensor.data_ptr(), *layout
+
+
+def has_hooks(module: nn.Module, *, before_forward: bool = True) -> bool:
+    """True if a call of the module runs hooks; ``before_forward=False`` leaves out pre-hooks.
+
+    Example:
+        >>> layer = nn.Linear(4, 4)
+        >>> handle = layer.register_forward_pre_hook(lambda module, args: None)
+        >>> has_hooks(layer), has_hooks(layer, before_forward=False)
+        (True, False)
+    """
+    hooks = (*(_HOOKS_BEFORE_FORWARD if before_forward else ()), *_HOOKS_FROM_FORWARD_ON)
+    return any(getattr(module, name) for name in hooks)
 
 
 def replace_module(owners: list[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
