@@ -11,6 +11,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rich.console import Console
+
 from torchquant.cpu import cpu_name
 
 PACKAGES = (
@@ -23,6 +25,7 @@ PACKAGES = (
     "openvino",
     "numpy",
 )
+BUSY_PERCENT = 10  # of all CPUs
 
 
 def cpu_slug() -> str:
@@ -100,6 +103,15 @@ def busy_neighbours(seconds: float = 0.5) -> float | None:
     use = CpuUse()
     time.sleep(seconds)
     return use.percent().get("others")
+
+
+def warn_if_busy(console: Console, percent: float | None) -> None:
+    """Warn if other processes use much of the machine: waiting threads then lose most of all."""
+    if percent is not None and percent > BUSY_PERCENT:
+        console.print(
+            f"[red]warning: other processes use {percent:.0f} % of the CPUs; results are "
+            "unreliable[/red]"
+        )
 
 
 def describe() -> dict[str, object]:
