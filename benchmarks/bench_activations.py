@@ -1,19 +1,19 @@
-"""Standalone activation functions beside torch's, and beside a copy.
+"""Standalone activation functions against torch's, and against a copy.
 
     python benchmarks/bench_activations.py             every function, float32 and bfloat16
     python benchmarks/bench_activations.py --threads 1 --sizes 65536 16777216
 
-One line is one elementwise operator on a tensor of so many elements under `inference_mode`: the
-time per element of torch's and of ours, in alternating blocks within one process, medians; the
-bytes per second that ours reads and writes; and its fraction of `torch.clone` of the same tensor,
-which moves the same bytes and computes nothing. `gated` is `activation(gate) * up`, which torch
-computes in two passes; its limit is an addition, which also reads two tensors and writes one.
+One line is one elementwise operator on a tensor under `inference_mode`: the time per element of
+torch's operator and of ours, medians of alternating blocks; the bytes per second that ours reads
+and writes; and its fraction of `torch.clone` of the same tensor, which moves the same bytes and
+computes nothing. `gated` is `activation(gate) * up`, which torch computes in two passes; its limit
+is an addition, which also reads two tensors and writes one. All of it is torch, so one process
+suffices.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchquant
-from torchquant.bench.machine import cpu_name
-from torchquant.bench.timing import seconds_per_call
+from torchquant.bench.timing import medians, seconds_per_call
+from torchquant.bench.workers import in_turns
 
 Call = Callable[[], Tensor]
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Case(NamedTuple):
-    """Three calls that read `inputs` tensors and write one."""
+    """Three calls, each of which reads `inputs` tensors and writes one."""
 
     name: str
     torch: Call
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def cases(size: int, dtype: torch.dtype) -> list[Case]:
-    """Every function on one tensor, two for the gated ones."""
+    """Every function on one tensor; the gated ones on two."""
     x, up = torch.randn(size).mul(3).to(dtype), torch.randn(size).to(dtype)
 
     def plain(name: str) -> Case:
@@ -70,16 +70,13 @@ def cases(size: int, dtype: torch.dtype) -> list[Case]:
     return [*map(plain, TORCH), *map(gated, GATED)]
 
 
-def measure(case: Case, rounds: int, seconds: float) -> tuple[float, float, float]:
-    """Median seconds a call of torch's, ours and the limit, in turns."""
-    calls = (case.torch, case.ours, case.limit)
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds):
-        order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
-        for i in order:
-            times[i].append(seconds_per_call(calls[i], seconds))
-    torchs, ours, limit = (statistics.median(block) for block in times)
-    return torchs, ours, limit
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, float]:
+    """Median seconds per call of torch, ours and the limit, in alternating blocks."""
+    calls = {"torch": case.torch, "ours": case.ours, "limit": case.limit}
+    blocks: dict[str, list[float]] = {name: [] for name in calls}
+    for name in in_turns(list(calls), rounds):
+        blocks[name].append(seconds_per_call(calls[name], seconds))
+    return medians(blocks)
 
 
 def main() -> None:
@@ -92,7 +89,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each call (default 5)")
     parser.add_argument("--block", type=float, default=0.02, metavar="SECONDS")
-    parser.add_argument("--smoke", action="store_true", help="only show that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="only show that the script works")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.sizes, arguments.rounds, arguments.block = [1000], 1, 0.0005
@@ -100,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console = Console(width=100)
     console.print(
-        f"{cpu_name()}, {arguments.threads} threads, instruction set "
+        f"{torchquant.cpu.cpu_name()}, {arguments.threads} threads, instruction set "
         f"{torchquant.cpu.active_isa()}, torch {torch.__version__}"
     )
     for dtype in arguments.dtypes:
@@ -110,15 +107,16 @@ def main() -> None:
                 table.add_column(heading, justify="right" if heading else "left")
             with torch.inference_mode():
                 for case in cases(size, DTYPES[dtype]):
-                    torchs, ours, limit = measure(case, arguments.rounds, arguments.block)
+                    found = measure(case, arguments.rounds, arguments.block)
+                    ours = found["ours"]
                     moved = (case.inputs + 1) * size * DTYPES[dtype].itemsize
                     table.add_row(
                         case.name,
-                        f"{torchs / size * 1e9:.3f}",
+                        f"{found['torch'] / size * 1e9:.3f}",
                         f"{ours / size * 1e9:.3f}",
-                        f"{torchs / ours:.2f}",
+                        f"{found['torch'] / ours:.2f}",
                         f"{moved / ours / 1e9:.1f}",
-                        f"{limit / ours:.0%}",
+                        f"{found['limit'] / ours:.0%}",
                     )
             console.print(table)
 

@@ -1,31 +1,24 @@
-"""Fake quantization, forward and backward, beside torch's, torch.ao's, torchao's and a copy.
+"""Fake quantization, forward and backward, against torch, torch.ao, torchao and a copy.
 
     python benchmarks/bench_fake_quantize.py              1024 x 4096, float32, 2 threads
     python benchmarks/bench_fake_quantize.py --shape 4096 11008 --dtype bfloat16 --save
 
-Per case and peer: the time of a call, that time over ours, the bandwidth as a fraction of
-`torch.clone`'s (the bytes that must be moved: one read and one write forward, the same again
-backward, over the time of as many clones), and the bytes that autograd keeps beside the input.
-`composite` is the straight-through formula in torch operators, as most training code has it
-(`(x.round() - x).detach() + x`); `compiled` the same through `torch.compile`.
+Per case and peer: the time of a call, that time over ours, the bandwidth as a fraction of the
+bandwidth of `torch.clone` (one read and one write forward, and the same again backward, over the
+time of as many clones), and the bytes that autograd keeps in addition to the input. `composite` is
+the straight-through formula in torch operators, as in most training code
+(`(x.round() - x).detach() + x`); `compiled` is the same through `torch.compile`.
 
-Each peer runs in a process of its own that keeps its freed memory, as in `torchquant bench linear`;
-new pages would cost more than the operator. Peers take turns in blocks, each other round backwards;
-figures are medians over blocks.
+Each peer runs in a process of its own that keeps its freed memory, as in `torchquant bench linear`,
+because new pages would cost more than the operator. Peers take turns in blocks, in every other
+round backwards; the results are medians over blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import os
-import statistics
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,18 +29,17 @@ from torch import Tensor
 import torchquant
 from torchquant import FakeQuantize, ops
 from torchquant.bench import machine
-from torchquant.bench.timing import seconds_per_call
-from torchquant.bench.workers import KEEP_FREED_MEMORY
+from torchquant.bench.files import results_file, write_json_lines
+from torchquant.bench.timing import medians, seconds_per_call
+from torchquant.bench.workers import Answer, Worker, WorkerError, measure_blocks, serve
 from torchquant.scheme import PerAxis
 
 OURS = "torchquant"
 QMIN, QMAX = -128, 127
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = Path(__file__).parent / "results"
-SETTLE_SECONDS = 0.03  # idle OpenMP threads spin for up to 20 ms and would disturb the next peer
 
 Call = Callable[[Tensor], Tensor]
-# What a case measures: is there a backward pass, of what granularity, is the scale learned.
+# Of each case: is there a backward pass, is there a scale per channel, is the scale learned.
 CASES = {
     "per tensor, forward": (False, False, False),
     "per tensor, forward and backward": (True, False, False),
@@ -61,7 +53,7 @@ CASES = {
 
 
 def composite(x: Tensor, scale: Tensor, zero_point: Tensor | int, factor: float) -> Tensor:
-    """LSQ as it is written in eager torch; without a gradient to scale plain fake quantization."""
+    """LSQ in eager torch; plain fake quantization if the scale needs no gradient."""
     if scale.requires_grad:
         scale = (scale - scale * factor).detach() + scale * factor
     v = torch.clamp(x / scale + zero_point, QMIN, QMAX)
@@ -99,7 +91,7 @@ def torch_ao_module(scale: Tensor, channels: bool, learned: bool) -> Call:
     from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
 
     if learned:
-        raise ValueError("its steps are not learned")
+        raise ValueError("this peer does not learn scales")
     observer = PerChannelMinMaxObserver if channels else MinMaxObserver
     kwargs = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0} if channels else {}
     module = Module(observer, QMIN, QMAX, dtype=torch.qint8, **kwargs)
@@ -112,7 +104,7 @@ def torchao_primitive(scale: Tensor, channels: bool, learned: bool) -> Call:
     from torchao.quantization.quant_primitives import _fake_quantize_affine
 
     if learned:
-        raise ValueError("its steps are not learned")
+        raise ValueError("this peer does not learn scales")
     zero = torch.zeros(scale.shape, dtype=torch.int32)
 
     def call(x: Tensor) -> Tensor:
@@ -153,7 +145,7 @@ PEERS: dict[str, Callable[[Tensor, bool, bool], Call]] = {
 
 
 def kept_bytes(call: Callable[[], Tensor], given: list[Tensor]) -> int:
-    """Memory that autograd keeps for backward, each block once, without what was there before."""
+    """Memory that autograd keeps for backward, each block once, without the given tensors."""
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -170,16 +162,17 @@ def kept_bytes(call: Callable[[], Tensor], given: list[Tensor]) -> int:
 
 
 class Server:
-    """One peer: prepares a case, then measures blocks of it."""
+    """One peer in its process: prepares a case, then measures blocks of it."""
 
-    def __init__(self, peer: str, shape: list[int], dtype: str) -> None:
+    def __init__(self, peer: str, shape: list[int], dtype: str, threads: int) -> None:
+        torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
         self.peer = peer
         self.x = torch.randn(shape, generator=generator).to(DTYPES[dtype])
         self.grad = torch.randn(shape, generator=generator).to(DTYPES[dtype])
 
-    def case(self, name: str) -> dict[str, Any]:
-        """Build the case's call and run it once; None where the result differs from ours."""
+    def case(self, name: str) -> Answer:
+        """Prepare the case's call, run it once and compare the result with ours."""
         backward, channels, learned = CASES[name]
         scale = torch.full((self.x.shape[0] if channels else 1,), 0.02)
         scale.requires_grad_(learned)
@@ -206,74 +199,43 @@ class Server:
             return {"kept": 0}
         return {"kept": kept_bytes(lambda: make(x), [x, scale])}
 
-    def block(self, seconds: float) -> dict[str, Any]:
-        """Median seconds of a call."""
+    def block(self, seconds: float) -> Answer:
+        """Median seconds per call."""
         return {"seconds": seconds_per_call(self.call, seconds)}
 
 
-def serve(pipe: Connection, threads: int, *arguments: Any) -> None:
-    """Answer requests until None comes."""
-    torch.set_num_threads(threads)
-    server = Server(*arguments)
-    while (request := pipe.recv()) is not None:
-        name, argument = request
-        try:
-            pipe.send(getattr(server, name)(argument))
-        except Exception as error:  # whatever a peer raises is that peer's result
-            pipe.send({"failed": f"{type(error).__name__}: {error}".partition("\n")[0]})
-
-
-class Worker:
-    """The parent's end of a peer's process."""
-
-    def __init__(self, peer: str, arguments: argparse.Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        rest = (arguments.threads, peer, arguments.shape, arguments.dtype)
-        self.process = context.Process(target=serve, args=(other, *rest), daemon=True)
-        self.process.start()
-
-    def ask(self, name: str, argument: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        self.pipe.send((name, argument))
-        answer: dict[str, Any] = self.pipe.recv()
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self.pipe.send(None)
-        self.process.join()
+def start(peer: str, options: argparse.Namespace) -> Worker:
+    """The process of one peer."""
+    shape = [str(size) for size in options.shape]
+    rest = ["--threads", str(options.threads), "--dtype", options.dtype, "--shape", *shape]
+    return Worker([__file__, "--worker", peer, *rest])
 
 
 # ---------------------------------------------------------------- measuring and printing
 
 
 def measure(
-    name: str, workers: dict[str, Worker], arguments: argparse.Namespace, console: Console
+    name: str, workers: dict[str, Worker], options: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
-    """One case: `ms` and `kept` bytes by peer, and who could not take part."""
+    """One case: `ms` and `kept` bytes by peer, and the reasons of peers that failed."""
     kept, failed = {}, {}
     for peer, worker in workers.items():
-        answer = worker.ask("case", name)
-        if "failed" in answer:
-            failed[peer] = answer["failed"]
-        else:
-            kept[peer] = answer["kept"]
-    blocks: dict[str, list[float]] = {peer: [] for peer in kept}
-    for turn in range(arguments.rounds):
-        for peer in list(kept) if turn % 2 == 0 else list(reversed(kept)):
-            time.sleep(SETTLE_SECONDS)
-            blocks[peer].append(workers[peer].ask("block", arguments.block)["seconds"])
+        try:
+            kept[peer] = worker.ask("case", name=name)["kept"]
+        except WorkerError as error:
+            failed[peer] = str(error)
+    able = {peer: workers[peer] for peer in kept}
+    blocks = measure_blocks(able, options.rounds, "block", seconds=options.block)
     for peer, why in failed.items():
-        if "not learned" not in why:
+        if "does not learn" not in why:
             console.print(f"{name}: {peer} left out: {why}", style="yellow")
-    ms = {peer: round(statistics.median(times) * 1e3, 4) for peer, times in blocks.items()}
-    spread = {peer: [round(t * 1e3, 4) for t in times] for peer, times in blocks.items()}
+    ms = {peer: 1e3 * seconds for peer, seconds in medians(blocks).items()}
+    spread = {peer: [1e3 * seconds for seconds in times] for peer, times in blocks.items()}
     return {"case": name, "ms": ms, "kept": kept, "blocks_ms": spread, "failed": failed}
 
 
 def table_of(result: dict[str, Any], size: int) -> Table:
-    """A line for each peer."""
+    """One line per peer."""
     table = Table(title=result["case"], title_justify="left")
     for heading in ("", "ms", "time / ours", "of clone's bandwidth", "kept, bytes per element"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -289,8 +251,8 @@ def table_of(result: dict[str, Any], size: int) -> Table:
     return table
 
 
-def main() -> None:
-    """Measure and print."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -302,44 +264,51 @@ def main() -> None:
     parser.add_argument("--block", type=float, default=0.1, metavar="SECONDS")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/*.jsonl")
     parser.add_argument(
-        "--smoke", action="store_true", help="only show that everything runs, but for compiling"
+        "--smoke", action="store_true", help="only show that the script works, without compiling"
     )
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.shape, arguments.rounds, arguments.block = [5, 70], 1, 0.0005
-        arguments.peers = [peer for peer in arguments.peers if peer != "compiled"]
+    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke:
+        options.shape, options.rounds, options.block = [5, 70], 1, 0.0005
+        options.peers = [peer for peer in options.peers if peer != "compiled"]
+    return options
 
-    os.environ.update({k: v for k, v in KEEP_FREED_MEMORY.items() if k not in os.environ})
-    console, size = Console(width=100), math.prod(arguments.shape)
+
+def main() -> None:
+    """Measure and print, or serve one peer."""
+    options = parse()
+    if options.worker:
+        serve(lambda: Server(options.worker, options.shape, options.dtype, options.threads))
+        return
+    console, size = Console(width=100), math.prod(options.shape)
+    busy = machine.busy_neighbours()
     header = {
         "kind": "fake_quantize",
         **machine.describe(),
         "isa": torchquant.cpu.active_isa(),
-        "threads": arguments.threads,
-        "shape": arguments.shape,
-        "dtype": arguments.dtype,
+        "threads": options.threads,
+        "shape": options.shape,
+        "dtype": options.dtype,
+        "busy_before": busy,
     }
     console.print(
-        f"{header['cpu']}, {arguments.threads} threads, instruction set {header['isa']}, "
-        f"torch {torch.__version__}, {arguments.dtype} {arguments.shape}"
+        f"{header['cpu']}, {options.threads} threads, instruction set {header['isa']}, "
+        f"torch {torch.__version__}, {options.dtype} {options.shape}"
     )
-    busy = machine.busy_neighbours()
-    if busy is not None and busy > 10:
-        console.print(f"others use {busy:.0f} % of this machine: figures vary", style="yellow")
-    workers = {peer: Worker(peer, arguments) for peer in arguments.peers}
+    machine.warn_if_busy(console, busy)
+    workers = {peer: start(peer, options) for peer in options.peers}
     results = []
-    for name in CASES:
-        results.append(measure(name, workers, arguments, console))
-        console.print(table_of(results[-1], size))
-    for worker in workers.values():
-        worker.close()
-    if arguments.save:
-        stem = f"fake_quantize-{machine.today()}-{machine.cpu_slug()}-{arguments.threads}threads"
-        path = RESULTS / f"{stem}-{arguments.dtype}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        lines = [{**header, "busy_before": busy}, *results]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        console.print(f"written: {path.name}")
+    try:
+        for name in CASES:
+            results.append(measure(name, workers, options, console))
+            console.print(table_of(results[-1], size))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    if options.save:
+        path = results_file("fake_quantize", f"{options.threads}threads", options.dtype)
+        write_json_lines(path, [header, *results])
+        console.print(f"written: {path}")
 
 
 if __name__ == "__main__":

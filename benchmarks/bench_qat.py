@@ -1,13 +1,13 @@
-"""A training step with quantization: ours beside float32 and the other libraries.
+"""A training step with quantization: torchquant against float32 and other libraries.
 
     python benchmarks/bench_qat.py                 all peers, 2 threads
     python benchmarks/bench_qat.py --threads 1 --batch 128 --save
 
 The model is Linear(1024, 2048) ReLU Linear(2048, 2048) ReLU Linear(2048, 1024) on a batch of 512. A
 step is forward and backward of a mean square loss; `+ SGD` adds the optimizer and clearing the
-gradients. All models live in one process and take turns, step by step, every other round backwards;
-medians. Saved: bytes of the tensors that autograd keeps between forward and backward, storages
-counted once, parameters left out.
+gradients. Each model runs in a process of its own; they take turns, step by step, in every other
+round backwards; the results are medians. Saved: bytes of the tensors that autograd keeps between
+forward and backward, each storage once, without the parameters.
 
 Peers: `torch.ao` is `prepare_qat` with its default settings (moving averages per tensor, weights
 per channel); `torchao` is FakeQuantizedLinear with per-token activations and per-channel weights,
@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +35,11 @@ from torch import Tensor, nn
 import torchquant
 from torchquant import QATConfig, TrainingConfig
 from torchquant.bench import machine
+from torchquant.bench.files import results_file, write_json_lines
+from torchquant.bench.workers import Answer, Worker, WorkerError, in_turns, serve
 from torchquant.nn import QATLinear
 
-RESULTS = Path(__file__).parent / "results"
+COMPILED = "composite compiled"
 OURS = {
     "torchquant dynamic": QATConfig(),
     "torchquant static": QATConfig(activations="static"),
@@ -58,7 +59,7 @@ def float_model(sizes: list[int]) -> nn.Sequential:
 
 
 def our_model(sizes: list[int], config: TrainingConfig) -> nn.Sequential:
-    """The same with the ReLU absorbed."""
+    """The same model with each ReLU fused into the linear layer before it."""
     linears = [layer for layer in float_model(sizes) if isinstance(layer, nn.Linear)]
     activations = ["relu"] * (len(linears) - 1) + ["none"]
     return nn.Sequential(
@@ -70,7 +71,7 @@ def our_model(sizes: list[int], config: TrainingConfig) -> nn.Sequential:
 
 
 def torch_ao_model(sizes: list[int]) -> nn.Module:
-    """``prepare_qat`` of torch itself, on the quantized engine of this CPU."""
+    """torch.ao's ``prepare_qat`` with the settings for x86."""
     from torch.ao import quantization
 
     model = nn.Sequential(quantization.QuantStub(), *float_model(sizes), quantization.DeQuantStub())
@@ -81,7 +82,7 @@ def torch_ao_model(sizes: list[int]) -> nn.Module:
 
 
 def torchao_model(sizes: list[int]) -> nn.Module:
-    """torchao's FakeQuantizedLinear in place of every Linear."""
+    """torchao's FakeQuantizedLinear instead of every Linear."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     tokens = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
@@ -122,12 +123,12 @@ def composite_model(sizes: list[int]) -> nn.Module:
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps of one forward, beside parameters."""
+    """Bytes that autograd keeps of one forward, without the parameters."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # held, so that no storage is used twice
+        kept.append(tensor)  # held, so that no storage is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -137,72 +138,82 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in known)
 
 
-def make_models(sizes: list[int], compiled: bool) -> dict[str, nn.Module]:
-    """Every peer that is installed, by name."""
-    makers: dict[str, Callable[[], nn.Module]] = {"float32": lambda: float_model(sizes)}
-    for name, config in OURS.items():
-        makers[name] = lambda config=config: our_model(sizes, config)
-    makers["torch.ao"] = lambda: torch_ao_model(sizes)
-    makers["torchao"] = lambda: torchao_model(sizes)
-    makers["composite"] = lambda: composite_model(sizes)
-    if compiled:
-        makers["composite compiled"] = lambda: torch.compile(composite_model(sizes))  # type: ignore
-    models = {}
-    for name, make in makers.items():
-        try:
-            models[name] = make()
-        except (ImportError, AttributeError) as error:  # torch may drop torch.ao and its dtypes
-            print(f"{name} is left out: {error}")
-    return models
+Sizes = list[int]
+MODELS: dict[str, Callable[[Sizes], nn.Module]] = {
+    "float32": float_model,
+    **{name: partial(our_model, config=config) for name, config in OURS.items()},
+    "torch.ao": torch_ao_model,
+    "torchao": torchao_model,
+    "composite": composite_model,
+    COMPILED: lambda sizes: torch.compile(composite_model(sizes)),  # type: ignore[dict-item]
+}
 
 
-class Peer:
-    """A model with its optimizer, one step at a time."""
+class Server:
+    """One model with its optimizer, in its process."""
 
-    def __init__(self, model: nn.Module, x: Tensor, target: Tensor) -> None:
-        self.model, self.x, self.target = model, x, target
-        self.optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-        self.steps: list[float] = []
-        self.with_sgd: list[float] = []
-        for _ in range(2):  # ranges, compilation, memory
-            self.step()
-        self.steps.clear()
-        self.with_sgd.clear()
+    def __init__(self, peer: str, sizes: Sizes, batch: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model = MODELS[peer](sizes)
+        self.x, self.target = torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4)
 
-    def step(self) -> None:
-        """Time one step."""
+    def warm_up(self) -> Answer:
+        """Two steps that do not count: ranges, compilation, memory."""
+        self.step()
+        return self.step()
+
+    def step(self) -> Answer:
+        """Seconds of one step, without and with the optimizer."""
         start = time.perf_counter()
         loss = (self.model(self.x) - self.target).square().mean()
         loss.backward()
         middle = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.steps.append(middle - start)
-        self.with_sgd.append(time.perf_counter() - start)
+        return {"step": middle - start, "sgd": time.perf_counter() - start}
+
+    def saved(self) -> Answer:
+        """Bytes that autograd keeps between forward and backward."""
+        return {"bytes": saved_bytes(self.model, self.x)}
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each peer."""
-    torch.set_num_threads(arguments.threads)
-    models = make_models(arguments.sizes, not arguments.no_compile)
-    x = torch.randn(arguments.batch, arguments.sizes[0])
-    target = torch.randn(arguments.batch, arguments.sizes[-1])
-    peers = {name: Peer(model, x, target) for name, model in models.items()}
-    for turn in range(arguments.rounds):
-        order = list(peers.values())
-        for peer in order if turn % 2 == 0 else reversed(order):
-            peer.step()
-    rows = []
-    for name, peer in peers.items():
-        rows.append(
+def start(peer: str, options: argparse.Namespace) -> Worker:
+    """The process of one model."""
+    sizes = [str(size) for size in options.sizes]
+    rest = ["--threads", str(options.threads), "--batch", str(options.batch), "--sizes", *sizes]
+    return Worker([__file__, "--worker", peer, *rest])
+
+
+def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """One row per peer."""
+    names = [name for name in MODELS if name != COMPILED or not options.no_compile]
+    workers = {name: start(name, options) for name in names}
+    steps: dict[str, list[Answer]] = {}
+    try:
+        for name, worker in workers.items():
+            try:
+                worker.ask("warm_up")
+                steps[name] = []
+            except WorkerError as error:
+                console.print(f"{name} is left out: {error}", style="yellow")
+            worker.wait_until_asleep()
+        for name in in_turns(list(steps), options.rounds):
+            steps[name].append(workers[name].ask("step"))
+            workers[name].wait_until_asleep()
+        rows = [
             {
                 "peer": name,
-                "step_ms": statistics.median(peer.steps) * 1e3,
-                "sgd_ms": statistics.median(peer.with_sgd) * 1e3,
-                "best_ms": min(peer.steps) * 1e3,
-                "saved_bytes": saved_bytes(peer.model, x),
+                "step_ms": 1e3 * statistics.median(answer["step"] for answer in answers),
+                "sgd_ms": 1e3 * statistics.median(answer["sgd"] for answer in answers),
+                "best_ms": 1e3 * min(answer["step"] for answer in answers),
+                "saved_bytes": workers[name].ask("saved")["bytes"],
             }
-        )
+            for name, answers in steps.items()
+        ]
+    finally:
+        for worker in workers.values():
+            worker.close()
     for row in rows:
         row["ratio"] = row["step_ms"] / rows[0]["step_ms"]
         row["sgd_ratio"] = row["sgd_ms"] / rows[0]["sgd_ms"]
@@ -211,7 +222,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """What is printed."""
+    """The table for the terminal."""
     table = Table()
     headings = ("", "ms", "of float", "ms + SGD", "of float", "saved MiB", "of float")
     for heading in headings:
@@ -229,8 +240,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def main() -> None:
-    """Measure and print."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -239,32 +250,42 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 2048, 1024])
     parser.add_argument("--rounds", type=int, default=15, help="steps of each peer (default 15)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--save", action="store_true", help="write JSON lines to results/")
-    parser.add_argument("--smoke", action="store_true", help="only show that everything runs")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.sizes, arguments.batch, arguments.rounds = [16, 32, 16], 4, 1
-        arguments.no_compile = True
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/*.jsonl")
+    parser.add_argument("--smoke", action="store_true", help="only show that the script works")
+    parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke:
+        options.sizes, options.batch, options.rounds = [16, 32, 16], 4, 1
+        options.no_compile = True
+    return options
 
+
+def main() -> None:
+    """Measure and print, or serve one model."""
+    options = parse()
+    if options.worker:
+        serve(lambda: Server(options.worker, options.sizes, options.batch, options.threads))
+        return
     console = Console(width=100)
-    busy = machine.busy_neighbours()
-    if busy is not None and busy > 10:
-        console.print(f"others use {busy:.0f} % of this machine: figures vary", style="yellow")
-    rows = measure(arguments)
-    run = {
-        "threads": arguments.threads,
+    header = {
+        "kind": "qat",
+        **machine.describe(),
+        "threads": options.threads,
         "isa": torchquant.cpu.active_isa(),
-        "sizes": arguments.sizes,
-        "batch": arguments.batch,
+        "sizes": options.sizes,
+        "batch": options.batch,
     }
-    console.print(", ".join(f"{key} {value}" for key, value in run.items()))
+    machine.warn_if_busy(console, machine.busy_neighbours())
+    rows = measure(options, console)
+    console.print(
+        f"{header['cpu']}, {options.threads} threads, instruction set {header['isa']}, "
+        f"sizes {options.sizes}, batch {options.batch}"
+    )
     console.print(table_of(rows))
-    if arguments.save:
-        stem = f"qat-{machine.today()}-{machine.cpu_slug()}-{arguments.threads}threads"
-        path = RESULTS / f"{stem}.jsonl"
-        lines = [{**machine.describe(), **run}, *rows]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        console.print(f"written to {path.name}")
+    if options.save:
+        path = results_file("qat", f"{options.threads}threads")
+        write_json_lines(path, [header, *rows])
+        console.print(f"written: {path}")
 
 
 if __name__ == "__main__":

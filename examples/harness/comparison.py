@@ -1,31 +1,31 @@
-"""The course of a comparison: start an engine, measure its accuracy, then all engines' speed."""
+"""A comparison of engines: start each one and measure its accuracy, then all engines' speed."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from harness.engines import Engine
 from harness.report import Row
-from harness.workers import Answer, Worker, WorkerError
+from harness.workers import Answer, Worker, WorkerError, engine_worker
 
-REFERENCE = "fp32"  # what the others are compared with
+REFERENCE = "fp32"  # the engine that all others are compared with
 
 
 class Comparison(ABC):
-    """All engines, and the figures that they have given so far.
+    """All engines, and their measurements so far.
 
     Args:
-        script: starts an engine when called with `--worker NAME --folder FOLDER`.
-        options: the command line's.
+        script: serves an engine if called with `--worker NAME --folder FOLDER`.
+        options: of the command line.
         engines: by name.
         folder: temporary, shared with the workers.
-        console: where to say what is left out.
+        console: for messages about engines that are left out.
     """
 
     def __init__(
@@ -44,22 +44,22 @@ class Comparison(ABC):
 
     @abstractmethod
     def prepare(self, names: Sequence[str]) -> Iterable[str]:
-        """Write what the workers need into the folder; returns the engines that can go on."""
+        """Write the workers' files into the folder; returns the engines that can continue."""
 
     @abstractmethod
-    def accuracy(self, worker: Worker) -> Row:
-        """An engine's figures of accuracy, from the first requests that it gets."""
+    def accuracy(self, name: str, worker: Worker) -> Row:
+        """Measure one engine's accuracy."""
 
     @abstractmethod
-    def speed(self, workers: Iterable[Worker]) -> None:
-        """Add every engine's figures of speed to its row."""
+    def speed(self, workers: Mapping[str, Worker]) -> None:
+        """Measure the speed of all engines, and add it to their rows."""
 
     def run(self) -> list[Row]:
-        """Accuracy, then speed, then memory, of the engines that run."""
+        """Measure accuracy, then speed, then memory of the engines that run."""
         try:
             for name in self.prepare(self._installed()):
                 self._begin(name)
-            self.speed(self.workers.values())
+            self.speed(self.workers)
             for name, worker in self.workers.items():
                 self.rows[name] |= worker.ask("memory")
         finally:
@@ -68,8 +68,8 @@ class Comparison(ABC):
         return list(self.rows.values())
 
     def start(self, name: str) -> Worker:
-        """A process for the engine."""
-        return Worker(
+        """Start the engine's process."""
+        return engine_worker(
             self.script,
             name,
             self.options.threads,
@@ -79,7 +79,7 @@ class Comparison(ABC):
         )
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Say why an engine is not in the table."""
+        """Print why an engine is not in the table."""
         self.console.print(f"left out: {name} ({reason})", highlight=False)
 
     def _installed(self) -> list[str]:
@@ -95,7 +95,7 @@ class Comparison(ABC):
         worker = self.start(name)
         try:
             loaded: Answer = worker.ask("load")
-            row = self.accuracy(worker)
+            row = self.accuracy(name, worker)
         except WorkerError as error:
             worker.close()
             if name == REFERENCE:
@@ -110,7 +110,7 @@ class Comparison(ABC):
 
 
 def add_arguments(parser: argparse.ArgumentParser, engines: dict[str, Engine]) -> None:
-    """The options that every comparison has."""
+    """Add the options that every comparison has."""
     parser.add_argument(
         "--engines", nargs="+", choices=engines, metavar="NAME", help=", ".join(engines)
     )
@@ -121,21 +121,25 @@ def add_arguments(parser: argparse.ArgumentParser, engines: dict[str, Engine]) -
         "--allocator",
         choices=("keep", "default"),
         default="keep",
-        help="whether freed memory stays with the process or goes back to the system, as glibc "
-        "does unless told otherwise (default keep; the same for every engine)",
+        help="keep freed memory in the process, or return it to the system as glibc does by "
+        "default; the same for every engine (default: keep)",
     )
-    parser.add_argument("--output", type=Path, help="write the figures to this file, as JSON lines")
-    parser.add_argument("--report", action="store_true", help="print what quantize_ reports")
-    parser.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
+    parser.add_argument("--output", type=Path, help="write JSON lines to this file")
+    parser.add_argument("--report", action="store_true", help="print the reports of quantize_")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="only show that the script works",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 
 
 def selected(chosen: Iterable[str]) -> list[str]:
-    """The engines asked for, the reference first."""
+    """The requested engines, the reference first."""
     return [REFERENCE, *(name for name in dict.fromkeys(chosen) if name != REFERENCE)]
 
 
 def offline() -> None:
-    """Keep transformers from looking for a model hub: the packages hold everything."""
+    """Keep transformers from contacting a model hub: the packages contain all files."""
     os.environ["HF_HUB_OFFLINE"] = "1"

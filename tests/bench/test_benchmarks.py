@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -252,6 +253,13 @@ def test_any_object_can_be_served_and_blocks_take_turns() -> None:
     finally:
         for peer in peers.values():
             peer.close()
+
+
+def test_workers_need_neither_torchquant_nor_torch() -> None:
+    """The examples load the file by its path: a process of onnxruntime must not hold torch."""
+    code = f"import runpy, sys; runpy.run_path({workers.__file__!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_slow_way_of_calling_is_measured_once_only() -> None:

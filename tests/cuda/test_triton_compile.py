@@ -234,7 +234,7 @@ def compile_all(capability: int) -> list[dict]:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[int, list[dict]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     code = (
         f"import json, test_triton_compile as t; print(json.dumps(t.compile_all({request.param})))"
     )

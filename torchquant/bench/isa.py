@@ -17,7 +17,7 @@ from rich.table import Table
 from torchquant import cpu
 from torchquant._extension import load
 from torchquant.bench import machine
-from torchquant.bench.linear import Bench, Entry, Options, Pace, Progress, warn_if_busy
+from torchquant.bench.linear import Bench, Entry, Options, Pace, Progress
 from torchquant.bench.peers import OURS
 from torchquant.bench.results import ShapeResult
 from torchquant.bench.roofline import Roofline, measure_roofline
@@ -71,7 +71,7 @@ def _run_threads(
     on_shape: Callable[[LinearShape], None],
 ) -> dict[str, Any]:
     start, facts = time.monotonic(), machine.describe()
-    warn_if_busy(console, machine.busy_neighbours(), "use")
+    machine.warn_if_busy(console, machine.busy_neighbours())
     seconds = 0.01 if options.smoke else 0.2
     sizes = [shape.weight_bytes for shape in shapes]
     before = measure_roofline(threads, sizes, seconds)

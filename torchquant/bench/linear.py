@@ -27,7 +27,6 @@ from torchquant.bench.shapes import SMOKE_SHAPES, SUITE_SHAPES, LinearShape, sel
 from torchquant.bench.workers import Worker, WorkerError
 
 MAX_ERROR = 0.05  # relative to float; 8-bit layers stay near 0.02
-BUSY_PERCENT = 10  # others using more than this of the machine make the figures doubtful
 SMOKE_PEERS = (OURS, "fp32", "ao-x86", "onednn", "onnxruntime")
 # After so many rounds a peer that is so many times slower than the best sits out the others.
 SIT_OUT = {1: 2.0, 2: 1.3}
@@ -299,7 +298,7 @@ def _run_suite(
 ) -> Run:
     start, load = time.monotonic(), machine.describe()
     busy = machine.busy_neighbours()
-    warn_if_busy(console, busy, "use")
+    machine.warn_if_busy(console, busy)
     seconds = 0.01 if options.smoke else 0.1
     sizes = [shape.weight_bytes for shape in shapes]
     before = measure_roofline(threads, sizes, seconds)
@@ -316,7 +315,7 @@ def _run_suite(
     isa = bench.about.get(OURS, {}).get("isa", "-")
     for result in bench.results:
         result.limit = roofline.limit(result.shape.operations, result.shape.weight_bytes, isa)
-    warn_if_busy(console, cpu.get("others"), "used")
+    machine.warn_if_busy(console, cpu.get("others"))
     header = {
         "kind": "run",
         "suite": suite,
@@ -335,11 +334,3 @@ def _run_suite(
         "seconds": round(time.monotonic() - start, 1),
     }
     return Run(suite, threads, isa, header, bench.results, roofline)
-
-
-def warn_if_busy(console: Console, percent: float | None, verb: str) -> None:
-    """A loaded machine does not only blur figures: who synchronises threads loses most."""
-    if percent is not None and percent > BUSY_PERCENT:
-        console.print(
-            f"[red]others {verb} {percent:.0f} % of this machine's CPUs: believe no ratio[/red]"
-        )

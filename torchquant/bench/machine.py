@@ -1,4 +1,4 @@
-"""What a result must say about where it was measured."""
+"""The machine, the versions and the command of a measurement, and how busy the machine was."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torchquant", "torch", "torchao", "onnxruntime", "onnx", "openvino", "numpy")
+from rich.console import Console
 
+from torchquant.cpu import cpu_name
 
-def cpu_name() -> str:
-    """The CPU's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
+PACKAGES = (
+    "torchquant",
+    "torch",
+    "transformers",
+    "torchao",
+    "onnxruntime",
+    "onnx",
+    "openvino",
+    "numpy",
+)
+BUSY_PERCENT = 10  # of all CPUs
 
 
 def cpu_slug() -> str:
@@ -28,7 +35,7 @@ def cpu_slug() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that take part, without importing them."""
+    """Versions of the packages that benchmarks measure, from their metadata."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -39,7 +46,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command as typed, absolute paths cut to their last part: they say nothing to others."""
+    """The command as typed; absolute paths are cut to their last part, which is all others need."""
     program, *arguments = [re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in sys.argv]
     return " ".join(["python", program] if program.endswith(".py") else [program]) + "".join(
         f" {argument}" for argument in arguments
@@ -47,25 +54,25 @@ def command_line() -> str:
 
 
 def load_average() -> float | None:
-    """Processes that wanted a CPU over the last minute; None where it cannot be told."""
+    """Processes that wanted a CPU over the last minute; None if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def today() -> str:
-    """The date, ISO form."""
+    """Today's date in ISO format."""
     return datetime.date.today().isoformat()
 
 
 class CpuUse:
-    """How busy all CPUs were between creation and `percent`, all processes together (Linux)."""
+    """How busy all CPUs were from creation until `percent`, over all processes (Linux only)."""
 
     def __init__(self) -> None:
         self._start = _cpu_ticks()
 
     def percent(self, own_seconds: float = 0.0) -> dict[str, float]:
-        """`others`: all processor time but `own_seconds`; `steal`: what the hypervisor gave away.
+        """`others`: processor time except `own_seconds`; `steal`: taken away by the hypervisor.
 
-        Both in percent of all CPUs; empty where it cannot be told.
+        Both are percentages of all CPUs. Empty if the system does not report them.
         """
         ticks = [now - then for now, then in zip(_cpu_ticks(), self._start, strict=True)]
         total = sum(ticks)
@@ -89,17 +96,26 @@ def _cpu_ticks() -> list[int]:
 
 
 def busy_neighbours(seconds: float = 0.5) -> float | None:
-    """Percent of all CPUs used by others, measured while this benchmark does nothing.
+    """Percentage of all CPUs that other processes use, measured while this process sleeps.
 
-    None where it cannot be told.
+    None if the system does not report it.
     """
     use = CpuUse()
     time.sleep(seconds)
     return use.percent().get("others")
 
 
+def warn_if_busy(console: Console, percent: float | None) -> None:
+    """Warn if other processes use much of the machine: waiting threads then lose most of all."""
+    if percent is not None and percent > BUSY_PERCENT:
+        console.print(
+            f"[red]warning: other processes use {percent:.0f} % of the CPUs; results are "
+            "unreliable[/red]"
+        )
+
+
 def describe() -> dict[str, object]:
-    """Date, CPU, versions, command line: the first line of every results file."""
+    """Date, CPU, versions, command line: for the first line of every results file."""
     return {
         "date": today(),
         "cpu": cpu_name(),

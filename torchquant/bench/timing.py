@@ -1,11 +1,11 @@
-"""How a call is timed, how calls take turns, and how the numbers of several blocks become one."""
+"""How a short call is timed, and how the numbers of several blocks become one."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 BATCH_SECONDS = 100e-6  # reading the clock costs about 0.1 us, a thousandth of this
@@ -43,31 +43,6 @@ def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
         call()
         shortest = min(shortest, time.perf_counter() - start)
     return max(1, math.ceil(BATCH_SECONDS / shortest)), shortest
-
-
-def call_seconds(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Times of the calls that fill `seconds`, at least two, after one call that does not count."""
-    call()
-    times: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < stop:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def in_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Every name once per round, in every other round backwards.
-
-    Clock speeds drift by a fifth within minutes. Peers that take turns share the drift, and none of
-    them always follows the same other one.
-
-    >>> list(in_turns(["a", "b"], 3))
-    ['a', 'b', 'b', 'a', 'a', 'b']
-    """
-    for index in range(rounds):
-        yield from names if index % 2 == 0 else reversed(names)
 
 
 def medians(blocks: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -15,6 +15,9 @@ a method of the object that the worker gave to :func:`serve`; the other fields a
     {"do": "block", "seconds": 0.05}        -> {"seconds": 1e-5}
 
 Any answer can be ``{"failed": "why"}`` instead.
+
+This file imports the standard library only, and nothing of torchquant: ``examples/harness`` loads
+it by its path, so that a process which measures onnxruntime does not hold torch.
 """
 
 from __future__ import annotations
@@ -28,11 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-from torchquant.bench.timing import in_turns
 
 Answer = dict[str, Any]
 
@@ -166,6 +167,19 @@ def _any_running(tasks: Path) -> bool:
     return False
 
 
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name once per round, in every other round backwards.
+
+    Clock speeds drift by a fifth within minutes. Peers that take turns share the drift, and none of
+    them always follows the same other one.
+
+    >>> list(in_turns(["a", "b"], 3))
+    ['a', 'b', 'b', 'a', 'a', 'b']
+    """
+    for index in range(rounds):
+        yield from names if index % 2 == 0 else reversed(names)
+
+
 def measure_blocks(
     workers: Mapping[str, Worker], rounds: int, do: str, **arguments: Any
 ) -> dict[str, list[float]]:
@@ -206,6 +220,18 @@ def serve(create: Callable[[], object]) -> None:
             answer = {"failed": f"{type(error).__name__}: {first_line}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def call_seconds(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Times of the calls that fill `seconds`, at least two, after one call that does not count."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def peak_megabytes() -> float | None:
