@@ -22,15 +22,27 @@ NOT_OF_A_PATH = (
     "opcheck",
     "absurd",
 )
+FAKE_QUANTIZE = (
+    "ops/test_fake_quantize_calls.py",
+    "ops/test_fake_quantize_gradients.py",
+    "ops/test_fake_quantize_values.py",
+)
 FILES = {
-    "exactness": ("ops/test_exactness.py",),
+    "exactness": (
+        "ops/test_affine_exactness.py",
+        "ops/test_linear_batches.py",
+        "ops/test_linear_exactness.py",
+        "ops/test_linear_sums.py",
+    ),
     "fake quantization": (
-        "ops/test_fake_quantize.py",
+        *FAKE_QUANTIZE,
         "training/test_observed_quantizer.py",
         "training/test_lsq.py",
     ),
     "quantization aware training": (
-        "ops/test_ops_qat.py",
+        "ops/test_qat_backward.py",
+        "ops/test_qat_linear.py",
+        "ops/test_qat_quantize.py",
         "nn/test_qat_linear.py",
         "convert/test_qat.py",
     ),
@@ -48,5 +60,5 @@ def test_learned_steps_over_triton() -> None:
     """A selection: without a GPU Triton's interpreter runs it, slowly."""
     pytest.importorskip("triton", reason="triton is not installed")
     select = "(learned or mask) and not (refus or compile)"
-    result = run_tests("triton", ("ops/test_fake_quantize.py",), select)
+    result = run_tests("triton", FAKE_QUANTIZE, select)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

@@ -18,8 +18,6 @@ WITHOUT_SPECIFICATION = {"pack_weight", "unpack_weight"}
 
 # The wrappers say with one argument which elements share a scale.
 GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
-# A weight's given scales have no zero points: the kernels refuse one.
-ONLY_IN_THE_SCHEMA = {"quantize_pack": {"zero_point"}}
 
 # The specification takes the int8 weight, whose shape tells out_features, and masks of bools.
 CANONICAL = {"packed": "weight", "bits": "mask"}
@@ -37,9 +35,7 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
-    left_out = ONLY_IN_THE_SCHEMA.get(operator, set())
-    names = [a.name for a in schema(operator) if a.name not in left_out]
-    renamed = dict.fromkeys(GRANULARITY.get(name, name) for name in names)
+    renamed = dict.fromkeys(GRANULARITY.get(a.name, a.name) for a in schema(operator))
     got = parameters(getattr(ops, operator))
     if "granularity" in renamed:  # stands before dtype in the schema, and at will in the wrapper
         assert sorted(got) == sorted(renamed)
@@ -92,8 +88,6 @@ def specified(case: Case) -> tuple[Tensor, ...]:
         values["granularity"] = PerAxis(axis)
     if (size := values.pop("group_size", None)) is not None:
         values["granularity"] = PerGroup(size)
-    for name in ONLY_IN_THE_SCHEMA.get(case.operator, ()):
-        values.pop(name, None)
     if case.operator == "quantize":
         values.setdefault("dtype", torch.int8)
     results = list(flat(getattr(functional, case.operator)(**values)))

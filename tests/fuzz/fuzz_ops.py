@@ -1,12 +1,13 @@
-"""Fuzzer of the operators' checks: whatever arguments come, an operator computes or raises.
+"""Fuzzer of the operators' checks: with any arguments, an operator computes or raises.
 
     python tests/fuzz/fuzz_ops.py [--seconds 20] [--cases 0] [--seed 0] [--namespace torchquant]
 
-Arguments are drawn from each operator's schema, so that a new operator is covered the day it is
-registered: tensors of every dtype, small and odd shapes, layouts, devices without data; numbers at
-the ends of their types. Most arguments of a call fit together, so that most calls get through. A
-crash ends the process: the call that was running is then in ``--trace`` (a file).
-Another exception than the documented kinds, or memory far beyond the arguments', is a finding.
+A call starts as one of tests/cases.py in a random size. Some of its arguments are then replaced, by
+their type in the schema: tensors of every dtype, small and odd shapes, layouts, devices without
+data; numbers at the ends of their types. Most arguments of a call still fit together, so that most
+calls get through. A crash ends the process: the call that was running is then in ``--trace`` (a
+file). An exception of another kind than the documented ones, or memory far beyond that of the
+arguments, is a finding.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torchquant.ops  # noqa: F401  (registers the operators)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for cases and support
+
+from cases import cases
+from support import FLOATS, Shape
 
 EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 MEMORY = 256 * 2**20
@@ -39,20 +43,14 @@ TEXTS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "", "é
 
 
 class Arguments:
-    """Draws one call's arguments; sizes and dtypes are the same wherever they have to fit."""
+    """Draws one call's arguments: those of a case in tests/cases.py, some of them changed."""
 
     def __init__(self, draw: random.Random, namespace: str, operator: str) -> None:
         self.draw, self.operator = draw, operator
-        self.pack_weight = getattr(torch.ops, namespace).pack_weight  # each has its own layout
-        self.rows, self.inputs = draw.choice(SIZES), draw.choice(SIZES)
-        layers = 1 + draw.randrange(3) if operator == "linear_dynamic_split" else 1
-        self.layers = [draw.choice(SIZES) for _ in range(layers)]
-        self.outputs = sum(self.layers)
-        shapes = ((self.rows, self.inputs), (self.inputs,), (2, self.rows, self.inputs))
-        self.shape = draw.choice(shapes)
-        integers = operator in ("int8_mm", "dequantize")
-        floats = not integers and operator != "linear_static"
-        self.dtype = draw.choice(DTYPES[:3] if floats else DTYPES[3 * integers : 5])
+        shape = Shape(*(draw.choice(SIZES) for _ in range(3)))
+        case = draw.choice(cases(operator, shape, draw.choice(FLOATS)))
+        # Packed weights have the layout of the namespace.
+        self.fitting = case.arguments(getattr(torch.ops, namespace), gradients=self.one_in(2))
         self.oddness = draw.choice((0.0, 0.05, 0.2))  # share of arguments that do not fit
 
     def one_in(self, count: int) -> bool:
@@ -61,42 +59,13 @@ class Arguments:
     def is_odd(self) -> bool:
         return self.draw.random() < self.oddness
 
-    def fitting(self, name: str) -> Tensor:
-        """What a call that works would pass under this name."""
-        outputs, inputs, draw = self.outputs, self.inputs, self.draw
-        if "packed" in name:
-            weights = [self.filled((n, inputs), torch.int8) for n in self.layers]
-            return torch.cat([self.pack_weight(weight) for weight in weights])
-        if name in ("query", "key", "value"):
-            return self.filled((1, 2, self.rows, inputs), self.dtype)
-        if name == "mask":
-            return self.filled((self.rows, self.rows), torch.float32)
-        if name == "scale" and self.operator == "quantize_pack":
-            return torch.rand(outputs) + 0.01
-        if name in ("scale", "input_scale", "output_scale"):
-            return torch.rand(()) + 0.01
-        if name in ("zero_point", "input_zero_point"):
-            return self.filled((1,), torch.int32).clamp(0, 127)
-        per_channel = self.operator in ("linear_dynamic_split", "qat_linear", "mm_fake_quantized")
-        channels = (outputs,) if per_channel or self.one_in(2) else (1,)
-        if name == "weight_zero_point":
-            return self.filled(channels, torch.int32)
-        if name == "weight_scale":
-            return torch.rand(channels) + 0.01
-        if self.operator.endswith("_norm") and name in ("weight", "bias"):
-            return self.filled((inputs,), draw.choice(DTYPES[:3]))
-        if name == "bias":
-            integer = self.operator == "linear_static" and self.one_in(2)
-            return self.filled((outputs,), torch.int32 if integer else torch.float32)
-        if name == "weight":
-            integers = self.operator == "pack_weight"
-            return self.filled((outputs, inputs), torch.int8 if integers else torch.float32)
-        if name == "grad" and self.operator == "mm_fake_quantized":
-            return self.filled((self.rows, outputs), torch.float32)
-        if name == "bits":
-            count = torch.Size(self.shape).numel()
-            return self.filled((-(-count // 8),), torch.uint8)
-        return self.filled(self.shape, self.dtype)
+    def spiced(self, x: Tensor) -> Tensor:
+        """The same form with other values: larger, all zero, or with some that are not finite."""
+        values = x.detach() * self.draw.choice((1.0, 50.0, 1e30, 0.0))
+        if self.one_in(4):
+            values = values.clone(memory_format=torch.contiguous_format)
+            values.view(-1)[:: 1 + self.draw.randrange(7)] = self.draw.choice((math.nan, math.inf))
+        return values.requires_grad_(x.requires_grad)
 
     def filled(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         values = torch.randn(shape) * self.draw.choice((1.0, 50.0, 1e30, 0.0))
@@ -136,45 +105,40 @@ class Arguments:
         return x
 
     def tensor(self, name: str) -> Tensor:
-        if self.is_odd():
+        fitting = self.fitting.get(name)
+        if self.is_odd() or not isinstance(fitting, Tensor):
             return self.odd()
-        fitting = self.fitting(name)
+        if fitting.is_floating_point() and "scale" not in name and self.one_in(2):
+            fitting = self.spiced(fitting)
         return self.laid_out(fitting) if self.is_odd() else fitting
 
-    def integer(self, name: str) -> int:
-        if self.is_odd():
-            return self.draw.choice(INTEGERS)
-        near = {"out_features": self.outputs, "in_features": self.inputs, "axis": 0}
-        near["activation_bits"] = self.draw.randrange(2, 9)
-        limits = {"qmin": -128, "qmax": 127, "zero_point": 0}
-        limit = next((value for end, value in limits.items() if name.endswith(end)), 1)
-        return near.get(name, limit)
-
-    def value(self, kind: str, name: str) -> Any:
-        """An argument of this type of the schema."""
-        draw = self.draw
+    def value(self, argument: Any) -> Any:
+        """An argument of the schema."""
+        draw, name, kind = self.draw, argument.name, str(argument.type)
+        fitting = self.fitting.get(name, argument.default_value)
         if kind.startswith("Optional["):
-            often = 2 if kind == "Optional[Tensor]" else 6
-            return self.value(kind[9:-1], name) if self.one_in(often) else None
-        if kind == "List[int]" and not self.is_odd():
-            return list(self.layers)
-        if kind == "List[str]" and not self.is_odd():
-            return [draw.choice(TEXTS[:7]) for _ in self.layers] if self.one_in(2) else []
-        if kind.startswith("List["):
-            return [self.value(kind[5:-1], name) for _ in range(draw.randrange(4))]
+            if (fitting is None and not self.is_odd()) or self.one_in(10):
+                return None
+            kind = kind[9:-1]
         if kind == "Tensor":
             return self.tensor(name)
-        if kind == "bool":
-            return draw.choice((True, False))
-        if kind == "str":
-            usual = TEXTS[:2] if self.one_in(2) else TEXTS[:7]
-            return draw.choice(TEXTS if self.is_odd() else usual)
-        if kind == "float":
-            return draw.choice((-1.0, math.nan, math.inf, 1e300) if self.is_odd() else (1e-5, 0.0))
         if "dtype" in name:
             usual = DTYPES[3:5] if self.operator == "quantize" else DTYPES[:3]
             return draw.choice(ODD_DTYPES if self.is_odd() else usual)
-        return self.integer(name)
+        if kind == "str" and not self.is_odd():
+            return draw.choice(TEXTS[:2] if self.one_in(2) else TEXTS[:7])
+        if kind == "bool":
+            return draw.choice((True, False))
+        if not self.is_odd():
+            return fitting
+        if kind == "str":
+            return draw.choice(TEXTS)
+        if kind == "float":
+            return draw.choice((-1.0, math.nan, math.inf, 1e300, 1e-5, 0.0))
+        if kind.startswith("List["):
+            one = TEXTS if kind == "List[str]" else INTEGERS
+            return [draw.choice(one) for _ in range(draw.randrange(4))]
+        return draw.choice(INTEGERS)
 
 
 def operators(namespace: str) -> list[Any]:
@@ -201,7 +165,7 @@ def peak() -> int:
 
 def run(operator: Any, draw: random.Random, trace: Path) -> str:
     arguments = Arguments(draw, operator.namespace, operator._opname)
-    values = {a.name: arguments.value(str(a.type), a.name) for a in operator._schema.arguments}
+    values = {a.name: arguments.value(a) for a in operator._schema.arguments}
     described = "\n".join(f"  {name}: {describe(value)}" for name, value in values.items())
     trace.write_text(f"{operator}\n{described}\n")
     before = peak()

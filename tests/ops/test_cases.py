@@ -8,9 +8,6 @@ from support import FLOATS, Shape
 
 from torchquant import ops
 
-# A weight's given scales have no zero points: the kernels refuse one.
-NEVER_GIVEN = {("quantize_pack", "zero_point")}
-
 
 def test_every_operator_has_cases_and_a_wrapper() -> None:
     assert sorted(GENERATORS) == list(OPERATORS)
@@ -21,11 +18,9 @@ def test_every_operator_has_cases_and_a_wrapper() -> None:
 def test_every_optional_argument_is_given_and_left_out(operator: str) -> None:
     given = [case.given for case in cases(operator)]
     for argument in schema(operator):
-        optional = argument.has_default_value() or str(argument.type).startswith("Optional")
-        if not optional or (operator, argument.name) in NEVER_GIVEN:
-            continue
-        assert any(argument.name in values for values in given), argument.name
-        assert any(argument.name not in values for values in given), argument.name
+        if argument.has_default_value() or str(argument.type).startswith("Optional"):
+            assert any(argument.name in values for values in given), argument.name
+            assert any(argument.name not in values for values in given), argument.name
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -113,7 +113,7 @@ ELSEWHERE = [
     (operator, name)
     for operator in OPERATORS
     for name in tensor_arguments(operator)
-    if len(tensor_arguments(operator)) > 1 and (operator, name) != ("quantize_pack", "zero_point")
+    if len(tensor_arguments(operator)) > 1
 ]
 
 
