@@ -38,6 +38,8 @@ FILES = {
         *FAKE_QUANTIZE,
         "training/test_observed_quantizer.py",
         "training/test_lsq.py",
+        "training/test_learned_steps.py",
+        "training/test_pact.py",
     ),
     "quantization aware training": (
         "ops/test_qat_backward.py",

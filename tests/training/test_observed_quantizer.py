@@ -1,4 +1,4 @@
-"""ObservedQuantizer: the observer's scales, the switches, and a state that resumes anywhere."""
+"""ObservedQuantizer: the observer's scales, the switches, and its state."""
 
 import copy
 import io

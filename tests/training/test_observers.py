@@ -1,4 +1,4 @@
-"""Observers: ranges are those of the finite data, whatever the batches, types and processes."""
+"""Observers: the range of the finite values, for all batches, dtypes and numbers of processes."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Prepared models in all kinds of training loops: nothing counted twice, nothing lost."""
+"""Prepared models in many kinds of training loops: each batch counts once, no state is lost."""
 
 import copy
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_plain_loop(name: str) -> None:
 
 @config_names
 def test_gradient_accumulation(name: str) -> None:
-    """Two halves give the whole's gradients: nothing depends on the batch but observed ranges."""
+    """Two halves give the gradients of the whole: only observed ranges depend on the batch."""
     model = prepared(CONFIGS[name])
     (whole,) = batches(1)
     loss_of(model, whole)  # ranges and first steps
@@ -133,7 +133,7 @@ def test_autocast(name: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @config_names
 def test_a_compiled_step(name: str, backend: str) -> None:
-    """Compiled, the layers give the bits of eager mode, whatever happens around them."""
+    """Compiled layers give the bits of eager mode in a training step."""
     model, plain = prepared(CONFIGS[name]), prepared(CONFIGS[name])
     data = batches(3)
     for net in (model, plain):
@@ -168,7 +168,7 @@ def test_frozen_dynamic_layers_compile_to_one_graph() -> None:
 
 @config_names
 def test_resumed_in_the_middle_of_a_schedule(name: str, tmp_path: Path) -> None:
-    """The same bits as training that was never interrupted, wherever the checkpoint is taken."""
+    """Training from a checkpoint of any stage gives the bits of uninterrupted training."""
     data = batches(8)
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer, QATSchedule]:
@@ -214,7 +214,7 @@ def test_clipping_scaling_and_a_frozen_layer(name: str) -> None:
 
 
 def test_distillation_from_the_float_model() -> None:
-    """The recipe of the README: a student that the float model teaches comes nearer to it."""
+    """The recipe of the README: distillation brings the student closer to the float model."""
     torch.manual_seed(0)
     teacher = MLP().eval()
     student = copy.deepcopy(teacher).train()
@@ -255,7 +255,7 @@ def check_processes(results: list[Any], name: str, data: list[tuple[Tensor, Tens
             assert_same_bits(seen_first[layer], value, f"{layer}, range of the first batch")
         for layer, value in last.items():
             torch.testing.assert_close(seen_last[layer], value, rtol=1e-3, atol=1e-4)
-        if last:  # the model's input does not depend on weights
+        if last:  # the input of the model does not depend on weights
             assert_same_bits(seen_last["first.0"], last["first.0"], "range of all batches")
         assert list(state) == list(expected)
         for key in expected:
@@ -270,7 +270,7 @@ def check_processes(results: list[Any], name: str, data: list[tuple[Tensor, Tens
 
 @config_names
 def test_distributed_data_parallel(name: str, data: list[tuple[Tensor, Tensor]]) -> None:
-    """Two processes with half a batch each do what one does with the whole."""
+    """Two processes with half a batch each train like one process with the whole batch."""
     check_processes(in_processes(distributed, name, data), name, data)
 
 
