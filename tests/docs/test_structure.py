@@ -1,4 +1,4 @@
-"""The structure of the code base: imports go down one list, no circle, no file with two ideas."""
+"""The structure of the code: imports go down one list, without circles, and files are short."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_no_circle_between_files() -> None:
 
 
 def test_types_of_layers_are_told_apart_in_nn_only() -> None:
-    """Everywhere else the table of kinds and the two base classes are asked."""
+    """Other code uses the table of kinds and the two base classes."""
     bases = ("QuantizedModule", "TrainedModule")
     concrete = {name for _, name in PACKAGE.subclasses("nn", bases)}
     assert {"QuantizedLinear", "QATLinear"} <= concrete

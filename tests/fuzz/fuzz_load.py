@@ -1,14 +1,14 @@
-"""Fuzzer of ``torchquant.load``: a broken file is refused with a clear error, whatever is wrong.
+"""Fuzzer of ``torchquant.load``: any broken file is refused with a clear error.
 
     python tests/fuzz/fuzz_load.py [--seconds 30] [--cases 0] [--engine auto|atheris|random]
 
-With atheris installed (``pip install atheris``) mutations are guided by the coverage of
-torchquant's own code, else they are drawn at random; the last line says which, and how many cases
-ran. Each case must end in one of two ways: the model is loaded and can be called, or ``load``
-raises a ValueError that begins with ``load:`` (or an OSError) and the model is as it was. Never in
-a crash, another exception, more than ten seconds, or memory far beyond the file's size.
+With atheris (``pip install atheris``) mutations are guided by the coverage of torchquant's own
+code; without it they are drawn at random. The last line names the engine and the number of cases.
+Each case must end in one of two ways: the model is loaded and can be called, or ``load`` raises a
+ValueError that begins with ``load:`` (or an OSError) and leaves the model unchanged. A crash,
+another exception, a time above ten seconds, or memory far beyond the file's size is a finding.
 
-A case that fails is written to ``--artifacts`` and replayed with ``--replay FILE``.
+A case with a finding is written to ``--artifacts``; ``--replay FILE`` runs it again.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-MEMORY = 64 * 2**20  # what the process may grow by during a case
+MEMORY = 64 * 2**20  # bytes by which the process may grow during a case
 SECONDS = 10
-# Instrumented: what decides about a file. The rest (torch, json) would only make it slower.
+# The modules that check a file are instrumented. Instrumenting torch or json would only be slower.
 FILES = ("load", "format", "entries", "places", "fit", "ties", "undo")
 OURS = [*(f"torchquant.files.{name}" for name in FILES), "torchquant.configs", "torchquant.nn.base"]
 
 
 def import_with_coverage() -> bool:
-    """Import torchquant so that atheris sees its branches; whether that was possible."""
+    """Import torchquant so that atheris sees its branches. Returns False without atheris."""
     if importlib.util.find_spec("atheris") is None:
         return False
     import atheris
@@ -52,7 +52,7 @@ def import_with_coverage() -> bool:
 
 
 def resident_now() -> int:
-    """Bytes of memory in use (Linux; else 0); the peak starts anew."""
+    """Bytes of memory in use, on Linux (0 elsewhere); resets the peak."""
     if not Path("/proc/self/clear_refs").exists():
         return 0
     Path("/proc/self/clear_refs").write_text("5")
@@ -67,7 +67,7 @@ def resident_peak() -> int:
 
 
 class Finding(Exception):
-    """What must not happen."""
+    """A case ended in a way that it must not."""
 
 
 def fail_on_alarm(_signal: int, _frame: FrameType | None) -> None:
@@ -75,7 +75,7 @@ def fail_on_alarm(_signal: int, _frame: FrameType | None) -> None:
 
 
 class Harness:
-    """Runs cases and counts how they ended."""
+    """Runs cases and counts their outcomes."""
 
     def __init__(self) -> None:
         from load_cases import file_of
@@ -84,7 +84,7 @@ class Harness:
         self.ends: collections.Counter[str] = collections.Counter()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "case.safetensors"
-        signal.signal(signal.SIGPROF, fail_on_alarm)  # by the process's own time: machines are busy
+        signal.signal(signal.SIGPROF, fail_on_alarm)  # counts the process's own CPU time
 
     @property
     def cases(self) -> int:
@@ -100,7 +100,7 @@ class Harness:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         grown = resident_peak() - before
-        if grown > MEMORY and self.cases > 20:  # the first ones load code
+        if grown > MEMORY and self.cases > 20:  # the first cases load code
             raise Finding(f"{grown} bytes of memory for a file of {len(content)}")
 
     def outcome(self, model: object) -> str:
@@ -117,7 +117,7 @@ class Harness:
         except (ValueError, OSError) as error:
             text = str(error)
             if not text.startswith("load: "):
-                raise Finding(f"the message does not say who raises: {text!r}") from error
+                raise Finding(f"the message must begin with 'load: ', got {text!r}") from error
             after = model.state_dict()
             same = [key for key, _ in before] == list(after)
             same = same and all(torch.equal(value, after[key]) for key, value in before)
@@ -191,7 +191,7 @@ def run_atheris(harness: Harness, arguments: argparse.Namespace) -> None:
         if time.monotonic() > until or harness.cases == arguments.cases:
             print(harness.summary("atheris, guided by coverage"), flush=True)
             harness.folder.cleanup()
-            os._exit(0)  # as libFuzzer itself does at its end, but without a summary
+            os._exit(0)  # libFuzzer ends in the same way, after a summary of its own
 
     atheris.Setup([sys.argv[0], *options, str(arguments.corpus)], run)
     atheris.Fuzz()
@@ -201,12 +201,12 @@ def arguments_from(command: list[str] | None) -> argparse.Namespace:
     scratch = Path(tempfile.gettempdir()) / "torchquant-fuzz"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--cases", type=int, default=0, help="0: as many as the time allows")
+    parser.add_argument("--cases", type=int, default=0, help="most cases; 0: no limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("auto", "atheris", "random"), default="auto")
     parser.add_argument("--corpus", type=Path, default=scratch / "corpus-load")
     parser.add_argument("--artifacts", type=Path, default=scratch / "findings")
-    parser.add_argument("--replay", type=Path, help="one case, as a finding wrote it")
+    parser.add_argument("--replay", type=Path, help="run the case in this file")
     return parser.parse_args(command)
 
 

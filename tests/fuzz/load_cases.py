@@ -1,9 +1,10 @@
-"""Broken model files for the fuzzer of ``torchquant.load``: bytes in, a file out.
+"""Broken model files for the fuzzer of ``torchquant.load``: turns bytes into a file.
 
-Flipping bytes of a file gets no further than its checksum. So a case's bytes are read as decisions:
-which model to save, what to change in the parsed file (lengths, the JSON header, dtypes, shapes,
-offsets, torchquant's metadata, values), and whether to sign the result again. Any bytes are a case:
-a coverage-guided fuzzer can mutate them and a random generator can draw them.
+A file with flipped bytes only reaches the test of the checksum. So the bytes of a case are read as
+decisions: which model to save, what to change in the parsed file (lengths, the JSON header, dtypes,
+shapes, offsets, torchquant's metadata, values), and whether to compute the checksum again. Any
+bytes are a valid case, so a coverage-guided fuzzer can mutate them and a random generator can draw
+them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torchquant.nn.fused import FusedActivation
 
 
 class Decisions:
-    """Numbers and choices out of bytes; zeros when they are used up."""
+    """Numbers and choices read from bytes; zeros after the last byte."""
 
     def __init__(self, data: bytes) -> None:
         self.stream = io.BytesIO(data)
@@ -43,7 +44,7 @@ class Decisions:
         return int.from_bytes(self.stream.read(width), "little") % max(limit, 1)
 
     def pick(self, choices: Any) -> Any:
-        """A copy, for later decisions may change it."""
+        """A copy of one of the choices; later decisions may change the copy."""
         return copy.deepcopy(choices[self.below(len(choices))])
 
     def rest(self) -> bytes:
@@ -96,7 +97,7 @@ def model_of(number: int, quantized: bool) -> nn.Module:
 
 
 def quantize(model: nn.Module, config: QuantizationConfig) -> None:
-    """All linear layers that nothing else shares, however small; a GELU goes into the first one."""
+    """Quantize all linear layers that are not shared; a GELU becomes part of the first one."""
     fused = next((module for module in model.modules() if type(module) is nn.GELU), None)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "head":
@@ -112,7 +113,7 @@ def quantize(model: nn.Module, config: QuantizationConfig) -> None:
 
 @cache
 def seed_file(number: int, quantized: bool) -> bytes:
-    """A valid file."""
+    """The bytes of a valid file."""
     torch.manual_seed(number)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -122,11 +123,11 @@ def seed_file(number: int, quantized: bool) -> bytes:
 
 # ---------------------------------------------------------------- a file in pieces
 
-Pairs = list[tuple[Any, Any]]  # an object of JSON that may hold a name twice
+Pairs = list[tuple[Any, Any]]  # a JSON object in which a name may occur twice
 
 
 class File:
-    """A safetensors file taken apart: tensors' entries, torchquant's metadata, data."""
+    """The parts of a safetensors file: tensors' entries, torchquant's metadata, data."""
 
     def __init__(self, content: bytes) -> None:
         (length,) = struct.unpack("<Q", content[:8])
@@ -136,7 +137,7 @@ class File:
         self.data = bytearray(content[8 + length :])
 
     def compact(self) -> None:
-        """Every tensor's bytes once and in order, as safetensors demands."""
+        """Store every tensor's bytes once and in order, as safetensors requires."""
         data = bytearray()
         for at, (key, entry) in enumerate(self.tensors):
             begin, end = entry["data_offsets"]
@@ -147,7 +148,7 @@ class File:
         self.data = data
 
     def sign(self) -> None:
-        """The checksum that fits, where there is one: as :mod:`torchquant.files.io` computes it."""
+        """Write the matching checksum into the metadata, as ``torchquant.save`` does."""
         if not isinstance(self.metadata, dict):
             return
         rest = {key: value for key, value in self.metadata.items() if key != "sha256"}
@@ -186,7 +187,7 @@ SHAPES: tuple[Any, ...] = (
 
 
 def edit_entry(file: File, decide: Decisions) -> None:
-    """A tensor's dtype, shape, offsets or name."""
+    """Change a tensor's dtype, shape, offsets or name."""
     if not file.tensors:
         return
     at = decide.below(len(file.tensors))
@@ -213,7 +214,7 @@ def edit_entry(file: File, decide: Decisions) -> None:
 
 
 def edit_tensors(file: File, decide: Decisions) -> None:
-    """Which tensors there are: one less, one twice, in another order, others' data."""
+    """Remove, repeat or reorder tensors, or give a tensor the data of another one."""
     if not file.tensors:
         return
     at, other = decide.below(len(file.tensors)), decide.below(len(file.tensors))
@@ -231,7 +232,7 @@ def edit_tensors(file: File, decide: Decisions) -> None:
 
 
 def reshape(file: File, decide: Decisions) -> None:
-    """A tensor of another dtype or shape that still covers its bytes: a sound file that lies."""
+    """Give a tensor another dtype or shape of the same size: a valid file with wrong content."""
     if not file.tensors:
         return
     at = decide.below(len(file.tensors))
@@ -249,7 +250,7 @@ def reshape(file: File, decide: Decisions) -> None:
 
 
 def edit_values(file: File, decide: Decisions) -> None:
-    """Bytes of the data: scales of NaN, infinity, zero or less, zero points out of range."""
+    """Change bytes of the data: scales become NaN, infinity or at most 0, zero points too large."""
     if not file.data:
         return
     patterns = (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80")
@@ -267,7 +268,7 @@ def edit_data_size(file: File, decide: Decisions) -> None:
 
 
 def edit_metadata(file: File, decide: Decisions) -> None:
-    """A value anywhere in torchquant's metadata: replaced, removed, renamed or added."""
+    """Replace, remove, rename or add a value anywhere in torchquant's metadata."""
     holder, key, value = None, None, file.metadata
     for _ in range(decide.below(6)):
         if isinstance(value, dict) and value:
@@ -328,14 +329,14 @@ ODD_TEXTS = (
 
 
 def file_of(data: bytes) -> tuple[bytes, nn.Module]:
-    """A case's file, and a model to load it into."""
+    """The file of a case, and a model to load it into."""
     decide = Decisions(data)
     number, kind = decide.below(8), decide.byte()
     quantized, into_quantized = kind % 8 != 0, kind % 16 > 12
     model = model_of(number, into_quantized)
     content = seed_file(number, quantized)
     mode = decide.below(16)
-    if mode == 0:  # bytes alone
+    if mode == 0:  # arbitrary bytes
         return decide.rest(), model
     if mode == 1:  # a valid file with other bytes somewhere
         at, bytes_there = decide.below(len(content)), decide.rest()
@@ -345,7 +346,7 @@ def file_of(data: bytes) -> tuple[bytes, nn.Module]:
     file = File(content)
     for _ in range(decide.below(4) + (mode != 3)):
         decide.pick(EDITS)(file, decide)
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # where too odd
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # file too odd
         if decide.below(4):
             file.compact()
         if decide.below(8):
