@@ -1,4 +1,4 @@
-// Elements that share a scale (csrc/cpu/spans.h), as a shape in which ATen broadcasts: a tensor in contiguous order is
+// Elements that share a scale (csrc/common/spans.h), as a shape in which ATen broadcasts: a tensor in contiguous order is
 // [outer, channels, inner] along an axis, [rows, groups, group_size] in groups, and one run otherwise.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/spans.h"
+#include "common/spans.h"
 
 namespace torchquant {
 
@@ -37,7 +37,7 @@ struct Parts {
 // Checks as make_spans does. For tensors with elements.
 inline Parts make_parts(const char* op, const at::Tensor& input, const at::Tensor& scale, std::optional<int64_t> axis,
                         std::optional<int64_t> group_size) {
-  const Spans spans = make_spans(op, input, scale, axis, group_size);
+  const tq_spans spans = make_spans(op, input, scale, axis, group_size);
   Parts p;
   const int64_t n = input.numel();
   if (n == 0) return p;

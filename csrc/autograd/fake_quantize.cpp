@@ -23,6 +23,11 @@ struct MaskGradient {
 struct FakeQuantize {
   static Variable forward(AutogradContext* ctx, const Variable& input, const at::Tensor& scale,
                           const OptTensor& zero_point, int64_t qmin, int64_t qmax, OptInt axis, OptInt group_size) {
+    if (inside_transforms()) {  // an outer one differentiates what is called here; fake_quantize_mask has no gradient
+      ctx->save_for_backward(
+          {ops::in_range::call_below_autograd(input, scale, zero_point, qmin, qmax, axis, group_size)});
+      return ops::fake_quantize::call_below_autograd(input, scale, zero_point, qmin, qmax, axis, group_size);
+    }
     auto [output, bits] =
         ops::fake_quantize_mask::call_below_autograd(input, scale, zero_point, qmin, qmax, axis, group_size);
     ctx->save_for_backward({bits});

@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -49,6 +48,18 @@ class HiddenTransforms {
   std::unique_ptr<at::functorch::FuncTorchTLSBase> state_;
 };
 
+// Whether a torch.func transform is running (torch's headers offer no other way to ask).
+inline bool inside_transforms() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return false;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+    return false;
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
+
 // Gradient has forward(ctx, arguments...) and backward(ctx, grads); apply(arguments...) records one for the other.
 //
 // torch refuses functions written in C++ inside torch.func.grad and vjp, because it cannot see whether they compute with
@@ -59,6 +70,8 @@ struct Differentiable : torch::autograd::Function<Differentiable<Gradient>> {
   template <class... Arguments>
   static auto forward(AutogradContext* ctx, Arguments&&... arguments) {
     HiddenTransforms::show();
+    // torch has turned gradients off; an outer transform needs them. Forward itself computes below autograd.
+    const at::AutoGradMode gradients(inside_transforms());
     return Gradient::forward(ctx, std::forward<Arguments>(arguments)...);
   }
 
@@ -75,7 +88,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Gradient>> {
 
 // For operators whose gradient cannot be differentiated: torch.func.grad and vjp always ask for a gradient that can.
 inline void refuse_transforms(const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!at::functorch::maybeCurrentDynamicLayer(), op,
+  TORCH_CHECK_NOT_IMPLEMENTED(!inside_transforms(), op,
                               ": no gradient under torch.func.grad and vjp, which may differentiate it once more; call "
                               "backward() or torch.autograd.grad on the result instead");
 }

@@ -4,6 +4,7 @@
 // - Results that are constants to autograd by definition: integers, masks, and the ranges and scales that are observed
 //   for them. Autograd looks through these operators, and their results require no gradient.
 // - All others refuse tensors that require a gradient. This is what a new operator gets.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <set>

@@ -5,8 +5,6 @@
 // - Everything else is called once per entry of the batch, and the results are stacked. torch's own loop would do the
 //   same, with a warning for each operator and without results that are lists.
 #include <ATen/functorch/BatchedTensorImpl.h>
-#include <ATen/functorch/DynamicLayer.h>
-#include <ATen/functorch/PlumbingHelper.h>
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
@@ -128,20 +126,30 @@ IValue with_batch(const IValue& result, int64_t level) {
   return list;
 }
 
+// The level of the innermost vmap that one of these tensors belongs to, or 0 (levels count from 1). A tensor of an outer
+// vmap alone could wait until its turn comes, but may as well be served now.
+int64_t level_of(const std::vector<IValue>& arguments) {
+  int64_t level = 0;
+  for (const IValue& argument : arguments) {
+    const at::Tensor t = tensor_of(argument);
+    if (const auto* batch = t.defined() ? at::functorch::maybeGetBatchedImpl(t) : nullptr)
+      level = std::max(level, batch->level());
+  }
+  return level;
+}
+
 void over_batch(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_batches(c10::DispatchKey::FuncTorchBatched);
-  const auto layer = at::functorch::maybeCurrentDynamicLayer();
-  TORCH_CHECK(layer, short_name(op), ": a tensor of torch.func.vmap has left its function; return it from there");
-  const int64_t level = layer->layerId();
   const size_t count = op.schema().arguments().size();
   Call call{op, torch::jit::pop(*stack, count), std::vector<bool>(count)};
+  const int64_t level = level_of(call.arguments);
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor t = tensor_of(call.arguments[i]);
-    if (!t.defined()) continue;
-    const auto [value, dimension] = at::functorch::unwrapTensorAtLevel(t, level);
-    call.batched[i] = dimension.has_value();
-    call.arguments[i] = dimension ? value.movedim(*dimension, 0) : value;
-    if (dimension) call.size = value.size(*dimension);
+    const auto* batch = t.defined() ? at::functorch::maybeGetBatchedImpl(t) : nullptr;
+    if (!batch || batch->level() != level) continue;
+    call.batched[i] = true;
+    call.size = batch->value().size(batch->bdim());
+    call.arguments[i] = batch->value().movedim(batch->bdim(), 0);
   }
   const bool any = std::find(call.batched.begin(), call.batched.end(), true) != call.batched.end();
   std::vector<IValue> outputs;
