@@ -40,8 +40,8 @@ typedef struct tq_parallel {
   void* context;
   /* How many threads `run` would use if it were called now; 1 inside a parallel region. */
   int64_t (*threads)(void* context);
-  /* Calls body(argument, first, last) for parts of at least `grain` that together make up [begin, end), and returns when
-   * all calls have returned. */
+  /* Calls body(argument, first, last) for parts that together make up [begin, end), in any order and on any threads, and
+   * returns when all calls have returned. A part of fewer than `grain` is not worth a thread. */
   void (*run)(void* context, int64_t begin, int64_t end, int64_t grain, tq_body body, void* argument);
 } tq_parallel;
 
