@@ -122,7 +122,8 @@ inline Heads draw_heads(Trial& trial, Random& random, int64_t batch, int64_t hea
   return {{random_elements(trial.inputs, random, batch * entry, type, 0), entry, head, row}, type};
 }
 
-// Against softmax in double precision on bfloat16 values, within what bfloat16 weights allow; the same bits on each path.
+// Against softmax in double precision on bfloat16 values, within what bfloat16 weights allow; the same bits on each
+// path.
 inline void check_core_attention(Trial& trial) {
   trial.begin();
   Draw& draw = trial.draw;

@@ -1,5 +1,5 @@
-// Elements that share scales at every granularity, through the C interface: quantize, dequantize, fake quantization, its
-// masks, a learned step's gradients, ranges. The reference finds the scale of each element by its own index.
+// Elements that share scales at every granularity, through the C interface: quantize, dequantize, fake quantization,
+// its masks, a learned step's gradients, ranges. The reference finds the scale of each element by its own index.
 #pragma once
 
 #include "core_case.h"
