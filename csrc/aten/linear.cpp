@@ -44,13 +44,13 @@ constexpr int64_t padded_m(int64_t m) { return ceil_div(m, kRowMultiple) * kRowM
 
 struct Rows {
   int64_t m = 0, k = 0;
-  at::Tensor q;      // int8 [padded_m(m), padded_k(k)], zeros behind m and k
+  at::Tensor q;      // int8 [padded_m(m), padded_row(k)], zeros behind m and k
   at::Tensor scale;  // float32 [m, 1] or [1, 1]
   at::Tensor zero;   // int32 [m, 1] or [1, 1]; undefined: 0
 };
 
 at::Tensor padded_rows(const at::Tensor& like, int64_t m, int64_t k) {
-  const int64_t rows = padded_m(m), k64 = padded_k(k);
+  const int64_t rows = padded_m(m), k64 = padded_row(k);
   const at::Tensor q = at::empty({rows, k64}, like.options().dtype(at::kChar));
   if (k < k64) q.narrow(0, 0, m).narrow(1, k, k64 - k).zero_();
   if (m < rows) q.narrow(0, m, rows - m).zero_();
@@ -72,7 +72,7 @@ bool is_aligned(const at::Tensor& t) {  // an allocation is; memory from elsewhe
 Rows byte_rows(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero) {
   Rows rows{x.size(0), x.size(1), {}, scale, zero};
   const bool is_signed = x.scalar_type() == at::kChar;
-  const bool as_it_is = is_signed && rows.m % kRowMultiple == 0 && rows.k % kAlignK == 0 && x.stride(1) == 1 &&
+  const bool as_it_is = is_signed && rows.m % kRowMultiple == 0 && padded_row(rows.k) == rows.k && x.stride(1) == 1 &&
                         x.stride(0) >= rows.k && x.stride(0) % kRowAlignment == 0 && is_aligned(x);
   rows.q = as_it_is ? x : padded_rows(x, rows.m, rows.k);
   at::Tensor to = filled(rows.q, rows.m, rows.k);
@@ -259,7 +259,8 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
   const int64_t k = input.size(-1);
   TORCH_CHECK_VALUE(k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
   int64_t rows = 0;
-  for (int64_t n : out_features) rows += layout_rows(n, k);
+  const auto height = [&](int64_t n) { return packed_shape(PackedFormat::kInt8Rows, n, k).rows; };
+  for (int64_t n : out_features) rows += height(n);
   TORCH_CHECK_VALUE(packed.dim() == 2 && packed.size(0) == rows && packed.is_contiguous(), op, ": packed must hold ",
                     rows, " rows for out_features ", out_features, ", got ", describe(packed),
                     "; concatenate what torchquant.ops.pack_weight returned for each weight");
@@ -272,12 +273,12 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
   for (size_t i = 0; i < out_features.size(); ++i) {
     const int64_t n = out_features[i];
     const auto part = [&](const OptTensor& t) { return present(t) ? OptTensor(t->narrow(0, first, n)) : std::nullopt; };
-    weights.push_back(weight_side(op, input, packed.narrow(0, row, layout_rows(n, k)), weight_scale.narrow(0, first, n),
+    weights.push_back(weight_side(op, input, packed.narrow(0, row, height(n)), weight_scale.narrow(0, first, n),
                                   part(weight_zero_point), part(bias), false, n, k,
                                   names.empty() ? std::string_view("none") : std::string_view(names[i])));
     outputs.push_back(empty_output(input, n, dtype));
     first += n;
-    row += layout_rows(n, k);
+    row += height(n);
   }
   if (input.numel() == 0) return outputs;
   const Rows quantized = dynamic_rows(input, symmetric, 8);

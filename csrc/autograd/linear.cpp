@@ -4,8 +4,7 @@
 #include "autograd/activations.h"
 #include "common/checks.h"
 #include "common/arithmetic.h"
-#include "formats/int8_rows.h"
-#include "formats/int8_tiles.h"
+#include "formats/packed_weight.h"
 #include "autograd/function.h"
 #include "operators.h"
 
@@ -162,11 +161,13 @@ std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, c
                                                           out_features, symmetric, activations, output_dtype);
   const char* op = "linear_dynamic_split";
   check_members(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
-  // The layout (csrc/formats/int8_tiles.h, csrc/formats/int8_rows.h) shows in the second dimension.
+  // The second dimension determines the format.
   const int64_t k = input.sym_size(-1).guard_int(__FILE__, __LINE__);
-  const bool in_rows = packed.dim() == 2 && packed.sym_size(1).guard_int(__FILE__, __LINE__) == padded_k(k);
-  const auto height = [&](int64_t n) { return in_rows ? layout_rows(n, k) : num_tiles(n); };
-  if (!in_rows) check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
+  const PackedFormat format =
+      packed.dim() == 2 ? packed_format(packed.sym_size(1).guard_int(__FILE__, __LINE__), k) : PackedFormat::kInt8Tiles;
+  const auto height = [&](int64_t n) { return packed_shape(format, n, k).rows; };
+  if (format == PackedFormat::kInt8Tiles)
+    check_split(op, input, packed, weight_scale, weight_zero_point, bias, out_features, activations.size());
   std::vector<at::Tensor> outputs;
   int64_t first = 0, row = 0;
   for (size_t i = 0; i < out_features.size(); ++i) {

@@ -8,10 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "isa.h"
+#include "core/torchquant_core.h"
 #include "cpu/output.h"
-#include "kernels/kernel_table.h"
-#include "formats/int8_panel.h"
 #include "operators.h"
 
 namespace torchquant::bench {
@@ -34,44 +32,25 @@ double least_seconds(const Call& call, double seconds) {
   return least;
 }
 
-// The operator's two kernels on one thread. Everything that is not theirs (checks, allocation, threads) is left out.
+// The core's call on one thread. Everything that is the operator's (checks, allocation, threads) is left out.
 double kernel_seconds(const at::Tensor& input, const at::Tensor& packed, const at::Tensor& weight_scale,
                       const at::Tensor& bias, int64_t n, double seconds) {
-  const KernelTable& table = kernels();
-  const int64_t m = input.size(0), k = input.size(1), panel_rows = balanced(m, table.panel_rows);
-  const at::Tensor panel = at::empty({panel_bytes(m, k, panel_rows) + 128}, at::kByte);
+  const int64_t m = input.size(0), k = input.size(1);
   const at::Tensor out = at::empty({m, n}, at::kFloat);
-  const at::Tensor row_scale = at::empty({m}, at::kFloat), row_zero = at::empty({m}, at::kInt);
-  QuantizeRowsArgs rows{};
-  rows.x = input.const_data_ptr();
-  rows.x_type = FloatType::kF32;
-  rows.x_stride = rows.k = k;
-  rows.mode = RowMode::kSymmetric;
-  rows.offset = table.panel_offset;
-  rows.q = panel.mutable_data_ptr<uint8_t>();
-  rows.q += (64 - reinterpret_cast<uintptr_t>(rows.q) % 64) % 64;
-  rows.panel_rows = panel_rows;
-  rows.row_scale = row_scale.mutable_data_ptr<float>();
-  rows.row_zero = row_zero.mutable_data_ptr<int32_t>();
-  GemmArgs product{};
-  product.a = rows.q;
-  product.panel_rows = panel_rows;
-  product.k = k;
-  product.n = n;
-  product.packed = packed.const_data_ptr<int8_t>();
-  product.row_scale = rows.row_scale;
-  product.row_zero = rows.row_zero;
-  product.weight_scale = weight_scale.const_data_ptr<float>();
-  product.bias = bias.const_data_ptr<float>();
-  product.out_type = OutType::kF32;
-  product.c = out.mutable_data_ptr();
-  product.ldc = n;
-  return least_seconds(
-      [&] {
-        table.quantize_rows(rows, 0, m);
-        table.gemm(product, 0, m, 0, num_tiles(n));
-      },
-      seconds);
+  tq_linear_input in{};
+  in.rows = {input.const_data_ptr(), TQ_F32, m, k, k};
+  in.quantization.mode = TQ_SYMMETRIC;
+  in.quantization.qmin = -127;
+  in.quantization.qmax = 127;
+  tq_linear_part part{};
+  part.n = n;
+  part.packed = packed.const_data_ptr<int8_t>();
+  part.weight_scale = weight_scale.const_data_ptr<float>();
+  part.bias = bias.const_data_ptr<float>();
+  part.out_type = TQ_F32;
+  part.out = out.mutable_data_ptr();
+  part.out_stride = n;
+  return least_seconds([&] { return tq_linear(&in, &part, 1, nullptr); }, seconds);
 }
 
 }  // namespace

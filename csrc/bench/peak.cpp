@@ -48,7 +48,7 @@ __attribute__((target("avx512f"))) double avx512_vnni(int64_t count) {
   return operations;
 }
 
-// The accumulators are zero and stay so: infinities or denormals would cost nothing here, but on some CPUs they do.
+// The accumulators are and remain zero, because infinities and denormals are slow on some CPUs.
 __attribute__((target("avx512f"))) double fp32_fma_512(int64_t count) {
   const double operations = 24.0 * 32 * static_cast<double>(count);
   __asm__ volatile("vpxord %%zmm30, %%zmm30, %%zmm30\n" : : : "xmm30");
@@ -81,7 +81,7 @@ __attribute__((target("avx2"))) double avx_vnni(int64_t count) {
   return operations;
 }
 
-// What avx2.cpp runs for one row and two weight vectors: |x| once, then sign, multiply, widen, add for each of them.
+// The instructions of avx2.cpp for one row and two weight vectors: |x| once, then sign, multiply, widen, add for each of them.
 // 11 holds x, 8 and 9 the weights, 10 the ones.
 #define TQ_EXACT(weights, sum)             \
   "vpsignb %%ymm11, %%ymm" weights         \
@@ -98,7 +98,7 @@ __attribute__((target("avx2"))) double avx2(int64_t count) {
   return operations;
 }
 
-// The same without signs: what a library runs that lets vpmaddubsw saturate, or promises it seven bits.
+// The same without signs, as in libraries that let vpmaddubsw saturate or restrict its operands to seven bits.
 __attribute__((target("avx2"))) double avx2_saturating(int64_t count) {
   const double operations = 12.0 * 64 * static_cast<double>(count);
   TQ_LOOP(
@@ -117,7 +117,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Four products of two by two tiles, as the kernel runs them. Asking is_usable() has got us the tile registers.
+// Four products of two by two tiles, as the kernel runs them. is_usable() has requested the tile registers.
 double amx_int8(int64_t count) {
   const double operations = 4.0 * 16 * 16 * 64 * 2 * static_cast<double>(count);
   TileConfig config;
@@ -174,7 +174,7 @@ __attribute__((target("avx2"))) void read_once(const char* p, int64_t bytes) {
   __asm__ volatile("" ::"x"(sums[0]), "x"(sums[1]), "x"(sums[2]), "x"(sums[3]));
 }
 
-// Pages of 2 MiB where the system has them: with 4 KiB pages the translation is measured, not the memory.
+// Pages of 2 MiB where the system has them: with 4 KiB pages the address translation would be measured.
 std::shared_ptr<char> filled_buffer(int64_t bytes) {
   constexpr size_t kHugePage = size_t{2} << 20;
   const size_t rounded = (static_cast<size_t>(bytes) + 4096 + kHugePage - 1) / kHugePage * kHugePage;
@@ -264,7 +264,7 @@ double measure_peak(const std::string& name, int threads, double seconds) {
 #if defined(TQ_X86)
   for (const Loop& loop : kLoops) {
     if (name != loop.name || !is_usable(loop.needs)) continue;
-    const int64_t count = loop.run == amx_int8 ? 1000 : 5000;  // some 20 microseconds
+    const int64_t count = loop.run == amx_int8 ? 1000 : 5000;  // about 20 microseconds
     return best_rate(threads, seconds, [&] { return [&, count] { return loop.run(count); }; });
   }
 #endif

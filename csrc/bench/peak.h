@@ -1,4 +1,4 @@
-// What this machine can do at most: the roofline under which every benchmark's figures are read.
+// The most that this machine can do: the roofline for every figure of a benchmark.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace torchquant::bench {
 
-// Names that measure_peak() knows and this CPU can run, best first: the instruction sets of isa.h that multiply bytes
+// Names that measure_peak() accepts and this CPU can run, best first: the instruction sets of isa.h that multiply bytes
 // ("amx_int8", "avx512_vnni", "avx_vnni", "avx2"), "avx2_saturating", "fp32_fma_512", "fp32_fma_256".
 std::vector<std::string> peak_names();
 
@@ -20,7 +20,7 @@ double measure_peak(const std::string& name, int threads, double seconds);
 double measure_bandwidth(int64_t bytes, int threads, double seconds);
 
 // Seconds that the textbook's triple loop takes for int8 [m, k] x int8 [n, k] -> int32 [m, n], on one thread.
-// vectorised: with what the compiler's -O3 makes of it for any x86-64, else as written.
+// vectorised: as the compiler vectorizes it at -O3 for any x86-64; otherwise as written.
 double naive_product_seconds(int64_t m, int64_t n, int64_t k, bool vectorised);
 
 }  // namespace torchquant::bench

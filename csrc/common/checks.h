@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "kernels/kernel_table.h"
-#include "formats/int8_tiles.h"
+#include "formats/packed_weight.h"
 
 namespace torchquant {
 
@@ -167,18 +167,17 @@ inline void check_features(const char* op, const at::Tensor& packed, int64_t n, 
 // The packed weight of an out_features x in_features layer; the tiles say themselves what they were made for.
 inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
   check_features(op, packed, n, k);
+  const PackedShape shape = packed_shape(PackedFormat::kInt8Tiles, n, k);
   TORCH_CHECK_VALUE(
-      packed.dim() == 2 && packed.size(0) == num_tiles(n) && packed.size(1) == tile_bytes(k) && packed.is_contiguous(),
-      op, ": packed must be the int8 [", num_tiles(n), ", ", tile_bytes(k),
+      packed.dim() == 2 && packed.size(0) == shape.rows && packed.size(1) == shape.columns && packed.is_contiguous(),
+      op, ": packed must be the int8 [", shape.rows, ", ", shape.columns,
       "] result of pack_weight for out_features = ", n, " and in_features = ", k, ", got ", describe(packed),
       "; the last dimension of input must be in_features");
   const int8_t* tile = packed.const_data_ptr<int8_t>();
-  TORCH_CHECK_VALUE(
-      tile_version(tile, k) == kLayoutVersion && tile_in_features(tile, k) == k && tile_out_features(tile, k) == n, op,
-      ": packed was made for out_features = ", tile_out_features(tile, k),
-      ", in_features = ", tile_in_features(tile, k), " (layout ", tile_version(tile, k),
-      "), but this call has out_features = ", n, ", in_features = ", k, " (layout ", kLayoutVersion,
-      "); pack the weight again with pack_weight");
+  TORCH_CHECK_VALUE(is_tile_of(tile, n, k), op, ": packed was made for out_features = ", tile_out_features(tile, k),
+                    ", in_features = ", tile_in_features(tile, k), " (layout ", tile_version(tile, k),
+                    "), but this call has out_features = ", n, ", in_features = ", k, " (layout ", kLayoutVersion,
+                    "); pack the weight again with pack_weight");
 }
 
 // linear_dynamic_split: what the members' own checks cannot see, because they are given parts of these tensors.

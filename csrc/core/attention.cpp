@@ -1,5 +1,5 @@
-// attention: queries, keys and values are read where they are (a view [B, S, H, D] of a projection's output, transposed),
-// and the result is written in the order in which the output projection reads it. A thread takes blocks of queries and
+// attention: queries, keys and values are read in place (a transposed view [B, S, H, D] of a projection's output), and
+// the result is written in the order in which the output projection reads it. A thread takes blocks of queries and
 // packs the keys and values of the current head for itself: no result depends on threads or on the other entries of a
 // batch.
 #include <algorithm>

@@ -1,9 +1,9 @@
 // Fake quantization for training: values, one-bit masks, a learned step's gradients, ranges; at every granularity.
 //
-// Elements are shared out to threads in units of 64, whatever the spans: no two threads write to one byte of a mask, and
-// few long spans or many short ones are equally well divided. Sums are taken over fixed blocks, so that no bit of them
-// depends on the threads: of a run up to 4096 elements in fp32 (16 lanes of 256), of columns 64 rows; the blocks' sums
-// are added in float64, in order.
+// Elements are shared out to threads in units of 64, whatever the spans: no two threads write to one byte of a mask,
+// and few long spans or many short ones are equally well divided. Sums are taken over fixed blocks, so that no bit of
+// them depends on the threads: of a run up to 4096 elements in fp32 (16 lanes of 256), of columns 64 rows; the blocks'
+// sums are added in float64, in order.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -4,7 +4,7 @@
 // packed weight. There are three ways to share the work among threads, chosen by shape alone (no result depends on the
 // choice, because the sums are integers):
 //   one thread      little work: starting a second thread costs more than it brings;
-//   by rows         every thread quantizes and multiplies its own rows and threads never wait for each other; every thread
+//   by rows every thread quantizes and multiplies its own rows and threads never wait for each other; every thread
 //                   reads all weights, therefore only where they are small or the rows many;
 //   by columns      rows are quantized once (by all threads where that pays), then each thread takes a share of the
 //                   weight tiles: every weight is read by one thread.

@@ -1,4 +1,5 @@
-// quantize_pack and the fake-quantized rows of mm_fake_quantized: what a training step does to the weight of a linear layer.
+// quantize_pack and the fake-quantized rows of mm_fake_quantized: what a training step does to the weight of a linear
+// layer.
 #include "core/convert.h"
 #include "core/spans.h"
 #include "core/threads.h"

@@ -1,8 +1,8 @@
 // Elements that share a scale: how the spans of the C interface are divided among threads, and their scales.
 //
-// One shape serves every granularity: a tensor is a sequence of spans. Per tensor: one span. Per channel: outer x C spans
-// of `inner` elements, or, along the last axis, rows whose scale changes with every element. Per group: rows x groups,
-// the last group of a row possibly shorter; per token is a group of the whole row.
+// One shape serves every granularity: a tensor is a sequence of spans. Per tensor: one span. Per channel: outer x C
+// spans of `inner` elements, or, along the last axis, rows whose scale changes with every element. Per group: rows x
+// groups, the last group of a row possibly shorter; per token is a group of the whole row.
 #pragma once
 
 #include <algorithm>

@@ -1,14 +1,17 @@
-/* The kernels of torchquant behind a C interface: raw pointers, sizes and strides; no tensor, no exception, no C++ type.
+/* The kernels of torchquant behind a C interface: raw pointers, sizes and strides; no tensor, no exception, no C++
+ * type.
  *
- * Everything that computes is below this line: the kernels (csrc/kernels), the choice of the instruction set (isa.h), the
- * layouts of packed weights (csrc/formats) and the division of the work among threads (csrc/core). Above it are the
+ * Everything that computes is below this line: the kernels (csrc/kernels), the choice of the instruction set (isa.h),
+ * the layouts of packed weights (csrc/formats) and the division of the work among threads (csrc/core). Above it are the
  * operators of torch (csrc/cpu), which check their arguments, allocate the results, fill a struct and call one function
- * of this file. Nothing here includes a torch header, so that the tests in tests/native and other programs need no torch.
+ * of this file. Nothing here includes a torch header, so that the tests in tests/native and other programs need no
+ * torch.
  *
  * - Arguments are not checked again: an argument outside its stated range is a programming error.
- * - Threads are the caller's: tq_parallel is two callbacks. Null stands for one thread. No result depends on how the work
- *   is divided.
- * - A function returns TQ_OK, or TQ_OUT_OF_MEMORY where scratch memory could not be allocated; results are then undefined.
+ * - Threads are the caller's: tq_parallel is two callbacks. Null stands for one thread. No result depends on how the
+ *   work is divided.
+ * - A function returns TQ_OK, or TQ_OUT_OF_MEMORY where scratch memory could not be allocated; results are then
+ *   undefined.
  * - A pointer that may be null says so. Sizes may be 0.
  * - What each number means and how it is rounded: torchquant/functional, the specification, under the same names.
  */
@@ -40,13 +43,13 @@ typedef struct tq_parallel {
   void* context;
   /* How many threads `run` would use if it were called now; 1 inside a parallel region. */
   int64_t (*threads)(void* context);
-  /* Calls body(argument, first, last) for parts of at least `grain` that together make up [begin, end), and returns when
-   * all calls have returned. */
+  /* Calls body(argument, first, last) for parts that together make up [begin, end), in any order and on any threads,
+   * and returns when all calls have returned. A part of fewer than `grain` is not worth a thread. */
   void (*run)(void* context, int64_t begin, int64_t end, int64_t grain, tq_body body, void* argument);
 } tq_parallel;
 
-/* Scratch memory of the calling thread, aligned to 64 bytes, or null; valid until this thread's next call of tq_scratch,
- * tq_linear or tq_attention. */
+/* Scratch memory of the calling thread, aligned to 64 bytes, or null; valid until this thread's next call of
+ * tq_scratch, tq_linear or tq_attention. */
 void* tq_scratch(int64_t bytes);
 
 /* ---------------------------------------------------------------- instruction sets */
@@ -60,9 +63,9 @@ tq_status tq_set_active_isa(int32_t isa); /* for the whole process; TQ_UNUSABLE_
 
 /* ---------------------------------------------------------------- affine: float to int8 and back */
 
-/* Elements that share a scale. A tensor in contiguous order is `count` spans of `length` elements (the last span of each
- * row of `row` elements may be shorter); by_element: a span is a run along the channel axis, and each of its elements has
- * a scale of its own. Made by one of the three functions below. */
+/* Elements that share a scale. A tensor in contiguous order is `count` spans of `length` elements (the last span of
+ * each row of `row` elements may be shorter); by_element: a span is a run along the channel axis, and each of its
+ * elements has a scale of its own. Made by one of the three functions below. */
 typedef struct tq_spans {
   int64_t count, length;
   int64_t per_row, row; /* spans in a row, elements in a row */
@@ -104,14 +107,15 @@ typedef struct tq_row_quantization {
   int32_t zero_point;
 } tq_row_quantization;
 
-/* q int8 [m, k], scale [m], zero_point [m]. A row with NaN (and, with a scale of its own, with infinity) gets scale NaN. */
+/* q int8 [m, k], scale [m], zero_point [m]. A row with NaN (and, with a scale of its own, with infinity) gets scale
+ * NaN. */
 tq_status tq_quantize_rows(const tq_rows* rows, const tq_row_quantization* how, int8_t* q, float* scale,
                            int32_t* zero_point, const tq_parallel* parallel);
 
 /* ---------------------------------------------------------------- linear */
 
-/* A weight int8 [n, k] in the layout that the kernels read (formats/int8_tiles.h): tq_tiles(n) * tq_tile_bytes(k) bytes,
- * aligned to 64. 1 <= n < 2^31, 1 <= k <= 2^23. */
+/* A weight int8 [n, k] in the layout that the kernels read (formats/int8_tiles.h): tq_tiles(n) * tq_tile_bytes(k)
+ * bytes, aligned to 64. 1 <= n < 2^31, 1 <= k <= 2^23. */
 int64_t tq_tiles(int64_t n);
 int64_t tq_tile_bytes(int64_t k);
 tq_status tq_pack_weight(const int8_t* weight, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
@@ -210,8 +214,8 @@ tq_status tq_attention(const tq_attention_call* call, const tq_parallel* paralle
 
 /* ---------------------------------------------------------------- fake quantization */
 
-/* out = dequantize(quantize(x)), NaN where x is NaN; bits: one bit for each element, bit i % 8 of byte i / 8, set where the
- * rounded value is in [qmin, qmax]. Either result may be null. x and out contiguous. */
+/* out = dequantize(quantize(x)), NaN where x is NaN; bits: one bit for each element, bit i % 8 of byte i / 8, set where
+ * the rounded value is in [qmin, qmax]. Either result may be null. x and out contiguous. */
 tq_status tq_fake_quantize(const void* x, tq_type type, void* out, uint8_t* bits, const tq_spans* spans,
                            const tq_scales* scales, const tq_parallel* parallel);
 
@@ -241,8 +245,8 @@ typedef struct tq_learned_backward_call {
 tq_status tq_fake_quantize_learned_backward(const tq_learned_backward_call* call, const tq_spans* spans,
                                             const tq_scales* scales, const tq_parallel* parallel);
 
-/* The least and the greatest finite element for each of `scales` scales (infinity, -infinity: none), and how many elements
- * are not finite. */
+/* The least and the greatest finite element for each of `scales` scales (infinity, -infinity: none), and how many
+ * elements are not finite. */
 tq_status tq_minmax(const void* x, tq_type type, const tq_spans* spans, int64_t scales, float* least, float* greatest,
                     int64_t* nonfinite, const tq_parallel* parallel);
 

@@ -1,13 +1,13 @@
 // fork() after threads were used.
 //
-// GNU's OpenMP keeps the threads of a parallel region for the next one. A child of fork() inherits that list but none
-// of the threads on it, and its first parallel region, ours or torch's, waits for them for ever. So the threads of the
-// thread that forks are given back just before: parent and child start new ones when they next need them. That costs a
-// fork some 100 us in the parent, and nothing where no thread was started. (LLVM's and Intel's runtimes do it alone, and
-// OpenBLAS does the same with the threads of its own.)
+// GNU's OpenMP keeps the threads of a parallel region for the next one. A child of fork() inherits the list of these
+// threads but none of the threads, and its first parallel region, ours or torch's, waits for them for ever. Therefore
+// the threads of the thread that forks are released just before the fork: parent and child start new ones when they
+// next need them. That costs about 100 us for each fork in the parent, and nothing if no thread was started. (LLVM's
+// and Intel's runtimes do this themselves, and so does OpenBLAS with its own threads.)
 //
-// Looked up by name because not every libgomp that torch ships has the function; without it all is as it was:
-// torch.set_num_threads(1) in the child. subprocess does not come here, it calls vfork.
+// The function is looked up by name because not every libgomp that torch ships has it; if it is missing, call
+// torch.set_num_threads(1) in the child. subprocess calls vfork and is not affected.
 #if defined(_OPENMP) && defined(__linux__)
 #include <dlfcn.h>
 #include <pthread.h>
@@ -19,7 +19,7 @@ using PauseFn = int (*)(int);
 PauseFn pause_threads = nullptr;
 
 void before_fork() {
-  constexpr int kSoft = 1;     // omp_pause_soft: threads go, settings stay
+  constexpr int kSoft = 1;     // omp_pause_soft: releases threads, keeps settings
   (void)pause_threads(kSoft);  // refused inside a parallel region; there nested calls are serial anyway
 }
 

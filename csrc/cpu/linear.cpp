@@ -110,17 +110,17 @@ std::vector<at::Tensor> linear_dynamic_split(const at::Tensor& input, const at::
   const auto part_of = [](const std::optional<at::Tensor>& t, int64_t first, int64_t n) -> std::optional<at::Tensor> {
     return t && t->defined() ? std::optional<at::Tensor>(t->narrow(0, first, n)) : std::nullopt;
   };
-  int64_t first = 0, tile = 0;
+  int64_t first = 0, row = 0;
   for (size_t i = 0; i < out_features.size(); ++i) {
-    const int64_t n = out_features[i];
-    sides.push_back(weight_side(op, packed.narrow(0, tile, num_tiles(n)), weight_scale.narrow(0, first, n),
+    const int64_t n = out_features[i], height = packed_shape(PackedFormat::kInt8Tiles, n, k).rows;
+    sides.push_back(weight_side(op, packed.narrow(0, row, height), weight_scale.narrow(0, first, n),
                                 part_of(weight_zero_point, first, n), part_of(bias, first, n), false, n, k,
                                 activations.empty() ? std::string_view("none") : std::string_view(names[i])));
     outputs.push_back(empty_output(output_sizes(input, n), input.options().dtype(out_dtype)));
     set_output(sides.back().part, outputs.back());
     parts.push_back(sides.back().part);
     first += n;
-    tile += num_tiles(n);
+    row += height;
   }
   const tq_linear_input in = dynamic_input(rows, k, symmetric);
   check_status(tq_linear(&in, parts.data(), static_cast<int64_t>(parts.size()), &kTorchThreads));
@@ -223,7 +223,8 @@ at::Tensor int8_mm(const at::Tensor& input, const at::Tensor& packed, int64_t ou
 at::Tensor pack_weight(const at::Tensor& weight) {
   check_weight("pack_weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
-  at::Tensor packed = at::empty({tq_tiles(n), tq_tile_bytes(k)}, weight.options());
+  const PackedShape shape = packed_shape(PackedFormat::kInt8Tiles, n, k);
+  at::Tensor packed = at::empty({shape.rows, shape.columns}, weight.options());
   check_status(tq_pack_weight(weight.const_data_ptr<int8_t>(), weight.stride(0), weight.stride(1), n, k,
                               packed.mutable_data_ptr<int8_t>(), &kTorchThreads));
   return packed;

@@ -1,6 +1,7 @@
-// Output tensors. malloc maps large ones afresh on every call, and the kernel then hands over one 4 KB page at a time,
-// each with a trap: 1024 x 11008 floats cost 10 ms to touch, more than the product itself. Asking for 2 MB pages
-// (Linux, where transparent huge pages are "madvise" or "always") makes that 3.5 ms; elsewhere nothing happens.
+// Output tensors. malloc maps a large one anew on every call, and the operating system then provides one 4 KB page at a
+// time, each with a trap: 1024 x 11008 floats cost 10 ms to touch, more than the product itself. A request for 2 MB
+// pages (Linux, where transparent huge pages are "madvise" or "always") reduces that to 3.5 ms; it has no effect
+// elsewhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +13,7 @@
 
 namespace torchquant {
 
-inline void ask_for_huge_pages(void* memory, size_t bytes) {  // advice: a refusal costs nothing
+inline void ask_for_huge_pages(void* memory, size_t bytes) {  // advice to the system: a refusal costs nothing
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   constexpr size_t kWorthwhile = size_t{4} << 20;

@@ -82,7 +82,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack(const at::Tensor& w
     row_scale = at::empty({n}, weight.options().dtype(at::kFloat));
   }
   const at::Tensor w = as_rows(weight);
-  at::Tensor packed = empty_output({tq_tiles(n), tq_tile_bytes(k)}, weight.options().dtype(at::kChar));
+  const PackedShape shape = packed_shape(PackedFormat::kInt8Tiles, n, k);
+  at::Tensor packed = empty_output({shape.rows, shape.columns}, weight.options().dtype(at::kChar));
   const tq_rows rows = rows_of(w, k);
   const tq_row_mode mode = fixed ? TQ_STATIC : (symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC);
   check_status(tq_quantize_pack(&rows, mode, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax),

@@ -1,4 +1,4 @@
-// How the kernels see a tensor: as rows that lie a fixed distance apart.
+// A tensor as the core reads it: rows that are a fixed distance apart.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,8 +7,8 @@
 
 namespace torchquant {
 
-// The distance of the rows (slices along the last dimension), where each is contiguous and all have the same distance:
-// a contiguous tensor, or a slice of one along its last dimension. Otherwise none.
+// The distance between rows (slices along the last dimension), if each row is contiguous and all distances are equal:
+// a contiguous tensor, or a slice of one along its last dimension. Otherwise no value.
 inline std::optional<int64_t> row_stride(const at::Tensor& t) {
   if (t.dim() < 1 || (t.size(-1) != 1 && t.stride(-1) != 1)) return std::nullopt;
   std::optional<int64_t> stride;

@@ -6,9 +6,9 @@
 //                            | row 0    | row 1    |         | row 0    |            64 bytes each, padded up to K64
 //                            +----------+----------+-- ... --+----------+-- ...
 //
-// So a tile's operands are one ascending stream, whatever K is. With rows side by side at a stride of K, a K of 4096
-// put all rows of a tile on the same cache sets. H, panel_rows, is at most the table's row_block, and the row count of
-// all blocks is about the same: 9 rows are 5 and 4, not 8 and 1.
+// The operands of a register tile are one ascending stream, whatever K is. (Rows at a stride of K = 4096 would all be
+// on the same cache sets.) H, `panel_rows`, is at most the panel_rows of the kernel table, and all blocks have about
+// the same number of rows: 9 rows are 5 and 4, not 8 and 1.
 #pragma once
 
 #include "formats/int8_tiles.h"

@@ -1,5 +1,5 @@
-// The packed weight, version 1: one layout that every instruction set reads, so that a model converted under one runs
-// under all, and the pack operator's result does not depend on the CPU.
+// The packed weight, version 1: one layout that every instruction set reads, so that a model that was converted under
+// one runs under all, and the result of the pack operator does not depend on the CPU.
 //
 // A weight W, int8 [N, K], becomes ceil(N/16) tiles, each a contiguous run of bytes:
 //
@@ -14,17 +14,17 @@
 //
 // with n0 = 16 t, K64 = K rounded up to a multiple of 64, and zeros wherever n >= N or k >= K.
 //
-// - Four consecutive k of one n stand in one 32-bit lane: what vpdpbusd, vpmaddubsw and tdpbssd multiply at once.
-//   One 64-byte group is one AVX-512 register, two AVX registers, or one row of an AMX tile; sixteen groups are one
-//   whole AMX tile (16 rows of 64 bytes), hence K64 and not a multiple of 4.
-// - Column sums sum_k W[n, k] stand behind the weights of their tile: the epilogue needs them for the activations'
-//   zero point, and they are in the same stream. The 128 extra bytes also keep tiles of K = 2^i off the same cache set.
-// - flags[0] is 1 where the tile holds a weight of -128: the AVX2 path (vpsignb, vpmaddubsw) is exact only without
+// - Four consecutive k of one n (a quad) are in one 32-bit lane, which vpdpbusd, vpmaddubsw and tdpbssd multiply at
+//   once. The quads of 16 n are 64 bytes: one AVX-512 register, two AVX registers, or one row of an AMX tile. Sixteen
+//   such rows are one whole AMX tile, hence K64 and not a multiple of 4.
+// - Column sums sum_k W[n, k] follow the weights of their tile: the epilogue needs them for the activations' zero
+//   point, and they are in the same stream. The 128 extra bytes also keep tiles of K = 2^i off the same cache set.
+// - flags[0] is 1 where the tile contains a weight of -128: the AVX2 path (vpsignb, vpmaddubsw) is exact only without
 //   one and takes the widening path for that tile. flags[1..3] are K, N and the layout's version, so that a wrong
-//   in_features is found out although K is padded. The others are zero.
+//   in_features is detected although K is padded. The others are zero.
 //
 // Rejected: 32-wide tiles (half-empty for N = 16, and two neighbouring 16-wide tiles serve the 32-wide kernels just
-// as well); column sums in a tensor of their own (one more argument for every call, one more thing to keep in step).
+// as well); column sums in a tensor of their own (one more argument for every call, and two tensors that must match).
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ namespace torchquant {
 
 inline constexpr int kLayoutVersion = 1;
 inline constexpr int64_t kTileN = 16;               // output channels of a tile
-inline constexpr int64_t kGroupK = 4;               // k interleaved in a 32-bit lane
+inline constexpr int64_t kQuadK = 4;                // consecutive k in one 32-bit lane
 inline constexpr int64_t kAlignK = 64;              // K is padded to this
 inline constexpr int64_t kMaxK = int64_t{1} << 23;  // row and column sums stay below 2^31
 inline constexpr int64_t kTileTail = 128;           // column sums and flags

@@ -8,8 +8,8 @@
 
 namespace torchquant {
 
-// Rows of float activations -> rows of a panel. Byte = q + offset, where q is numerics.md's int8 value and the offset
-// is what the instruction set wants to read (128 for those that multiply unsigned by signed bytes).
+// Rows of float activations -> rows of a panel. Byte = q + offset, where q is the int8 value of the specification
+// and the offset depends on the instruction set (128 for those that multiply unsigned by signed bytes).
 struct QuantizeRowsArgs {
   const void* x;  // [m, k], rows x_stride elements apart, contiguous within a row
   FloatType x_type;
@@ -21,9 +21,9 @@ struct QuantizeRowsArgs {
   int32_t offset;      // added to every q
   uint8_t* q;          // the panel (int8_panel.h); from k on it is padded with the offset (q = 0)
   int64_t panel_rows;  // 0: no panel but plain [m, k], not padded
-  float* row_scale;    // [m]; NaN flags a row that must give NaN
+  float* row_scale;    // [m]; NaN marks a row whose outputs must be NaN
   int32_t* row_zero;   // [m]: zero point + offset, in units of the panel
-  int32_t* row_term;   // [m] or null: sum_k panel - k * row_zero, wanted only with weight zero points
+  int32_t* row_term;   // [m] or null: sum_k panel - k * row_zero, needed only with weight zero points
 };
 
 // A run of elements that share a scale, or (scales by element) a run along the channel axis.

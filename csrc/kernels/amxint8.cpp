@@ -1,5 +1,5 @@
 // AMX: tdpbusd multiplies a tile of 16 rows x 64 bytes with one of 16 x 64 into 16 x 16 int32, exact. The packed layout
-// *is* its B operand: 16 groups of 64 bytes are one tile. One or two rows take the AVX512-VNNI micro-kernel: there the
+// *is* its B operand: 16 quads of 64 bytes are one tile. One or two rows take the AVX512-VNNI micro-kernel: there the
 // weights' stream is the limit, and a tile product costs the same for 1 row as for 16.
 #include "kernels/kernel_table.h"
 

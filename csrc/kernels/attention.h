@@ -1,4 +1,4 @@
-// Attention of one head: what the kernels are given, and how its scratch memory is laid out.
+// Attention of one head: the arguments of its kernels, and the layout of their scratch memory.
 //
 // Products are bfloat16 x bfloat16 with sums in fp32, in the order in which AMX's tdpbf16ps adds (attention.inc), so
 // that every instruction set gives the same bits. The right operands, keys and values, are packed once per head into
@@ -8,7 +8,7 @@
 //   keys:   tile (16 keys, 32 of d):      lane [d / 2][key]  = (k[key][d], k[key][d + 1])
 //   values: tile (16 of dv, 32 keys):     lane [key / 2][dv] = (v[key][dv], v[key + 1][dv])
 //
-// zeros where a dimension ends. Tiles of one group of 16 columns follow each other along the summed dimension.
+// with zeros beyond the end of a dimension. The tiles of 16 columns follow each other along the summed dimension.
 #pragma once
 
 #include <cstdint>

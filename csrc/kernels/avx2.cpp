@@ -1,7 +1,7 @@
 // AVX2 without saturation. vpmaddubsw(unsigned, signed) adds two products in 16 bits and saturates; with |a| as the
 // unsigned side and sign(w, a) as the signed one, |a| <= 128 and |w| <= 127 give at most 2 * 128 * 127 = 32,512: exact.
-// A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that hold one (int8_tiles.h's flag) take the widening path,
-// vpmovsxbw and vpmaddwd, exact for all bytes.
+// A weight of -128 breaks it (vpsignb(-128) stays -128): tiles that contain one (the flag in int8_tiles.h) take the
+// widening path, vpmovsxbw and vpmaddwd, exact for all bytes.
 #include "kernels/kernel_table.h"
 
 #if defined(TQ_X86)
@@ -18,10 +18,10 @@ namespace avx2 {
 constexpr int kRows = 4, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
 template <int R, int T>
-TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t groups,
-                            __m256i (&c)[R][2 * T]) {
+TQ_INLINE void micro_quads(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t quads,
+                           __m256i (&c)[R][2 * T]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  for (int64_t g = 0; g < groups; ++g, a += kGroupK, b += kTileN * kGroupK) {
+  for (int64_t g = 0; g < quads; ++g, a += kQuadK, b += kTileN * kQuadK) {
     __m256i w[2 * T];
     TQ_UNROLL
     for (int t = 0; t < 2 * T; ++t)
@@ -41,23 +41,23 @@ TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stri
 }
 
 template <int R, int T>
-TQ_INLINE void micro_sign(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups,
+TQ_INLINE void micro_sign(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t quads,
                           int32_t* acc, bool resume) {
   __m256i c[R][2 * T];
   load_sums<R, T>(acc, resume, c);
-  for (; groups >= 16; groups -= 16, a += step, b += kAlignK * kTileN) micro_groups<R, T>(a, b, tile_stride, 16, c);
-  micro_groups<R, T>(a, b, tile_stride, groups, c);
+  for (; quads >= 16; quads -= 16, a += step, b += kAlignK * kTileN) micro_quads<R, T>(a, b, tile_stride, 16, c);
+  micro_quads<R, T>(a, b, tile_stride, quads, c);
   store_sums<R, T>(acc, c);
 }
 
 // One row, one tile: c[q] holds the sums of (k0, k1) and of (k2, k3) for 4 columns.
-TQ_INLINE void micro_widen(const uint8_t* a, int64_t step, const int8_t* b, int64_t groups, int32_t* acc, bool resume) {
+TQ_INLINE void micro_widen(const uint8_t* a, int64_t step, const int8_t* b, int64_t quads, int32_t* acc, bool resume) {
   __m256i c[4];
   TQ_UNROLL
   for (int q = 0; q < 4; ++q) c[q] = _mm256_setzero_si256();
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < quads; ++g) {
     int32_t four;
-    __builtin_memcpy(&four, a + g / 16 * step + g % 16 * kGroupK, 4);
+    __builtin_memcpy(&four, a + g / 16 * step + g % 16 * kQuadK, 4);
     const __m256i x = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
     TQ_UNROLL
     for (int q = 0; q < 4; ++q) {
@@ -75,12 +75,12 @@ TQ_INLINE void micro_widen(const uint8_t* a, int64_t step, const int8_t* b, int6
 }
 
 template <int R, int T>
-static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t quads, int32_t* acc,
                   bool resume, bool minus_128) {
-  if (!minus_128) return micro_sign<R, T>(a, step, b, tile_stride, groups, acc, resume);
+  if (!minus_128) return micro_sign<R, T>(a, step, b, tile_stride, quads, acc, resume);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t)
-      micro_widen(a + r * kAlignK, step, b + t * tile_stride, groups, acc + (r * T + t) * kTileN, resume);
+      micro_widen(a + r * kAlignK, step, b + t * tile_stride, quads, acc + (r * T + t) * kTileN, resume);
 }
 
 #include "all.inc"

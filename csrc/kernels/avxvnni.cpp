@@ -16,9 +16,9 @@ constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
 // A weight tile is two registers wide; 6 rows x 2 = 12 of the 16 registers accumulate.
 template <int R, int T>
-TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t groups,
-                            __m256i (&c)[R][2 * T]) {
-  for (int64_t g = 0; g < groups; ++g, a += kGroupK, b += kTileN * kGroupK) {
+TQ_INLINE void micro_quads(const uint8_t* a, const int8_t* b, int64_t tile_stride, int64_t quads,
+                           __m256i (&c)[R][2 * T]) {
+  for (int64_t g = 0; g < quads; ++g, a += kQuadK, b += kTileN * kQuadK) {
     __m256i w[2 * T];
     TQ_UNROLL
     for (int t = 0; t < 2 * T; ++t)
@@ -35,12 +35,12 @@ TQ_INLINE void micro_groups(const uint8_t* a, const int8_t* b, int64_t tile_stri
 }
 
 template <int R, int T>
-static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t groups, int32_t* acc,
+static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_stride, int64_t quads, int32_t* acc,
                   bool resume, bool /*minus_128*/) {
   __m256i c[R][2 * T];
   load_sums<R, T>(acc, resume, c);
-  for (; groups >= 16; groups -= 16, a += step, b += kAlignK * kTileN) micro_groups<R, T>(a, b, tile_stride, 16, c);
-  micro_groups<R, T>(a, b, tile_stride, groups, c);
+  for (; quads >= 16; quads -= 16, a += step, b += kAlignK * kTileN) micro_quads<R, T>(a, b, tile_stride, 16, c);
+  micro_quads<R, T>(a, b, tile_stride, quads, c);
   store_sums<R, T>(acc, c);
 }
 

@@ -13,7 +13,7 @@ struct FakeQuantizeArgs {
   const void* x;
   void* out;      // of x's type, or null
   uint8_t* bits;  // one bit an element: the rounded value lies in [lo, hi]; or null
-  int64_t bit;    // where in the first byte the first element's bit is; what stands below it is kept
+  int64_t bit;    // position of the first element's bit in the first byte; the bits below it are kept
   int64_t n;
   FloatType type;
   bool by_element;  // the five pointers below hold n values instead of 1
@@ -24,7 +24,7 @@ struct FakeQuantizeArgs {
   const float* hi;
 };
 
-// What a learned step's backward pass makes of a run. With v = x / scale, inside where lo < v < hi (strictly):
+// The backward pass of a learned step over a run. With v = x / scale, inside where lo < v < hi (strictly):
 //   grad_x = inside ? grad : 0;  offset_sum += inside ? 0 : grad
 //   scale_sum += grad * (inside ? rint(v) - v : clamp(v, lo, hi) + zero)
 struct LearnedBackwardArgs {

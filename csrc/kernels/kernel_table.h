@@ -1,8 +1,8 @@
 // What the file of an instruction set exports: one constant table of function pointers. No torch header.
 //
-// The list of kernels is written once, as the macro below. The fields of the table, the assignment of each kernel to the
-// field of its own name (all.inc) and the tests that look for an empty field are all made from it: two kernels of one
-// signature cannot change places, and a kernel that an instruction set lacks does not compile.
+// The list of kernels is written once, as the macro below. The fields of the table, the assignment of each kernel to
+// the field of its own name (all.inc) and the tests that look for an empty field are all made from it: two kernels of
+// one signature cannot change places, and a kernel that an instruction set lacks does not compile.
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@ namespace torchquant {
 struct CopyRowsArgs {
   const uint8_t* x;
   int64_t x_stride, k;
-  bool x_signed;  // how x reads; the panel reads as x + shift
+  bool x_signed;  // whether x is int8; the panel's values are x + shift
   int32_t shift;
   uint8_t* q;  // the panel, padded with zeros
   int64_t panel_rows;
@@ -20,7 +20,8 @@ struct CopyRowsArgs {
   int32_t* row_term;        // [m] or null
 };
 
-// C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale weight_scale + bias))
+// C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale
+// weight_scale + bias))
 struct GemmArgs {
   const uint8_t* a;  // the panel
   int64_t panel_rows, k, n;
@@ -42,8 +43,8 @@ struct GemmArgs {
   int64_t ldc;
 };
 
-// int32 accumulators hold this many products of any unsigned by signed byte: 255 * 128 * 65,793 < 2^31. With zero
-// points on both sides the *final* value fits while 255 * 255 * K does (numerics.md, section 3).
+// An int32 accumulator can hold this many products of any unsigned by signed byte: 255 * 128 * 65,793 < 2^31. With zero
+// points on both sides the *final* value fits as long as 255 * 255 * K does.
 inline constexpr int64_t kMaxProductK = 65793;
 inline constexpr int64_t kMaxChunkK = 65728;  // a multiple of 64
 inline constexpr int64_t kMaxExactK = 33025;

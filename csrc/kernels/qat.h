@@ -17,7 +17,7 @@ struct QuantizePackArgs {
   RowMode mode;  // kStatic: with the scales in `scale`, zero point 0
   int32_t qmin, qmax;
   int8_t* packed;
-  float* scale;   // [n]; NaN where the row must give NaN, its q are 0 then
+  float* scale;   // [n]; NaN where the outputs of the row must be NaN; its q are 0 then
   int32_t* zero;  // [n]
 };
 

@@ -1,5 +1,5 @@
-// Target regions: one translation unit holds code for an instruction set that the rest of the library is not built
-// for. Two compilers, two spellings, one macro pair. Rules (each was a bug somewhere):
+// Target regions: one translation unit contains code for an instruction set that the rest of the library is not built
+// for. Two compilers have two spellings; one pair of macros covers both. Rules (each was a bug somewhere):
 // - include every header first, open the region last: a header's inline function compiled inside the region may be
 //   the copy the linker keeps, and then runs on CPUs without the instruction set;
 // - for the same reason: a namespace per instruction set around the .inc files, and no std:: templates inside;

@@ -1,10 +1,12 @@
-"""The kernels without torch: tests/native/build.py builds and runs what this file asks for.
+"""The kernels and the core without torch: tests/native/build.py builds and runs the native tests.
 
-Building them takes minutes, so that is left to ``-m slow`` and to .ci/run, which runs all variants;
-what always runs is the proof that the sanitizers, as they are set up, see a mistake.
+Building them takes minutes, so only ``-m slow`` and .ci/run do that. Always tested: the interface
+of the core is C, the core includes nothing of torch, and the sanitizers with these flags find
+mistakes.
 """
 
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -33,14 +35,53 @@ def run(build: ModuleType, variant: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "address", "thread"])
 def test_kernels(build: ModuleType, variant: str) -> None:
-    output = run(build, variant)
-    assert "cases" in output or "calls from" in output
-    print(output)
+    print(run(build, variant))  # fails where a program ran no case
 
 
 @pytest.mark.slow
 def test_fuzzer(build: ModuleType) -> None:
     print(build.run_fuzzer(20, 1))
+
+
+@pytest.mark.parametrize("output", ["0 core cases: none", "0 calls from 4 threads", "", "cases"])
+def test_no_case_is_a_failure(build: ModuleType, output: str) -> None:
+    with pytest.raises(AssertionError, match="no case ran"):
+        build.require_cases(output, r"(\d+) (core cases|calls from)")
+
+
+def test_the_core_has_a_c_interface(build: ModuleType) -> None:
+    try:
+        build.check_interface()
+    except build.Skipped as reason:
+        pytest.skip(str(reason))
+
+
+def files_below_the_core(build: ModuleType) -> list[Path]:
+    """The core, and every file of csrc that it includes, directly or through another file."""
+    csrc = build.ROOT / "csrc"
+    waiting, found = [*build.CORE, build.INTERFACE], set()
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'#include\s+"([^"]+)"', path.read_text()):
+            near = path.parent / name
+            waiting.append(near if near.is_file() else csrc / name)
+    return sorted(found)
+
+
+def test_the_core_includes_nothing_above_it(build: ModuleType) -> None:
+    """No header of torch, ATen, c10, Python or pybind11; no file of the operators' folders."""
+    allowed = {*build.CORE_FOLDERS}
+    files = files_below_the_core(build)
+    assert len(files) > 40
+    for path in files:
+        place = path.relative_to(build.ROOT / "csrc").parts
+        assert len(place) == 1 or place[0] in allowed, path
+        for header in re.findall(r"#include\s+<([^>]+)>", path.read_text()):
+            library = header.partition("/")[0]
+            assert library not in {"torch", "ATen", "c10", "pybind11", "Python.h"}, (path, header)
 
 
 MISTAKES = {

@@ -1,5 +1,5 @@
-// All that the native tests know of the kernels' argument structs and of the panel's layout: when those change, this
-// file follows and the tests stay.
+// The kernels' argument structs and the panel's layout are used in this file only: when they change, this file changes
+// and the tests of single kernels stay.
 #pragma once
 
 #include <cstdint>
@@ -59,8 +59,8 @@ inline int64_t panel_rows(const KernelTable& table, int64_t m) { return torchqua
 inline int64_t panel_size(const KernelTable& table, int64_t m, int64_t k) {
   return torchquant::panel_bytes(m, k, panel_rows(table, m));
 }
-inline int64_t tile_unit(const KernelTable& table) { return table.tile_block; }  // in which tiles are shared out
-// q as numerics.md means it, of a panel that was filled from floats.
+inline int64_t tile_unit(const KernelTable& table) { return table.tile_block; }  // threads share tiles in this unit
+// q as the specification defines it, of a panel that was filled from floats.
 inline int32_t as_value(const KernelTable& table, uint8_t byte) {
   return table.panel_offset ? static_cast<int32_t>(byte) - table.panel_offset : static_cast<int8_t>(byte);
 }

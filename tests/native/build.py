@@ -1,15 +1,19 @@
-"""Builds and runs the torch-free tests of the kernels, under the sanitizers and the fuzzer.
+"""Builds and runs the torch-free tests of the kernels and of the core.
 
     python tests/native/build.py [--variants plain address thread fuzz] [--seconds 30] [--times 1]
 
-    plain     as the package is compiled; test_kernels
-    address   AddressSanitizer and UndefinedBehaviorSanitizer; test_kernels
-    thread    ThreadSanitizer; test_threads
-    fuzz      coverage-guided (libFuzzer, guard pages) where a clang has it, else the same target
-              under "address" on random inputs; the output says which, and how many cases ran
+    plain     as the package is compiled; test_kernels, test_core
+    address   AddressSanitizer and UndefinedBehaviorSanitizer; test_kernels, test_core
+    thread    ThreadSanitizer; test_threads, test_core with threads that run at once
+    fuzz      coverage-guided (libFuzzer, guard pages) where a clang has it; otherwise the same
+              target under "address" on random inputs. The output names the kind and the number of
+              cases
 
 The compiler is $CXX, or g++. The output names each sanitizer that it lacks. Objects are kept in
 build/native, by the hash of the text that they are made from.
+
+Nothing here has a path to torch's headers: a torch header in the core, in the kernels, in the
+formats or in isa.h does not compile, and neither does an interface that is no C.
 """
 
 from __future__ import annotations
@@ -23,15 +27,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "native"
-KERNELS = sorted(
-    [*ROOT.glob("csrc/kernels/*.cpp"), *ROOT.glob("csrc/formats/*.cpp"), ROOT / "csrc/isa.cpp"]
-)
+INTERFACE = ROOT / "csrc/core/torchquant_core.h"
+CORE_FOLDERS = ("core", "formats", "kernels")
+CORE = sorted(path for folder in CORE_FOLDERS for path in ROOT.glob(f"csrc/{folder}/*.cpp"))
+CORE.append(ROOT / "csrc/isa.cpp")
 
 # -ffp-contract=off as in setup.py: the reference is held to the same arithmetic.
 COMMON = ["-std=c++17", "-fno-fast-math", "-ffp-contract=off", "-pthread"]
@@ -124,12 +130,53 @@ def run(program: Path, *arguments: str, timeout: float = 1500) -> str:
     return result.stdout.strip() + result.stderr
 
 
+def check_interface() -> None:
+    """The core's interface is C: it compiles as C99, without a warning and without C++."""
+    source = BUILD / f"interface-{os.getpid()}.c"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    source.write_text(f'#include "{INTERFACE.relative_to(ROOT / "csrc")}"\n')
+    try:
+        flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+        command = [*compiler(), "-x", "c", *flags, *INCLUDES, str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        source.unlink()
+    if result.returncode != 0:
+        raise AssertionError(f"{INTERFACE.name} is no C header:\n{result.stderr}")
+
+
+# What each variant runs: a program, its arguments from --times on, and what its output counts.
+PROGRAMS: dict[str, list[tuple[str, Callable[[int], list[str]], str]]] = {
+    "plain": [
+        ("test_kernels", lambda times: [str(times)], r"(\d+) linear cases"),
+        ("test_core", lambda times: [str(times)], r"(\d+) core cases"),
+    ],
+    "thread": [
+        ("test_threads", lambda times: [str(12 * times)], r"(\d+) calls from"),
+        ("test_core", lambda times: [str(times), "0", "threads"], r"(\d+) core cases"),
+    ],
+}
+PROGRAMS["address"] = PROGRAMS["plain"]
+
+
 def run_test(variant: str, times: int) -> str:
+    """The outputs of the variant's programs; raises where one fails or ran no case."""
     cxx, flags = compiler(), FLAGS[variant]
     require(cxx, flags)
-    name = "test_threads" if variant == "thread" else "test_kernels"
-    program = build(f"{name}-{variant}", [HERE / f"{name}.cpp", *KERNELS], cxx, flags)
-    return run(program, str(12 * times if variant == "thread" else times))
+    check_interface()
+    outputs = []
+    for name, arguments, counted in PROGRAMS[variant]:
+        program = build(f"{name}-{variant}", [HERE / f"{name}.cpp", *CORE], cxx, flags)
+        outputs.append(require_cases(run(program, *arguments(times)), counted))
+    return "; ".join(outputs)
+
+
+def require_cases(output: str, counted: str) -> str:
+    """The output; raises unless it counts a case. ``counted``: a pattern with the number."""
+    found = re.search(counted, output)
+    if found is None or int(found.group(1)) == 0:
+        raise AssertionError(f"no case ran: expected {counted!r}, above 0, in {output!r}")
+    return output
 
 
 def fuzzing_clang() -> list[str] | None:
@@ -152,10 +199,11 @@ def run_fuzzer(seconds: float, seed: int) -> str:
     corpus.mkdir(parents=True, exist_ok=True)
     options = [f"-max_total_time={int(seconds)}", f"-seed={seed}"]
     if clang is not None:
-        sources = [HERE / "fuzz_kernels.cpp", *KERNELS]
+        sources = [HERE / "fuzz_kernels.cpp", *CORE]
         program = build("fuzz_kernels-libfuzzer", sources, clang, FLAGS["libfuzzer"])
         options += ["-max_len=96", "-timeout=60", "-rss_limit_mb=4096", str(corpus)]
         output = run(program, *options, timeout=seconds + 600)
+        require_cases(output, r"Done (\d+) runs")
         done = re.findall(r"^Done .*|cov: \d+", output, re.MULTILINE)
         return f"{clang[0]}, guided by coverage: {done[-1]}, {done[-2]}"
     sanitized = "address"
@@ -163,9 +211,9 @@ def run_fuzzer(seconds: float, seed: int) -> str:
         require(compiler(), FLAGS[sanitized])
     except Skipped:
         sanitized = "plain"
-    sources = [HERE / "fuzz_kernels.cpp", HERE / "fuzz_driver.cpp", *KERNELS]
+    sources = [HERE / "fuzz_kernels.cpp", HERE / "fuzz_driver.cpp", *CORE]
     program = build(f"fuzz_kernels-{sanitized}", sources, compiler(), FLAGS[sanitized])
-    output = run(program, *options, timeout=seconds + 600)
+    output = require_cases(run(program, *options, timeout=seconds + 600), r"Done (\d+) runs")
     return f"no clang with libFuzzer, {sanitized} build: {output}"
 
 

@@ -1,5 +1,5 @@
-// Where a case comes from: bytes (the fuzzer's, read as decisions; zeros when they are used up), then, for the bulk of
-// the values, a generator that a decision has seeded.
+// The source of a case: bytes (of the fuzzer, read as decisions; zeros after the last one), and, for the bulk of the
+// values, a generator whose seed is one of the decisions.
 #pragma once
 
 #include <cstddef>

@@ -226,7 +226,7 @@ inline int64_t element_bytes(OutType type) {
   return type == OutType::kF32 || type == OutType::kI32 ? 4 : (type == OutType::kBF16 || type == OutType::kF16 ? 2 : 1);
 }
 
-// Rows and tiles in parts, as threads would share them; where the parts lie, `cut` decides.
+// Rows and tiles in parts, as threads would share them; `cut` determines the parts.
 inline void run(const KernelTable& table, Linear& l, Scratch& scratch, Place place, uint64_t cut, Panel& panel) {
   Memory& memory = scratch.memory;
   memory.begin(place);
@@ -311,7 +311,7 @@ inline void check_output(const Case& c, const KernelTable& table, const Expected
   }
 }
 
-// The reference's activation is the scalar path's in fp32, once that lies within its bound of the true function.
+// The reference's activation is the scalar path's in fp32, after a check of its distance from the true function.
 inline void apply_activation(Case& c, Scratch& scratch, Expected& e) {
   const Linear& l = c.l;
   if (l.activation == Activation::kNone) return;

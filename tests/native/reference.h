@@ -1,5 +1,6 @@
-// numerics.md once more, as naively as possible: sums in 64 bits over (q - zero)(w - zero), no compensation, no blocks,
-// float formats by definition instead of by bits. Compiled with the same flags, shares no code with the kernels.
+// The specification (torchquant/functional) once more, as naively as possible: sums in 64 bits over (q - zero)(w -
+// zero), no compensation, no blocks, float formats by definition instead of by bits. It is compiled with the same flags
+// as the kernels and shares no code with them.
 #pragma once
 
 #include <algorithm>

@@ -1,0 +1,86 @@
+// The core without torch, through its C interface: every family on every instruction set of this machine, on one thread
+// and with the work divided at random places, in memory that ends at (or begins behind) an unmapped page.
+// Arguments: how many times (1), the seed (0), "threads" for threads that run at once.
+#include <array>
+
+#include "core_layer_case.h"
+#include "core_linear_case.h"
+#include "core_span_case.h"
+
+namespace {
+
+using namespace native;
+
+struct Kind {
+  const char* name;
+  int64_t cases;
+  void (*check)(Trial&);
+};
+
+void check_linear(Trial& trial) {
+  Case c = draw_case(trial.draw, trial.inputs);
+  trial.place = c.place;
+  Expected expected = expected_of(c);
+  Scratch scratch;
+  if (!c.raw) apply_activation(c, scratch, expected);
+  check_core_linear(c, trial, expected, trial.draw.seed());
+}
+
+constexpr Kind kKinds[] = {
+    {"linear", 60, check_linear},
+    {"quantize_pack", 60, check_core_quantize_pack},
+    {"affine", 150, check_core_affine},
+    {"activation", 150, check_core_activation},
+    {"norm", 100, check_core_norm},
+    {"attention", 40, check_core_attention},
+    {"fake_quantize", 150, check_core_fake_quantize},
+    {"learned", 100, check_core_learned},
+    {"minmax", 100, check_core_minmax},
+    {"fake_quantize_rows", 60, check_core_fake_quantize_rows},
+};
+
+// Calls on no elements at all change nothing and succeed.
+void check_empty_calls() {
+  const tq_linear_input in{};
+  const tq_linear_part part{};
+  const tq_activation_call activation{};
+  const tq_norm_call norm{};
+  const tq_spans none = tq_spans_per_group(0, 5, 2);
+  const tq_scales scales{};
+  float low = 0.0f, high = 0.0f;
+  int64_t nonfinite = 7;
+  CHECK(tq_linear(&in, &part, 1, nullptr) == TQ_OK, "linear of no rows");
+  CHECK(tq_activate(&activation, nullptr) == TQ_OK, "activation of nothing");
+  CHECK(tq_normalize(&norm, nullptr) == TQ_OK, "norm of no rows");
+  CHECK(tq_quantize(nullptr, TQ_F32, nullptr, TQ_I8, &none, &scales, nullptr) == TQ_OK, "quantize of nothing");
+  CHECK(tq_minmax(nullptr, TQ_F32, &none, 1, &low, &high, &nonfinite, nullptr) == TQ_OK, "minmax of nothing");
+  CHECK(std::isinf(low) && low > 0 && std::isinf(high) && high < 0 && nonfinite == 0, "minmax of nothing has no range");
+  CHECK(tq_set_active_isa(tq_isa_count() - 1) == (tq_isa_usable(tq_isa_count() - 1) ? TQ_OK : TQ_UNUSABLE_ISA),
+        "an instruction set is active exactly where it is usable");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t times = argc > 1 ? std::atoll(argv[1]) : 1;
+  Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  const bool real_threads = argc > 3 && !std::strcmp(argv[3], "threads");
+  check_empty_calls();
+  Memory inputs, outputs;
+  std::string counts;
+  int64_t cases = 0;
+  for (const Kind& kind : kKinds) {
+    const int64_t count = std::max<int64_t>(1, kind.cases * times / (real_threads ? 10 : 1));
+    for (int64_t i = 0; i < count; ++i) {
+      std::array<uint8_t, 96> bytes;
+      for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next());
+      Draw draw(bytes.data(), bytes.size());
+      Trial trial{draw, inputs, outputs, real_threads};
+      kind.check(trial);
+    }
+    counts += (counts.empty() ? "" : ", ") + std::to_string(count) + " " + kind.name;
+    cases += count;
+  }
+  std::printf("%ld core cases: %s\n", long(cases), counts.c_str());
+  return 0;
+}
