@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REFERENCE
 from support.affine import (
     INF,
     LARGEST,
     NAN,
-    REFERENCE,
     any_float,
     finite,
     same_bits,

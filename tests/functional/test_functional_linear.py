@@ -3,12 +3,12 @@
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REFERENCE
 
 from torchquant.functional import (
     ACTIVATIONS,
@@ -25,7 +25,6 @@ from torchquant.functional import (
 from torchquant.scheme import PerAxis
 
 NAN, INF = math.nan, math.inf
-REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def integers(shape, seed=0, dtype=torch.int8):

@@ -10,6 +10,7 @@ from support import (
     assert_same_bits,
     floats,
     generator,
+    leaf,
 )
 from support.operands import (
     BIAS,
@@ -23,7 +24,6 @@ from support.operands import (
     N,
     Q,
     X,
-    leaf,
 )
 from torch import Tensor
 from torch.nn import functional as F

@@ -90,7 +90,3 @@ def layers(
         activations=list(activations),
         **options,
     )
-
-
-def leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
