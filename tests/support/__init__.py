@@ -1,4 +1,4 @@
-"""What several test files share: shapes by class, tensors in every layout, bitwise comparison."""
+"""Shapes by class, tensors in every layout and bitwise comparison, for all tests."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ DENORMAL = 2.0**-149
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = tuple(functional.ACTIVATIONS)
 REFERENCE = Path(__file__).parents[1] / "reference"  # numbers of the source systems
-# Both zeros, ties, the ends of each float type and what lies beyond them.
+# Both zeros, ties, the ends of each float type and values beyond them.
 SPECIAL = (0.0, -0.0, 0.5, 1.5, -2.5, 126.5, 1.0, -1.0, 65504.0, -65520.0, 2.0**-126, -(2.0**-140))
 EXTREME = (FLT_MAX, -FLT_MAX, DENORMAL, -DENORMAL, 2.0**31, -(2.0**63))
 NOT_FINITE = (NAN, INF, -INF)
@@ -56,7 +56,7 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: object = "") -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with so many threads."""
+    """Run the block with ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -91,7 +91,7 @@ def check_everywhere(
 
 
 def supported_isas() -> set[str]:
-    """What this CPU and operating system can run, by Linux's account instead of our cpuid code."""
+    """The instruction sets of this CPU and operating system, from Linux instead of our cpuid code."""
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):

@@ -1,4 +1,4 @@
-"""What the tests of quantize and dequantize share."""
+"""Numbers and comparison for the tests of quantize and dequantize."""
 
 import math
 

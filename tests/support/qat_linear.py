@@ -1,4 +1,4 @@
-"""Arguments of qat_linear in all its modes, and what it has to give."""
+"""Arguments of qat_linear in all its modes, and the expected results."""
 
 from typing import Any
 

@@ -29,7 +29,7 @@ def fake_quantize(
     qmax: int = 127,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
-    """Quantize and dequantize in one pass: round each value to the nearest one with an integer.
+    """Quantize and dequantize in one pass: the value of the integer that each element becomes.
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``; widened to float32 exactly.
