@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support import Shape, floats, integers
+from support import Shape, floats, integers, leaf
 from support.aten import KERNELS as NAMESPACE
 from support.aten import arguments
 from support.case_operands import ONE, ZERO, Operands
@@ -51,7 +51,7 @@ class Case:
         """The arguments by name, for ``namespace`` on ``device``; those with gradients are new."""
         _, values = arguments(namespace, device, **self.given)
         for name in self.gradients if gradients else ():
-            values[name] = values[name].detach().clone().requires_grad_()
+            values[name] = leaf(values[name])
         required = (a.name for a in schema(self.operator) if not a.has_default_value())
         return {name: None for name in required if name not in values} | values
 

@@ -1,9 +1,8 @@
-"""Loads ``torchquant._C``, after making sure that it fits the installed torch.
+"""Loads ``torchquant._C`` after checking that it fits the installed torch.
 
-A C++ extension works only with the torch release that it was compiled against; with another one
-the dynamic linker stops at some mangled symbol, or worse, nothing stops. ``setup.py`` therefore
-records the release in ``torchquant/_build_info.py``, and `load` compares it before it touches the
-library.
+A C++ extension works only with the torch release that it was compiled against. With another release
+the dynamic linker reports a missing symbol or, worse, nothing does. ``setup.py`` therefore records
+the release in ``torchquant/_build_info.py``, and `load` compares it before it opens the library.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-import torch  # before the library: its OpenMP runtime has to be the one in the process
+import torch  # before the library, so that the process uses torch's OpenMP runtime
 
-# pip keeps the wheels that it built, for whichever torch: without the cache it builds again.
+# pip caches the wheels that it built, whatever the torch version; without the cache it rebuilds.
 REBUILD = (
     "pip install --force-reinstall --no-deps --no-cache-dir torchquant "
     "(in a checkout: pip install -e .)"
@@ -24,10 +23,10 @@ REBUILD = (
 
 
 def same_torch(built_for: str, found: str) -> bool:
-    """Whether a library built for one torch version can be loaded into the other.
+    """True if a library built for one torch version can be loaded into the other.
 
-    Local parts (``+cpu``, ``+cu130``) name variants of one release and do not matter. In
-    pre-releases and builds from source they name the commit, and do.
+    Local parts (``+cpu``, ``+cu130``) name variants of one release and are ignored. In
+    pre-releases and builds from source they name the commit and are compared.
 
     >>> same_torch("2.13.0+cpu", "2.13.0"), same_torch("2.13.0", "2.13.1")
     (True, False)
@@ -41,7 +40,7 @@ def same_torch(built_for: str, found: str) -> bool:
 
 
 def check_torch(built_for: str, found: str) -> None:
-    """Raise ImportError where the library was built for another torch than the one found.
+    """Raise ImportError if the library was built for a torch version other than the one found.
 
     >>> check_torch("2.13.0+cpu", "2.13.0+cu130")
     >>> check_torch("2.12.0", "2.13.0")
@@ -69,7 +68,7 @@ def load() -> ModuleType:
     if not (folder / "_build_info.py").is_file():
         raise ImportError(
             f"torchquant's build record (_build_info.py) is missing in {folder}: the library "
-            f"beside it cannot be trusted to fit this torch. Build it again: {REBUILD}"
+            f"in it may not fit this torch. Build it again: {REBUILD}"
         )
     info = importlib.import_module("torchquant._build_info")
     check_torch(info.TORCH_VERSION, torch.__version__)
@@ -83,7 +82,7 @@ def load() -> ModuleType:
 
 
 def missing_library_message(folder: Path) -> str:
-    """What to say where ``folder`` holds no library that this Python can load."""
+    """The error message for a folder without a library that this Python can load."""
     others = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
     found = f"only for another Python ({', '.join(others)})" if others else "missing"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,9 +1,8 @@
-"""Instruction sets: which there are, which one runs, and how to choose another.
+"""Instruction sets: list them, see which one is active, and choose another.
 
-All instruction sets give the same bits; choosing one is for tests, for measuring, and for machines
-where the widest one slows its neighbours. The choice holds for the whole process, all threads.
-
-The environment variable ``TORCHQUANT_ISA`` sets it before the first call.
+All instruction sets give the same bits. Choosing one is for tests, for measurements, and for
+machines where the widest one slows down other programs. The choice applies to the whole process
+with all its threads. The environment variable ``TORCHQUANT_ISA`` makes it before the first call.
 
 Example:
     >>> "scalar" in available_isas()
@@ -36,7 +35,7 @@ __all__ = [
 
 
 def built_isas() -> tuple[str, ...]:
-    """Instruction sets that this build holds kernels for, best first.
+    """Return the instruction sets that this build has kernels for, best first.
 
     Example:
         >>> built_isas()[-1]
@@ -46,7 +45,7 @@ def built_isas() -> tuple[str, ...]:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that are built and that this CPU and system support, best first.
+    """Return the built instruction sets that this CPU and operating system support, best first.
 
     Example:
         >>> set(available_isas()) <= set(built_isas())
@@ -56,7 +55,7 @@ def available_isas() -> tuple[str, ...]:
 
 
 def active_isa() -> str:
-    """The instruction set that runs now.
+    """Return the active instruction set.
 
     Example:
         >>> active_isa() in available_isas()
@@ -66,7 +65,7 @@ def active_isa() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as it reports it.
+    """Return the processor's name as reported by the CPU.
 
     Example:
         >>> len(cpu_name()) > 0
@@ -76,13 +75,14 @@ def cpu_name() -> str:
 
 
 def use_isa(name: str) -> AbstractContextManager[None]:
-    """Run with another instruction set, in the whole process, until the block ends.
+    """Run the whole process with another instruction set until the block ends.
 
     Args:
         name: one of :func:`available_isas`.
 
     Raises:
-        ValueError: the name is unknown, or this CPU does not support it; lists the valid ones.
+        ValueError: the name is unknown or this CPU does not support it; the message lists the valid
+            names.
 
     Example:
         >>> with use_isa(available_isas()[-1]):

@@ -3,18 +3,16 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REFERENCE
 
 from torchquant import compat
 from torchquant.functional import quantized_linear
-
-REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def load(name):

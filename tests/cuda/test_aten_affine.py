@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     DENORMAL,
-    EXTREME,
     FLOATS,
     FLT_MAX,
     LAYOUTS,
     NAN,
     NOT_FINITE,
-    SPECIAL,
+    SPICES,
     floats,
     generator,
     in_layout,
@@ -28,12 +27,6 @@ from torch import Tensor
 
 from torchquant.scheme import quant_range
 
-SPICES: dict[str, tuple[float, ...]] = {
-    "plain": (),
-    "special": SPECIAL,
-    "extreme": SPECIAL + EXTREME,
-    "not_finite": SPECIAL + NOT_FINITE,
-}
 KINDS = ("tensor", "axis", "groups", "tokens")
 ZEROS = ("none", "one", "each", "real", "each real")
 ODD_SCALES = (2.0**-126, FLT_MAX, NAN, 1.0)

@@ -18,7 +18,7 @@ from support import (
     NAN,
     NOT_FINITE,
     SHAPES,
-    SPECIAL,
+    SPICES,
     Shape,
     assert_same_bits,
     floats,
@@ -40,12 +40,6 @@ from torch import Tensor
 
 from torchquant.scheme import quant_range
 
-SPICES: dict[str, tuple[float, ...]] = {
-    "plain": (),
-    "special": SPECIAL,
-    "extreme": SPECIAL + EXTREME,
-    "not_finite": SPECIAL + NOT_FINITE,
-}
 ROWS = st.one_of(st.integers(0, 40), st.sampled_from([16, 17, 31, 32, 33, 64, 65]))
 SIZES = st.one_of(
     st.integers(1, 10),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REFERENCE
 from support.affine import (
     INF,
     LARGEST,
     NAN,
-    REFERENCE,
     any_float,
     finite,
     same_bits,
@@ -277,8 +277,8 @@ def test_real_zero_point_reference(kind):
     assert scale.item() == pytest.approx(expected["scale"], rel=2e-7)
     assert zero_point.item() == pytest.approx(expected["zero_point"], rel=2e-7)
     q = quantize(x, scale, zero_point, qmin=expected["qmin"], qmax=expected["qmax"])
-    # With the midpoint as zero point the minimum lies exactly between two integers (-127.5): fp32
-    # sees the tie and goes to even, the reference's float64 lands beside it. test_compat.py
+    # With the midpoint as zero point the minimum is exactly between two integers (-127.5): fp32
+    # rounds the tie to even, the reference's float64 is next to it. test_compat.py
     # reproduces that integer too.
     tie = x == x.min() if kind == "signed_midpoint" else torch.zeros_like(x, dtype=torch.bool)
     integers, reference_integers = q.int(), torch.tensor(expected["quantized"])

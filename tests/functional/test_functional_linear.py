@@ -3,12 +3,12 @@
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REFERENCE
 
 from torchquant.functional import (
     ACTIVATIONS,
@@ -25,7 +25,6 @@ from torchquant.functional import (
 from torchquant.scheme import PerAxis
 
 NAN, INF = math.nan, math.inf
-REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def integers(shape, seed=0, dtype=torch.int8):
@@ -128,7 +127,7 @@ def test_extreme_sums_are_exact(inner, zero_points):
 
 
 def test_float_bias_is_fused():
-    # acc * scale lies half a step from a multiple: only one rounding gives the right side
+    # acc * scale is half a step from a multiple: only a single rounding gives the right side
     x = torch.full((1, 1), 1, dtype=torch.int8)
     w = torch.full((1, 1), 3, dtype=torch.int8)
     scale = torch.tensor([1 + 2.0**-23])
@@ -309,7 +308,7 @@ def test_reference_fully_connected_layer():
     }
     y = quantized_linear(qx, qweight, qbias, **arguments, input_zero_point=input_zero_point)
     assert y.tolist() == reference["expected_output"]
-    # The shifted bias says the same to a layer that is not told the zero point.
+    # The shifted bias is for a layer without an input zero point.
     assert torch.equal(quantized_linear(qx, qweight, shifted, **arguments), y)
 
 

@@ -16,13 +16,13 @@ from torchquant.scheme import PerAxis, PerGroup
 # Packing moves integers in memory and computes nothing: csrc/formats describes it.
 WITHOUT_SPECIFICATION = {"pack_weight", "unpack_weight"}
 
-# The wrappers say with one argument which elements share a scale.
+# The wrappers have one argument for which elements share a scale.
 GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
 
-# The specification takes the int8 weight, whose shape tells out_features, and masks of bools.
+# The specification takes the int8 weight, whose shape includes out_features, and bool masks.
 CANONICAL = {"packed": "weight", "bits": "mask"}
 TOLD_BY_THE_WEIGHT = {"int8_mm", "linear_dynamic", "linear_static"}
-# What only the specification takes: an oracle's precision, and the bits that linear_dynamic has.
+# Arguments of the specification only: an oracle's precision, and the bits of linear_dynamic.
 ONLY_IN_THE_SPECIFICATION = {
     "fake_quantize_learned_backward": {"dtype"},
     "quantize_per_token": {"bits"},
@@ -37,7 +37,7 @@ def parameters(function: Any) -> list[str]:
 def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
     renamed = dict.fromkeys(GRANULARITY.get(a.name, a.name) for a in schema(operator))
     got = parameters(getattr(ops, operator))
-    if "granularity" in renamed:  # stands before dtype in the schema, and at will in the wrapper
+    if "granularity" in renamed:  # its place differs: in the schema it is before dtype
         assert sorted(got) == sorted(renamed)
     else:
         assert got == list(renamed)

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for cases and support
 
 from cases import cases
-from support import FLOATS, Shape
+from support import ACTIVATIONS, FLOATS, Shape
 
 EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 MEMORY = 256 * 2**20
@@ -39,7 +39,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8,
 ODD_DTYPES = (*DTYPES, torch.float64, torch.int64, torch.bool, torch.complex64, torch.int16)
 SMALL_INTEGERS = (0, 1, -1, 2, 16, 17, 127, -128, 255, 256)
 INTEGERS = (*SMALL_INTEGERS, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1, -(2**63))
-TEXTS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "", "é", "GELU", "a" * 999)
+TEXTS = (*ACTIVATIONS, "", "é", "GELU", "a" * 999)
 
 
 class Arguments:
@@ -126,7 +126,7 @@ class Arguments:
             usual = DTYPES[3:5] if self.operator == "quantize" else DTYPES[:3]
             return draw.choice(ODD_DTYPES if self.is_odd() else usual)
         if kind == "str" and not self.is_odd():
-            return draw.choice(TEXTS[:2] if self.one_in(2) else TEXTS[:7])
+            return draw.choice(TEXTS[:2] if self.one_in(2) else ACTIVATIONS)
         if kind == "bool":
             return draw.choice((True, False))
         if not self.is_odd():

@@ -169,14 +169,29 @@ def test_repr() -> None:
     assert "int5 per channel, activations int3 per token" in repr(layer_of(DYNAMIC["w5a3"]))
 
 
-def test_gradients_reach_input_and_bias() -> None:
-    for config in (STATIC["static"], DYNAMIC["w4a8"]):
-        layer = layer_of(config, "relu")
-        x = floats(4, 70).requires_grad_()
-        layer(x).sum().backward()
-        assert x.grad is not None
-        assert layer.bias is not None
-        assert layer.bias.grad is not None
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_of_input_and_bias(name: str) -> None:
+    """The straight-through estimator: through relu, and where the rounded input is in range."""
+    layer = layer_of(CONFIGS[name], "relu")
+    x, grad = floats(9, 70).requires_grad_(), floats(9, 33, seed=1)
+    y = layer(x)
+    y.backward(grad)
+    masked = torch.where(y > 0, grad, 0.0).double()
+    assert 0 < int((y > 0).sum()) < y.numel()
+    zero = 0 if layer.weight_zero_point is None else layer.weight_zero_point.double().view(-1, 1)
+    weight = (layer.qweight.double() - zero) * layer.weight_scale.double().view(-1, 1)
+    passes = torch.ones(9, 70, dtype=torch.bool)
+    if name in STATIC:
+        qmin, qmax = layer.config.activations.range
+        passes = functional.in_range(
+            x.detach(), layer.input_scale, layer.input_zero_point, qmin=qmin, qmax=qmax
+        )
+        assert 0 < int(passes.sum()) < passes.numel()
+    want = torch.where(passes, masked @ weight, 0.0)
+    assert bool((x.grad[~passes] == 0).all())
+    for got, wanted in ((x.grad, want), (layer.bias.grad, masked.sum(0))):
+        tolerance = 1e-5 * float(wanted.abs().max())
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=tolerance)
 
 
 def test_autocast() -> None:

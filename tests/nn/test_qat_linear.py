@@ -381,11 +381,25 @@ def test_gradient_accumulation_adds_up() -> None:
 
 
 def test_a_layer_used_twice_before_one_backward() -> None:
+    """Its gradients are the sums of those of two layers, each used once."""
     for config in ("dynamic", "static", "lsq", "lsq_plus"):
         torch.manual_seed(0)
         layer = QATLinear(16, 16, config=CONFIGS[config], activation="relu")
-        layer(layer(torch.randn(4, 16))).sum().backward()
-        assert layer.weight.grad is not None
+        x, grad = torch.randn(4, 16), torch.randn(4, 16)
+        first = copy.deepcopy(layer)
+        middle = first(x)
+        second = copy.deepcopy(first)  # with the ranges and steps that the first call left
+        want = second(middle)
+        want.backward(grad)
+        got = layer(layer(x))
+        got.backward(grad)
+        assert_same_bits(got.detach(), want.detach(), config)
+        both = zip(first.named_parameters(), second.parameters(), strict=True)
+        wanted = {name: one.grad + two.grad for (name, one), two in both if one.requires_grad}
+        assert "weight" in wanted
+        for name, parameter in layer.named_parameters():
+            assert_same_bits(parameter.grad, wanted[name], (config, name))
+        assert float(wanted["weight"].abs().max()) > 0
 
 
 def test_saved_activations_are_a_third_of_the_float_ones() -> None:

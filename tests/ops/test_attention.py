@@ -89,7 +89,7 @@ def test_error_bound(shape, magnitude):
 
 
 def test_the_order_of_a_product_is_the_promised_one():
-    """Even and odd indices apart, 32 at a time: one score, written out."""
+    """One score, written out: even and odd indices are summed separately, 32 products at a time."""
     q, k, _ = tensors((1, 1, 1, 1, 1, 50, 1))
     a, b = (t.bfloat16().float().flatten() for t in (q, k))
     total = torch.tensor(0.0)
@@ -177,7 +177,7 @@ def test_instruction_sets_agree(batch, heads, queries, keys, d, e, mask, causal,
 
 
 def test_strides_do_not_matter():
-    """Views of projections' outputs, of one fused projection, and what has to be copied."""
+    """Views of projections' outputs and of one fused projection, and layouts that have to be copied."""
     fused = floats(2, 20, 3 * 4 * 8)
     q, k, v = (part.view(2, 20, 4, 8).transpose(1, 2) for part in fused.chunk(3, -1))
     expected = ops.attention(*(t.contiguous() for t in (q, k, v)))

@@ -45,7 +45,7 @@ def compiled(net: nn.Module, **options: Any) -> tuple[Any, CompileCounterWithBac
 
 
 class Taps(nn.Module):
-    """A model that also shows what goes into and comes out of each quantized layer."""
+    """A model that also returns the inputs and outputs of each quantized layer."""
 
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fake quantization: gradients, and what is kept for them."""
+"""Fake quantization: gradients, and the tensors that are saved for them."""
 
 import pytest
 import torch
@@ -211,7 +211,7 @@ def test_forward_mode_raises_instead_of_vanishing():
 
 
 def saved_bytes(call):
-    """Of the tensors that autograd keeps for backward; what the arguments hold anyway is free."""
+    """The bytes of the tensors that autograd saves for backward."""
     sizes = []
 
     def pack(tensor):

@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from support import leaf
 from support.operands import (
     IN_SCALE,
     IN_ZERO,
@@ -14,7 +15,6 @@ from support.operands import (
     N,
     Q,
     X,
-    leaf,
 )
 
 from torchquant import ops

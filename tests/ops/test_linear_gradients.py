@@ -10,6 +10,7 @@ from support import (
     assert_same_bits,
     floats,
     generator,
+    leaf,
 )
 from support.operands import (
     BIAS,
@@ -23,7 +24,6 @@ from support.operands import (
     N,
     Q,
     X,
-    leaf,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,7 +96,7 @@ def test_gradient_of_linear_dynamic(isa, activation, zero, bias, dtype):
 @pytest.mark.parametrize("input_zero", [None, IN_ZERO], ids=["centred", "shifted"])
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["no_bias", "bias"])
 def test_gradient_of_linear_static(activation, zero, input_zero, bias):
-    """Straight through where the rounded value lies within the range, zero outside."""
+    """The gradient passes where the rounded value is in the range and is zero elsewhere."""
     x = torch.randn(6, K, generator=generator(0)) * 2  # about a third of it saturates
     limits = {"input_qmin": -100, "input_qmax": 90}
 
@@ -127,7 +127,7 @@ def test_gradient_of_the_bias_behind_integer_input():
 
 
 def test_rows_outside_fp32_have_no_gradient_of_their_own():
-    """NaN stays visible; other rows' gradients are what they are without it."""
+    """A NaN stays visible and does not change the gradients of other rows."""
     x = X.clone()
     x[2, 3] = math.nan
     for activation in ACTIVATIONS:

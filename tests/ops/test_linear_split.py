@@ -109,7 +109,7 @@ def test_leading_dimensions(isa, leading):
 
 
 def test_rows_that_are_not_finite(isa):
-    """NaN in all outputs of all layers for such a row; the others are what they are without it."""
+    """Such a row gives NaN in all outputs of all layers; other rows do not change."""
     case = layers((16, 33), 64)
     x = sprinkle(floats(20, 64), NOT_FINITE, seed=3)
     broken = ~x.isfinite().all(-1)

@@ -11,8 +11,9 @@ from support import (
     assert_same_bits,
     floats,
     integers,
+    leaf,
 )
-from support.split_layers import layers, leaf
+from support.split_layers import layers
 from torch import Tensor
 
 from torchquant import ops

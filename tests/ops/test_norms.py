@@ -69,7 +69,7 @@ def test_error_bounds(size, offset):
 
 
 def test_the_order_of_the_sum_is_the_promised_one():
-    """Lane i mod 16, in turn; then 8, 4, 2, 1 apart: one row written out."""
+    """One row, written out: element i is added to lane i mod 16, then lanes 8, 4, 2 and 1 apart."""
     x = torch.randn(1, 83, generator=torch.Generator().manual_seed(1))
     lanes = [torch.tensor(0.0)] * 16
     for i, value in enumerate(x[0]):

@@ -1,4 +1,4 @@
-"""Packed weights: their layout, and what is refused as one."""
+"""Packed weights: their layout, and refusals of tensors that are not packed weights."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""qat_linear: mm_fake_quantized, what is kept for backward, and refusals."""
+"""qat_linear: mm_fake_quantized, the tensors saved for backward, and refusals."""
 
 import itertools
 from typing import Any
@@ -63,7 +63,7 @@ def test_a_weight_with_nan_gives_gradients_of_nan() -> None:
 
 
 def saved_bytes(call: Any, but: tuple[Tensor, ...] = ()) -> int:
-    """Bytes that autograd keeps for backward, beside those of the parameters ``but``."""
+    """The bytes that autograd saves for backward, without those of the parameters ``but``."""
     known = {tensor.untyped_storage().data_ptr() for tensor in but}
     seen: dict[int, int] = {}
 

@@ -84,7 +84,7 @@ def test_forward_with_an_offset(bits: int, offset: float) -> None:
 
 @pytest.mark.parametrize("qmax", [1, 15, 127, 200, 255])
 def test_forward_with_unsigned_activations(qmax: int) -> None:
-    """Beyond 127 the integers are stored 128 lower, and so is their zero point."""
+    """Integers above 127 are stored 128 lower, with their zero point."""
     for shape in SIZES:
         values = arguments(shape, static=True)
         values |= {"input_zero_point": None, "input_qmin": 0, "input_qmax": qmax}

@@ -5,10 +5,8 @@ import json
 import pytest
 import torch
 from support import (
-    assert_same_bits,
-)
-from support.operands import (
     REFERENCE,
+    assert_same_bits,
 )
 
 from torchquant import PackedWeight, functional, ops, quantized_linear

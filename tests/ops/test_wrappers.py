@@ -1,4 +1,4 @@
-"""torchquant.ops: what the wrappers add to the operators."""
+"""torchquant.ops: numbers, granularities and packed weights as arguments of the wrappers."""
 
 import itertools
 import math

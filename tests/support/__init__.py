@@ -1,4 +1,4 @@
-"""What several test files share: shapes by class, tensors in every layout, bitwise comparison."""
+"""Shapes by class, tensors in every layout and bitwise comparison, for all tests."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -9,17 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchquant import cpu
+from torchquant import cpu, functional
 
 NAN, INF = math.nan, math.inf
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DENORMAL = 2.0**-149
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
-# Both zeros, ties, the ends of each float type and what lies beyond them.
+ACTIVATIONS = tuple(functional.ACTIVATIONS)
+REFERENCE = Path(__file__).parents[1] / "reference"  # numbers of the source systems
+# Both zeros, ties, the ends of each float type and values beyond them.
 SPECIAL = (0.0, -0.0, 0.5, 1.5, -2.5, 126.5, 1.0, -1.0, 65504.0, -65520.0, 2.0**-126, -(2.0**-140))
 EXTREME = (FLT_MAX, -FLT_MAX, DENORMAL, -DENORMAL, 2.0**31, -(2.0**63))
 NOT_FINITE = (NAN, INF, -INF)
+SPICES: dict[str, tuple[float, ...]] = {
+    "plain": (),
+    "special": SPECIAL,
+    "extreme": SPECIAL + EXTREME,
+    "not_finite": SPECIAL + NOT_FINITE,
+}
 
 
 # ---------------------------------------------------------------- comparison
@@ -49,7 +56,7 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: object = "") -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with so many threads."""
+    """Run the block with ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -84,7 +91,7 @@ def check_everywhere(
 
 
 def supported_isas() -> set[str]:
-    """What this CPU and operating system can run, by Linux's account instead of our cpuid code."""
+    """The instruction sets of this CPU and operating system, from Linux instead of our cpuid code."""
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
@@ -183,6 +190,11 @@ def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.int8) -> Ten
 def positive(*shape: int, seed: int = 0) -> Tensor:
     """Scales."""
     return torch.rand(shape, generator=generator(seed)) * 0.1 + 1e-3
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A copy that takes a gradient."""
+    return tensor.detach().clone().requires_grad_()
 
 
 def sprinkle(x: Tensor, values: Iterable[float], seed: int, share: float = 0.2) -> Tensor:

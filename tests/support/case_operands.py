@@ -1,4 +1,4 @@
-"""What the calls of tests/cases.py are made of."""
+"""Tensors that fit together, for the calls in tests/cases.py."""
 
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""What the tests of fake quantization draw their arguments from."""
+"""Arguments for the tests of fake quantization."""
 
 import torch
 

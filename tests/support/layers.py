@@ -1,4 +1,4 @@
-"""What the tests of modules share: float and quantized layers, and what to expect of them."""
+"""Float and quantized layers with their expected results, for the tests of modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
 
 
 def outcome(report: QuantizationReport) -> dict[str, str]:
-    """Each layer's name and what became of it."""
+    """The action and reason in the report for each layer's name."""
     return {
         layer.name: f"{layer.action}: {layer.reason}" if layer.reason else layer.action
         for layer in report.layers

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from support import (
     ACTIVATIONS,
-    EXTREME,
     FLOATS,
     LAYOUTS,
-    NOT_FINITE,
     SHAPES,
-    SPECIAL,
+    SPICES,
     Shape,
     check_everywhere,
     floats,
@@ -25,14 +23,6 @@ from support import (
 )
 from torchquant import PackedWeight, functional, ops, quantized_linear
 from torchquant.scheme import quant_range
-
-SPICES: dict[str, tuple[float, ...]] = {
-    "plain": (),
-    "special": SPECIAL,
-    "extreme": SPECIAL + EXTREME,
-    "not_finite": SPECIAL + NOT_FINITE,
-}
-
 
 SIZES = st.one_of(
     st.integers(1, 10),

@@ -1,6 +1,5 @@
 """Tensors of one small linear layer, and calls of its operators."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from support import (
 )
 from torchquant import ops
 
-REFERENCE = Path(__file__).parents[1] / "reference"
 NAMESPACE = torch.ops.torchquant
 N, K = 20, 70  # outputs and inputs of the samples: tails on both sides
 WEIGHT = integers(N, K, seed=1)
@@ -22,10 +20,6 @@ SCALE, ZERO = positive(N, seed=2), integers(N, seed=3).to(torch.int32)
 BIAS, INT_BIAS = floats(N, seed=4), integers(N, seed=5, dtype=torch.int32)
 X, Q = floats(6, K, seed=6), integers(6, K, seed=7)
 IN_SCALE, IN_ZERO = torch.tensor([0.02]), torch.tensor([-7], dtype=torch.int32)
-
-
-def leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
 
 
 LINEAR = {"packed": PACKED, "weight_scale": SCALE, "out_features": N}

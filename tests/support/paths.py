@@ -29,7 +29,7 @@ _LIBRARY = pytest.StashKey[Library]()
 
 
 def aten_operators() -> dict[str, Callable]:
-    """What the fallback implements, by the operators' names."""
+    """The operators of the fallback by name."""
     prefix, key = "torchquant_aten::", "CompositeExplicitAutograd"
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
     return {

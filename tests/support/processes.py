@@ -32,7 +32,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def in_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(rank, *arguments)`` in each of two processes; what they return, by rank."""
+    """Run ``function(rank, *arguments)`` in two processes; return the results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
             _enter, args=(folder, function, arguments), nprocs=PROCESSES, join=True

@@ -1,4 +1,4 @@
-"""Arguments of qat_linear in all its modes, and what it has to give."""
+"""Arguments of qat_linear in all its modes, and the expected results."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from support import (
     Shape,
     floats,
+    leaf,
     positive,
 )
 from torchquant import functional, ops, quant_range
@@ -76,7 +77,7 @@ CASES = {
 
 
 def gradients(values: dict[str, Any], names: tuple[str, ...], grad: Tensor) -> dict[str, Tensor]:
-    leaves = {name: values[name].detach().clone().requires_grad_() for name in names}
+    leaves = {name: leaf(values[name]) for name in names}
     ops.qat_linear(**{**values, **leaves}).backward(grad)
     return {name: leaf.grad for name, leaf in leaves.items()}
 

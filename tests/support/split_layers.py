@@ -19,7 +19,7 @@ OUTPUTS = (1, 5, 16, 17, 31, 32, 48, 63, 64, 100, 128)  # multiples of a tile's 
 
 @dataclass
 class Layers:
-    """What one call takes: the layers' tensors, one by one and concatenated."""
+    """The tensors of one call, layer by layer and concatenated."""
 
     weights: list[Tensor]
     scales: list[Tensor]
@@ -90,7 +90,3 @@ def layers(
         activations=list(activations),
         **options,
     )
-
-
-def leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""What tests of training share: a model, its data, its loop; and what runs in two processes."""
+"""A model, its data and its training loop, in one process and in two."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Triton's kernels in tests: compiled where there is a GPU, else in Triton's interpreter.
+"""Triton's kernels in tests: compiled where there is a GPU, otherwise in Triton's interpreter.
 
 Import this before anything of torchquant.triton. The interpreter is chosen where ``triton.jit`` is
 called, in Triton itself too, so conftest.py chooses it before anything is imported. ``DEVICE`` is

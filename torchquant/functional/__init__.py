@@ -1,10 +1,10 @@
 """The specification: every operator in plain torch, on any device, exact to the bit.
 
-Readable before fast. The kernels must produce the bits that these functions produce; the tests
-compare with ``torch.equal``. What each function promises stands in its module:
+These functions are written to be read. The kernels must produce the same bits; the tests compare
+them with ``torch.equal``. Each module describes what its functions promise:
 
 * :mod:`~torchquant.functional.affine`: quantize, dequantize, fake-quantize, per-token rows
-* :mod:`~torchquant.functional.fake_quantize`: what training adds: masks, learned steps, ranges
+* :mod:`~torchquant.functional.fake_quantize`: masks, learned steps and ranges for training
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
 * :mod:`~torchquant.functional.linear`: linear layers on float or integer input
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share

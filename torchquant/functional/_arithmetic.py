@@ -1,8 +1,8 @@
 """fp32 operations with a fixed number of roundings, on any device.
 
-The specification promises bits, so every rounding has to be where it is written. Plain torch needs
-help in two places: it has no fused multiply-add, and on CUDA it turns the division by a Python
-number into a multiplication by a rounded reciprocal.
+The specification promises bits, so every rounding must happen exactly where it is written. Plain
+torch needs help in two places: it has no fused multiply-add, and on CUDA it replaces the division
+by a Python number with a multiplication by a rounded reciprocal.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def fmaf(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     """Fused multiply-add ``a * b + c`` in fp32 with one rounding, exactly as C's ``fmaf``.
 
     The product of two fp32 numbers is exact in float64, but their sum with ``c`` is not, and
-    rounding it to float64 first and to fp32 afterwards would round twice. So the float64 sum is
-    rounded *to odd*: its error is computed (two-sum), and where it is not zero and the sum's last
-    bit is even, the sum moves one step towards the exact value. A number rounded to odd with at
-    least two spare bits keeps on which side of every fp32 midpoint it lies (Boldo & Melquiond,
+    rounding it to float64 first and to fp32 afterwards would round twice. The float64 sum is
+    therefore rounded *to odd*: its error is computed (two-sum), and where it is not zero and the
+    sum's last bit is even, the sum moves one step towards the exact value. A number rounded to odd
+    with at least two spare bits stays on the same side of every fp32 midpoint (Boldo & Melquiond,
     "Emulation of FMA and correctly rounded sums", 2008).
 
     Args:
@@ -48,7 +48,7 @@ def fmaf(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     error = (product - (total - addend_part)) + (addend - addend_part)
 
     bits = total.view(torch.int64)
-    # Infinities and NaN have a NaN error and stay as they are.
+    # Infinities and NaN have a NaN error and do not change.
     inexact = (error > 0) | (error < 0)
     to_odd = inexact & ((bits & 1) == 0)
     away_from_zero = (error > 0) == (total > 0)
@@ -58,7 +58,7 @@ def fmaf(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
 
 
 def divide(numerator: Tensor, denominator: float | Tensor) -> Tensor:
-    """One IEEE fp32 division, also where the denominator is a number and the device is CUDA."""
+    """One IEEE fp32 division, even if the denominator is a number and the device is CUDA."""
     if not isinstance(denominator, Tensor):
         denominator = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
     return torch.true_divide(numerator, denominator)

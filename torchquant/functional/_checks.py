@@ -1,4 +1,4 @@
-"""Argument checks of the specification: one place, one wording.
+"""Argument checks of the specification, with one wording for all functions.
 
 Every message reads ``function: argument must be ..., got ...; remedy``.
 """
@@ -19,7 +19,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe(value: object) -> str:
-    """What came, in the words of the messages: ``int8 [768, 256]`` or a Python type's name."""
+    """Describe an argument for error messages: ``int8 [768, 256]``, or a Python type and value."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"
@@ -72,9 +72,9 @@ def scale_tensor(
 ) -> Tensor:
     """``scale`` as an fp32 tensor of one of ``shapes`` (the first is the one messages name).
 
-    A Python number stands for ``[1]`` and so does a 0-dimensional tensor; both are taken only
-    where ``(1,)`` is among ``shapes``. A number must be at least 2^-126 (the contract on scales);
-    the values inside a tensor are trusted, because reading them would stall an accelerator.
+    A Python number and a 0-dimensional tensor count as ``[1]``; both are accepted only where
+    ``(1,)`` is one of ``shapes``. A number must be at least 2^-126 (the contract on scales);
+    the values of a tensor are not checked, because reading them would stall an accelerator.
     """
     wanted = " or ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
     if isinstance(scale, Tensor):
@@ -84,7 +84,7 @@ def scale_tensor(
     elif isinstance(scale, (int, float)) and not isinstance(scale, bool):
         if not MIN_SCALE <= float(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{who}: {name} must be finite and at least 2^-126, got {scale!r}")
-        # Not torch.tensor, which copies from the host: that waits for a GPU's stream.
+        # torch.tensor would copy from the host, which waits for a GPU's stream.
         tensor = torch.full((1,), float(scale), dtype=torch.float32, device=device)
     else:
         raise TypeError(
@@ -108,8 +108,8 @@ def zero_point_tensor(
 ) -> Tensor:
     """A zero point as an int32 tensor of one of ``shapes`` (a number or None, which is 0: ``[1]``).
 
-    A Python integer must lie in ``[low, high]``; values inside a tensor are trusted. With
-    ``allow_real`` a float32 tensor passes too: a real-valued zero point.
+    A Python integer must be in ``[low, high]``; the values of a tensor are not checked. With
+    ``allow_real``, a float32 tensor is accepted as a real-valued zero point.
     """
     wanted = " or ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
     if zero_point is None:

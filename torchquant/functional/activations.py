@@ -1,8 +1,8 @@
 """Activation functions with the same bits everywhere.
 
-A math library's ``exp`` or ``erf`` differs between libraries, versions and vector widths. These
-functions are therefore written out as sequences of fp32 operations that every IEEE machine performs
-alike (multiply, fused multiply-add, add, subtract, divide, compare, integer shift); the kernels run
+The results of ``exp`` and ``erf`` differ between math libraries, versions and vector widths. These
+functions are therefore sequences of fp32 operations with the same result on every IEEE machine
+(multiply, fused multiply-add, add, subtract, divide, compare, integer shift); the kernels run
 the same sequence. **One line is one operation with one rounding**: do not reorder or merge them.
 
 Errors against the true function (float64), largest found in sweeps over all binades; the tests hold
@@ -90,7 +90,7 @@ _GELU = tuple(
 
 
 def relu(input: Tensor) -> Tensor:
-    """``max(0, x)``: +0 for x < 0, else x itself, so NaN stays NaN and -0.0 stays -0.0.
+    """``max(0, x)``: +0 for x < 0, otherwise x itself: NaN stays NaN and -0.0 stays -0.0.
 
     Args:
         input: fp32 tensor of any shape.
@@ -166,10 +166,11 @@ def gelu_tanh(input: Tensor) -> Tensor:
 def gelu(input: Tensor) -> Tensor:
     """Exact GELU, ``x * Phi(x)`` with the normal distribution function Phi.
 
-    ``x * Phi(x) = max(x, 0) - |x| * Phi(-|x|)``: the tail is computed as such, so nothing cancels
+    ``x * Phi(x) = max(x, 0) - |x| * Phi(-|x|)``: the tail is computed directly, so nothing cancels
     for negative x. ``Phi(-a) = exp(-a^2 / 2) * P(t) / (1 + c a)`` with ``t = 1 / (1 + c a)``, the
     shape of Abramowitz & Stegun 7.1.26 with a polynomial fitted to fp32 accuracy. The rounding
-    error of ``a^2`` is carried along, else it would cost 30 units in the last place in the tail.
+    error of ``a^2`` is carried along; without it the tail would be off by 30 units in the last
+    place.
 
     Args:
         input: fp32 tensor of any shape.
@@ -377,8 +378,8 @@ def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 def _reduce_exp(x: Tensor) -> tuple[Tensor, Tensor]:
     """r and 2^n with ``x = n ln 2 + r`` and ``|r| <= ln(2) / 2``, for |x| <= 88 or NaN.
 
-    ``z`` holds n = rint(x * log2(e)) in its low bits, so 2^n is built by shifting them into the
-    exponent field: no float-to-integer conversion, which NaN would make undefined in C++.
+    ``z`` holds n = rint(x * log2(e)) in its low bits. Shifting them into the exponent field
+    gives 2^n without a float-to-integer conversion, which is undefined for NaN in C++.
     """
     z = fmaf(x, _LOG2_E, _MAGIC)
     n = z - _MAGIC

@@ -9,7 +9,7 @@ With scale s (fp32) and integer zero point z::
 clamp happens in fp32 *before* the conversion to an integer, as ``clamp(., qmin - z, qmax - z)``,
 because x86 converts everything out of range to INT_MIN. NaN becomes the zero point.
 
-With a real-valued zero point zp (fp32), the value that the integer 0 stands for::
+With a real-valued zero point zp (fp32), the value that the integer 0 represents::
 
     q  = clamp(rint((x - zp) * (1/s)), qmin, qmax)
     x' = fl(fl(q * s) + zp)
@@ -63,7 +63,8 @@ def quantize(
             ``[C]``, PerGroup ``[..., ceil(K/group_size)]``, PerToken ``[..., 1]``), or a float
             for PerTensor. At least 2^-126; NaN turns its elements into the zero point.
         zero_point: integer in [qmin, qmax] or int32 tensor of scale's shape (or ``[1]``); None is
-            0. A *float32* tensor is a real-valued zero point (the value that integer 0 stands for).
+            0. A *float32* tensor is a real-valued zero point: the value that the integer 0
+            represents.
         qmin, qmax: range of the result.
         granularity: which elements share a scale.
         dtype: int8, uint8, int16 or int32; by default the first of int8, uint8, int32 that holds
@@ -178,21 +179,21 @@ def quantize_per_token(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize each row to integers with a scale of its own, computed from the row.
 
-    A row's result depends on that row alone, so it is the same alone and in any batch.
+    A row's result depends on no other row: it is the same alone and in any batch.
 
     Args:
         input: fp32, bf16 or fp16 tensor ``[..., K]``.
-        symmetric: range [-127, 127] and zero point 0; else [-128, 127] with the row's range widened
-            to contain 0.
+        symmetric: True: range [-127, 127] and zero point 0; False: [-128, 127], and the row's
+            range is widened to contain 0.
         bits: 2 to 8; below 8 the range is the whole signed one.
 
     Returns:
         ``(q, scale, zero_point)``: int8 ``[..., K]``, fp32 ``[..., 1]``, int32 ``[..., 1]``.
-        A row that holds NaN or +-inf gets scale NaN, zero point 0 and all its q 0, so that
-        whatever is computed from the row becomes NaN and stays visible.
+        A row that holds NaN or +-inf gets scale NaN, zero point 0 and q 0 throughout: every result
+        computed from it is NaN, so the problem stays visible.
 
     Raises:
-        TypeError: ``input`` is no float tensor.
+        TypeError: ``input`` is not a float tensor.
         ValueError: ``input`` has no dimension.
 
     Example:

@@ -1,8 +1,9 @@
 """Attention with bfloat16 products and the same bits everywhere.
 
-The products' order is that of AMX's ``tdpbf16ps``: of each 32 products along the summed dimension
-those of even and those of odd index are summed apart, one fused multiply-add after the other from
-zero; the two sums are added, and the result is added to that of the 32 before. A product of two
+The order of the sums is that of AMX's ``tdpbf16ps``. Of each 32 products along the summed
+dimension, those of even index and those of odd index are summed separately, with one fused
+multiply-add after the other from zero. The two sums are added, and the result is added to the
+total of the products before. A product of two
 bfloat16 numbers is exact in float32.
 
 The softmax is taken to the base 2 (scores times ``scale * log2(e)``), with a polynomial for the
@@ -11,7 +12,7 @@ a thousand times as much. Weights below 2^-59.5 of the largest are zero. Their s
 were before that rounding, has the order of :mod:`torchquant.functional.norms`.
 
 Against float64, on operands rounded to bfloat16, an output is within ``2^-8 + 4e * 2^-24`` of the
-largest of its values, e being the largest sum of ``abs(q * k * scale)`` behind one of its scores,
+largest of its values, e being the largest sum of ``abs(q * k * scale)`` among its scores,
 plus the rounding of the result (the tests hold the bound).
 """
 
@@ -53,10 +54,12 @@ def attention(
         causal: query i attends to keys 0 to i only.
 
     Returns:
-        ``[B, H, Q, E]`` of query's dtype; zeros for a query that may attend to no key.
+        ``[B, H, Q, E]`` of query's dtype; zeros for a query that may not attend to any key.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``query`` is not float32, bfloat16 or float16, or ``key`` or ``value`` has
+            another dtype.
+        ValueError: ``key`` or ``value`` does not have 4 dimensions, or H is not a multiple of G.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
 

@@ -45,7 +45,7 @@ def shift_bias(qbias: Tensor, qweight: Tensor, input_zero_point: int | Tensor) -
     """Fold the input's zero point into an int32 bias: ``qbias - zx * sum_k qweight``.
 
     With it ``sum_k x * w + shifted`` equals ``sum_k (x - zx) * w + qbias``. For kernels that do not
-    compensate zero points themselves; :func:`quantized_linear` does and wants the unshifted bias.
+    compensate zero points themselves; :func:`quantized_linear` does, and takes the unshifted bias.
 
     Args:
         qbias: int32 ``[N]``.

@@ -1,14 +1,14 @@
-"""Training's half of fake quantization: masks, learned steps and their gradients, ranges.
+"""Fake quantization in training: masks, learned steps and their gradients, ranges.
 
 The forward pass is :func:`~torchquant.functional.affine.fake_quantize`. With v = x * (1/s) in fp32
 and integers lo = qmin - z, hi = qmax - z:
 
 * straight through (Jacob et al., 2018; torch's rule): the gradient passes where the *rounded* value
-  ``rint(v)`` lies in [lo, hi];
+  ``rint(v)`` is in [lo, hi];
 * learned step (Esser et al., "Learned Step Size Quantization", 2020): it passes where
   ``lo < v < hi`` *before* rounding, and ``dx'/ds = rint(v) - v`` there, qmin below, qmax above;
 * learned offset b (Bhalgat et al., "LSQ+", 2020): ``dx'/db`` is 0 inside and 1 outside. It becomes
-  the integer ``z = clamp(rint(-b/s), qmin, qmax)``, so that it deploys. Without an offset z is 0
+  the integer ``z = clamp(rint(-b/s), qmin, qmax)``, which can be deployed. Without an offset z is 0
   and qmin, qmax are LSQ's -Qn, Qp; with one, moving s alone moves the range's ends ``qmin*s + b``
   and ``qmax*s + b``, hence qmin and qmax again instead of ``qmin - z`` and ``qmax - z``.
 
@@ -58,15 +58,15 @@ def in_range(
     qmax: int = 127,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
-    """Where ``fake_quantize`` passes the gradient: the rounded value lies in [qmin, qmax].
+    """The elements whose rounded value is in [qmin, qmax]: ``fake_quantize`` passes their gradient.
 
     Args:
         input: fp32, bf16 or fp16 tensor of any shape.
         scale, zero_point, qmin, qmax, granularity: as in :func:`fake_quantize`.
 
     Returns:
-        bool tensor of input's shape; False where input is NaN. :func:`pack_bits` makes it the
-        operators' mask.
+        bool tensor of input's shape; False where input is NaN. :func:`pack_bits` turns it into
+        the operators' mask.
 
     Raises:
         TypeError: wrong dtype of an argument.
@@ -141,13 +141,15 @@ def positive(input: Tensor) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A bool tensor as one bit an element: bit ``i % 8`` of byte ``i // 8``, in contiguous order.
+    """Pack a bool tensor to one bit per element.
+
+    In contiguous order, element i becomes bit ``i % 8`` of byte ``i // 8``.
 
     Args:
         mask: bool tensor of any shape.
 
     Returns:
-        uint8 ``[ceil(mask.numel() / 8)]``; the bits behind the last element are 0.
+        uint8 ``[ceil(mask.numel() / 8)]``; the bits after the last element are 0.
 
     Raises:
         TypeError: ``mask`` is not bool.
@@ -165,11 +167,11 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of ``shape`` that :func:`pack_bits` was given.
+    """Recover the bool tensor of ``shape`` from :func:`pack_bits`'s result.
 
     Raises:
         TypeError: ``bits`` is not uint8.
-        ValueError: it has another number of bytes than ``shape`` needs.
+        ValueError: the number of bytes does not fit ``shape``.
 
     Example:
         >>> unpack_bits(torch.tensor([13], dtype=torch.uint8), (2, 2))
@@ -189,7 +191,7 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    """``grad`` where the bool ``mask`` holds, +0 elsewhere (also where ``grad`` is NaN).
+    """Keep ``grad`` where ``mask`` is True; +0 elsewhere, even where ``grad`` is NaN.
 
     Example:
         >>> mask_gradient(torch.tensor([1.0, -2.0]), torch.tensor([True, False]))
@@ -199,7 +201,7 @@ def mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 def learned_zero_point(scale: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
-    """The integer a learned offset deploys as: ``clamp(rint(-offset / scale), qmin, qmax)``.
+    """The integer zero point of a learned offset: ``clamp(rint(-offset / scale), qmin, qmax)``.
 
     Args:
         scale: fp32 tensor; below 2^-126 it counts as that.
@@ -245,9 +247,9 @@ def fake_quantize_learned(
     Args:
         input: fp32, bf16 or fp16 tensor of any shape.
         scale: fp32 tensor of granularity's shape. Below 2^-126 it counts as that: a step that an
-            optimizer drove to zero or beyond is no error. NaN gives NaN.
-        offset: fp32 tensor of scale's shape: the real number that ``zero_point`` stands for,
-            negated (see :func:`learned_zero_point`). NaN gives NaN.
+            optimizer drove to zero or below is not an error. NaN gives NaN.
+        offset: fp32 tensor of scale's shape: minus the real number that ``zero_point``
+            represents (see :func:`learned_zero_point`). NaN gives NaN.
         qmin, qmax, granularity: as in :func:`fake_quantize`.
         grad_factor: multiplies the gradients of scale and offset; the result does not depend on it.
 
@@ -289,13 +291,14 @@ def fake_quantize_learned_backward(
 
     Args:
         grad: the result's gradient, of input's shape; any float type.
-        input, scale, qmin, qmax, granularity: as there.
+        input, scale, qmin, qmax, granularity: as in :func:`fake_quantize_learned`.
         zero_point: int32 tensor of scale's shape (:func:`learned_zero_point`), or None.
-        dtype: what values and sums are computed in; integers and inside are fp32's in any case.
+        dtype: of values and sums; which integers result, and which are inside, is decided in fp32.
 
     Returns:
         ``(grad_input, grad_scale, grad_offset)``: grad's shape and dtype, +0 outside the range;
-        ``dtype`` and scale's shape. Sums in no promised order: the kernels' differ by rounding.
+        ``dtype`` and scale's shape. The order of the sums is not promised: the kernels' sums
+        differ by rounding.
 
     Raises:
         TypeError: wrong dtype of an argument.
@@ -344,7 +347,7 @@ def minmax(
 
     Args:
         input: fp32, bf16 or fp16 tensor of any shape.
-        granularity: which elements belong together.
+        granularity: which elements share a scale.
 
     Returns:
         ``(least, greatest, nonfinite)``: fp32 of the shape of granularity's scales, +inf and -inf
@@ -367,7 +370,7 @@ def minmax(
     ends = []
     for neutral, reduce in ((inf, "amin"), (-inf, "amax")):
         parts = _parts(torch.where(finite, x, neutral), shape, granularity, float(neutral))
-        # One neutral element more: what has none reduces to it.
+        # One more neutral element: a part without elements reduces to it.
         parts = torch.cat([parts, neutral.expand(len(parts), 1)], dim=1)
         ends.append(getattr(parts, reduce)(1).reshape(shape) + 0.0)
     return ends[0], ends[1], (~finite).sum().reshape(1)

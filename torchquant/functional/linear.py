@@ -209,7 +209,7 @@ def linear_static(
         weight, weight_scale, weight_zero_point, activation: as in :func:`linear_dynamic`.
         bias: fp32 ``[N]``; int32 ``[N]`` in units of ``input_scale * weight_scale``; or None.
         output_dtype: float32, bfloat16 or float16; with ``output_scale`` int8 or uint8.
-        output_scale: None for a float result, else float or fp32 ``[1]``.
+        output_scale: float or fp32 ``[1]`` for an integer result; None for a float result.
         output_zero_point, output_qmin, output_qmax: of an integer result.
 
     Returns:

@@ -1,16 +1,17 @@
 """RMSNorm and LayerNorm with the same bits everywhere.
 
-A sum of floats depends on its order, and libraries order it by vector width and by thread. Here the
-order is part of the definition: element i of a row belongs to lane i mod 16; each lane adds its
-elements one after the other; then lanes 8 apart are added, then 4, 2 and 1. The kernels do the same
-with vectors of 16, 8 or 1 and never split a row.
+The result of a sum of floats depends on its order, which in libraries depends on vector width and
+number of threads. Here the order is part of the definition: element i of a row belongs to lane
+i mod 16; each lane adds its elements one after the other; then lanes 8 apart are added, then 4, 2
+and 1. The kernels do the same with vectors of 16, 8 or 1 and never split a row.
 
-Everything is fp32; bfloat16 and float16 are widened exactly and the result is rounded once, at the
-end. Against float64 the error of an output stays below ``(6 + K / 16) * 2^-24`` relative to the
-largest term it is made of (the tests hold the bound): the sum of K squares has K / 16 roundings.
+Everything is computed in fp32; bfloat16 and float16 input is widened exactly, and the result is
+rounded once, at the end. Against float64 the error of an output stays below
+``(6 + K / 16) * 2^-24`` relative to its largest summand (the tests check the bound): the sum of K
+squares has K / 16 roundings.
 
-NaN in a row gives NaN in the whole row. An infinity does so in LayerNorm; in RMSNorm it gives NaN
-in its own place and zeros elsewhere, as the formula and torch do. Other rows are left alone.
+A NaN makes its whole row NaN. An infinity does the same in LayerNorm; in RMSNorm it gives NaN in
+its own place and zeros elsewhere, as in the formula and in torch. Other rows do not change.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def rms_norm(
         Of input's shape and dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input`` or ``weight`` is not float32, bfloat16 or float16.
+        ValueError: a shape or a device does not fit, or ``eps`` is negative or not finite.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
 
@@ -88,7 +90,10 @@ def layer_norm(
         Of input's shape and dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: a tensor is not float32, bfloat16 or float16, or ``residual`` has another dtype
+            than ``input``.
+        ValueError: a shape or a device does not fit, ``bias`` is given without ``weight``, or
+            ``eps`` is negative or not finite.
 
     Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
 
@@ -132,8 +137,8 @@ def _sum(terms: Tensor, squares: bool = False) -> Tensor:
 
 def _inverse_root(mean: Tensor, eps: float) -> Tensor:
     total = mean + torch.tensor(eps, dtype=torch.float32, device="cpu")
-    # torch's fp32 square root (MKL's, on the CPU) is not always rounded correctly. The double one,
-    # exact to its last bit or two, is once rounded: no fp32 root lies so near a midpoint.
+    # torch's fp32 square root (MKL's on the CPU) is not always rounded correctly. The float64 root,
+    # exact to its last bit or two, rounds correctly: no fp32 root is that close to a midpoint.
     root = torch.sqrt(total.to(torch.float64)).to(torch.float32)
     return reciprocal(root)
 

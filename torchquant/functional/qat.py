@@ -1,15 +1,15 @@
-"""A linear layer in training: what its operators compute, forward and backward, in plain torch.
+"""A linear layer in training, forward and backward, in plain torch.
 
 Forward is the deployed layer: integers, :func:`torchquant.functional.quantized_linear`. Backward is
 the straight-through estimator (Bengio et al., 2013) with, for learned scales, LSQ's gradients
 (Esser et al., 2020). With g the gradient of the output, masked by relu, and with Xq, Wq the values
-that the integers stand for::
+that the integers represent::
 
-    grad_x = (g @ Wq), 0 where x lies beyond a fixed range
-    grad_w = (g.T @ Xq), 0 where w lies beyond a fixed range
+    grad_x = (g @ Wq), 0 where x is outside a fixed range
+    grad_w = (g.T @ Xq), 0 where w is outside a fixed range
     grad_s = factor * sum(grad_v * d),  d = rint(v/s) - v/s inside, -Qn below, Qp above
 
-The formulas take float64 too: an oracle whose own rounding does not matter.
+The formulas also accept float64: as an oracle, whose own rounding does not matter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Quantized(NamedTuple):
 
 
 class LinearGradients(NamedTuple):
-    """Of :func:`qat_linear_backward`; None where there is none."""
+    """The gradients of :func:`qat_linear`; None for a scale or offset that is not learned."""
 
     input: Tensor
     weight: Tensor
@@ -82,7 +82,7 @@ def quantize_rows(
         zeros = torch.zeros(token, dtype=torch.int32, device=x.device)
         if zero_point is not None:
             zeros = zeros + zero_point
-    # A row that must give NaN has scale NaN; a static one keeps its integers all the same.
+    # A row that must give NaN has scale NaN; with a static scale its integers are computed anyway.
     own = scales if scale is None else used.expand(token)
     low, high = (qmin - zeros).float(), (qmax - zeros).float()
     steps = torch.clamp(torch.round(x * reciprocal(own)), low, high)
@@ -237,17 +237,17 @@ def qat_linear_backward(
     Args:
         grad: ``[M, N]``, usually float64.
         output: of the forward, ``[M, N]``.
-        input, weight: ``[M, K]`` and ``[N, K]``, as the forward had them.
-        x, w: what :func:`quantize_rows` and :func:`quantize_pack` made of them: the integers
-            are the contract's, whatever ``grad``'s dtype is.
+        input, weight: ``[M, K]`` and ``[N, K]``, those of the forward.
+        x, w: the results of :func:`quantize_rows` and :func:`quantize_pack` for them; the integers
+            do not depend on ``grad``'s dtype.
         input_range, weight_range: qmin and qmax.
-        static: the activations' range is fixed.
-        weight_given: the weight's scales are.
+        static: True if the activations have a fixed range.
+        weight_given: True if the weight's scales are given.
         activation: "none" or "relu".
-        input_grad_factor, weight_grad_factor: above 0: these scales learn.
-        learned_offset: the activations' zero point comes from an offset in real units, which stays
-            where it is when the scale moves: Qn, Qp are -qmin, qmax. Otherwise the zero point
-            stays: Qn, Qp are zero_point - qmin, qmax - zero_point.
+        input_grad_factor, weight_grad_factor: above 0, these scales are learned.
+        learned_offset: True if the activations' zero point comes from an offset in real units. The
+            offset does not change with the scale, and Qn, Qp are -qmin, qmax. Otherwise the zero
+            point does not change, and Qn, Qp are zero_point - qmin, qmax - zero_point.
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, -0.5]])
@@ -294,7 +294,7 @@ def _check_symmetric(who: str, scale: Tensor | None, qmin: int, qmax: int, symme
 def _inside(
     grad: Tensor, v: Tensor, scale: Tensor, zero: Tensor, limits: tuple[int, int]
 ) -> Tensor:
-    """The rounded rule: the gradient where the rounded value lies in the range."""
+    """The rounded rule: keep the gradient where the rounded value is in the range."""
     steps = torch.round(v.to(torch.float32) * reciprocal(scale))
     low, high = limits[0] - zero, limits[1] - zero
     return torch.where((steps < low) | (steps > high), 0.0, grad)
@@ -308,7 +308,7 @@ def _learned(
     limits: tuple[int, int],
     learned_offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LSQ's rule: gradient to the value, and the terms of those to the scale and the offset."""
+    """LSQ's rule: the gradient of the value, and the summands of those of scale and offset."""
     low, high = limits[0] - zero, limits[1] - zero
     steps = v.to(torch.float32) * reciprocal(scale)
     below, above = steps <= low, steps >= high

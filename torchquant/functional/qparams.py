@@ -104,8 +104,8 @@ def choose_qparams(
     Args:
         input: fp32, bf16 or fp16 tensor.
         bits, signed, narrow_range: the integer range, see :func:`torchquant.scheme.quant_range`.
-            ``narrow_range=None`` is True for 8 bits signed symmetric, else False.
-        symmetric: zero point 0 (returned as None), else an integer zero point.
+            ``narrow_range=None`` means True for 8 bits signed symmetric, otherwise False.
+        symmetric: True: zero point 0 (returned as None); False: an integer zero point.
         granularity: which elements share a scale.
         preserve_range: asymmetric only; do not widen the range to contain 0.
         real_zero_point: a real-valued zero point instead of an integer one; ``signed`` and

@@ -60,11 +60,11 @@ def quantized_linear(
         input_zero_point: int, int32 ``[1]`` or one per row.
         weight_scale: float, fp32 ``[1]`` or ``[N]``.
         weight_zero_point: None, int, int32 ``[1]`` or ``[N]``.
-        output_scale: None for a float result, else float or fp32 ``[1]``: the result is an integer.
+        output_scale: float or fp32 ``[1]`` for an integer result; None for a float result.
         output_zero_point: int or int32 ``[1]``, for an integer result.
         output_bits: 2 to 8; range of an integer result.
-        output_dtype: float32, bfloat16, float16; with output_scale int8 (float32, the default, then
-            stands for int8) or uint8.
+        output_dtype: float32, bfloat16, float16; with output_scale uint8 or int8 (the default,
+            float32, then means int8).
         activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
 
     Returns:
@@ -231,7 +231,7 @@ def _row_shapes(input: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def _per_row(parameter: Tensor, input: Tensor) -> Tensor:
-    """A parameter of one of :func:`_row_shapes` so that it broadcasts against ``[..., N]``."""
+    """Reshape a parameter of one of :func:`_row_shapes` to broadcast against ``[..., N]``."""
     if parameter.shape == (1,) or parameter.dim() == input.dim():
         return parameter
     return parameter.unsqueeze(-1)

@@ -43,23 +43,25 @@ def numbers_to_tensors(
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether the operators run where a tensor lies: on the CPU and on CUDA devices."""
+    """True for a tensor on the CPU or on a CUDA device: the operators have kernels for these."""
     return tensor.is_cpu or tensor.is_cuda
 
 
 def wait_for_copy(before: Tensor, after: Tensor) -> None:
-    """Wait until ``after`` holds the values of ``before``, which it was copied from.
+    """Wait until ``after``, a copy of ``before``, holds its values.
 
-    ``.to("cpu", non_blocking=True)`` returns before a GPU has written them; whoever reads them on
-    the host has to wait.
+    ``.to("cpu", non_blocking=True)`` returns before the GPU has written them; reading them on the
+    host any earlier gives garbage.
     """
     if before.is_cuda and after.is_cpu and torch.cuda.is_initialized():
         torch.cuda.current_stream(before.device).synchronize()
 
 
 def layout_of(device: torch.device) -> str:
-    """How a packed weight is laid out: "rows" on CUDA (csrc/formats/int8_rows.h), else "tiles"
-    (csrc/formats/int8_tiles.h)."""
+    """The layout of packed weights on a device.
+
+    "rows" on CUDA (csrc/formats/int8_rows.h), "tiles" otherwise (csrc/formats/int8_tiles.h).
+    """
     return "rows" if device.type == "cuda" else "tiles"
 
 
@@ -68,4 +70,4 @@ def packed_shape(out_features: Any, in_features: Any, device: torch.device) -> t
     tiles, width = (out_features + 15) // 16, (in_features + 63) // 64 * 64
     if layout_of(device) == "tiles":
         return tiles, width * 16 + 128
-    return tiles * 16 + (tiles * 64 + width - 1) // width, width  # int32 sums behind the rows
+    return tiles * 16 + (tiles * 64 + width - 1) // width, width  # int32 sums after the rows

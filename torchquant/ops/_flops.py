@@ -5,7 +5,7 @@ quantization, bias and activation count nothing. In backward the operators run o
 and torch's own products, which are counted by themselves.
 
 Importing torch's counter takes about 0.1 s, because it imports Triton. It is therefore not imported
-here: the formulas are registered when somebody else does.
+here; the formulas are registered when another module imports it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _flat(name: str, values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an argument by their names: none, one, or each of a list."""
+    """Yield the tensors of one argument with their names: a tensor, or each tensor of a list."""
     value = values.get(name)
     if isinstance(value, Tensor):
         yield name, value

@@ -11,21 +11,24 @@ __all__ = ["activation", "gated_activation"]
 
 
 def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
-    """An activation function in one pass over memory, in the arithmetic of the fused ones.
+    """Apply an activation function in one pass over memory.
+
+    The arithmetic is that of the activations fused into the linear operators.
 
     Args:
         input: float32, bfloat16 or float16 of any shape and strides; widened to float32 exactly.
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
-        dtype: float32, bfloat16 or float16, rounded to once; input's when None.
+        dtype: float32, bfloat16 or float16, to which the result is rounded once; input's when None.
 
     Returns:
-        Of input's shape and, where it is dense in memory, its strides; the bits of
-        ``torchquant.functional.ACTIVATIONS[activation]``, the same on every device.
+        A tensor of input's shape and, where input is dense in memory, its strides. Its bits are
+        those of ``torchquant.functional.ACTIVATIONS[activation]`` on every device.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input`` or ``dtype`` is not float32, bfloat16 or float16.
+        ValueError: no activation has that name.
 
-    Gradients: to ``input``, also of gradients.
+    Gradients: to ``input``, including gradients of gradients.
 
     Example:
         >>> activation(torch.tensor([-1.0, 0.0, 1.0]), "gelu")
@@ -40,7 +43,7 @@ def _(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tenso
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * up`` in one pass: the middle of a gated feed-forward layer.
+    """Compute ``activation(gate) * up`` in one pass, as gated feed-forward layers do.
 
     Args:
         gate, up: float32, bfloat16 or float16 of one shape and dtype; halves of one tensor
@@ -48,12 +51,13 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         activation: silu (SwiGLU), gelu or gelu_tanh (GEGLU), sigmoid (GLU), ...
 
     Returns:
-        Of gate's shape and dtype. The product is taken in float32 and rounded once.
+        A tensor of gate's shape and dtype. The product is taken in float32 and rounded once.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``gate`` is not float32, bfloat16 or float16, or ``up`` has another dtype.
+        ValueError: the shapes or devices differ, or no activation has that name.
 
-    Gradients: to ``gate`` and ``up``, also of gradients.
+    Gradients: to ``gate`` and ``up``, including gradients of gradients.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
 

@@ -39,7 +39,8 @@ def quantize(
         ``dtype`` of input's shape. NaN becomes the zero point; infinities saturate.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: the type or dtype of an argument is wrong.
+        ValueError: a shape, an axis, a device, the range, or a number is not allowed.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018); the division is a multiplication by ``1 / scale``.
@@ -83,13 +84,13 @@ def dequantize(
     granularity: Granularity = PER_TENSOR,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The float values that integers stand for: ``(input - zero_point) * scale``.
+    """Compute the float values that integers represent: ``(input - zero_point) * scale``.
 
     Args:
         input: int8 or uint8 ``[...]``.
         scale, zero_point, granularity: as for :func:`quantize`; with a real-valued zero point the
             result is ``input * scale + zero_point``.
-        dtype: float32, bfloat16 or float16; rounded once, from float32.
+        dtype: float32, bfloat16 or float16; the float32 result is rounded to it once.
 
     Returns:
         ``dtype`` of input's shape.
@@ -120,11 +121,11 @@ def _(
 
 
 def quantize_per_token(input: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize every row (token) to int8 with a range of its own.
+    """Quantize every row (token) to int8 with its own range.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
-        symmetric: range [-127, 127] with zero point 0; else [-128, 127] with a zero point.
+        symmetric: True: range [-127, 127], zero point 0; False: range [-128, 127] and a zero point.
 
     Returns:
         ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A

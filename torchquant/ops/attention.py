@@ -22,9 +22,9 @@ def attention(
     """``softmax(query @ key.T * scale + mask) @ value``, products in bfloat16, sums in float32.
 
     Queries, keys, values and the softmax's weights are rounded to bfloat16 before they are
-    multiplied; scores, the softmax and all sums are float32. For bfloat16 models this is what torch
-    does; in a float32 model attention then has 8 bits. All scores of a block of queries are in
-    memory at once, so this is for short sequences (up to some thousands of tokens).
+    multiplied; scores, softmax and sums are float32. torch does the same in bfloat16 models; in a
+    float32 model it lowers the precision of attention to 8 bits. The scores of a block of queries
+    are in memory all at once, so this operator is for sequences of up to a few thousand tokens.
 
     Args:
         query: float32, bfloat16 or float16 ``[B, H, Q, D]``, of any strides: the transposed view of
@@ -37,17 +37,19 @@ def attention(
         causal: query i attends to keys 0 to i only; may be combined with a mask.
 
     Returns:
-        ``[B, H, Q, E]`` of query's dtype, which in memory is ``[B, Q, H, E]``: the output
-        projection reads ``result.transpose(1, 2).reshape(B, Q, H * E)`` without a copy. A query
-        that may attend to no key gives zeros. The same bits on every device, with any number of
-        threads, alone or in a batch (unless magnitudes below 1e-18 are involved: AMX takes products
-        below 1e-38 for zero).
+        ``[B, H, Q, E]`` of query's dtype, stored as ``[B, Q, H, E]``, so that the output projection
+        reads ``result.transpose(1, 2).reshape(B, Q, H * E)`` without a copy. A query that may not
+        attend to any key gives zeros. The bits are the same on every device, with any number of
+        threads, alone and in a batch, except where magnitudes below 1e-18 are involved: AMX treats
+        products below 1e-38 as zero.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``query`` is not float32, bfloat16 or float16, ``key`` or ``value`` has another
+            dtype, or ``mask`` is neither bool nor float.
+        ValueError: the shapes do not fit, or the devices differ.
 
-    Gradients: to query, key, value and a float mask, also of gradients; they are those of the
-    formula in float32.
+    Gradients: to query, key, value and a float mask, including gradients of gradients, computed
+    from the formula in float32.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
 

@@ -1,6 +1,6 @@
 """Operators of fake quantization in training; see :mod:`torchquant.ops`.
 
-A mask holds one bit an element: uint8 ``[ceil(numel / 8)]``, element i of the contiguous tensor is
+A mask holds one bit per element: uint8 ``[ceil(numel / 8)]``, element i of the contiguous tensor is
 bit ``i % 8`` of byte ``i // 8`` (:func:`torchquant.functional.pack_bits`).
 """
 
@@ -29,7 +29,7 @@ def fake_quantize(
     qmax: int = 127,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
-    """Quantize and dequantize in one pass: what a value becomes, as a float.
+    """Quantize and dequantize in one pass: the value of the integer that each element becomes.
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``; widened to float32 exactly.
@@ -46,11 +46,12 @@ def fake_quantize(
         saturate.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input``, ``scale``, ``zero_point`` or ``granularity`` has a wrong type.
+        ValueError: a shape, an axis, a device, the range, or a number is not allowed.
 
-    Gradients: to ``input``, straight through where the rounded value lies in [qmin, qmax], +0
-    elsewhere; also of gradients. One bit an element is kept for them. None to scale and zero point:
-    :func:`fake_quantize_learned` has these.
+    Gradients: to ``input``, passed on where the rounded value is in [qmin, qmax] and +0 elsewhere,
+    including gradients of gradients. One bit per element is saved for them. Scale and zero point
+    get no gradients; :func:`fake_quantize_learned` has those.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 3.
@@ -99,10 +100,10 @@ def fake_quantize_mask(
         input, scale, zero_point, qmin, qmax, granularity: as in :func:`fake_quantize`.
 
     Returns:
-        ``(output, bits)``. No gradients: this is what to save for one's own.
+        ``(output, bits)``. Not differentiable; save ``bits`` for your own backward.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError, ValueError: as :func:`fake_quantize`.
 
     Example:
         >>> fake_quantize_mask(torch.tensor([-1.0, 0.26, 9.0]), 0.05, qmin=-8, qmax=7)
@@ -144,16 +145,16 @@ def in_range(
     qmax: int = 127,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
-    """Mask of where the rounded value lies in [qmin, qmax]; False for NaN.
+    """Compute the mask of the elements whose rounded value is in [qmin, qmax]; False for NaN.
 
     Args:
         input, scale, zero_point, qmin, qmax, granularity: as in :func:`fake_quantize`.
 
     Returns:
-        uint8 ``[ceil(numel / 8)]``; :func:`torchquant.functional.in_range`, packed.
+        uint8 ``[ceil(numel / 8)]``: :func:`torchquant.functional.in_range`, one bit per element.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError, ValueError: as :func:`fake_quantize`.
 
     Example:
         >>> in_range(torch.tensor([-1.0, 0.26, 9.0]), 0.05, qmin=-8, qmax=7)
@@ -182,7 +183,7 @@ def _(
 
 
 def positive(input: Tensor) -> Tensor:
-    """Mask of ``input > 0``: where a relu passes its gradient.
+    """Compute the mask of ``input > 0``, where a relu passes its gradient.
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``.
@@ -206,7 +207,7 @@ def _(input: Tensor) -> Tensor:
 
 
 def mask_gradient(grad: Tensor, bits: Tensor) -> Tensor:
-    """``grad`` where its bit is set, +0 elsewhere.
+    """Keep ``grad`` where its bit is set; +0 elsewhere.
 
     Args:
         grad: float32, bfloat16 or float16 ``[...]``.
@@ -216,9 +217,10 @@ def mask_gradient(grad: Tensor, bits: Tensor) -> Tensor:
         Of grad's shape and dtype, contiguous.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``grad`` is not float32, bfloat16 or float16, or ``bits`` is not uint8.
+        ValueError: ``bits`` has another size or is on another device.
 
-    Gradients: to ``grad``, also of gradients.
+    Gradients: to ``grad``, including gradients of gradients.
 
     Example:
         >>> mask_gradient(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5], dtype=torch.uint8))
@@ -242,7 +244,7 @@ def fake_quantize_learned(
     grad_factor: float = 1.0,
     granularity: Granularity = PER_TENSOR,
 ) -> Tensor:
-    """:func:`fake_quantize` whose step, and offset if there is one, are learned (LSQ, LSQ+).
+    """:func:`fake_quantize` with a learned step and an optional learned offset (LSQ, LSQ+).
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``.
@@ -250,10 +252,10 @@ def fake_quantize_learned(
             elements NaN.
         offset: float32 of scale's shape, in input's units, or None. It acts through the integer
             ``zero_point = clamp(rint(-offset / scale), qmin, qmax)``
-            (:func:`torchquant.functional.learned_zero_point`), so that it deploys.
-        qmin, qmax: the integer range, within [-2^22, 2^22]; unsigned ones by ``qmin=0``.
-        grad_factor: the gradients of scale and offset are multiplied by it. LSQ's is
-            ``1 / sqrt(N * qmax)``, N the weights of a step, or a layer's features.
+            (:func:`torchquant.functional.learned_zero_point`), which can be deployed.
+        qmin, qmax: the integer range, within [-2^22, 2^22]; ``qmin=0`` for an unsigned one.
+        grad_factor: multiplies the gradients of scale and offset. In LSQ it is
+            ``1 / sqrt(N * qmax)`` with N the number of weights per step, or of a layer's features.
         granularity: which elements share a scale.
 
     Returns:
@@ -261,11 +263,12 @@ def fake_quantize_learned(
         point.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input``, ``scale``, ``offset`` or ``granularity`` has a wrong type.
+        ValueError: a shape, an axis, a device or the range is not allowed.
         RuntimeError: in backward with ``create_graph=True``.
 
-    Gradients: to ``input``, ``scale`` and ``offset``, as :func:`fake_quantize_learned_backward`
-    gives them. Input is kept for them.
+    Gradients: to ``input``, ``scale`` and ``offset``, computed by
+    :func:`fake_quantize_learned_backward`. Input is saved for them.
 
     Source: Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
 
@@ -309,7 +312,7 @@ def fake_quantize_learned_backward(
     qmax: int = 127,
     granularity: Granularity = PER_TENSOR,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a learned step, in one pass and without LSQ's factor.
+    """Compute the gradients of a learned step in one pass, without LSQ's factor.
 
     With ``v = input / scale``, inside meaning ``qmin - zero_point < v < qmax - zero_point`` (before
     rounding): the gradient of input is ``grad`` inside and +0 outside; that of scale the sum of
@@ -324,11 +327,12 @@ def fake_quantize_learned_backward(
     Returns:
         ``(grad_input, grad_scale, grad_offset)``: input's shape and dtype; float32 of scale's
         shape. Sums in a fixed order: the same bits on every CPU and with any number of threads.
-        They are rounded from float64 sums of blocks of at most 4096 elements in float32. A GPU's
-        order is fixed too, but another one: its sums may differ from the CPU's in the last bits.
+        They are rounded from float64 sums of blocks of at most 4096 elements in float32. A GPU
+        adds in another fixed order, so its sums may differ from the CPU's in the last bits.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``grad`` has another dtype than ``input``, or another argument a wrong type.
+        ValueError: a shape, an axis, a device or the range is not allowed.
 
     Example:
         >>> x, step = torch.tensor([-1.0, 0.3, 9.0]), torch.tensor([0.5])
@@ -364,18 +368,20 @@ def _(
 def minmax(
     input: Tensor, *, granularity: Granularity = PER_TENSOR
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Least and greatest finite element for each scale, and how many are not finite, in one pass.
+    """Find each scale's least and greatest finite element, and count the non-finite ones.
 
     Args:
         input: float32, bfloat16 or float16 ``[...]``.
-        granularity: which elements belong together.
+        granularity: which elements share a scale.
 
     Returns:
         ``(least, greatest, nonfinite)``: float32 of the shape of granularity's scales, inf and -inf
-        where there is no finite element; int64 ``[1]``. No gradients.
+        where there is no finite element; int64 ``[1]``. Not differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input`` is not float32, bfloat16 or float16, or ``granularity`` is not a
+            granularity.
+        ValueError: ``input`` has no such axis.
 
     Example:
         >>> minmax(torch.tensor([1.0, -2.0, float("nan")]))

@@ -25,17 +25,19 @@ __all__ = [
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Reorder an int8 weight for its device's kernels; the same on every CPU, and on every GPU.
+    """Reorder an int8 weight into the layout of its device's kernels.
 
-    These two layouts differ: between devices move what :func:`unpack_weight` returns.
+    All CPUs share one layout, and all GPUs another. To move a weight between devices, move the
+    result of :func:`unpack_weight` and pack it again.
 
     Args:
         weight: int8 ``[out_features, in_features]``, any strides.
 
     Returns:
-        int8, in_features padded to 64 and the column sums with the weights. On the CPU
-        ``[ceil(out_features / 16), tile bytes]``: the layout of csrc/formats/int8_tiles.h; on CUDA
-        ``[rows, padded in_features]``: that of csrc/formats/int8_rows.h.
+        int8, with in_features padded to a multiple of 64 and the column sums stored next to the
+        weights. On the CPU ``[ceil(out_features / 16), tile bytes]``, the layout of
+        csrc/formats/int8_tiles.h; on CUDA ``[rows, padded in_features]``, the layout of
+        csrc/formats/int8_rows.h.
 
     Example:
         >>> pack_weight(torch.zeros(20, 100, dtype=torch.int8)).shape
@@ -51,7 +53,7 @@ def _(weight: Tensor) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The int8 ``[out_features, in_features]`` weight that :func:`pack_weight` was given.
+    """Recover the int8 ``[out_features, in_features]`` weight from :func:`pack_weight`'s result.
 
     Example:
         >>> w = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
@@ -103,7 +105,7 @@ def linear_dynamic(
     output_dtype: torch.dtype | None = None,
     activation_bits: int = 8,
 ) -> Tensor:
-    """A linear layer on float input that is quantized per token inside the call.
+    """Run a linear layer on float input, which is quantized per token inside the call.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
@@ -112,15 +114,15 @@ def linear_dynamic(
         weight_zero_point: int32 ``[N]`` or ``[1]``, or None.
         bias: float32 ``[N]`` or None.
         out_features: N.
-        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token; with
-            fewer ``activation_bits`` the signed range of so many bits.
+        symmetric: True: activations in [-127, 127]; False: in [-128, 127] with a zero point per
+            token. Fewer ``activation_bits`` use the signed range of that many bits.
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid, applied in float32.
         output_dtype: float32, bfloat16 or float16; input's when None.
         activation_bits: 2 to 8.
 
     Returns:
         ``[..., N]``; the bits of :func:`torchquant.functional.dynamic_linear`. A row with NaN or an
-        infinity gives NaN in all its outputs and leaves the other rows alone.
+        infinity gives NaN in all its outputs; other rows do not change.
 
     Gradients: to ``input`` (straight through) and ``bias``.
 
@@ -172,17 +174,20 @@ def linear_dynamic_split(
     activations: Sequence[str] = (),
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Several linear layers on one input, which is quantized once: query, key and value, say.
+    """Run several linear layers on one input, which is quantized once.
+
+    An example are the query, key and value projections of an attention layer.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
-        packed: what :func:`pack_weight` returned for each ``[N, K]`` weight, concatenated along
+        packed: the results of :func:`pack_weight` for each ``[N, K]`` weight, concatenated along
             dimension 0.
-        weight_scale: float32, all layers' values in one tensor ``[sum of N]``.
-        weight_zero_point: int32, likewise, or None.
-        bias: float32, likewise, or None.
+        weight_scale: float32 ``[sum of N]``, the values of all layers one after the other.
+        weight_zero_point: int32 ``[sum of N]`` or None.
+        bias: float32 ``[sum of N]`` or None.
         out_features: N of each layer.
-        symmetric: activations in [-127, 127], or [-128, 127] with a zero point per token.
+        symmetric: True: activations in [-127, 127]; False: in [-128, 127] with a zero point per
+            token.
         activations: empty, or the name of each layer's activation.
         output_dtype: float32, bfloat16 or float16; input's when None.
 
@@ -190,7 +195,9 @@ def linear_dynamic_split(
         A tensor ``[..., N]`` for each layer; the bits of :func:`linear_dynamic`.
 
     Raises:
-        TypeError, ValueError: as :func:`linear_dynamic`; packed is not of these layers.
+        TypeError: the dtype of a tensor or ``output_dtype`` is wrong.
+        ValueError: a shape, a device or an activation's name is wrong, or ``packed`` was not made
+            for layers of these sizes.
 
     Example:
         >>> w = torch.tensor([[100, 0], [0, 50]], dtype=torch.int8)
@@ -249,7 +256,7 @@ def linear_static(
     input_qmin: int = -128,
     input_qmax: int = 127,
 ) -> Tensor:
-    """A linear layer on integers of given scale, or on float input quantized with it inside.
+    """Run a linear layer on integers, or on float input that is quantized inside the call.
 
     Args:
         input: int8 or uint8 ``[..., K]``; or float32, bfloat16, float16, which is quantized per
@@ -272,8 +279,8 @@ def linear_static(
         >>> linear_static(x, torch.tensor([0.5]), None, w, torch.ones(2), out_features=2)
         tensor([[25., 55.]])
     """
-    # A plain tensor needs no torch.ops, which takes 5 us to parse so many arguments; under
-    # torch.compile the operator has to be seen.
+    # torch.ops takes 5 us to parse this many arguments, so plain tensors bypass it.
+    # torch.compile has to see the operator.
     fast = type(input) is Tensor and not _is_dynamo_compiling()
     call = _C.linear_static if fast else torch.ops.torchquant.linear_static.default
     return call(  # type: ignore[no-any-return]

@@ -28,9 +28,10 @@ def rms_norm(
         :func:`torchquant.functional.rms_norm` on every device and with any number of threads.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input`` or ``weight`` is not float32, bfloat16 or float16.
+        ValueError: a shape or a device does not fit, or ``eps`` is negative or not finite.
 
-    Gradients: to ``input`` and ``weight``, also of gradients.
+    Gradients: to ``input`` and ``weight``, including gradients of gradients.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019).
 
@@ -58,7 +59,7 @@ def layer_norm(
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``, K not 0.
         weight: float32, bfloat16 or float16 ``[K]``, or None.
-        bias: likewise; only with a weight.
+        bias: float32, bfloat16 or float16 ``[K]``, only together with a weight; or None.
         eps: added to the variance.
         residual: of input's shape and dtype, added to input first (in float32, so that a bfloat16
             sum is not rounded in between), or None.
@@ -68,9 +69,12 @@ def layer_norm(
         :func:`torchquant.functional.layer_norm` on every device and with any number of threads.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: a tensor is not float32, bfloat16 or float16, or ``residual`` has another dtype
+            than ``input``.
+        ValueError: a shape or a device does not fit, ``bias`` is given without ``weight``, or
+            ``eps`` is negative or not finite.
 
-    Gradients: to all four tensors, also of gradients.
+    Gradients: to all four tensors, including gradients of gradients.
 
     Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
 

@@ -18,21 +18,24 @@ def quantize_rows(
     qmax: int = 127,
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations as the integers and the parameters of each row that a linear layer computes with.
+    """Quantize activations row by row to the integers that a linear layer computes with.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
-        scale: float32 ``[1]``, the scale of all rows; None: each row has its own, from its range.
+        scale: float32 ``[1]``, the scale of all rows; None: each row gets its own from its range.
         zero_point: int32 ``[1]`` within [qmin, qmax], with ``scale`` only; None is 0.
-        qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
-        symmetric: rows of their own scale have zero point 0, and qmin is at most -qmax.
+        qmin, qmax: least and greatest integer, within -128 .. 127, with qmin <= 0 < qmax.
+        symmetric: without ``scale``: rows have zero point 0, and qmin is at most -qmax.
 
     Returns:
         ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
         row has scale NaN where it holds NaN or, with a scale of its own, an infinity.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``input`` is not float32, bfloat16 or float16, ``scale`` not float32 or
+            ``zero_point`` not int32.
+        ValueError: the range is not allowed, ``scale`` or ``zero_point`` does not hold one value,
+            or ``zero_point`` is given without ``scale``.
 
     Example:
         >>> q, scale, zero_point = quantize_rows(torch.tensor([[-3.0, 1.0]]), qmin=-2, qmax=1)
@@ -69,22 +72,23 @@ def quantize_pack(
     qmax: int = 127,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A float weight quantized per output channel and packed for the kernels, in one pass.
+    """Quantize a float weight per output channel and pack it for the kernels, in one pass.
 
     Args:
         weight: float32, bfloat16 or float16 ``[N, K]``.
-        scale: float32 ``[N]`` or ``[1]``; None: each channel's from its range. Scales below 2^-126
-            count as 2^-126.
-        qmin, qmax: least and greatest integer, within -128 .. 127 and on both sides of 0.
-        symmetric: channels of their own scale have zero point 0, and qmin is at most -qmax.
+        scale: float32 ``[N]`` or ``[1]``; None: each channel's is computed from its range. Scales
+            below 2^-126 count as 2^-126.
+        qmin, qmax: least and greatest integer, within -128 .. 127, with qmin <= 0 < qmax.
+        symmetric: without ``scale``: channels have zero point 0, and qmin is at most -qmax.
 
     Returns:
-        ``(packed, scale, zero_point)``: as :func:`torchquant.ops.pack_weight` returns it, float32
-        ``[N]``, int32 ``[N]``. A channel with NaN (without ``scale``: or an infinity) has scale
-        NaN and zeros.
+        ``(packed, scale, zero_point)``: the packed weight (:func:`torchquant.ops.pack_weight`),
+        float32 ``[N]``, int32 ``[N]``. A channel that holds NaN, or without ``scale`` an
+        infinity, has scale NaN and zeros.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``weight`` is not float32, bfloat16 or float16, or ``scale`` not float32.
+        ValueError: the range is not allowed, or a shape does not fit.
 
     Example:
         >>> packed, scale, _ = quantize_pack(torch.tensor([[0.5, -1.27], [0.0, 2.54]]))
@@ -122,7 +126,9 @@ def mm_fake_quantized(
     qmin: int = -127,
     qmax: int = 127,
 ) -> Tensor:
-    """``grad @ fake_quantize(weight)``, per output channel: the gradient of a layer's input.
+    """Compute ``grad @ fake_quantize(weight)``, the gradient of a layer's input.
+
+    The weight is quantized per output channel.
 
     Args:
         grad: float32 ``[M, N]``.
@@ -132,10 +138,11 @@ def mm_fake_quantized(
         qmin, qmax: as for :func:`quantize_pack`.
 
     Returns:
-        float32 ``[M, K]``, without a gradient of its own. No tensor of the weight's size is made.
+        float32 ``[M, K]``. Not differentiable. No tensor of the weight's size is allocated.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: ``grad``, ``weight`` or ``scale`` is not float32, or ``zero_point`` not int32.
+        ValueError: the shapes do not fit, the range is not allowed, or a scale is below 2^-126.
 
     Example:
         >>> mm_fake_quantized(torch.ones(1, 1), torch.tensor([[0.26, 9.0]]), torch.ones(1) / 2)
@@ -178,29 +185,29 @@ def qat_linear(
     weight_grad_factor: float = 0.0,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A linear layer on integers that trains: float input and weight are quantized inside.
+    """Run a trainable linear layer on integers; float input and weight are quantized inside.
 
     Forward gives the bits of the deployed layer. Backward passes the gradient straight through the
-    rounding, and stops it where a value lies beyond a fixed range. Saved are int8 activations and a
-    bit per element, the float input only where ``input_scale`` learns.
+    rounding and stops it where a value is outside a fixed range. It saves int8 activations and one
+    bit per element; the float input is saved only where ``input_scale`` is learned.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
         weight: float32, bfloat16 or float16 ``[N, K]``.
         bias: float ``[N]`` or None.
-        input_scale: float32 ``[1]``: static activations; None: each row has a scale of its own,
-            and ``input_qmax`` is 2^(bits - 1) - 1.
-        input_zero_point: int32 ``[1]``, with ``input_scale`` only; None is 0, or what follows from
+        input_scale: float32 ``[1]`` for static activations; None: each row has its own scale, and
+            ``input_qmax`` is 2^(bits - 1) - 1.
+        input_zero_point: int32 ``[1]``, with ``input_scale`` only. None: 0, or computed from
             ``input_offset``.
         input_offset: float32 ``[1]``, LSQ+'s learned offset in real units: zero point
             ``clamp(rint(-offset / scale))``.
         input_qmin, input_qmax, input_symmetric: as for :func:`quantize_rows`; a static range
             without zero point and offset may be unsigned, 0 to at most 255.
-        weight_scale: float32 ``[N]``; None: each channel's from its range.
+        weight_scale: float32 ``[N]``; None: each channel's is computed from its range.
         weight_qmin, weight_qmax, weight_symmetric: as for :func:`quantize_pack`.
-        activation: "none" or "relu", behind the bias.
-        input_grad_factor: above 0: ``input_scale`` and ``input_offset`` learn by LSQ's rule, and
-            their gradients are multiplied by it.
+        activation: "none" or "relu", applied after the bias.
+        input_grad_factor: above 0, ``input_scale`` and ``input_offset`` are learned by LSQ's rule
+            and their gradients are multiplied by this factor.
         weight_grad_factor: the same for ``weight_scale``.
         output_dtype: float32, bfloat16 or float16; input's when None.
 
@@ -208,7 +215,9 @@ def qat_linear(
         ``[..., N]`` of ``output_dtype``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: a tensor or ``output_dtype`` has a wrong dtype.
+        ValueError: the shapes do not fit, the devices differ, a range is not allowed, or two
+            arguments exclude each other.
         NotImplementedError: in backward with ``create_graph=True``.
 
     Source: Jacob et al. (2018), section 3; Esser et al., "Learned Step Size Quantization" (2020).

@@ -41,7 +41,7 @@ class PackedWeight:
         return unpack_weight(self.packed, self.out_features, self.in_features)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same weight packed for another device's kernels; itself where it is there."""
+        """Pack the weight for another device's kernels; return self if it is on that device."""
         if torch.device(device) == self.packed.device:
             return self
         return PackedWeight.pack(self.unpack().to(device))
@@ -62,10 +62,11 @@ def quantized_linear(
     output_dtype: torch.dtype = torch.float32,
     activation: str = "none",
 ) -> Tensor:
-    """int8 linear with int32 accumulation: integers in, float or integers out, on the C++ kernel.
+    """Run an int8 linear layer with int32 accumulation on integers; the result is float or integer.
 
     ``y = activation((input - input_zero_point) @ (weight - weight_zero_point).T * input_scale *
-    weight_scale + bias)``; zero points are compensated from row and column sums, never by widening.
+    weight_scale + bias)``; zero points are compensated with row and column sums, so the
+    product stays int8.
 
     Args:
         input: int8 or uint8 ``[..., K]``.
@@ -74,8 +75,9 @@ def quantized_linear(
             shift), float32 ``[N]``, or None.
         input_scale, input_zero_point: one value, or a tensor with one per row of input.
         weight_scale, weight_zero_point: one value, or a tensor ``[N]``.
-        output_scale: given, the result is quantized: int8, or uint8 where ``output_dtype`` says so.
-        output_zero_point, output_bits: of the quantized result, clamped to ``output_bits``.
+        output_scale: if given, the result is quantized to int8, or to uint8 with
+            ``output_dtype=torch.uint8``.
+        output_zero_point, output_bits: zero point and number of bits of a quantized result.
         output_dtype: float32, bfloat16 or float16 (int8 or uint8 with ``output_scale``).
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
 
@@ -83,7 +85,8 @@ def quantized_linear(
         ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every device.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: a tensor or ``output_dtype`` has a wrong dtype.
+        ValueError: a shape, a device, a number, ``output_bits``, or the activation's name is wrong.
 
     Source: Jacob et al. (2018), section 2.3, for the zero-point algebra.
 
