@@ -1,8 +1,10 @@
 """Fixtures and settings of all tests."""
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,18 +13,33 @@ from hypothesis import settings
 
 from torchquant import cpu
 
-# The tests are no package (an __init__.py would make pytest import the source tree): this is how
-# they find support.
+# The tests are not a package (an __init__.py would make pytest import the source tree). The search
+# path is how they find the folder support.
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Without a GPU Triton's kernels run in its interpreter (support/triton.py). Triton reads this where
-# it is imported, which torch.compile may do before a test of the kernels does.
+from support.skips import SkipCounter
+
+# torchvision is imported with a CPU build of torch, in this process and in those that tests start.
+if find_spec("torchvision") is not None:
+    importlib.import_module("support.site.sitecustomize")
+    folder = str(Path(__file__).parent / "support" / "site")
+    search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in search:
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, search)])
+
+# Without a GPU Triton's kernels run in its interpreter (support/triton.py). Triton reads this
+# variable at its import, and torch.compile may import Triton before a test of the kernels does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every run: a failure in CI is a failure here. No deadline: machines differ.
 settings.register_profile("torchquant", derandomize=True, deadline=None)
 settings.load_profile("torchquant")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Skipped tests are counted by reason; in CI a missing package is a failure."""
+    config.pluginmanager.register(SkipCounter(strict=os.environ.get("CI") == "true"))
 
 
 @pytest.fixture(params=cpu.available_isas())
@@ -34,7 +51,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _process_settings() -> Iterator[None]:
-    """What a test changes for the whole process does not reach the next one."""
+    """No test sees settings of the process that another test changed."""
     isa, threads = cpu.active_isa(), torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

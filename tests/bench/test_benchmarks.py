@@ -301,7 +301,7 @@ ALL_PEERS = [(suite, name) for suite, peers in SUITES.items() for name in peers]
 def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
     info = SUITES[suite][name]
     if info.missing():
-        pytest.skip(f"needs {', '.join(info.missing())}")
+        pytest.skip(f"needs the package {', '.join(info.missing())}")
     if name == "torchao-compiled":
         pytest.skip("compiles for seconds; torchao itself is tested")
     engine = torch.backends.quantized.engine

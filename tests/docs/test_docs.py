@@ -1,4 +1,4 @@
-"""What is not run goes stale: README blocks, docstring examples and scripts all run here."""
+"""Runs every example: the README's blocks, the docstrings' examples and the scripts."""
 
 import doctest
 import importlib
@@ -80,7 +80,7 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
 
 
 def docstring_tests(module: ModuleType) -> list[doctest.DocTest]:
-    """Every docstring of a module; doctest alone misses wrapped functions (`@contextmanager`)."""
+    """Every docstring of a module; doctest itself misses wrapped functions (`@contextmanager`)."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     tests = finder.find(module)
     names = {test.name for test in tests}
@@ -94,7 +94,7 @@ def docstring_tests(module: ModuleType) -> list[doctest.DocTest]:
 
 
 def imported(name: str) -> ModuleType:
-    """A module of the package; those that need Triton are skipped where there is none."""
+    """A module of the package; a module that needs Triton is skipped where Triton is missing."""
     if name.startswith("torchquant.triton.") and find_spec("triton") is None:
         pytest.importorskip(name, reason="triton is not installed", exc_type=ImportError)
     return importlib.import_module(name)
@@ -115,7 +115,7 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def needs_example(thing: object) -> bool:
-    """Functions and classes, but for records and exceptions: those are what other things return."""
+    """Whether users call it: a function or a class, but no record and no exception."""
     if isinstance(thing, type) and issubclass(thing, (tuple, BaseException)):
         return False
     return callable(thing) and not is_dataclass(thing)
@@ -136,14 +136,14 @@ def test_exported_names_have_a_docstring_with_an_example(name: str) -> None:
 
 
 def run_time_modules() -> set[str]:
-    """Import names of what torchquant itself needs: missing ones are never a reason to skip."""
+    """Import names of torchquant's own requirements, which are never a reason to skip."""
     requirements = [r for r in requires("torchquant") or [] if "extra ==" not in r]
     return {"torchquant", *(re.split(r"[^\w-]", r)[0].replace("-", "_") for r in requirements)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_script_smoke_run(script: Path, tmp_path: Path) -> None:
-    """`--smoke`: all that the script does, in small, writing only below the current folder."""
+    """`--smoke` does everything that the script does, on small data, below the current folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MPLBACKEND": "Agg", "COLUMNS": "120"}
     result = subprocess.run(
         [sys.executable, str(script), "--smoke"],
@@ -159,5 +159,5 @@ def test_script_smoke_run(script: Path, tmp_path: Path) -> None:
     if result.returncode != 0 and missing:
         module = missing[1].partition(".")[0]
         if module not in run_time_modules() and find_spec(module) is None:
-            pytest.skip(f"{script.name} needs the optional module {module}")
+            pytest.skip(f"needs the package {module}: {script.name}")
     assert result.returncode == 0, output[-6000:]

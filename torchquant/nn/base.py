@@ -344,12 +344,21 @@ class TrainedModule(nn.Module):
             self._quantizing = bool(self.quantize_enabled)
 
 
+# torch.is_autocast_enabled refuses other device types, such as "meta". A set, because torch.compile
+# of torch 2.11 does not trace torch.amp.is_autocast_available.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "privateuseone")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """Output dtype of a layer for this input: autocast's where it is on, None for the input's."""
     if not isinstance(input, Tensor):
         return None
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
