@@ -168,7 +168,7 @@ def plan_layers(
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
         >>> steps = plan_layers(model, None, lambda module: None, lambda module, kind: None)
         >>> [(step.name, step.skip) for step in steps]
-        [('0', None), ('1', 'too small to gain')]
+        [('0', None), ('1', 'too small to benefit')]
     """
     read = _read_elsewhere(model)
     steps = find_layers(model)
@@ -182,7 +182,7 @@ def plan_layers(
         if not step.asked:
             step.leave = "filter_fn"
         elif filter_fn is None and not step.refusal and kind.too_small(module):
-            step.leave = "too small to gain"
+            step.leave = "too small to benefit"
     return steps
 
 

@@ -78,7 +78,7 @@ def quantize_(
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
         >>> report = quantize_(model)
         >>> [(layer.name, layer.action, layer.reason) for layer in report.layers]
-        [('0', 'quantized', ''), ('2', 'skipped', 'too small to gain')]
+        [('0', 'quantized', ''), ('2', 'skipped', 'too small to benefit')]
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
     """

@@ -39,7 +39,7 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
             found = "nothing" if old is None else type(old).__name__
             where = repr(name) if name else "the root"
             raise Misfit(
-                f"the file has a quantized {kind.name} layer at {where}, the model has {found}"
+                f"a quantized {kind.name} layer at {where} in the file, {found} in the model"
             )
         if entries.setdefault(id(old), entry) is entry:
             made.append((old, _new_layer(name, entry, kind, old)))
@@ -78,7 +78,7 @@ def activation_places(
         if old is None or original is None or found is None or found != activation or name == "":
             kind = "nothing" if original is None else type(original).__name__
             raise Misfit(
-                f"the file has a fused activation {activation!r} at {name!r}, the model has {kind}"
+                f"a fused activation {activation!r} at {name!r} in the file, {kind} in the model"
             )
         places[id(old)] = (old, FusedActivation(activation, original))
     for name, old in modules.items():
