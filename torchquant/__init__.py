@@ -1,8 +1,20 @@
 """torchquant: quantization for PyTorch with exact integer kernels that are fast in eager mode.
 
-The verbs are here; :mod:`torchquant.functional` is the specification in plain torch,
-:mod:`torchquant.ops` the operators, :mod:`torchquant.nn` the modules, :mod:`torchquant.cpu` and
-:mod:`torchquant.cuda` the choice of instruction set and of the path on a GPU.
+Example:
+    >>> import torch, torchquant
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    >>> print(torchquant.quantize_(model).summary())
+    1 quantized, 0 skipped; model 257.00 KiB -> 68.00 KiB (3.78x smaller)
+
+- :func:`quantize_` replaces the linear layers of a model by int8 layers, in place;
+  :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention.
+- :func:`prepare_qat_` and :func:`convert_` are for quantization-aware training and for static
+  quantization; :mod:`torchquant.qat` has the stages of training. :func:`verify` compares the
+  converted model with the trained model. :func:`to_float_` converts back.
+- :func:`save` and :func:`load` store a model in a safetensors file.
+- :mod:`torchquant.configs` has the configurations, :mod:`torchquant.nn` the layers,
+  :mod:`torchquant.ops` the operators, and :mod:`torchquant.functional` their specification in plain
+  torch. :mod:`torchquant.cpu` selects the instruction set, :mod:`torchquant.cuda` the path on GPUs.
 """
 
 from torchquant import configs, cpu, cuda, functional, nn, observers, ops, qat

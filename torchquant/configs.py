@@ -1,9 +1,10 @@
-"""What to quantize how: a configuration is made of parts, and a layer matches on their types.
+"""Configurations of quantized layers, which consist of parts: one for weights, one for activations.
 
-``QuantizationConfig(weights=Weights(bits=4), activations=Dynamic(symmetric=True))`` spells the
-parts out. The well-known names (:func:`Int8DynamicActivationInt8WeightConfig` and others, which
-follow torchao) are functions that build the same values. Parts are frozen dataclasses; a subclass
-of :class:`Weights` or :class:`Activations` is a new part, and files can hold it as it is.
+A configuration can be written in parts, such as
+``QuantizationConfig(Weights(bits=4), Dynamic(symmetric=True))``. The functions with the names of
+torchao (:func:`Int8DynamicActivationInt8WeightConfig` and others) create the same values. Parts are
+frozen dataclasses, and layers decide by the class of a part. A subclass of :class:`Weights` or
+:class:`Activations` is a new part, which files can store without further code.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _GRANULARITIES = (PerTensor, PerAxis, PerGroup, PerToken)
-# The classes that a file may name: granularities, and every subclass of Part.
+# The classes that files can store: granularities, and every subclass of Part.
 _CLASSES: dict[str, type] = {cls.__name__: cls for cls in _GRANULARITIES}
 _EXAMPLE = "Int8DynamicActivationInt8WeightConfig()"
 
@@ -76,13 +77,13 @@ def _require_bits(who: str, name: str, bits: object) -> None:
 
 
 class Part:
-    """A frozen dataclass whose values a file can hold: numbers, strings, None and other parts.
+    """Base class of frozen dataclasses that files can store.
 
-    A subclass is registered under its name, so that files that name it can be read. Names are
-    unique.
+    The values of a part are numbers, strings, None, and other parts. A subclass is registered under
+    its name, so that :func:`config_from_dict` finds it.
 
     Raises:
-        TypeError: another class has the subclass's name.
+        TypeError: a subclass is defined with the name of another part.
 
     Example:
         >>> Weights(bits=4).with_bits(2)
@@ -101,24 +102,25 @@ class Part:
         _CLASSES[cls.__name__] = cls
 
     def with_bits(self, bits: int) -> Any:
-        """The same part with another width."""
+        """The same part with a different number of bits."""
         return replace(self, bits=bits)  # type: ignore[type-var]
 
     def deployed(self) -> Any:
-        """The part of a layer that was trained with this one; the part itself by default."""
+        """The part of the deployed layer, for a part that trains; by default the part itself."""
         return self
 
 
 @dataclass(frozen=True)
 class Weights(Part):
-    """How a layer's weight becomes integers.
+    """The quantization of a weight.
 
     Args:
         bits: 2 to 8.
-        symmetric: no zero point; False: a zero point for each scale.
-        narrow_range: whether the least integer is left out; None: only for symmetric weights of 8
-            bits, which is [-127, 127].
-        granularity: which elements share a scale; ``PerAxis(0)`` is one scale per output channel.
+        symmetric: if True, weights have no zero point; if False, one zero point per scale.
+        narrow_range: whether the least integer is excluded; None excludes it only for symmetric
+            weights of 8 bits, whose range is then [-127, 127].
+        granularity: the elements that share a scale; ``PerAxis(0)`` is one scale per output
+            channel.
 
     Raises:
         TypeError: a flag is not a bool, or granularity is not one of the granularity classes.
@@ -157,28 +159,28 @@ class Weights(Part):
 
 @dataclass(frozen=True)
 class Activations(Part):
-    """How the activations that enter a layer become integers; the base class of such parts.
+    """The quantization of the activations that enter a layer; the base class of such parts.
 
     Example:
         >>> isinstance(Dynamic(), Activations), Activations.needs_calibration
         (True, False)
     """
 
-    # Whether values have to be observed or learned before a layer can be made.
+    # True if ranges have to be observed or learned before a layer can be quantized.
     needs_calibration: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class Dynamic(Activations):
-    """One scale per token, from the token's own range at run time.
+    """One scale per token, computed from the range of the token at run time.
 
-    No calibration data is needed, and a token gives the same bits alone and in any batch.
+    This needs no calibration data, and a token gives the same bits alone and in any batch.
 
     Args:
         bits: 2 to 8.
-        symmetric: activations in [-qmax, qmax]; False: the whole range with a zero point per token.
-            That is finer where values lean to one side (after GELU or ReLU, and in general inside
-            transformers) and about 5 % slower.
+        symmetric: if True, activations are in [-qmax, qmax]; if False, they use the whole range,
+            with one zero point per token. The latter is about 5 % slower, and more accurate for
+            values that are not centred at 0 (after GELU or ReLU, and usually in transformers).
 
     Raises:
         TypeError: symmetric is not a bool.
@@ -207,13 +209,13 @@ class Dynamic(Activations):
 
 @dataclass(frozen=True)
 class Static(Activations):
-    """One scale for the whole tensor, observed or learned before; values beyond saturate.
+    """One scale for the whole tensor, observed or learned before; values outside saturate.
 
     Args:
         bits: 2 to 8.
-        symmetric: no zero point.
-        narrow_range: whether the least integer is left out; None: only for symmetric activations of
-            8 bits, which is what observed ranges give. Learned steps use all levels.
+        symmetric: if True, activations have no zero point.
+        narrow_range: whether the least integer is excluded; None excludes it only for symmetric
+            activations of 8 bits, as for observed ranges. Learned steps use all integers.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -245,14 +247,16 @@ class Static(Activations):
 
 @dataclass(frozen=True)
 class QuantizationConfig(Part):
-    """How a layer is quantized: its weight, and the activations that enter it.
+    """The quantization of a layer: of its weight, and of the activations that enter the layer.
 
     Args:
-        weights: a :class:`Weights`.
-        activations: :class:`Dynamic`, :class:`Static`, or another :class:`Activations`.
+        weights: an instance of :class:`Weights`.
+        activations: an instance of :class:`Dynamic`, :class:`Static`, or another subclass of
+            :class:`Activations`.
 
     Raises:
-        TypeError: a part is of another type.
+        TypeError: weights is not a :class:`Weights`, or activations is not an
+            :class:`Activations`.
 
     Example:
         >>> QuantizationConfig(Weights(bits=4)) == IntxActivationIntxWeightConfig(4)
@@ -273,13 +277,14 @@ class QuantizationConfig(Part):
 def Int8DynamicActivationInt8WeightConfig(
     activation_symmetric: bool = False, weight_symmetric: bool = True
 ) -> QuantizationConfig:
-    """int8 weights, one scale per output channel; int8 activations, one scale per token.
+    """int8 weights with one scale per output channel; int8 activations with one scale per token.
 
-    This is the default choice for linear layers: activation scales are computed at run time.
+    This is the default for linear layers. Activation scales are computed at run time.
 
     Args:
         activation_symmetric: see :class:`Dynamic`.
-        weight_symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+        weight_symmetric: if True, weights are in [-127, 127]; if False, they are in [-128, 127],
+            with one zero point per channel.
 
     Returns:
         The configuration in parts.
@@ -301,14 +306,15 @@ def Int8StaticActivationInt8WeightConfig(
     weight_symmetric: bool = True,
     activation_narrow_range: bool | None = None,
 ) -> QuantizationConfig:
-    """int8 weights, one scale per output channel; int8 activations, one scale for the tensor.
+    """int8 weights with one scale per output channel; int8 activations with one scale per tensor.
 
-    The scale of the activations has to be learned or observed before:
+    The scale of the activations has to be observed or learned before, with
     :func:`torchquant.prepare_qat_` and :func:`torchquant.convert_`.
 
     Args:
-        activation_symmetric: activations without zero point.
-        weight_symmetric: weights in [-127, 127]; False: [-128, 127] with a zero point per channel.
+        activation_symmetric: if True, activations have no zero point.
+        weight_symmetric: if True, weights are in [-127, 127]; if False, they are in [-128, 127],
+            with one zero point per channel.
         activation_narrow_range: see :class:`Static`.
 
     Returns:
@@ -338,23 +344,23 @@ def IntxActivationIntxWeightConfig(
 ) -> QuantizationConfig:
     """Weights and activations of 2 to 8 bits each, on the int8 kernels.
 
-    Integers of fewer bits are stored and multiplied as int8: they have the bits that a narrower
-    kernel would give, and are no faster and no smaller than 8 bits.
+    Integers of fewer than 8 bits are stored and multiplied as int8. Layers with fewer bits are
+    therefore neither smaller nor faster than layers with 8 bits.
 
     Args:
-        weight_bits: 2 to 8; one scale per output channel.
+        weight_bits: 2 to 8; weights have one scale per output channel.
         activation_bits: 2 to 8.
-        static: one scale for the activations, learned or observed before; False: one per token,
-            computed at run time.
-        activation_symmetric: activations without zero point.
-        weight_symmetric: weights without zero point.
+        static: if True, activations have one scale, observed or learned before; if False, one scale
+            per token, computed at run time.
+        activation_symmetric: if True, activations have no zero point.
+        weight_symmetric: if True, weights have no zero point.
 
     Returns:
         The configuration in parts.
 
     Raises:
         TypeError: a flag is not a bool.
-        ValueError: a width is not an integer from 2 to 8.
+        ValueError: weight_bits or activation_bits is not an integer from 2 to 8.
 
     Example:
         >>> config = IntxActivationIntxWeightConfig(weight_bits=4)
@@ -374,19 +380,20 @@ def IntxActivationIntxWeightConfig(
 
 @dataclass(frozen=True)
 class Fusion:
-    """What :func:`torchquant.quantize_` may compute together with the layers that it quantizes.
+    """What :func:`torchquant.quantize_` may compute together with the quantized layers.
 
-    The defaults leave a model's results unchanged except for rounding.
+    With the defaults, the results of a model change only by rounding.
 
     Args:
-        activations: an activation module behind a layer becomes part of the layer, which computes
-            it on the sums while they are in registers. Results change by rounding: the library's
-            own polynomials replace torch's (errors in :mod:`torchquant.functional.activations`),
-            and a bfloat16 or float16 model rounds once less, because the values between the two
-            stay fp32.
-        projections: layers applied to one tensor (query, key and value; gate and up) are computed
-            together, which quantizes the tensor once. Results keep their bits. This takes effect
-            where gradients are off (``torch.no_grad``, ``torch.inference_mode``) and autocast is.
+        activations: if True, an activation module after a layer becomes part of the layer, which
+            computes it while the sums are in registers. Results change by rounding: the library's
+            polynomials replace those of torch (:mod:`torchquant.functional.activations` states
+            their errors), and a bfloat16 or float16 model rounds once less, because the values
+            between the two modules stay in float32.
+        projections: if True, layers that are applied to the same tensor (query, key and value; gate
+            and up) are computed together, so that the tensor is quantized once. Results keep their
+            bits. This takes effect only while gradients (``torch.no_grad``,
+            ``torch.inference_mode``) and autocast are off.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -408,10 +415,10 @@ class Fusion:
 
 
 def check_config(who: str, config: QuantizationConfig | None) -> QuantizationConfig:
-    """The configuration itself, the default one for None.
+    """Return ``config``, or the default configuration for None.
 
     Raises:
-        TypeError: config is another value; ``who`` starts the message.
+        TypeError: config is not a :class:`QuantizationConfig`; the message starts with ``who``.
 
     Example:
         >>> check_config("quantize_", None) == Int8DynamicActivationInt8WeightConfig()
@@ -433,10 +440,10 @@ def check_config(who: str, config: QuantizationConfig | None) -> QuantizationCon
 
 
 def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
-    """The value itself, the default one for None.
+    """Return ``fusion``, or the default value for None.
 
     Raises:
-        TypeError: fusion is another value; ``who`` starts the message.
+        TypeError: fusion is not a :class:`Fusion`; the message starts with ``who``.
 
     Example:
         >>> check_fusion("quantize_", None) == Fusion()
@@ -453,7 +460,7 @@ def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A configuration, or a part of one, as JSON-ready values; the key ``type`` names its class.
+    """Convert a configuration or a part to JSON values; the key ``type`` is the name of its class.
 
     Example:
         >>> config_to_dict(Dynamic(symmetric=True))
@@ -468,10 +475,10 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any]) -> Any:
-    """The configuration, or the part, that :func:`config_to_dict` wrote.
+    """Create the configuration or part from the result of :func:`config_to_dict`.
 
     Raises:
-        ValueError: no class of that name, or fields that the class does not have.
+        ValueError: no class has the name, or a value is missing, superfluous or not valid.
 
     Example:
         >>> config_from_dict(config_to_dict(QuantizationConfig())) == QuantizationConfig()

@@ -1,11 +1,11 @@
-"""What a verb did to a model: one row per layer, printed as a table."""
+"""Reports of the verbs: one row per layer, printed as a table."""
 
 from __future__ import annotations
 
 import io
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,17 +18,23 @@ Action = Literal["quantized", "prepared", "converted", "restored", "skipped"]
 FusionKind = Literal["activation", "projections"]
 FusionAction = Literal["fused", "not fused"]
 
-_NUMBER = re.compile(r"(?<![\w])\d+(?![\w])")  # a block's number in a layer's name
-_TABLE_WIDTH = 72  # a table of five columns is hard to read below
+_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")  # the number of a block in the name of a module
+_TABLE_WIDTH = 72  # minimum width of the table; narrower consoles get two lines per layer
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: what was done to it and why.
+    """What a verb did to one layer, and why.
 
-    ``shape`` is the weight's, outputs first.
-    ``bytes_before`` and ``bytes_after`` count the layer's parameters and buffers as they lie in
-    memory (packed, padded), each layer for itself, also where a weight was shared.
+    Attributes:
+        name: the layer's first name in the model.
+        kind: the name of its class before the verb.
+        action: what the verb did, or "skipped".
+        reason: why the layer was skipped, or a remark; may be empty.
+        shape: shape of the weight, outputs first.
+        bytes_before: memory of the layer's parameters and buffers before the verb. A shared weight
+            counts for each layer.
+        bytes_after: the same after the verb, including the padding of packed weights.
     """
 
     name: str
@@ -42,10 +48,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Layers that could be computed together with something, and whether they are.
+    """A fusion that a verb made or rejected.
 
-    ``layers`` are the layers that a verb changed, ``what`` is what became part of them, where that
-    is a module of its own: its name and what it computes.
+    Attributes:
+        kind: "activation" (a layer and an activation module) or "projections" (layers that are
+            applied to the same tensor).
+        layers: names of the layers.
+        what: name and function of the activation module; empty for projections.
+        action: "fused" or "not fused".
+        reason: why the fusion was rejected, or a remark; may be empty.
     """
 
     kind: FusionKind
@@ -62,14 +73,20 @@ class FusionReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What a verb did to a model; ``print`` it, or give it to a rich console.
+    """What a verb did to a model; ``print`` the report, or pass it to a rich console.
 
-    ``action`` is what the verb does to a layer: "quantized" by :func:`torchquant.quantize_`,
-    "prepared" by :func:`torchquant.prepare_qat_`, "converted" by :func:`torchquant.convert_`,
-    "restored" by :func:`torchquant.to_float_`.
-    ``bytes_before`` and ``bytes_after`` are of the whole model, shared tensors counted once.
-    ``fusions`` has a line for everything that was fused or could not be; in print, lines that
-    differ in numbers only, as those of a model's blocks do, are one.
+    Attributes:
+        layers: one row per layer of a kind that torchquant quantizes, in the order of the model's
+            modules. Modules of other kinds are not listed.
+        bytes_before: memory of the model's parameters and buffers before the verb; shared tensors
+            count once.
+        bytes_after: the same after the verb.
+        notes: sentences that the user should read.
+        fusions: the fusions that were made or rejected. Lines that differ only in numbers, such as
+            those of a model's blocks, are printed as one line.
+        action: what the verb does to a layer: "quantized" by :func:`torchquant.quantize_`,
+            "prepared" by :func:`torchquant.prepare_qat_`, "converted" by
+            :func:`torchquant.convert_`, "restored" by :func:`torchquant.to_float_`.
     """
 
     layers: tuple[LayerReport, ...]
@@ -86,12 +103,12 @@ class QuantizationReport:
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
-        """The layers that the verb changed, whichever verb it was."""
+        """The layers that the verb changed."""
         return tuple(layer for layer in self.layers if layer.action != "skipped")
 
     @property
     def skipped(self) -> tuple[LayerReport, ...]:
-        """The layers that stayed as they were; ``reason`` says why."""
+        """The layers that stayed unchanged; their ``reason`` gives the cause."""
         return tuple(layer for layer in self.layers if layer.action == "skipped")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -99,16 +116,10 @@ class QuantizationReport:
             yield from self._lines()
         elif self.layers:
             yield self._table()
-        # All as Text: a name may hold what looks like rich's markup ("[red]") or an emoji's name.
-        yield from (Text(line) for line in (self.summary(), *self._fusions(), *self.notes))
-
-    def _fusions(self) -> Iterator[str]:
-        alike: dict[str, list[str]] = {}
-        for fusion in self.fusions:
-            line = str(fusion)
-            alike.setdefault(_NUMBER.sub("*", line), []).append(line)
-        for pattern, lines in alike.items():
-            yield lines[0] if len(lines) == 1 else f"{pattern} ({len(lines)} times)"
+        # Text objects, because a name may look like rich's markup ("[red]") or an emoji.
+        yield from (
+            Text(line) for line in (self.summary(), *fold(map(str, self.fusions)), *self.notes)
+        )
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -122,14 +133,14 @@ class QuantizationReport:
         return table
 
     def _lines(self) -> Iterator[Text]:
-        """For consoles too narrow for a table: two lines a layer."""
+        """Two lines per layer, for consoles that are too narrow for a table."""
         for layer in self.layers:
             name, size, before, after, result = _cells(layer)
             text = f"{name}\n  {size}, {before} -> {after}, {result}"
             yield Text(text, style=_style(layer), overflow="fold")
 
     def summary(self) -> str:
-        """One line: counts and bytes."""
+        """One line with the numbers of layers and the sizes of the model."""
         line = (
             f"{len(self.changed)} {self.action}, {len(self.skipped)} skipped; model "
             f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
@@ -140,7 +151,7 @@ class QuantizationReport:
         return f"{line} ({ratio:.2f}x smaller)"
 
     def __str__(self) -> str:
-        """The table, as wide as the terminal; 110 columns where there is none."""
+        """The table, as wide as the terminal, or 110 columns wide without a terminal."""
         file = io.StringIO()
         width = shutil.get_terminal_size((110, 0)).columns
         Console(file=file, width=width, color_system=None).print(self)
@@ -157,8 +168,22 @@ def _style(layer: LayerReport) -> str:
     return "dim" if layer.action == "skipped" else ""
 
 
+def fold(lines: Iterable[str]) -> Iterator[str]:
+    """Merge lines that differ only in numbers, such as those of a model's blocks.
+
+    Example:
+        >>> list(fold(["fused: blocks.0.up", "fused: blocks.1.up", "fused: head"]))
+        ['fused: blocks.*.up (2 times)', 'fused: head']
+    """
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        alike.setdefault(_NUMBER.sub("*", line), []).append(line)
+    for pattern, same in alike.items():
+        yield same[0] if len(same) == 1 else f"{pattern} ({len(same)} times)"
+
+
 def human_bytes(count: int) -> str:
-    """A size for people, in powers of 1024.
+    """Format a number of bytes with units that are powers of 1024.
 
     Example:
         >>> human_bytes(700), human_bytes(2_400_000)

@@ -1,10 +1,10 @@
-"""Integer ranges and granularities: the vocabulary every other module is configured with.
+"""Integer ranges and granularities.
 
-A *granularity* says which elements of a tensor share one scale. It is a sum type of small frozen
-dataclasses instead of a string with side parameters, so that a group size without groups, or an
-axis without channels, cannot be written. Each class documents input shape -> scale shape and
-computes it in :meth:`scale_shape`; ``axis_and_group_size`` gives the two arguments by which the
-operators take a granularity.
+A *granularity* determines which elements of a tensor share one scale. It is one of several small
+frozen dataclasses instead of a string with additional parameters, so that invalid combinations,
+such as a group size without groups, cannot be written. Each class documents the shape of the scales
+for a shape of the input and computes it in ``scale_shape``. ``axis_and_group_size`` returns the two
+arguments that operators take for a granularity.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ AxisAndGroupSize: TypeAlias = tuple[int | None, int | None]
 
 
 def quant_range(bits: int, *, signed: bool = True, narrow_range: bool = False) -> tuple[int, int]:
-    """Least and greatest integer of a ``bits``-wide type.
+    """Least and greatest integer of a type with ``bits`` bits.
 
     Args:
         bits: 2 to 8.
-        signed: ``[-2^(bits-1), 2^(bits-1) - 1]`` if true, ``[0, 2^bits - 1]`` if false.
-        narrow_range: drop the least signed value, so that the range is symmetric around 0.
+        signed: whether the range is ``[-2^(bits-1), 2^(bits-1) - 1]`` or ``[0, 2^bits - 1]``.
+        narrow_range: exclude the least signed integer, so that the range is symmetric around 0.
 
     Returns:
         ``(qmin, qmax)``.
 
     Raises:
-        ValueError: ``bits`` is outside 2..8, or ``narrow_range`` is asked of an unsigned range.
+        ValueError: bits is not an integer from 2 to 8, or narrow_range is True although signed is
+            False.
 
     Example:
         >>> quant_range(8), quant_range(8, narrow_range=True), quant_range(4, signed=False)
@@ -43,7 +44,7 @@ def quant_range(bits: int, *, signed: bool = True, narrow_range: bool = False) -
         if narrow_range:
             raise ValueError(
                 "quant_range: narrow_range must be False for an unsigned range, got True; "
-                "it drops the least signed value, so pass signed=True with it"
+                "it excludes the least signed integer, so pass signed=True with it"
             )
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)) + int(narrow_range), 2 ** (bits - 1) - 1
@@ -88,7 +89,7 @@ class PerAxis:
             raise ValueError(f"PerAxis: axis must be an integer, got {self.axis!r}")
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scales for an input of ``shape``; raises where it has no such axis."""
+        """Shape of the scales for an input of ``shape``; ValueError if it lacks the axis."""
         return (shape[self.normalized_axis(shape)],)
 
     def axis_and_group_size(self, shape: Sequence[int]) -> AxisAndGroupSize:
@@ -96,7 +97,7 @@ class PerAxis:
         return self.normalized_axis(shape), None
 
     def normalized_axis(self, shape: Sequence[int]) -> int:
-        """``axis`` as a non-negative number; raises where ``shape`` has no such axis."""
+        """``axis`` as a non-negative number; ValueError if ``shape`` lacks the axis."""
         if not -len(shape) <= self.axis < len(shape):
             raise ValueError(
                 f"PerAxis: axis must be from {-len(shape)} to {len(shape) - 1} for an input of "
@@ -107,10 +108,10 @@ class PerAxis:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for each run of ``group_size`` neighbours along the last axis.
+    """One scale for each group of ``group_size`` adjacent elements along the last axis.
 
-    Input ``[..., K]`` -> scale ``[..., ceil(K / group_size)]``. Where K is no multiple of
-    ``group_size`` the last group is shorter; nothing is padded into it.
+    Input ``[..., K]`` -> scale ``[..., ceil(K / group_size)]``. If K is not a
+    multiple of ``group_size``, the last group is shorter; it is not padded.
 
     Example:
         >>> PerGroup(32).scale_shape((8, 80))
@@ -125,7 +126,7 @@ class PerGroup:
             raise ValueError(f"PerGroup: group_size must be a positive integer, got {size!r}")
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scales for an input of ``shape``; raises for a 0-dimensional input."""
+        """Shape of the scales for an input of ``shape``; ValueError if it is 0-dimensional."""
         _require_last_axis("PerGroup", shape)
         return (*shape[:-1], -(-shape[-1] // self.group_size))
 
@@ -136,7 +137,7 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class PerToken:
-    """One scale for each row, a row being a run along the last axis.
+    """One scale for each row; a row is a slice along the last axis.
 
     Input ``[..., K]`` -> scale ``[..., 1]``.
 
@@ -146,7 +147,7 @@ class PerToken:
     """
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scales for an input of ``shape``; raises for a 0-dimensional input."""
+        """Shape of the scales for an input of ``shape``; ValueError if it is 0-dimensional."""
         _require_last_axis("PerToken", shape)
         return (*shape[:-1], 1)
 

@@ -293,7 +293,7 @@ def test_all_kinds_of_batches_and_outputs() -> None:
     assert report.batches == 4
     assert report.outputs.values == 4 * 3 * 128
     assert report.never_called == ("unused",)
-    assert "Never called, so not compared: unused" in str(report)
+    assert "Not compared, because never called: unused" in str(report)
 
 
 def test_tensors_in() -> None:
@@ -324,7 +324,9 @@ def test_other_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         verify(model, converted, [])
     qat.observe(model)
-    with pytest.raises(ValueError, match=r"in the first stage \(up, down\); call torchquant.qat."):
+    with pytest.raises(
+        ValueError, match=r"in the stage 'observe' \(up, down\); call torchquant.qat."
+    ):
         verify(model, converted, [floats(2, 64)])
 
 

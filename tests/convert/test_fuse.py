@@ -474,26 +474,29 @@ class UsedFromAboveUntraceable(UsedFromAbove):
 
 
 NOT_FUSED: dict[type[nn.Module], str] = {
-    OutputUsedTwice: "not fused: fc with act (gelu): the layer's output is used elsewhere too",
-    OutputReturned: "not fused: fc with act (gelu): the layer's output is used elsewhere too",
-    ActivationUsedElsewhere: "not fused: fc with act (gelu): the activation is used elsewhere too",
-    ActivationOnTheInput: "not fused: fc with act (gelu): the activation is used elsewhere too",
-    OnePathOnly: "not fused: fc with act (gelu): the layer's output does not always go there",
-    OnlyWithAMask: "not fused: fc with act (gelu): the layer's output does not always go there",
-    OnlyInTraining: "not fused: fc with act (gelu): the layer's output does not always go there",
+    OutputUsedTwice: "not fused: fc with act (gelu): the layer's output is also used elsewhere",
+    OutputReturned: "not fused: fc with act (gelu): the layer's output is also used elsewhere",
+    ActivationUsedElsewhere: "not fused: fc with act (gelu): the activation is also used elsewhere",
+    ActivationOnTheInput: "not fused: fc with act (gelu): the activation is also used elsewhere",
+    OnePathOnly: "not fused: fc with act (gelu): the layer's output does not always go into the "
+    "activation",
+    OnlyWithAMask: "not fused: fc with act (gelu): the layer's output does not always go into the "
+    "activation",
+    OnlyInTraining: "not fused: fc with act (gelu): the layer's output does not always go into the "
+    "activation",
     SecondMethod: "not fused: fc with act (gelu): SecondMethod.features uses it too, and is not "
     "called by forward",
     DependsOnTheData: "not fused: fc: DependsOnTheData.forward could not be traced (TraceError: "
     "symbolically traced variables cannot be used as inputs to control flow)",
-    CallsAFunction: "not fused: fc: CallsAFunction.forward calls gelu itself; as a module (nn.GELU "
-    "and the like) it could be fused",
-    CallsAMethod: "not fused: fc: CallsAMethod.forward calls relu itself; as a module (nn.GELU and "
-    "the like) it could be fused",
-    Taps: "not fused: features.0 with features.1 (relu): the layer's output is used elsewhere too",
+    CallsAFunction: "not fused: fc: CallsAFunction.forward calls gelu itself; a module (such as "
+    "nn.GELU) could be fused",
+    CallsAMethod: "not fused: fc: CallsAMethod.forward calls relu itself; a module (such as "
+    "nn.GELU) could be fused",
+    Taps: "not fused: features.0 with features.1 (relu): the layer's output is also used elsewhere",
     UsedFromAbove: "not fused: block.up with block.act (gelu): the layer's output does not always "
-    "go there",
+    "go into the activation",
     UsedFromAboveByAMethod: "not fused: block.up with block.act (gelu): the layer's output does "
-    "not always go there",
+    "not always go into the activation",
     UsedFromAboveUntraceable: "not fused: block.up with block.act (gelu): UsedFromAboveUntraceable"
     ".forward calls it too, and could not be traced (TraceError: symbolically traced variables "
     "cannot be used as inputs to control flow)",
@@ -512,10 +515,7 @@ def test_dropout_between_is_no_candidate() -> None:
 
 def test_another_activation_is_reported() -> None:
     report = assert_not_fused(nn.Sequential(linear(), nn.Hardswish()), floats(5, 64))
-    assert fusions(report) == [
-        "not fused: 0 with 1 (Hardswish): Hardswish is none of the functions that a layer can "
-        "compute"
-    ]
+    assert fusions(report) == ["not fused: 0 with 1 (Hardswish): a layer cannot compute Hardswish"]
 
 
 def test_a_list_is_no_chain() -> None:
@@ -529,7 +529,7 @@ def test_shared_with_a_place_that_is_not_behind_a_layer() -> None:
     model = nn.Sequential(linear(), act, nn.LayerNorm(64), act)
     report = assert_not_fused(model, floats(5, 64))
     assert fusions(report) == [
-        "not fused: 0 with 1 (relu): the activation is used elsewhere too",
+        "not fused: 0 with 1 (relu): the activation is also used elsewhere",
     ]
 
 
@@ -537,7 +537,7 @@ def test_shared_with_a_layer_that_stays_in_float() -> None:
     act = nn.ReLU()
     model = nn.Sequential(linear(), act, linear(8), act)
     report = assert_not_fused(model, floats(5, 64))
-    assert "not fused: 0 with 1 (relu): the activation is used elsewhere too" in fusions(report)
+    assert "not fused: 0 with 1 (relu): the activation is also used elsewhere" in fusions(report)
 
 
 def test_shared_with_a_block_that_cannot_be_traced() -> None:
@@ -563,7 +563,7 @@ def test_hooks(index: int, register: str) -> None:
     where = ("layer", "activation")[index]
     report = assert_not_fused(model, floats(5, 64))
     assert fusions(report) == [
-        f"not fused: 0 with 1 (relu): hooks on the {where} would see other values"
+        f"not fused: 0 with 1 (relu): hooks on the {where} would receive different values"
     ]
 
 
@@ -592,7 +592,7 @@ def test_a_layer_that_does_not_agree_is_left(monkeypatch: pytest.MonkeyPatch) ->
     model = nn.Sequential(linear(), nn.GELU())
     report = quantize_(model)
     assert fusions(report) == [
-        "not fused: 0 with 1 (silu): the fused layer did not give the same values on random rows"
+        "not fused: 0 with 1 (silu): the fused layer gave different values on random rows"
     ]
     assert type(model[1]) is nn.GELU
     assert model[0].activation == "none"

@@ -115,7 +115,7 @@ def test_twice_changes_nothing_more() -> None:
     first = model[0]
     report = torchquant.replace_norms_(model)
     assert model[0] is first
-    assert report.norms[0].reason == "torchquant's already"
+    assert report.norms[0].reason == "already a norm of torchquant"
     assert report.replaced == ()
 
 

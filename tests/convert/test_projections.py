@@ -707,7 +707,7 @@ def test_another_order_on_another_path() -> None:
 
     _, _, report = both(Net())
     assert lines(report)[0] == (
-        "not fused: k, q: they are not called once each, in one order, on every path"
+        "not fused: k, q: they are not called exactly once, in the same order, on every path"
     )
 
 

@@ -117,7 +117,7 @@ def test_prepare_train_convert(config: TrainingConfig) -> None:
         "blocks.0.down": "prepared",
         "blocks.1.up": "prepared",
         "blocks.1.down": "prepared",
-        "head": "skipped: too small to gain",
+        "head": "skipped: too small to benefit",
     }
     assert len(report.changed) == 4
     assert not report.quantized
@@ -250,8 +250,8 @@ def test_a_tied_head_is_trained_tied_and_converted_untied() -> None:
     model = LanguageModel()
     report = prepare_qat_(model, filter_fn=lambda module, name: True)
     assert report.notes == (
-        "Trained together with what shares its weight, with integers of its own once converted: "
-        "head.",
+        "Shares its weight with another module during training, and gets its own integers in "
+        "convert_: head.",
     )
     assert model.head.weight is model.embedding.weight
     train(model)
@@ -259,7 +259,7 @@ def test_a_tied_head_is_trained_tied_and_converted_untied() -> None:
     trained = copy.deepcopy(model)
     report = convert_(model)
     assert outcome(report) == {"body": "converted", "head": "converted: untied"}
-    assert report.notes == ("Untied from a shared weight, with an int8 copy of their own: head.",)
+    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
     assert torch.equal(model.embedding.weight, trained.embedding.weight)
     assert verify(trained, model, [tokens()]).exact
 
@@ -359,7 +359,7 @@ def test_what_cannot_be_prepared_is_reported(make: Callable[[], nn.Module], reas
     with unchanged(model), pytest.raises(ValueError) as raised:
         prepare_qat_(model, strict=True)
     assert str(raised.value) == (
-        "prepare_qat_: with strict=True every layer asked for must be quantizable, got 1 that "
+        "prepare_qat_: with strict=True every selected layer must be quantizable, got 1 that "
         f"cannot be quantized (bad: {reason}); exclude them with filter_fn, or pass strict=False "
         "to leave them in float"
     )
@@ -448,7 +448,7 @@ def test_a_model_without_linear_layers() -> None:
 
 def test_learned_steps_are_announced() -> None:
     report = prepare_qat_(Classifier(), CONFIGS["w4a4_learned"])
-    assert "make the optimizer now" in report.notes[0]
+    assert "create the optimizer now" in report.notes[0]
     assert "4 prepared, 1 skipped; model" in str(report)
 
 
@@ -509,7 +509,10 @@ def test_first_and_last_layer_where_a_forward_cannot_be_traced() -> None:
     report = prepare_qat_(model, W4A4)
     assert bits_of(model) == {"c": (8, 8), "b.1": (4, 4), "a": (8, 8)}
     (note,) = report.notes
-    assert note.startswith("First and last layer are by the order of modules in part: OtherOrder.")
+    assert note.startswith(
+        "The first and the last layer were determined in part from the order of modules: "
+        "OtherOrder."
+    )
 
 
 def test_first_and_last_layer_through_blocks() -> None:
@@ -518,7 +521,7 @@ def test_first_and_last_layer_through_blocks() -> None:
     assert bits_of(model)["blocks.0.up"] == (8, 8)
     assert set(list(bits_of(model).values())[1:]) == {(4, 4)}
     assert report.notes == (
-        "head is the model's last linear layer and keeps what it has: too small to gain.",
+        "head is the model's last linear layer but is left unchanged: too small to benefit.",
     )
 
 
@@ -608,13 +611,13 @@ class FunctionalGELU(Twice):
         (Twice, ["fused: first with relu (relu)", "fused: second with relu (relu)"]),
         (
             UsedElsewhere,
-            ["not fused: first with relu (relu): the layer's output is used elsewhere too"],
+            ["not fused: first with relu (relu): the layer's output is also used elsewhere"],
         ),
         (
             Functional,
             [
-                "not fused: first: Functional.forward calls relu itself; as a module (nn.ReLU) it "
-                "could be fused"
+                "not fused: first: Functional.forward calls relu itself; a module (nn.ReLU) could "
+                "be fused"
             ],
         ),
         (FunctionalGELU, []),
@@ -634,10 +637,7 @@ def test_which_relus_move(kind: type[nn.Module], lines: list[str]) -> None:
 def test_other_activations_stay_and_are_reported() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     (fusion,) = prepare_qat_(model).fusions
-    assert str(fusion) == (
-        "not fused: 0 with 1 (gelu): its gradient needs the layer's output: in training a ReLU "
-        "alone is fused"
-    )
+    assert str(fusion) == ("not fused: 0 with 1 (gelu): only ReLU can be fused during training")
     assert isinstance(model[1], nn.GELU)
 
 
@@ -646,7 +646,7 @@ def test_a_relu_behind_a_layer_that_stays_is_left() -> None:
     report = prepare_qat_(model, filter_fn=lambda module, name: name == "first")
     assert isinstance(model.relu, nn.ReLU)
     (fusion,) = report.fusions
-    assert fusion.reason == "the activation is used elsewhere too"
+    assert fusion.reason == "the activation is also used elsewhere"
 
 
 # ---------------------------------------------------------------- convert
@@ -707,7 +707,7 @@ def test_calibration_alone_is_static_quantization() -> None:
         model(tokens(seed))
     report = convert_(model)
     (note,) = report.notes
-    assert note.startswith("Converted in the first stage, in which training computed in float: ")
+    assert note.startswith("Converted in the stage 'observe', in which layers compute in float: ")
     got = model.eval()(tokens())
     assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.99
 
@@ -779,7 +779,10 @@ def test_to_float_of_a_quantized_model() -> None:
 def test_to_float_where_no_module_can_be_put_back() -> None:
     layer = QuantizedLinear.from_float(nn.Linear(64, 64), activation="relu")
     model = nn.Sequential(nn.Linear(64, 64), layer)
-    with unchanged(model), pytest.raises(ValueError, match="got 1, which computes relu and was"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="got 1, which was created with activation 'relu'"),
+    ):
         to_float_(model)
 
 
@@ -787,7 +790,7 @@ def test_to_float_without_anything_to_do() -> None:
     model = Classifier()
     with unchanged(model):
         report = to_float_(model)
-    assert report.notes == ("The model has no prepared or quantized layers; nothing was done.",)
+    assert report.notes == ("The model has no prepared or quantized layers; none was restored.",)
     with pytest.raises(ValueError, match=r"a bare QATLinear, .*use its to_float\(\)"):
         to_float_(QATLinear(64, 64))
 
@@ -898,7 +901,7 @@ def test_quantize_leaves_prepared_layers() -> None:
     )
     convert_(model)
     assert outcome(prepare_qat_(model))["blocks.0.up"] == (
-        "skipped: quantized already; to_float_(model) makes it trainable again"
+        "skipped: already quantized; to_float_(model) makes it trainable again"
     )
 
 

@@ -66,7 +66,7 @@ def test_a_nested_model(config: QuantizationConfig | None) -> None:
         "blocks.0.mlp.down": "quantized",
         "blocks.1.mlp.up": "quantized",
         "blocks.1.mlp.down": "quantized",
-        "head": "skipped: too small to gain",
+        "head": "skipped: too small to benefit",
     }
     for name, module in model.named_modules():
         if ".mlp." in name:
@@ -150,7 +150,7 @@ def test_a_tied_head_is_untied_and_reported() -> None:
     values = weight.detach().clone()
     report = quantize_(model)
     assert outcome(report) == {"body": "quantized", "head": "quantized: untied"}
-    assert report.notes == ("Untied from a shared weight, with an int8 copy of their own: head.",)
+    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
     assert model.embedding.weight is weight
     assert torch.equal(weight, values)
     assert model(torch.arange(5)).shape == (5, 100)
@@ -291,7 +291,7 @@ def test_strict_raises_before_any_change(make: Callable[[], nn.Module], reason: 
     with pytest.raises(ValueError) as raised:
         quantize_(model, strict=True)
     assert str(raised.value) == (
-        "quantize_: with strict=True every layer asked for must be quantizable, got 1 that cannot "
+        "quantize_: with strict=True every selected layer must be quantizable, got 1 that cannot "
         f"be quantized (bad: {reason}); exclude them with filter_fn, or pass strict=False to leave "
         "them in float"
     )
@@ -308,7 +308,7 @@ def test_strict_leaves_every_bit_alone() -> None:
 
 def test_strict_accepts_layers_too_small_to_gain() -> None:
     report = quantize_(Classifier(), strict=True)
-    assert outcome(report)["head"] == "skipped: too small to gain"
+    assert outcome(report)["head"] == "skipped: too small to benefit"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_strict_accepts_layers_too_small_to_gain() -> None:
 def test_too_small_is_a_rule_of_the_shape(out_features: int, in_features: int, small: bool) -> None:
     assert too_small(nn.Linear(in_features, out_features, device="meta")) is small
     model = nn.Sequential(nn.Linear(in_features, out_features))
-    expected = "skipped: too small to gain" if small else "quantized"
+    expected = "skipped: too small to benefit" if small else "quantized"
     assert outcome(quantize_(model)) == {"0": expected}
 
 
@@ -441,7 +441,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], text:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_scripted_model_is_refused() -> None:
     model = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
-    with pytest.raises(TypeError, match="quantize the model that it was made from"):
+    with pytest.raises(TypeError, match="quantize the model from which it was made"):
         quantize_(model)
     report = quantize_(nn.Sequential(model, nn.Linear(64, 64)))
     assert outcome(report) == {"1": "quantized"}
@@ -463,7 +463,7 @@ def test_quantizing_twice_changes_nothing_and_says_so() -> None:
         second = quantize_(model, strict=True)
         other = quantize_(model, ASYMMETRIC, filter_fn=lambda module, name: name != "head")
     assert outcome(second) == {
-        name: "skipped: too small to gain" if name == "head" else "skipped: already quantized"
+        name: "skipped: too small to benefit" if name == "head" else "skipped: already quantized"
         for name in outcome(first)
     }
     assert second.bytes_before == second.bytes_after == first.bytes_after

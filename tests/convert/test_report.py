@@ -43,7 +43,7 @@ def test_str_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line for line in lines if line and line != rule] == [
         "layer weight before after result",
         "0 256 x 64 65.00 KiB 20.00 KiB quantized",
-        "2 10 x 256 10.04 KiB 10.04 KiB skipped: too small to gain",
+        "2 10 x 256 10.04 KiB 10.04 KiB skipped: too small to benefit",
         "1 quantized, 1 skipped; model 75.04 KiB -> 30.04 KiB (2.50x smaller)",
         "fused: 0 with 1 (relu)",
     ]

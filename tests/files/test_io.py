@@ -341,7 +341,10 @@ def test_what_the_model_does_not_tie_stays_apart(path: Path) -> None:
 def test_a_file_that_contradicts_a_tie_is_refused(path: Path) -> None:
     save(trained(tied=False), path)
     model = LanguageModel()
-    with unchanged(model), pytest.raises(ValueError, match="two tensors in the file, one here"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="two tensors in the file, one tensor in"),
+    ):
         load(path, model)
     equal = trained(tied=False)
     with torch.no_grad():
@@ -388,7 +391,7 @@ def test_a_shared_layer_refuses_two_configurations(path: Path) -> None:
     save(apart, path)
     linear = nn.Linear(64, 64)
     model = nn.Sequential(linear, linear)
-    with unchanged(model), pytest.raises(ValueError, match="'1' is a layer of its own in the file"):
+    with unchanged(model), pytest.raises(ValueError, match="'1' is a separate layer in the file"):
         load(path, model)
 
 
@@ -421,8 +424,9 @@ def test_buffers_that_no_file_holds_are_named(path: Path) -> None:
     with pytest.warns(UserWarning) as warned:
         load(path, other)
     assert [str(warning.message) for warning in warned] == [
-        "load: every buffer must have values for the model to run, but non-persistent ones are in "
-        "no file and still on the meta device: positions; set them, or build the model on the CPU"
+        "load: every buffer must have values for the model to run, but these non-persistent "
+        "buffers are not saved and are on the meta device: positions; set them, or build the model "
+        "on the CPU"
     ]
     assert warned[0].filename == __file__
     other.positions = model.positions
@@ -491,7 +495,7 @@ def test_an_activation_that_is_shared_in_the_model_alone_is_refused(path: Path) 
     saved_small(path)
     model = other_small()
     model[2].act = model[1]
-    assert "'2.act' is a module of its own in the file" in refused(path, model)
+    assert "'2.act' is a separate module in the file" in refused(path, model)
 
 
 # ---------------------------------------------------------------- the file
@@ -582,7 +586,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "missing/file",
             FileNotFoundError,
-            "save: path must lie in a folder that exists, got 'missing/file'",
+            "save: path must be in an existing folder, got 'missing/file'",
         ),
     ]:
         with pytest.raises(error) as raised:
@@ -682,8 +686,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no_metadata": (
         lambda path: write(path, small().state_dict(), None),
-        "must be a file that torchquant.save wrote, its metadata has no 'torchquant' entry; a "
-        "plain float checkpoint is loaded with safetensors.torch.load_model",
+        "must be a file that torchquant.save wrote, but its metadata has no 'torchquant' entry; "
+        "load a plain float checkpoint with safetensors.torch.load_model",
     ),
     "other_metadata": (
         lambda path: write(path, small().state_dict(), {"format": "pt"}),
@@ -739,10 +743,10 @@ def deeply_nested() -> dict[str, Any]:
         (setting("format", [1]), DAMAGED),
         (
             setting("format", 4),
-            "has format 4, this torchquant reads formats 1 to 3; install a newer torchquant",
+            "has format 4, but this torchquant reads formats 1 to 3; install a newer torchquant",
         ),
         (setting("format", 1), DAMAGED),  # which has no "absorbed"
-        (setting("format", 0), "has format 0, this torchquant reads formats 1 to 3"),
+        (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 3"),
         (setting("absorbed", None), DAMAGED),
         (setting("absorbed", ["1"]), DAMAGED),
         (setting("absorbed", "1"), DAMAGED),
@@ -882,10 +886,16 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (named("__class__"), "at '__class__' in the file, nothing in the model"),
         (named("\0"), "in the file, nothing in the model"),
         (named("2"), "'2' has out_features=64 in the file, 8 in the model"),
-        (setting("absorbed", {"1": "gelu"}), "'gelu' that the layer before it computes at '1'"),
-        (setting("absorbed", {"1": 3}), "activation 3 that the layer before it computes at '1'"),
-        (setting("absorbed", {"1": None}), "computes at '1' in the file, ReLU in the model"),
-        (setting("absorbed", {"1": []}), "computes at '1' in the file, ReLU in the model"),
+        (
+            setting("absorbed", {"1": "gelu"}),
+            "a fused activation 'gelu' at '1' in the file, ReLU in the model",
+        ),
+        (
+            setting("absorbed", {"1": 3}),
+            "a fused activation 3 at '1' in the file, ReLU in the model",
+        ),
+        (setting("absorbed", {"1": None}), "activation None at '1' in the file, ReLU in the model"),
+        (setting("absorbed", {"1": []}), "activation [] at '1' in the file, ReLU in the model"),
         (setting("absorbed", {"0": "relu"}), "computes at '0' in the file"),
         (setting("absorbed", {"9": "relu"}), "computes at '9' in the file, nothing in the model"),
         (setting("absorbed", {"": "relu"}), "computes at '' in the file, Sequential in the model"),

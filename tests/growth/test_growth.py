@@ -239,7 +239,7 @@ def test_quantize() -> None:
         ("first", "quantized", "", (64, 33)),
         ("middle", "quantized", "", (64, 64)),
         ("last", "quantized", "", (16, 64)),
-        ("small", "skipped", "too small to gain", (4, 16)),
+        ("small", "skipped", "too small to benefit", (4, 16)),
     ]
     assert "64 x 33" in str(report) and report.bytes_after < report.bytes_before
     assert isinstance(model.first, QuantizedScaled)

@@ -262,7 +262,7 @@ BAD_ENTRIES: dict[str, tuple[str, Any, str]] = {
     "meta": (
         "qweight",
         torch.zeros(32, 64, dtype=torch.int8, device="meta"),
-        "0.qweight must be int8 [32, 64], got one on the meta device, without values",
+        "0.qweight must be int8 [32, 64], got a tensor on the meta device, which has no values",
     ),
     "scale_shape": (
         "weight_scale",

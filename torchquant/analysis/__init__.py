@@ -1,1 +1,1 @@
-"""Compare models with each other: does the converted model compute what was trained?"""
+"""Comparisons of models, such as a converted model with the model that was trained."""

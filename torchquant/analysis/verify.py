@@ -1,9 +1,9 @@
-"""verify: whether a converted model computes the bits that it was trained with, layer by layer.
+"""verify: compare the bits of a converted model with the trained model, layer by layer.
 
-Two models that ought to be equal drift apart from the first difference on, and then every layer
-behind it differs too. So each pair of layers is given the identical input, the one that the trained
-layer gets; a difference then belongs to the layer where it arises. The outputs of the whole models
-are compared beside that. The two models may lie on different devices.
+If two models differ in one layer, the inputs of all later layers differ, too. Each pair of layers
+therefore receives an identical input, the input of the trained layer, so that a difference is
+attributed to the layer in which it arises. The outputs of the whole models are also compared. The
+two models may be on different devices.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two outputs differ first: the batch, the call within it, and the element.
+    """The first difference between two outputs.
 
-    ``index`` is empty where the shapes or dtypes differ; ``trained`` and ``converted`` then name
-    them, else they are the two values.
+    Attributes:
+        layer: name of the layer, or "outputs of the models".
+        batch: index of the batch.
+        call: index of the call of the layer, counted over all batches.
+        index: index of the element; empty if shapes or dtypes differ.
+        trained: the value of the trained model; its dtype and shape if these differ.
+        converted: the value, or dtype and shape, of the converted model.
 
     Example:
         >>> print(Difference("head", 0, 0, (2, 5), "1.5", "1.25"))
@@ -55,10 +60,17 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """A layer's outputs (or the whole models'): how many were compared, and how many differ.
+    """Counts of compared and differing values, for the outputs of a layer or of the models.
 
-    ``values`` counts numbers, ``differing`` those that differ in any bit, ``bits`` the bits that
-    differ. Every NaN counts as the same one. ``calls`` is how often the layer was called.
+    All NaNs count as equal.
+
+    Attributes:
+        name: name of the layer, or "outputs of the models".
+        calls: number of calls.
+        values: number of compared values.
+        differing: number of values that differ in at least one bit.
+        bits: number of bits that differ.
+        first: the first difference, or None.
 
     Example:
         >>> one = Comparison("layer")
@@ -75,7 +87,7 @@ class Comparison:
     first: Difference | None = None
 
     def compare(self, trained: Any, converted: Any, batch: int) -> None:
-        """Add one call's outputs: tensors, or what holds tensors."""
+        """Count the outputs of one call: tensors, or sequences, mappings or dataclasses of them."""
         ours, theirs = list(tensors_in(trained)), list(tensors_in(converted))
         if len(ours) != len(theirs):
             counts = (f"{len(ours)} tensors", f"{len(theirs)} tensors")
@@ -94,7 +106,8 @@ class Comparison:
         a, b = _integers(trained), _integers(converted.to(trained.device))
         wrong = a != b
         if bool(wrong.any()):
-            index = tuple(wrong.nonzero()[0].tolist())[: trained.dim()]  # a complex one has parts
+            # A complex tensor has one more axis, for the real and imaginary parts.
+            index = tuple(wrong.nonzero()[0].tolist())[: trained.dim()]
             values = [repr(t[index].item()) for t in (trained, converted)]
             self._differs(batch, index, values, int(wrong.sum()), _popcount(a ^ b))
 
@@ -116,8 +129,12 @@ class Comparison:
 class VerifyReport:
     """Result of :func:`verify`; ``print`` it for a table.
 
-    ``layers`` are in the order of their first calls, those that were never called last; ``outputs``
-    are the whole models'. ``devices`` are those of the trained model and of the converted one.
+    Attributes:
+        layers: one comparison per layer, in the order of first calls; layers that were never called
+            come last.
+        outputs: the comparison of the outputs of the whole models.
+        batches: number of batches.
+        devices: the devices of the trained model and of the converted model.
     """
 
     layers: tuple[Comparison, ...]
@@ -127,28 +144,28 @@ class VerifyReport:
 
     @property
     def differing_bits(self) -> int:
-        """Bits that differ in the layers' outputs, each pair of layers on identical inputs."""
+        """Number of bits that differ in the outputs of the layers, given identical inputs."""
         return sum(layer.bits for layer in self.layers)
 
     @property
     def first_difference(self) -> Difference | None:
-        """The first one of the earliest batch, there of the layer that was called first."""
+        """The first difference in the earliest batch with one, or None."""
         found = [layer.first for layer in self.layers if layer.first is not None]
         return min(found, key=lambda one: one.batch, default=self.outputs.first)
 
     @property
     def never_called(self) -> tuple[str, ...]:
-        """Layers that no batch reached, of which nothing is known."""
+        """Names of the layers that were not called for any batch, and so were not compared."""
         return tuple(layer.name for layer in self.layers if not layer.calls)
 
     @property
     def exact(self) -> bool:
-        """Whether something was compared and no bit differs, in the layers and the outputs."""
+        """True if values were compared and no bits differ, in layers and outputs."""
         compared = any(layer.values for layer in self.layers)
         return compared and not self.differing_bits and not self.outputs.bits
 
     def summary(self) -> str:
-        """What was found, in a line."""
+        """A summary of one line, with further lines for differences and uncalled layers."""
         values = sum(layer.values for layer in self.layers)
         called = [layer for layer in self.layers if layer.calls]
         line = (
@@ -160,7 +177,7 @@ class VerifyReport:
         if self.first_difference is not None:
             line += f"\nFirst difference: {self.first_difference}"
         if self.never_called:
-            line += f"\nNever called, so not compared: {', '.join(self.never_called)}"
+            line += f"\nNot compared, because never called: {', '.join(self.never_called)}"
         return line
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -176,7 +193,7 @@ class VerifyReport:
         yield Text(self.summary(), style="" if self.exact else "bold red")
 
     def __str__(self) -> str:
-        """The table, as wide as the terminal; 110 columns where there is none."""
+        """The table, as wide as the terminal, or 110 columns wide without a terminal."""
         file = io.StringIO()
         width = shutil.get_terminal_size((110, 0)).columns
         Console(file=file, width=width, color_system=None).print(self)
@@ -192,29 +209,30 @@ def verify(
 ) -> VerifyReport:
     """Count the bits in which a converted model differs from the model that was trained.
 
-    Each pair of layers gets the identical input, the trained layer's, so a difference is counted
-    where it arises; the outputs of the whole models are compared too. Modes, stages, hooks and
-    random numbers are as before afterwards.
+    Each pair of layers receives an identical input, the input of the trained layer, so that a
+    difference is counted in the layer in which it arises. The outputs of the whole models are also
+    compared. Modes, stages, hooks and the states of random generators are restored afterwards.
 
-    The models may lie on different devices. Then they may also be two copies of one model, both
-    prepared or both quantized: this is how to compare a GPU with the CPU. Of the whole models'
-    outputs expect differences there, which come from torch's own float operators.
+    The models may be on different devices. In that case they may also be two copies of one model,
+    both prepared or both quantized: this compares a GPU with the CPU. The outputs of the whole
+    models then usually differ, because torch's own float operators differ between devices.
 
     Args:
-        qat_model: the trained model, before ``convert_``: convert a ``copy.deepcopy`` of it.
-        quantized_model: the converted one, with layers of the same names.
-        batches: inputs: each a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments. Their tensors are moved to each model's device, where it has one.
-        training: run the trained layers in training mode, ranges frozen, with gradients on; all
-            other modules stay in evaluation mode, so there is no dropout.
+        qat_model: the trained model before ``convert_``; convert a ``copy.deepcopy`` of it.
+        quantized_model: the converted model, with layers of the same names.
+        batches: an iterable of inputs. Each is a tensor, a tuple or list of positional arguments,
+            or a mapping of keyword arguments. Tensors are moved to the device of each model, unless
+            the model has several devices.
+        training: run the trained layers in training mode with frozen ranges and gradients on. All
+            other modules stay in evaluation mode, so dropout is off.
 
     Returns:
         The counts, layer by layer, and the first difference; ``print`` it for a table.
 
     Raises:
         TypeError: a model is not a module.
-        ValueError: the models' layers do not have the same names, layers are in the first stage
-            (float), or there are no batches.
+        ValueError: qat_model has no prepared layers or layers in the stage "observe", a layer of
+            quantized_model is missing or not quantized, or batches is empty.
 
     Example:
         >>> import copy, torchquant
@@ -238,7 +256,7 @@ def verify(
         called[name] = None
         input: Tensor = args[0] if args else kwargs["input"]
         with torch.no_grad():
-            # Its forward alone: hooks are the model's, and in it they run when it runs.
+            # Only the forward: hooks run when the whole quantized model runs.
             layer: Any = pairs[name][1]
             converted = type(layer).forward(layer, input.detach().to(layer.device))
         layers[name].compare(output, converted, current)
@@ -279,7 +297,7 @@ def verify(
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output: one, or in sequences, mappings and dataclasses.
+    """The tensors of a model's output: a tensor, or sequences, mappings and dataclasses of tensors.
 
     Example:
         >>> output = {"a": torch.ones(()), "b": (torch.zeros(()), 3)}
@@ -310,7 +328,7 @@ def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[
     elsewhere = {m.device for m in ours.values()} != {m.device for m in theirs.values()}
     trained = {n: m for n, m in ours.items() if isinstance(m, TrainedModule)}
     converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedModule)}
-    if elsewhere:  # copies of one model are worth comparing then
+    if elsewhere:  # on different devices, copies of one model may be compared
         trained = trained or ours  # type: ignore[assignment]
         converted = converted or theirs  # type: ignore[assignment]
     if not trained:
@@ -324,7 +342,7 @@ def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[
     floating = [name for name, layer in prepared if not bool(layer.quantize_enabled)]
     if floating:
         raise ValueError(
-            "verify: qat_model must compute with integers, got layers in the first stage "
+            "verify: qat_model must compute with integers, got layers in the stage 'observe' "
             f"({', '.join(floating)}); call torchquant.qat.quantize(model) first"
         )
     missing = [name or "the model" for name in trained if name not in converted]
@@ -346,12 +364,12 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _cuda_generators(devices: Iterable[torch.device]) -> list[int]:
-    """The GPUs whose random numbers the models may draw."""
+    """The indices of the GPUs whose random generators the models may use."""
     return sorted(device.index for device in devices if device.type == "cuda")
 
 
 def _moved(batch: Any, devices: set[torch.device]) -> Any:
-    """A batch on a model's device; as it is where the model has several."""
+    """The batch on the model's device; unchanged if the model has several devices."""
     if len(devices) != 1 or all(tensor.device in devices for tensor in tensors_in(batch)):
         return batch
     (device,) = devices
@@ -367,7 +385,7 @@ def _moved(batch: Any, devices: set[torch.device]) -> Any:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode, and every quantizer has the switches, of before."""
+    """Restore every module's training mode and every quantizer's switches."""
     modes = [(module, module.training) for module in model.modules()]
     observing = [
         (module, bool(module.observer_enabled.item()))
@@ -398,7 +416,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _integers(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers, every NaN the same one."""
+    """The bits of a tensor as integers, with one value for all NaNs."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.is_floating_point():

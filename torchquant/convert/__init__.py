@@ -1,1 +1,1 @@
-"""The verbs that change a model: plan first, check the plan, then change the modules."""
+"""The verbs that change a model: they plan, check the plan, and then change the modules."""

@@ -1,9 +1,9 @@
-"""Fuses an activation into the layer before it, where a trace shows that it may be.
+"""Fuses an activation into the preceding layer if a trace of the forward permits it.
 
-A pair is fused when nothing can tell the difference but by rounding: the layer's output goes into
-the activation and nowhere else, on every path through every forward that calls either; neither has
-hooks that would see other values; and on random rows the fused layer gives what the two gave (a
-ReLU needs no such trial: it is exact).
+A layer and an activation are fused if only rounding can change: on every path through every forward
+that calls one of them, the layer's output goes into the activation and nowhere else; neither has
+hooks, which would receive different values; and the fused layer and the two modules agree on random
+rows. The verb for training fuses only ReLU, which is exact, and skips the comparison.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class _Search:
 def fuse_activations(
     flow: Dataflow, layers: Iterable[tuple[QuantizedModule, torch.dtype]], owners: Owners
 ) -> list[FusionReport]:
-    """Fuse what may be fused behind ``layers``, in place.
+    """Fuse activations into the layers before them, in place.
 
     Args:
         flow: traces of the model.
-        layers: quantized layers, with the dtype that the model computes in.
-        owners: for each module's id, the (parent, attribute) pairs that hold it.
+        layers: quantized layers, each with the dtype in which the model computes.
+        owners: for each module's id, the (parent, attribute) pairs that hold the module.
 
     Returns:
-        A line for each pair that was fused, and for each candidate that was not.
+        One report per fused pair, and one per candidate that was not fused.
     """
     search = _search(flow, [_Pair(layer, dtype) for layer, dtype in layers], owners)
     for activation in _activations(search):
@@ -73,16 +73,16 @@ def fuse_activations(
 def find_relus(
     flow: Dataflow, layers: Iterable[nn.Module], owners: Owners
 ) -> tuple[list[tuple[nn.Module, list[nn.Module]]], list[FusionReport]]:
-    """The ReLUs that may move into layers before them; nothing is changed yet.
+    """Find the ReLUs that can move into the layers before them, without changing the model.
 
     Args:
         flow: traces of the model.
-        layers: float layers, about to become layers that compute a ReLU if asked to.
-        owners: for each module's id, the (parent, attribute) pairs that hold it.
+        layers: float layers, whose replacements can compute a ReLU.
+        owners: for each module's id, the (parent, attribute) pairs that hold the module.
 
     Returns:
-        Each ReLU with the layers that it is behind, to be given to :func:`absorb`; and a line for
-        each of them, and for each activation that has to stay.
+        Each ReLU for :func:`absorb`, with the layers that it follows; and one report per pair, and
+        one per activation that has to stay.
     """
     search = _search(flow, [_Pair(layer) for layer in layers], owners, relu_only=True)
     found = [(a, [pair.layer for pair in _behind(search, a)]) for a in _activations(search)]
@@ -90,7 +90,7 @@ def find_relus(
 
 
 def absorb(activation: nn.Module, name: str, owners: Owners) -> None:
-    """Put an identity in all the places of an activation that the layers before it compute."""
+    """Replace an activation that the preceding layers compute by an identity, wherever it is."""
     place = FusedActivation(name, activation).train(activation.training)
     for parent, attribute in owners[id(activation)]:
         parent._modules[attribute] = place
@@ -125,7 +125,7 @@ def _row(search: _Search, pair: _Pair) -> FusionReport:
 
 
 def _find_activation(search: _Search, pair: _Pair) -> None:
-    """Set ``activation`` where one follows the layer, and ``problem`` where it cannot be fused."""
+    """Set ``activation`` if one follows the layer, and ``problem`` if it cannot be fused."""
     calls = search.flow.calls.get(id(pair.layer), [])
     followers = [(trace, user) for trace, node in calls for user in node.users]
     modules = [trace.modules[user] for trace, user in followers if user in trace.modules]
@@ -136,12 +136,11 @@ def _find_activation(search: _Search, pair: _Pair) -> None:
         called = [name for _, user in followers if (name := _function(user)) in functions]
         if called:
             kind = type(search.flow.callers[id(pair.layer)][0]).__name__
-            example = "nn.ReLU" if search.relu_only else "nn.GELU and the like"
+            example = "nn.ReLU" if search.relu_only else "such as nn.GELU"
             pair.problem = (
-                f"{kind}.forward calls {called[0]} itself; as a module ({example}) it could be "
-                "fused"
+                f"{kind}.forward calls {called[0]} itself; a module ({example}) could be fused"
             )
-        elif failure is not None and _has_activation_beside(search, pair.layer):
+        elif failure is not None and _has_sibling_activation(search, pair.layer):
             pair.problem = failure
         return
     pair.activation = found[0]
@@ -152,11 +151,11 @@ def _find_activation(search: _Search, pair: _Pair) -> None:
         or _misuse_of_activation(search, found[0])
     )
     if search.relu_only and search.name_of(found[0]) != "relu":
-        pair.problem = "its gradient needs the layer's output: in training a ReLU alone is fused"
+        pair.problem = "only ReLU can be fused during training"
 
 
 def _is_candidate(search: _Search, module: nn.Module) -> bool:
-    """An activation, or what people would take for one."""
+    """True for activations, and for modules that users would expect to be activations."""
     named = type(module).__module__ == "torch.nn.modules.activation"
     return named or search.name_of(module) is not None
 
@@ -166,39 +165,40 @@ def _function(user: fx.Node) -> str | None:
     return name if user.op in ("call_function", "call_method") else None
 
 
-def _has_activation_beside(search: _Search, layer: nn.Module) -> bool:
+def _has_sibling_activation(search: _Search, layer: nn.Module) -> bool:
     callers = search.flow.callers.get(id(layer), [])
-    beside = [module for caller in callers for module in held_by(caller)]
-    return any(not m._modules and search.name_of(m) is not None for m in beside)
+    siblings = [module for caller in callers for module in held_by(caller)]
+    return any(not m._modules and search.name_of(m) is not None for m in siblings)
 
 
 def _misuse(search: _Search, pair: _Pair, calls: list[tuple[Trace, fx.Node]]) -> str | None:
-    """Why the activation cannot move into the layer, by how the layer is used and called."""
+    """The reason why the use of the layer prevents fusion, or None."""
     layer, activation = pair.layer, pair.activation
     computed = getattr(layer, "activation", "none")
     if computed != "none":
-        return f"the layer computes {computed} already"
+        return f"the layer already computes {computed}"
     if has_hooks(layer, before_forward=False):
-        return "hooks on the layer would see other values"
+        return "hooks on the layer would receive different values"
     for trace, node in calls:
         users = list(node.users)
         follower = trace.modules.get(users[0]) if len(users) == 1 else None
         if len(users) > 1:
-            return "the layer's output is used elsewhere too"
+            return "the layer's output is also used elsewhere"
         if follower is not activation:
-            return "the layer's output does not always go there"
+            return "the layer's output does not always go into the activation"
         if users[0].args != (node,) or users[0].kwargs:
             return "the activation takes more than the layer's output"
     return None
 
 
 def _misuse_of_activation(search: _Search, activation: nn.Module) -> str | None:
+    """The reason why the activation itself, or its use, prevents fusion, or None."""
     name = search.name_of(activation)
     kind = type(activation).__name__
     if name is None:
-        return f"{kind} is none of the functions that a layer can compute"
+        return f"a layer cannot compute {kind}"
     if any(map(has_hooks, activation.modules())):
-        return "hooks on the activation would see other values"
+        return "hooks on the activation would receive different values"
     if id(activation) not in search.owners:
         return f"{kind} is not registered as a module of the model"
     for _, node in search.flow.calls.get(id(activation), []):
@@ -208,7 +208,7 @@ def _misuse_of_activation(search: _Search, activation: nn.Module) -> str | None:
 
 
 def _activations(search: _Search) -> list[nn.Module]:
-    """The activations of the pairs that are still to be fused, each once."""
+    """The activations of the pairs that can be fused, each activation once."""
     found = {
         id(pair.activation): pair.activation
         for pair in search.pairs.values()
@@ -222,14 +222,14 @@ def _behind(search: _Search, activation: nn.Module) -> list[_Pair]:
 
 
 def _drop_dependent(search: _Search) -> None:
-    """An activation goes away everywhere or nowhere: every call of it must be behind a pair's."""
+    """Reject activations that are also called after other modules: they could not be removed."""
     for activation in _activations(search):
         allowed = {id(pair.layer) for pair in _behind(search, activation)}
         for trace, node in search.flow.calls[id(activation)]:
             before = trace.modules.get(node.args[0])  # type: ignore[arg-type]
             if before is None or id(before) not in allowed:
                 for pair in _behind(search, activation):
-                    pair.problem = "the activation is used elsewhere too"
+                    pair.problem = "the activation is also used elsewhere"
                 break
 
 
@@ -238,7 +238,7 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
     assert name is not None
     if not all(_agree(pair, activation, name) for pair in pairs):
         for pair in pairs:
-            pair.problem = "the fused layer did not give the same values on random rows"
+            pair.problem = "the fused layer gave different values on random rows"
         return
     absorb(activation, name, search.owners)
     for pair in pairs:
@@ -248,7 +248,7 @@ def _fuse(search: _Search, activation: nn.Module) -> None:
 
 @torch.no_grad()
 def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
-    """Whether the fused layer computes what the two did, but for rounding between and behind."""
+    """True if the fused layer computes the same values as the two modules, except for rounding."""
     layer, eps = pair.layer, torch.finfo(pair.dtype).eps
     assert isinstance(layer, QuantizedModule)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -267,6 +267,6 @@ def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
             layer.activation = "none"
     if got.dtype != expected.dtype:
         return False
-    # Slopes are at most 1.13, so what rounding moved between comes out at most 1.13 as large.
+    # Slopes are at most 1.13, so a rounding error before the activation grows by at most 1.13.
     allowed = 2 * eps * (between.double().abs() + 1) + 4e-7 * between.double().abs().clamp(min=1)
     return bool(((got.double() - expected.double()).abs() <= allowed).all())

@@ -1,14 +1,13 @@
-"""replace_norms_: a model's LayerNorm and RMSNorm modules, of any class, as one operator each.
+"""replace_norms_: replace LayerNorm and RMSNorm modules of any class by one operator each.
 
-Models bring norms of their own (``LlamaRMSNorm``, ``T5LayerNorm``), in Python and of six operators,
-which beside int8 layers take a tenth of the time. So a norm is recognised by what it computes on a
-probe, not by its name.
+Many models have their own norm classes (``LlamaRMSNorm``, ``T5LayerNorm``), written in Python with
+six operators. In a model with int8 layers these norms take a tenth of the time. A norm is therefore
+recognised by its values on a probe, not by its name.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,13 +17,18 @@ from torch import nn
 
 from torchquant.graph.modules import HOOKS, owners_by_module, replace_module
 from torchquant.nn.norm import LayerNorm, RMSNorm
-
-_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")  # a block's number in a norm's name
+from torchquant.report import fold
 
 
 @dataclass(frozen=True)
 class NormReport:
-    """What became of one norm: its name in the model, its class, and why it was left if it was.
+    """What a verb did to one norm.
+
+    Attributes:
+        name: the norm's name in the model.
+        kind: the name of its class.
+        action: "replaced" or "left".
+        reason: why the norm was left; empty if it was replaced.
 
     Example:
         >>> print(NormReport("bn", "BatchNorm1d", "left", "filter_fn"))
@@ -43,7 +47,10 @@ class NormReport:
 
 @dataclass(frozen=True)
 class NormsReport:
-    """Result of :func:`torchquant.replace_norms_`; in print, a model's blocks share a line.
+    """Result of :func:`torchquant.replace_norms_`; the blocks of a model share a printed line.
+
+    Attributes:
+        norms: one report per norm, in the order of the model's modules.
 
     Example:
         >>> names = [f"blocks.{index}.norm" for index in range(6)]
@@ -56,18 +63,12 @@ class NormsReport:
 
     @property
     def replaced(self) -> tuple[NormReport, ...]:
-        """The norms that are torchquant's now."""
+        """The norms that were replaced."""
         return tuple(norm for norm in self.norms if norm.action == "replaced")
 
     def __str__(self) -> str:
-        alike: dict[str, list[str]] = {}
-        for line in map(str, self.norms):
-            alike.setdefault(_NUMBER.sub("*", line), []).append(line)
-        lines = [
-            same[0] if len(same) == 1 else f"{pattern} ({len(same)} times)"
-            for pattern, same in alike.items()
-        ]
-        return "\n".join([f"{len(self.replaced)} of {len(self.norms)} norms replaced", *lines])
+        summary = f"{len(self.replaced)} of {len(self.norms)} norms replaced"
+        return "\n".join([summary, *fold(map(str, self.norms))])
 
 
 def replace_norms_(
@@ -75,24 +76,27 @@ def replace_norms_(
 ) -> NormsReport:
     """Replace a model's LayerNorm and RMSNorm modules by torchquant's, in place.
 
-    An RMSNorm of any class is replaced where on a probe it computes what
-    :class:`torchquant.nn.RMSNorm` does, which also finds out whether it rounds before or behind its
-    weight. Parameters are the same objects as before under the same names, so state dicts, ties and
-    optimizers stay valid; hooks move along. Results change by rounding only: sums are taken in
-    another order, the same one on every device.
+    An RMSNorm of any class is replaced if it computes the same values as
+    :class:`torchquant.nn.RMSNorm` on a probe. The probe also shows whether the norm rounds before
+    or after its weight. Parameters remain the same objects under the same names, so state dicts,
+    ties and optimizers stay valid; hooks are moved. Results change only by rounding: sums use a
+    different order, which is the same on every device.
 
-    A LayerNorm can then take the addition before it: ``norm(x, residual=y)``. That is for the code
-    that calls it to do.
+    A replaced LayerNorm can also compute the addition before it: ``norm(x, residual=y)``. The code
+    that calls the norm has to be changed for that.
+
+    The replacement is not saved; call this function again after :func:`torchquant.load`.
 
     Args:
         model: any module that contains norms.
-        filter_fn: called with each norm and its name; true asks for it. None asks for all.
+        filter_fn: called with each norm and its name; returns True for norms to replace. None
+            replaces all.
 
     Returns:
-        A report with a line for each module that looks like a norm.
+        A report with one row per module whose class name contains "norm".
 
     Raises:
-        TypeError: model is not a module, or filter_fn not a function.
+        TypeError: model is not a module, or filter_fn is not callable.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-6))
@@ -126,7 +130,7 @@ def replace_norms_(
 
 
 def looks_like_a_norm(module: nn.Module) -> bool:
-    """Whether people would take a module for a norm: a leaf with one in its class's name.
+    """True for leaf modules whose class name contains "norm".
 
     Example:
         >>> looks_like_a_norm(nn.RMSNorm(8)), looks_like_a_norm(nn.Linear(8, 8))
@@ -136,16 +140,16 @@ def looks_like_a_norm(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> nn.Module | str:
-    """torchquant's module in place of a norm, on its parameters; or why there is none."""
+    """The module that replaces a norm, with the same parameters, or the reason why none can."""
     if isinstance(module, (LayerNorm, RMSNorm)):
-        return "torchquant's already"
+        return "already a norm of torchquant"
     if getattr(module, "parametrizations", None):
         return "parametrized"
     if "forward" in module.__dict__:
         return "forward replaced on the instance"
     if any(p is not None and p.is_meta for p in module._parameters.values()):
         return "on the meta device, without values; load its weights first"
-    module = copy.copy(module)  # the same parameters, but no hook shall see the probe
+    module = copy.copy(module)  # the same parameters, but without hooks
     for hooks in HOOKS:
         setattr(module, hooks, type(getattr(module, hooks))())
     with torch.inference_mode(False), torch.no_grad():

@@ -1,7 +1,7 @@
-"""Planning, as all verbs do it: which layers a model has, which are asked for, what each becomes.
+"""The plan of a verb: the layers of a model, which of them to change, and the reasons.
 
-A verb plans first, then checks the plan, then changes the model: what it refuses, it refuses before
-anything is different.
+A verb makes a plan, checks it, and only then changes the model. If it refuses a model, the model is
+unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Refusal = Callable[[nn.Module, Kind], str | None]
 
 @dataclass
 class Step:
-    """One layer of the model that belongs to a kind, and what is to become of it.
+    """One layer of the model that belongs to a kind, and the plan for this layer.
 
     Example:
         >>> linear = nn.Linear(64, 64)
@@ -45,8 +45,8 @@ class Step:
     kind: Kind
     owners: list[tuple[nn.Module, str]]
     asked: bool = False
-    refusal: str | None = None  # why it cannot be changed
-    leave: str | None = None  # why it should not be, although it could
+    refusal: str | None = None  # the reason why it cannot be changed
+    leave: str | None = None  # the reason why it should not be changed, although it could
     tied: bool = False
     dtype: torch.dtype = torch.float32  # of the float weight
 
@@ -57,24 +57,24 @@ class Step:
 
     @property
     def skip(self) -> str | None:
-        """Why the layer stays as it is, or None where it does not."""
+        """The reason why the layer stays unchanged, or None if it will be changed."""
         return self.leave or self.refusal
 
     def remark(self, done: str = "") -> str:
-        """The report's last word on the layer; ``done`` is what to say where it was changed."""
+        """The remark for the report; ``done`` is the remark on a layer that was changed."""
         parts = [self.skip or done]
         if len(self.names) > 1:
             parts.append(f"also at {', '.join(self.names[1:])}")
         return "; ".join(part for part in parts if part)
 
     def skipped(self) -> LayerReport:
-        """The report's row on a layer that stays."""
+        """The row of the report for a layer that stays unchanged."""
         kind, size = type(self.module).__name__, tensor_bytes(self.module)
         shape = weight_shape(self.module)
         return LayerReport(self.name, kind, "skipped", self.remark(), shape, size, size)
 
     def replaced(self, new: nn.Module | None, action: Action, remark: str = "") -> LayerReport:
-        """Put ``new`` into the layer's places and report it; None reports a layer that stays."""
+        """Replace the layer by ``new``, or leave it if ``new`` is None; return the report's row."""
         if new is None:
             return self.skipped()
         old, before = self.module, tensor_bytes(self.module)
@@ -93,20 +93,21 @@ def check_model(
     trained: str | None = None,
     floating: str | None = None,
 ) -> None:
-    """Refuse what is not a model that a verb can change.
+    """Raise if ``model`` is not a model that a verb can change in place.
 
-    A bare layer has no parent in which it could be replaced.
+    A bare layer has no parent module in which it could be replaced.
 
     Args:
-        who: the verb; starts the messages.
-        model: the verb's argument.
-        quantized, trained, floating: what to do instead with a bare layer that is quantized,
-            prepared for training, or of a float type that has a kind; ``{float}``, ``{quantized}``,
-            ``{trained}`` and ``{kind}`` stand for names. None: such a layer is accepted.
+        who: name of the verb, with which messages start.
+        model: the argument of the verb.
+        quantized: remedy for a bare quantized layer; None accepts such a layer.
+        trained: remedy for a bare layer that is prepared for training; None accepts it.
+        floating: remedy for a bare float layer of a kind; None accepts it. In the remedies,
+            ``{float}``, ``{quantized}``, ``{trained}`` and ``{kind}`` are replaced by names.
 
     Raises:
-        TypeError: not a module, or a scripted one.
-        ValueError: a bare layer.
+        TypeError: model is not a module, or is a scripted module.
+        ValueError: model is a bare layer for which a remedy is given.
 
     Example:
         >>> check_model("quantize_", nn.Sequential())
@@ -131,16 +132,16 @@ def check_model(
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"{who}: model must be an nn.Module in Python, got a scripted one, whose layers are "
-            "compiled already; quantize the model that it was made from"
+            f"{who}: model must be an nn.Module in Python, got a scripted module, whose layers are "
+            "already compiled; quantize the model from which it was made"
         )
 
 
 def check_filter(who: str, filter_fn: FilterFn | None) -> None:
-    """Refuse a filter that cannot be called.
+    """Raise if ``filter_fn`` cannot be called.
 
     Raises:
-        TypeError: it is neither None nor callable; ``who`` starts the message.
+        TypeError: filter_fn is neither None nor callable; the message starts with ``who``.
 
     Example:
         >>> check_filter("quantize_", lambda module, name: name != "head")
@@ -152,19 +153,22 @@ def check_filter(who: str, filter_fn: FilterFn | None) -> None:
 def plan_layers(
     model: nn.Module, filter_fn: FilterFn | None, done: Reason, refusal: Refusal
 ) -> list[Step]:
-    """A step for each layer of a model that belongs to a kind, in the order of its modules.
+    """Return a step for each layer of a model that belongs to a kind, in the order of the modules.
 
     Args:
-        model: what holds them.
-        filter_fn: called with each float layer and each of its names; true asks for it.
-        done: why nothing is to be done with a quantized or trained layer.
-        refusal: why a float layer of a kind cannot be changed; None where it can.
+        model: the model that contains the layers.
+        filter_fn: called with each float layer and each of its names; returns True for layers to
+            change.
+        done: takes a quantized or trained layer; returns the reason why it stays unchanged, or
+            None.
+        refusal: takes a float layer and its kind; returns the reason why it cannot be changed, or
+            None.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
         >>> steps = plan_layers(model, None, lambda module: None, lambda module, kind: None)
         >>> [(step.name, step.skip) for step in steps]
-        [('0', None), ('1', 'too small to gain')]
+        [('0', None), ('1', 'too small to benefit')]
     """
     read = _read_elsewhere(model)
     steps = find_layers(model)
@@ -178,17 +182,17 @@ def plan_layers(
         if not step.asked:
             step.leave = "filter_fn"
         elif filter_fn is None and not step.refusal and kind.too_small(module):
-            step.leave = "too small to gain"
+            step.leave = "too small to benefit"
     return steps
 
 
 def find_layers(model: nn.Module, classes: Classes = nn.Module) -> list[Step]:
-    """An empty step for each layer that belongs to a kind, in the order of a model's modules.
+    """Return an empty step for each layer that belongs to a kind, in the order of the modules.
 
     Args:
-        model: what holds them.
-        classes: only layers of these classes, usually :class:`torchquant.nn.QuantizedModule` or
-            :class:`torchquant.nn.TrainedModule`; all by default.
+        model: the model that contains the layers.
+        classes: restricts the result to layers of these classes, usually
+            :class:`torchquant.nn.QuantizedModule` or :class:`torchquant.nn.TrainedModule`.
 
     Example:
         >>> linear = nn.Linear(4, 4)
@@ -215,10 +219,10 @@ def find_layers(model: nn.Module, classes: Classes = nn.Module) -> list[Step]:
 
 
 def check_strict(who: str, steps: Iterable[Step]) -> None:
-    """Refuse a plan in which a layer that was asked for stays as it is.
+    """Raise if a layer that was selected cannot be changed.
 
     Raises:
-        ValueError: names the layers and the reasons.
+        ValueError: such layers exist; the message names the layers and the reasons.
 
     Example:
         >>> check_strict("quantize_", [])
@@ -227,27 +231,27 @@ def check_strict(who: str, steps: Iterable[Step]) -> None:
     if refused:
         listing = "; ".join(f"{step.name}: {step.refusal}" for step in refused)
         raise ValueError(
-            f"{who}: with strict=True every layer asked for must be quantizable, got "
+            f"{who}: with strict=True every selected layer must be quantizable, got "
             f"{len(refused)} that cannot be quantized ({listing}); exclude them with filter_fn, or "
             "pass strict=False to leave them in float"
         )
 
 
 def _read_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Layers whose weight another module's forward reads, with the reason to leave them."""
+    """The reasons to leave layers whose weight the forward of another module reads, by id."""
     layers: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             layers[id(module.out_proj)] = "nn.MultiheadAttention reads its weight"
         if isinstance(module, nn.TransformerEncoderLayer):
-            for name in ("linear1", "linear2"):  # a subclass may have other ones
+            for name in ("linear1", "linear2"):  # a subclass may have other names
                 linear = getattr(module, name, None)
                 layers[id(linear)] = "nn.TransformerEncoderLayer's fast path reads its weight"
     return layers
 
 
 def no_layers(done: str) -> str:
-    """A report's note on a model without layers of any kind; ``done`` is what was to be done.
+    """The note for a model without layers of any kind; ``done`` is the verb to name.
 
     Example:
         >>> no_layers("quantize")

@@ -1,8 +1,9 @@
-"""Finds quantized layers that are applied to one tensor, and has them computed together.
+"""Finds quantized layers that are applied to the same tensor, and groups them.
 
-What :class:`torchquant.nn.projections.ProjectionGroup` relies on at run time is proved here, on the
-traces of the forward that calls the layers: one order on every path; between the first call and the
-last nothing that could change their input in place, nor torch's modes; one place that calls each.
+This module proves, from traces of the forward that calls the layers, the assumptions of
+:class:`torchquant.nn.projections.ProjectionGroup`: the layers are called in one order on every
+path; no code between the first and the last call can change their input in place or change torch's
+modes; and each layer is called from one place in the code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torchquant.report import FusionReport
 Owners = dict[int, list[tuple[nn.Module, str]]]
 Members = tuple[QuantizedModule, ...]
 
-# Methods and functions (by their names) that only read a tensor, or make a view of it.
+# Names of methods and functions that only read a tensor or return a view of it.
 _READING = frozenset(
     (
         *("getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge"),
@@ -38,15 +39,15 @@ _READING = frozenset(
 def group_projections(
     flow: Dataflow, layers: Iterable[QuantizedModule], owners: Owners
 ) -> Iterator[FusionReport]:
-    """Group what may be computed together among ``layers``.
+    """Group the layers that can be computed together.
 
     Args:
         flow: traces of the model.
         layers: quantized layers.
-        owners: for each module's id, the (parent, attribute) pairs that hold it.
+        owners: for each module's id, the (parent, attribute) pairs that hold the module.
 
     Yields:
-        A line for each group, and for each set of layers on one tensor that is none.
+        One report per group, and one per candidate set that was rejected.
     """
     wanted = {id(layer) for layer in layers}
     taken: set[int] = set()
@@ -64,7 +65,7 @@ def group_projections(
 
 
 def group_again(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
-    """Form the groups that a saved model had, where this model's forward allows them."""
+    """Form the groups of a saved model again, as far as the forward of this model permits them."""
     modules = dict(model.named_modules())
     named = [[modules[name] for name in group if name in modules] for group in groups]
     found = [tuple(m for m in group if isinstance(m, QuantizedModule)) for group in named]
@@ -78,7 +79,7 @@ def group_again(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
 
 
 def groups_of(model: nn.Module) -> list[list[str]]:
-    """The names of the layers that are computed together, group by group, in their order."""
+    """The names of the layers of each group, in the order of their calls."""
     groups: dict[int, dict[int, str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and module._group is not None:
@@ -93,7 +94,7 @@ def _form(codes: Sequence[CodeType], members: Members) -> None:
 
 
 def _candidates(flow: Dataflow, wanted: set[int]) -> list[Members]:
-    """Sets of layers that some trace calls on one tensor, in that order; the largest first."""
+    """Layers that a trace calls on the same tensor, in the order of calls; largest sets first."""
     found: dict[tuple[int, ...], Members] = {}
     for traces in flow.traces.values():
         for trace in traces:
@@ -112,14 +113,14 @@ def _candidates(flow: Dataflow, wanted: set[int]) -> list[Members]:
 
 
 def _proof(flow: Dataflow, members: Members, owners: Owners) -> tuple[list[CodeType], str | None]:
-    """The code that calls each member, and why they cannot be grouped, or None where they can."""
+    """The code that calls each member, and the reason why they cannot be grouped, or None."""
     codes: list[CodeType] = []
     ids = [id(member) for member in members]
     if len(set(ids)) < len(ids):
         return codes, "a layer is called twice on the tensor"
     types = {member.group_type for member in members}
     if len(types) != 1 or None in types:
-        return codes, "layers of their kinds cannot be computed together"
+        return codes, "layers of these kinds cannot be computed together"
     problem = members[0].group_type.obstacle(members)
     if problem is not None:
         return codes, problem
@@ -138,14 +139,14 @@ def _proof(flow: Dataflow, members: Members, owners: Owners) -> tuple[list[CodeT
 
 
 def _order(trace: Trace, ids: list[int], codes: list[CodeType]) -> str | None:
-    """Check one trace: members called once, in order, with nothing harmful between them."""
+    """The reason why a trace does not permit the group, or None; sets ``codes`` if it is empty."""
     calls = [node for node, module in trace.modules.items() if id(module) in ids]
     if not calls and (trace.failure is None or _raises_when_run(trace)):
         return None
     if [id(trace.modules[node]) for node in calls] != ids:
         kind = type(trace.root).__name__
         return (
-            "they are not called once each, in one order, on every path"
+            "they are not called exactly once, in the same order, on every path"
             if trace.failure is None
             else f"{kind}.forward could not be traced ({trace.failure})"
         )
@@ -167,7 +168,7 @@ def _order(trace: Trace, ids: list[int], codes: list[CodeType]) -> str | None:
 
 
 def _raises_when_run(trace: Trace) -> bool:
-    """A forward that takes apart an argument that is None fails with real tensors too."""
+    """True if the forward unpacks an argument that is None: it also fails with real tensors."""
     return "NoneType" in (trace.failure or "")
 
 
@@ -201,7 +202,7 @@ def _describe(trace: Trace, node: fx.Node) -> str:
 
 
 def _unknown(flow: Dataflow, wanted: set[int], taken: set[int]) -> Iterator[FusionReport]:
-    """Layers side by side in a module that could not be traced as far as their calls."""
+    """Reports on layers of a module whose trace failed before it reached their calls."""
     by_caller: dict[int, list[QuantizedModule]] = {}
     for key in wanted - taken:
         for caller in flow.callers.get(key, []):

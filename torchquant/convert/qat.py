@@ -1,11 +1,11 @@
 """Quantization-aware training: prepare a model, train it in stages, convert it.
 
-``prepare_qat_`` puts a :class:`torchquant.nn.QATLinear` in place of every linear layer, on the very
-same parameters, so that an optimizer, a tie or a distributed wrapper made before stays valid. Like
-every verb it plans first and changes the model only once all new layers exist: an error leaves the
-model as it was.
+``prepare_qat_`` replaces every linear layer by a :class:`torchquant.nn.QATLinear` with the same
+parameter objects, so that an existing optimizer, tie or distributed wrapper stays valid. Like every
+verb, it changes the model only after all new layers have been created: an error leaves the model
+unchanged.
 
-Stages of training are in :mod:`torchquant.convert.stages`, the way back in
+The stages of training are in :mod:`torchquant.convert.stages`, the conversion back to float is in
 :mod:`torchquant.convert.to_float`.
 """
 
@@ -48,45 +48,46 @@ def prepare_qat_(
     filter_fn: FilterFn | None = None,
     strict: bool = False,
 ) -> QuantizationReport:
-    """Make a model's linear layers trainable for quantization, in place.
+    """Prepare a model's linear layers for quantization-aware training, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QATLinear` on the same parameters, hooks and
-    training mode included, whose forward is the computation of the converted layer, bit for bit.
-    Which layers are taken is what :func:`torchquant.quantize_` takes; a tied weight stays tied. A
-    ReLU module that is the only reader of a layer's output moves into the layer, so that training
-    saves neither the layer's output nor the ReLU's.
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QATLinear` with the same parameters, hooks
+    and training mode. Its forward is the computation of the converted layer, bit for bit. The
+    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A ReLU
+    module moves into the layer if it alone uses the layer's output. Training then stores neither
+    the layer's output nor the ReLU's output for the backward pass.
 
-    Layers that are prepared already are left alone, so several calls with filters of their own give
-    layers of different widths.
+    Layers that are already prepared stay unchanged, so several calls with different filters prepare
+    layers with different numbers of bits.
 
     Args:
         model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
             use :meth:`torchquant.nn.QATLinear.from_float`.
-        config: the configuration that the converted model is to have, such as
-            :class:`torchquant.Int8DynamicActivationInt8WeightConfig` (None) or
-            :class:`torchquant.Int8StaticActivationInt8WeightConfig`; or a
-            :class:`torchquant.QATConfig`, for learned steps and all else that training can choose.
-        filter_fn: called with each linear-like layer and each of its names; true asks for it, also
-            where it is too small to gain. None asks for all but those.
-        strict: raise, before anything is changed, where a layer that was asked for cannot be
-            prepared.
+        config: the configuration of the converted model, such as
+            :func:`torchquant.Int8DynamicActivationInt8WeightConfig` (used for None) or
+            :func:`torchquant.Int8StaticActivationInt8WeightConfig`; or a
+            :func:`torchquant.QATConfig`, which adds the options of training.
+        filter_fn: called with each linear-like layer and each of its names; returns True for layers
+            to prepare, including small ones. None selects all layers except those that are too
+            small to benefit.
+        strict: if True, raise before anything is changed if a selected layer cannot be prepared.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
-        TypeError: model, config or filter_fn is not what it must be.
-        ValueError: the model is a bare linear layer; a configuration that training cannot reach;
-            or, with ``strict``, the layers and reasons.
+        TypeError: model is not a module or is scripted, config is not a configuration, or filter_fn
+            is not callable.
+        ValueError: model is a bare linear layer; no layer can be trained for config; or, with
+            ``strict``, a selected layer cannot be prepared.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-        >>> report = prepare_qat_(model, QATConfig(weight_bits=4))
+        >>> import torch, torchquant
+        >>> report = prepare_qat_(model, torchquant.QATConfig(weight_bits=4))
         >>> [(layer.name, layer.action) for layer in report.layers]
         [('0', 'prepared'), ('2', 'prepared')]
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
-        >>> import torch
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> print(convert_(model).summary().partition(";")[0])
         2 converted, 0 skipped
@@ -113,7 +114,7 @@ def prepare_qat_(
         id(step.module): _prepared(step, edges.get(id(step.module), inner).config) for step in steps
     }
     bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes, and nothing can fail
+    rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         edge = edges.get(id(step.module))
         new = new_layers.get(id(step.module))
@@ -129,12 +130,12 @@ def prepare_qat_(
 
 
 def convert_(model: nn.Module) -> QuantizationReport:
-    """Turn a prepared model into the one to ship, in place.
+    """Convert a prepared model into the quantized model to deploy, in place.
 
-    Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` whose
-    computation it trained with; in eager mode the model's outputs in evaluation mode keep their
-    bits (:func:`torchquant.verify` shows it). Layers on one tensor are computed together, as
-    :func:`torchquant.quantize_` has it, which changes no bit either.
+    Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` with
+    whose computation it was trained. In eager mode, the outputs of the model in evaluation mode
+    keep their bits (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`,
+    layers that are applied to the same tensor are computed together, which changes no bits.
 
     Args:
         model: a model that :func:`prepare_qat_` prepared. A bare ``QATLinear`` cannot be replaced
@@ -144,10 +145,10 @@ def convert_(model: nn.Module) -> QuantizationReport:
         A report; ``print`` it for a table.
 
     Raises:
-        TypeError: model is not a module, or a scripted one.
-        ValueError: the model is a bare layer, holds no prepared one, or a layer cannot be
-            converted (nothing was observed yet, say); the message names it, and the model is as it
-            was.
+        TypeError: model is not a module, or is a scripted module.
+        ValueError: model is a bare layer, contains no prepared layer, or contains a layer that
+            cannot be converted, for example because no range was observed. The message names the
+            layer; the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -172,7 +173,7 @@ def convert_(model: nn.Module) -> QuantizationReport:
     new_layers = {id(step.module): _converted(step) for step in steps}
     notes = tuple(_conversion_notes(steps))
     bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes, and nothing can fail
+    rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         new = new_layers.get(id(step.module))
         rows.append(step.replaced(new, "converted", "untied" if step.tied else ""))
@@ -182,12 +183,12 @@ def convert_(model: nn.Module) -> QuantizationReport:
     )
 
 
-# ---------------------------------------------------------------- planning
+# ---------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
 class _Edge:
-    """What a layer is prepared with, and what the report says of it."""
+    """The configuration of a layer, and the remark on it in the report."""
 
     config: TrainingConfig
     remark: str = ""
@@ -196,7 +197,7 @@ class _Edge:
 def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) -> list[Step]:
     def done(module: Any) -> str | None:
         if isinstance(module, QuantizedModule):
-            return "quantized already; to_float_(model) makes it trainable again"
+            return "already quantized; to_float_(model) makes it trainable again"
         other = "" if module.config == config else ", with another configuration"
         return f"already prepared{other}"
 
@@ -208,7 +209,7 @@ def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) 
             return refused
         weight = module._parameters["weight"]
         if config.simulate and weight is not None and not (has_kernels(weight) or weight.is_meta):
-            return None  # computes anywhere
+            return None  # the simulation runs on any device
         return kind.value_refusal(module)
 
     return plan_layers(model, filter_fn, done, refusal)
@@ -217,7 +218,7 @@ def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) 
 def _edges(
     flow: Dataflow, model: nn.Module, plan: list[Step], config: TrainingConfig
 ) -> tuple[dict[int, _Edge], list[str]]:
-    """What the first and the last layer are prepared with, by their ids, and notes on them."""
+    """The configurations of the first and the last layer, by id, and notes on these layers."""
     if config.edge_bits is None or not plan:
         return {}, []
     modules = [step.module for step in plan]
@@ -234,12 +235,15 @@ def _edges(
     }
     notes = [
         f"{step.name} is the model's {' and '.join(remarks[id(step.module)])} {step.kind.name} "
-        f"layer and keeps what it has: {step.skip}."
+        f"layer but is left unchanged: {step.skip}."
         for step in plan
         if id(step.module) in remarks and step.skip
     ]
     if problem is not None:
-        notes.append(f"First and last layer are by the order of modules in part: {problem}.")
+        notes.append(
+            "The first and the last layer were determined in part from the order of modules: "
+            f"{problem}."
+        )
     return edges, notes
 
 
@@ -250,12 +254,12 @@ def _notes(plan: list[Step], config: TrainingConfig) -> Iterator[str]:
     tied = [step.name for step in steps if step.tied]
     if tied:
         yield (
-            "Trained together with what shares its weight, with integers of its own once "
-            f"converted: {', '.join(tied)}."
+            "Shares its weight with another module during training, and gets its own integers in "
+            f"convert_: {', '.join(tied)}."
         )
     if steps and config.learned:
         yield (
-            "Learned steps are new parameters: make the optimizer now, with "
+            "Learned steps are new parameters: create the optimizer now, with "
             "torchquant.parameter_groups(model, weight_decay)."
         )
 
@@ -264,21 +268,21 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
     floating = [step.name for step in steps if not bool(_layer(step).quantize_enabled)]
     if floating:
         yield (
-            "Converted in the first stage, in which training computed in float: "
+            "Converted in the stage 'observe', in which layers compute in float: "
             f"{', '.join(floating)}."
         )
     simulated = [step.name for step in steps if _layer(step).simulate]
     if simulated:
         yield (
-            "Trained with a simulation in float, from which the integers differ by rounding: "
-            f"{', '.join(simulated)}."
+            "Trained with a simulation in float, whose results differ from the integers by "
+            f"rounding: {', '.join(simulated)}."
         )
     untied = [step.name for step in steps if step.tied]
     if untied:
-        yield f"Untied from a shared weight, with an int8 copy of their own: {', '.join(untied)}."
+        yield f"No longer shares its weight; has its own integer copy: {', '.join(untied)}."
 
 
-# ---------------------------------------------------------------- carrying out
+# ---------------------------------------------------------------- the new layers
 
 
 def _layer(step: Step) -> TrainedModule:

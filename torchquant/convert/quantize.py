@@ -1,4 +1,4 @@
-"""quantize_: the verb. Plan first, check the plan, then change the model layer by layer."""
+"""quantize_: plan, check the plan, then replace the layers one by one."""
 
 from __future__ import annotations
 
@@ -37,43 +37,48 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantize a model's linear layers, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear`, its hooks included. What
-    stays in float is reported with the reason: subclasses of ``nn.Linear``, weights computed from
-    other tensors, layers whose weight is read by a fused fast path (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoderLayer``), layers too small to gain. Layers that are quantized already are
-    reported and left alone. A weight shared with an embedding is untied: the layer gets its own
-    int8 copy.
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks. Linear
+    layers that stay in float are reported with the reason: subclasses of ``nn.Linear``, weights
+    computed from other tensors, layers whose weight is read by another module
+    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``), layers too small to benefit. Layers
+    that are already quantized are reported and left unchanged. A weight that is shared with an
+    embedding is untied: the layer gets its own int8 copy. Modules of other kinds (convolutions,
+    embeddings, recurrent layers) stay in float and do not appear in the report.
 
-    The model may lie on the CPU or on CUDA devices; each new layer is where the old one was.
+    The model may be on the CPU or on CUDA devices; each new layer is on the device of the old one.
 
-    Memory never exceeds the float model plus its largest layer. Should a conversion fail halfway
-    (out of memory), the layers before it are quantized, the others in float, and the model works.
+    Memory use never exceeds the float model plus its largest layer. If a conversion fails halfway
+    (out of memory), the layers before it are quantized, the others are in float, and the model
+    works.
 
     Args:
         model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
             use :meth:`torchquant.nn.QuantizedLinear.from_float`.
-        config: :class:`torchquant.Int8DynamicActivationInt8WeightConfig` when None.
-        filter_fn: called with each linear-like layer and each of its names; true asks for it, also
-            where it is too small to gain. None asks for all but those.
-        strict: raise, before anything is changed, where a layer that was asked for cannot be
-            quantized.
-        fusion: what may be computed together with the quantized layers;
-            :class:`torchquant.Fusion` when None, which fuses what changes results by rounding
-            alone. An activation that became part of the layer before it leaves a
-            :class:`torchquant.nn.FusedActivation` in its place.
+        config: the configuration of the quantized layers; None is
+            :func:`torchquant.Int8DynamicActivationInt8WeightConfig`.
+        filter_fn: called with each linear-like layer and each of its names; returns True for layers
+            to quantize, including small ones. None selects all layers except those that are too
+            small to benefit.
+        strict: if True, raise before anything is changed if a selected layer cannot be quantized.
+        fusion: what to compute together with the quantized layers; None is
+            :class:`torchquant.Fusion` with its defaults, which change results only by rounding. A
+            :class:`torchquant.nn.FusedActivation` takes the place of an activation module that
+            became part of the preceding layer.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
-        TypeError: model, config, filter_fn or fusion is not what it must be.
-        ValueError: the model is a bare linear layer; or, with ``strict``, the layers and reasons.
+        TypeError: model is not a module or is scripted, config is not a configuration, filter_fn is
+            not callable, or fusion is not a :class:`torchquant.Fusion`.
+        ValueError: model is a bare linear layer; config has static activations; or, with
+            ``strict``, a selected layer cannot be quantized.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
         >>> report = quantize_(model)
         >>> [(layer.name, layer.action, layer.reason) for layer in report.layers]
-        [('0', 'quantized', ''), ('2', 'skipped', 'too small to gain')]
+        [('0', 'quantized', ''), ('2', 'skipped', 'too small to benefit')]
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
     """
@@ -103,14 +108,14 @@ def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
     if isinstance(config, TrainingConfig):
         raise TypeError(
             f"quantize_: config must be the configuration of a quantized layer, got {config!r}, "
-            "which says how to train; use prepare_qat_(model, config), train, and convert_(model)"
+            "which is for training; use prepare_qat_(model, config), train, and convert_(model)"
         )
     config = check_config("quantize_", config)
     if config.activations.needs_calibration:
         raise ValueError(
             f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
             "inputs has to be observed or learned first; use prepare_qat_(model, config), run or "
-            "train the model, and convert_(model)"
+            "train the model, and call convert_(model)"
         )
     return config
 
@@ -134,7 +139,7 @@ def _carry_out(step: Step, config: QuantizationConfig) -> LayerReport:
         return step.skipped()
     step.dtype = step.module.weight.dtype  # type: ignore[assignment]
     new = step.kind.quantized.from_float(step.module, config)
-    # The float weights go now, not when the plan does.
+    # This releases the float weights now, not at the end of the plan.
     return step.replaced(new, "quantized", "untied" if step.tied else "")
 
 
@@ -159,4 +164,4 @@ def _notes(plan: list[Step]) -> Iterator[str]:
         yield no_layers("quantize")
     untied = [step.name for step in plan if step.tied and not step.skip]
     if untied:
-        yield f"Untied from a shared weight, with an int8 copy of their own: {', '.join(untied)}."
+        yield f"No longer shares its weight; has its own integer copy: {', '.join(untied)}."

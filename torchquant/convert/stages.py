@@ -1,8 +1,9 @@
-"""The stages of quantization-aware training, and a schedule that goes through them.
+"""The stages of quantization-aware training, and a schedule of the stages.
 
-First (:func:`observe`) prepared layers compute in float while observers look at the ranges; then
-(:func:`quantize`) they compute with integers while the ranges still move; last (:func:`freeze`) the
-ranges stay. The stage lies in the model's buffers, so a checkpoint resumes where it was taken.
+In the first stage (:func:`observe`), prepared layers compute in float and observers record ranges.
+In the second stage (:func:`quantize`), they compute with integers and observers keep updating the
+ranges. In the last stage (:func:`freeze`), the ranges are fixed. Buffers of the model hold the
+stage, so a model that is loaded from a checkpoint continues in the same stage.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchquant.training.observed_quantizer import ObservedQuantizer
 
 
 def observe(model: nn.Module) -> None:
-    """First stage: prepared layers compute in float, while observers look at their inputs.
+    """Stage 1: prepared layers compute in float; observers record the ranges of their inputs.
 
     Example:
         >>> import torch, torchquant
@@ -32,7 +33,7 @@ def observe(model: nn.Module) -> None:
 
 
 def quantize(model: nn.Module) -> None:
-    """Second stage, in which a model is after ``prepare_qat_``: integers, and ranges that move.
+    """Stage 2 (default after ``prepare_qat_``): integers; observers keep updating ranges.
 
     Example:
         >>> import torch, torchquant
@@ -44,9 +45,9 @@ def quantize(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Last stage: integers, and observed ranges that stay as they are.
+    """Stage 3: integers; observed ranges are fixed.
 
-    Learned steps are parameters like others: the optimizer moves them as long as it has them.
+    Learned steps are parameters, so the optimizer still updates them.
 
     Example:
         >>> import torch, torchquant
@@ -67,17 +68,18 @@ def _set_stage(model: nn.Module, observing: bool, quantizing: bool) -> None:
 
 
 class QATSchedule:
-    """Leads a prepared model through the stages; call :meth:`step` after each optimizer step.
+    """Sets the stage of a prepared model; call :meth:`step` after each optimizer step.
 
     Args:
-        model: a model that :func:`prepare_qat_` prepared; also one that is wrapped (compiled,
-            distributed).
-        observe_steps: for so many steps layers compute in float and observers look.
-        freeze_step: after so many steps, counted from the start, observed ranges stay; None: never.
+        model: a model that :func:`prepare_qat_` prepared, also if it is compiled or distributed.
+        observe_steps: number of steps in stage 1.
+        freeze_step: number of steps, counted from the start, after which stage 3 begins; None:
+            never.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: steps that are negative, or a freeze before there was anything to observe.
+        ValueError: observe_steps or freeze_step is not an integer of at least 0, or freeze_step is
+            0 or less than observe_steps.
 
     Example:
         >>> import torch, torchquant
@@ -110,14 +112,14 @@ class QATSchedule:
         return "quantize" if self.steps >= self.observe_steps else "observe"
 
     def step(self) -> None:
-        """Count a step; the next one runs in the stage that is due then."""
+        """Count a step and set the stage of the next step."""
         before = self.stage
         self.steps += 1
         if self.stage != before:
             self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on from here."""
+        """The state from which :meth:`load_state_dict` continues."""
         return {
             "steps": self.steps,
             "observe_steps": self.observe_steps,
@@ -125,10 +127,10 @@ class QATSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken; the model's stage is set accordingly.
+        """Continue from the result of :meth:`state_dict`, and set the stage of the model.
 
         Raises:
-            ValueError: an entry is missing, or of a value that it cannot have.
+            ValueError: an entry is missing or has a value that it cannot have.
         """
         missing = {"steps", "observe_steps", "freeze_step"} - state.keys()
         if missing:

@@ -1,4 +1,4 @@
-"""to_float_: the way back from prepared or quantized layers to float ones."""
+"""to_float_: convert prepared or quantized layers back to float layers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torchquant.report import QuantizationReport
 
 
 def to_float_(model: nn.Module) -> QuantizationReport:
-    """Turn prepared or quantized layers back into ``nn.Linear``, in place.
+    """Convert prepared or quantized layers back to ``nn.Linear``, in place.
 
-    A :class:`torchquant.nn.QATLinear` gives the parameters that it trained, the same objects; a
-    :class:`torchquant.nn.QuantizedLinear` gives the values that its integers stand for. Activation
-    modules that had become part of a layer are put back.
+    The float layer of a :class:`torchquant.nn.QATLinear` has the same parameter objects. The float
+    layer of a :class:`torchquant.nn.QuantizedLinear` has the values that the integers represent.
+    Activation modules that had become part of a layer are restored.
 
     Args:
-        model: a model with such layers. A bare layer cannot be replaced in place: use its
-            ``to_float()``.
+        model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
+            use its ``to_float()``.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
-        TypeError: model is not a module, or a scripted one.
-        ValueError: the model is a bare layer, or a layer computes an activation for which the model
-            holds no module to put back; the model is as it was.
+        TypeError: model is not a module, or is a scripted module.
+        ValueError: model is a bare layer, or a layer computes an activation that was never a module
+            of the model and so cannot be restored. The model is unchanged.
 
     Example:
         >>> import torchquant
@@ -52,19 +52,19 @@ def to_float_(model: nn.Module) -> QuantizationReport:
         if computed != "none" and computed not in known:
             raise ValueError(
                 "to_float_: each activation that a layer computes must have been a module of the "
-                f"model, got {step.name}, which computes {computed} and was made so; replace it "
-                "yourself by its to_float() and the activation"
+                f"model, got {step.name}, which was created with activation {computed!r}; replace "
+                "the layer by its to_float() and the activation"
             )
     new_layers = {id(step.module): step.module.to_float() for step in steps}  # type: ignore[operator]
     owners = owners_by_module(model)
     bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes, and nothing can fail
+    rows = []  # from here on the model changes; nothing can fail
     for step in steps:
         rows.append(step.replaced(new_layers[id(step.module)], "restored"))
     for place in places:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
-    notes = () if steps else ("The model has no prepared or quantized layers; nothing was done.",)
+    notes = () if steps else ("The model has no prepared or quantized layers; none was restored.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )

@@ -1,1 +1,1 @@
-"""Save and load models as safetensors files."""
+"""Saving models to safetensors files, and loading them."""

@@ -1,4 +1,4 @@
-"""A layer's entry in a file, in today's form and in the forms of older files."""
+"""The entry of a layer in a file, in the current format and in older formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchquant.nn.kinds import kind_of
 
 
 def layer_entry(layer: QuantizedModule) -> dict[str, Any]:
-    """What a file holds of a layer next to its tensors.
+    """The JSON values that a file stores for a layer in addition to its tensors.
 
     Raises:
         ValueError: the layer belongs to no kind.
@@ -32,14 +32,15 @@ def layer_entry(layer: QuantizedModule) -> dict[str, Any]:
 
 
 def current_entry(entry: Any, format: int) -> dict[str, Any]:
-    """An entry of a file of ``format`` in today's form.
+    """Convert an entry of a file of the given format to the current format.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry is not valid.
+        KeyError, TypeError, ValueError: the entry is not valid: a value is missing, has the wrong
+            type, or is not one of the permitted values.
     """
     if format >= 3:
         return dict(entry)
-    # Formats 1 and 2 hold linear layers of int8 weights, and configurations of three classes.
+    # Formats 1 and 2 store only linear layers with int8 weights, and three configuration classes.
     entry = dict(entry)
     old = _old_config(entry.pop("config"))
     return {"kind": "linear", **entry, "config": config_to_dict(old), "format": "int8"}
@@ -69,7 +70,7 @@ def _old_config(values: Mapping[str, Any]) -> QuantizationConfig:
 
 _FLAGS = frozenset(("activation_symmetric", "symmetric"))
 _WIDTHS = frozenset(("weight_bits", "activation_bits", "static", "activation_narrow_range"))
-# Name -> its fields, and whether it is static where no field decides.
+# Name -> the fields of the class, and the default of its field `static`.
 _OLD_CONFIGS: dict[str, tuple[frozenset[str], bool]] = {
     "Int8DynamicActivationInt8WeightConfig": (_FLAGS, False),
     "Int8StaticActivationInt8WeightConfig": (_FLAGS | {"activation_narrow_range"}, True),

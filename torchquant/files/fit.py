@@ -1,4 +1,4 @@
-"""Whether the tensors of a file fit a model, tensor by tensor."""
+"""Checks that the tensors of a file fit a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torchquant.nn.base import QuantizedModule
 
 
 class Misfit(Exception):
-    """The file is sound but does not fit the model; the message says where."""
+    """Raised if a valid file does not fit the model; the message names the place."""
 
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names the file if the block finds that it does not fit the model."""
     try:
         yield
-    except (Misfit, RuntimeError) as error:  # the latter from load_state_dict
+    except (Misfit, RuntimeError) as error:  # RuntimeError: from load_state_dict
         raise ValueError(
             f"load: {str(path)!r} does not fit the model: {error}; build the model that was saved "
             "(torchquant.quantize_ is not needed before load)"
@@ -30,21 +31,22 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
-    """The model's tensor at each key of its state dict; None where that is not a tensor.
+    """The model's tensor at each key of its state dict, or None if the value is not a tensor.
 
-    Module by module, because a whole state dict would unpack every weight of a quantized model.
+    A whole state dict would unpack all weights of a quantized model, so the function goes from
+    module to module.
     """
     current: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if isinstance(module, QuantizedModule):
             for key, (dtype, shape) in module.canonical().items():
-                packed = key == "qweight"  # unpacked anew on each access
+                packed = key == "qweight"  # each access would unpack it
                 empty = torch.empty(shape, dtype=dtype, device="meta") if packed else None
                 current[prefix + key] = empty if packed else getattr(module, key)
         else:
             module._save_to_state_dict(current, prefix, keep_vars=True)
-    # Extra state belongs to its module alone, whatever it is.
+    # Extra state is checked by its module only.
     return {
         key: value if isinstance(value, Tensor) and not key.endswith("_extra_state") else None
         for key, value in current.items()
@@ -52,7 +54,7 @@ def current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def check_fit(state: Mapping[str, Tensor], current: Mapping[str, Tensor | None]) -> None:
-    """Raise unless the state has exactly the model's keys, shapes, kinds of dtype and ties."""
+    """Raise unless keys, shapes, kinds of dtype and ties of the state are those of the model."""
     missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
     problems = [f"missing {', '.join(missing)}"] if missing else []
     problems += [f"unknown {', '.join(extra)}"] if extra else []
@@ -62,16 +64,20 @@ def check_fit(state: Mapping[str, Tensor], current: Mapping[str, Tensor | None])
             continue
         there = state[key]
         if there.shape != here.shape or _sort(there) != _sort(here):
-            problems.append(f"{key} is {_describe(there)} in the file, {_describe(here)} here")
+            problems.append(
+                f"{key} is {_describe(there)} in the file, {_describe(here)} in the model"
+            )
         first = first_key.setdefault(memory_key(here), key)
         if first in state and state[first] is not there and not torch.equal(state[first], there):
-            problems.append(f"{first} and {key} are two tensors in the file, one here")
+            problems.append(
+                f"{first} and {key} are two tensors in the file, one tensor in the model"
+            )
     if problems:
         raise Misfit("; ".join(problems))
 
 
 def _sort(tensor: Tensor) -> str:
-    """Tensors of one kind take each other's place: a file in bfloat16 fits a float32 model."""
+    """The kind of a tensor's dtype; a bfloat16 tensor in a file fits a float32 model."""
     ordinary = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return "float" if tensor.dtype in ordinary else str(tensor.dtype)
 

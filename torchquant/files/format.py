@@ -1,4 +1,4 @@
-"""The file format: canonical tensors in safetensors, and their meaning as JSON in its metadata.
+"""The file format: canonical tensors in safetensors, with JSON metadata that describes them.
 
 A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a JSON object::
 
@@ -13,15 +13,15 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
      "sha256": "..."}
 
 ``layers`` has an entry for each quantized layer: its kind (:mod:`torchquant.nn.kinds`), the format
-of its weight (:mod:`torchquant.nn.weight`), the arguments that make such a layer, and its
-configuration in parts (:mod:`torchquant.configs`). ``absorbed`` has the activation modules that
-became part of the layer before them (of its ``activation``) and are identities since.
-``projections`` has the layers that are computed together, in the order of their calls; a reader MAY
-ignore it. ``aliases`` has the keys that share another key's tensor, which is stored once.
-``sha256`` covers the rest of this object and every tensor's name, dtype, shape and bytes, so that a
-damaged or edited file is refused. It is not a signature: an editor of a file can write a new one.
-``absorbed`` and ``projections`` are absent where they would be empty. A reader MUST refuse a
-``format`` above its own. :mod:`torchquant.files.entries` reads the entries of formats 1 and 2.
+of its weight (:mod:`torchquant.nn.weight`), the arguments of its constructor, and its configuration
+in parts (:mod:`torchquant.configs`). ``absorbed`` maps the name of each activation module that
+became part of the preceding layer to the name of its function; these modules are identities.
+``projections`` lists the layers that are computed together, in the order of their calls; a reader
+MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
+``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
+that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
+``absorbed`` and ``projections`` are absent if they would be empty. A reader MUST refuse
+a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1 and 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEY = "torchquant"
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The checksum of a file's metadata, without its own entry, and of its tensors."""
+    """The SHA-256 of a file's metadata (without the key ``sha256``) and tensors, in hexadecimal."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     hashed = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for key in sorted(tensors):
@@ -53,7 +53,16 @@ def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file's tensors, which are views of the mapped file, and its metadata, both checked."""
+    """Read and check a file.
+
+    Returns:
+        The tensors, which are views of the mapped file, and the metadata.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, damaged, edited, from a newer torchquant, or was not
+            written by :func:`torchquant.save`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"load: path must name a file that exists, got {str(path)!r}")
     try:
@@ -62,15 +71,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except PermissionError:
         raise
-    except Exception as error:  # its own SafetensorError, and torch's for sizes that make no sense
+    except Exception as error:  # SafetensorError, or torch's error for impossible sizes
         raise ValueError(
-            f"load: {str(path)!r} must be a complete safetensors file, it is truncated, damaged or "
-            f"of another kind ({error})"
+            f"load: {str(path)!r} must be a complete safetensors file, but it is truncated, "
+            f"damaged or of another kind ({error})"
         ) from None
     if KEY not in metadata:
         raise ValueError(
-            f"load: {str(path)!r} must be a file that torchquant.save wrote, its metadata has no "
-            f"{KEY!r} entry; a plain float checkpoint is loaded with safetensors.torch.load_model"
+            f"load: {str(path)!r} must be a file that torchquant.save wrote, but its metadata has "
+            f"no {KEY!r} entry; load a plain float checkpoint with safetensors.torch.load_model"
         )
     return tensors, _parse_header(path, metadata[KEY], tensors)
 
@@ -85,7 +94,7 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         raise ValueError(damaged)
     if not _OLDEST <= header["format"] <= FORMAT:
         raise ValueError(
-            f"load: {str(path)!r} has format {header['format']}, this torchquant reads formats "
+            f"load: {str(path)!r} has format {header['format']}, but this torchquant reads formats "
             f"{_OLDEST} to {FORMAT}; install a newer torchquant"
         )
     aliases = header.get("aliases")
@@ -102,7 +111,7 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         raise ValueError(damaged)
     try:
         found = digest(header, tensors)
-    except (RuntimeError, RecursionError):  # a dtype or a nesting that save never writes
+    except (RuntimeError, RecursionError):  # a dtype or nesting depth that save does not write
         raise ValueError(damaged) from None
     if found != header["sha256"]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""load: fill a model from a file that save wrote."""
+"""load: load the file that save wrote into a model."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ def load(
     *,
     device: torch.device | str | int | None = None,
 ) -> nn.Module:
-    """Fill a model from a file that :func:`save` wrote; layers become quantized where it says so.
+    """Load the file that :func:`save` wrote into a model; layers are quantized as in the file.
 
-    The file is read and checked before the model is touched, and whatever goes wrong after that is
-    undone: after an error the model is as it was.
+    The file is read and checked before the model is changed, and a change that fails is undone.
+    After an error the model is unchanged.
 
     Args:
         path: the file.
-        model: the architecture, in float or already quantized, fused or not; also on the meta
-            device, which skips the work of initialising weights that are replaced.
-        device: where the file's tensors go; None is the CPU. Buffers that are in no file stay
-            where they are, so build the model on that device or on the meta device.
+        model: the model that was saved, in float or quantized, fused or not. It may be on the meta
+            device; this skips the initialisation of weights that would be replaced anyway.
+        device: the device for the tensors of the file; None is the CPU. Non-persistent buffers are
+            not saved and keep their device, so build the model on that device or on the meta
+            device.
 
     Returns:
-        ``model``, changed in place: tensors of the file's dtypes, on ``device``; ``requires_grad``,
-        hooks and training mode as they were. Parameters that the model ties stay tied.
+        ``model``, changed in place. Tensors have the dtypes of the file and are on ``device``;
+        ``requires_grad``, hooks and training mode do not change. Parameters that the model ties
+        stay tied.
 
     Raises:
         TypeError: model is not a module.
-        FileNotFoundError: no such file.
-        ValueError: the file is truncated, edited, foreign or from a newer torchquant, or it does
-            not fit the model; the message says which.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, edited, from a newer torchquant or was not written by
+            :func:`save`; it does not fit the model; or device is unknown or the meta device.
 
     Warns:
         UserWarning: buffers that are not part of a state dict are still on the meta device.
@@ -82,13 +84,13 @@ def load(
 
 
 def _checked_device(device: torch.device | str | int | None) -> torch.device:
-    """A device that holds values, before anything is read or changed."""
+    """``device`` as a torch.device; raises if it is unknown or the meta device."""
     try:
         place = torch.device("cpu" if device is None else device)
     except (TypeError, RuntimeError):
         raise ValueError(f"load: device must name one of torch's devices, got {device!r}") from None
     if place.type == "meta":
-        raise ValueError("load: device must hold values, got 'meta'; leave it out for the CPU")
+        raise ValueError("load: device must hold values, got 'meta'; omit it for the CPU")
     return place
 
 
@@ -100,9 +102,9 @@ def _warn_of_missing_buffers(model: nn.Module) -> None:
     ]
     if meta:
         warnings.warn(
-            "load: every buffer must have values for the model to run, but non-persistent ones are "
-            f"in no file and still on the meta device: {', '.join(meta)}; set them, or build the "
-            "model on the CPU",
+            "load: every buffer must have values for the model to run, but these non-persistent "
+            f"buffers are not saved and are on the meta device: {', '.join(meta)}; set them, or "
+            "build the model on the CPU",
             stacklevel=3,
         )
 

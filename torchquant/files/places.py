@@ -1,4 +1,4 @@
-"""Where a file has quantized layers and absorbed activations: the modules to put into a model."""
+"""The modules that must be replaced in a model before the tensors of a file can be loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from torchquant.nn.base import QuantizedModule
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.kinds import Kind, kind_named
 
-_CHANGING = ("activation",)  # arguments that a verb may have changed since the layer was float
+_CHANGING = ("activation",)  # arguments that a verb may have changed after the layer was quantized
 
 
 def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module, QuantizedModule]]:
-    """(module of the model, quantized layer to put there), for each layer that the file names."""
+    """Create a quantized layer for each layer of the file.
+
+    Returns:
+        Pairs of the module in the model and its replacement.
+
+    Raises:
+        Misfit: the model has no matching module, or the entry of a layer is not valid.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     entries: dict[int, Any] = {}
     made: list[tuple[nn.Module, QuantizedModule]] = []
@@ -37,7 +44,7 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
         if entries.setdefault(id(old), entry) is entry:
             made.append((old, _new_layer(name, entry, kind, old)))
         elif entries[id(old)] != entry:
-            raise Misfit(f"{name!r} is a layer of its own in the file, a shared one in the model")
+            raise Misfit(f"{name!r} is a separate layer in the file, a shared layer in the model")
     return made
 
 
@@ -52,7 +59,14 @@ def _entry_and_kind(name: str, stored: Any, format: int) -> tuple[dict[str, Any]
 def activation_places(
     absorbed: Mapping[str, Any], model: nn.Module
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """(module of the model, module to put there), where an activation is absorbed or no more."""
+    """Find the activations that are fused in the file or in the model, but not in both.
+
+    Returns:
+        Pairs of the module in the model and its replacement.
+
+    Raises:
+        Misfit: the model does not have the activation of the file.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, tuple[nn.Module, nn.Module]] = {}
     for name, activation in absorbed.items():
@@ -64,23 +78,22 @@ def activation_places(
         if old is None or original is None or found is None or found != activation or name == "":
             kind = "nothing" if original is None else type(original).__name__
             raise Misfit(
-                f"an activation {activation!r} that the layer before it computes at {name!r} in "
-                f"the file, {kind} in the model"
+                f"a fused activation {activation!r} at {name!r} in the file, {kind} in the model"
             )
         places[id(old)] = (old, FusedActivation(activation, original))
     for name, old in modules.items():
         if id(old) in places and name not in absorbed:
-            raise Misfit(f"{name!r} is a module of its own in the file, a shared one in the model")
+            raise Misfit(f"{name!r} is a separate module in the file, a shared module in the model")
         if isinstance(old, FusedActivation) and name not in absorbed:
             places[id(old)] = (old, old.original)
     return list(places.values())
 
 
 def _new_layer(name: str, entry: dict[str, Any], kind: Kind, old: nn.Module) -> QuantizedModule:
-    """An empty layer as the file describes it, on the meta device: nothing is allocated."""
+    """Create the layer of an entry on the meta device, which allocates no memory."""
     quantized = kind.quantized
     try:
-        # Before a layer is made: a size that makes no sense need not make sense to torch.
+        # Checked before the layer is created, because torch may fail on an impossible size.
         for argument in quantized.stored:
             there, here = entry[argument], quantized.stored_value(old, argument)
             if argument not in _CHANGING and (type(there), there) != (type(here), here):

@@ -1,4 +1,4 @@
-"""save: a model's state and the configuration of its quantized layers, in one file."""
+"""save: write the state of a model and the configuration of its layers to one file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from torchquant.version import __version__
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's state and the configuration of its quantized layers to one file.
+    """Write the state of a model and the configuration of its quantized layers to one file.
 
-    The file is written next to ``path`` and moved there when it is complete, so a crash leaves
-    the old file.
+    The file is written under a temporary name and renamed when it is complete, so a crash does not
+    damage an older file. :mod:`torchquant.files.format` describes the format.
 
     Args:
-        model: any module; quantized layers are stored as int8 with their scales.
+        model: any module; quantized layers are stored as int8 integers with their scales.
         path: usually ``*.safetensors``.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: the state dict holds something that is not a tensor, or tensors on the meta
-            device; or a quantized layer belongs to no kind that is registered.
+        ValueError: the state dict holds a value that is not a dense tensor, or a tensor on the meta
+            device; or a quantized layer belongs to no registered kind.
         OSError: the file cannot be written.
 
     Example:

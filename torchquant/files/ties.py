@@ -1,4 +1,4 @@
-"""Tensors that several keys of a state dict share: stored once, and shared again after loading."""
+"""Tensors that several keys of a state dict share: stored once, and tied again after loading."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from torchquant.nn.base import QuantizedModule
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store, and which other keys are the same tensor."""
+    """Collect the tensors to store.
+
+    Returns:
+        The tensors by key, and the aliases: the other keys of a shared tensor, each with the key
+        under which the tensor is stored.
+
+    Raises:
+        ValueError: a value of the state dict is not a dense tensor, or has no values.
+    """
     tensors: dict[str, Tensor] = {}
     aliases = _repeated_qweights(model)
     first_key: dict[Hashable, str] = {}
     with _qweights_on_cpu(model):
-        state = model.state_dict()  # held, so that no memory is used twice
+        state = model.state_dict()  # keeps the tensors alive, so that their addresses stay unique
     for key, value in state.items():
         if key in aliases:
             continue
@@ -47,14 +55,14 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 @contextmanager
 def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Move each qweight to the CPU while a state dict is made.
+    """Move each qweight to the CPU while a state dict is created.
 
-    Unpacked on a GPU, all of them would take the memory of a second model there.
+    All unpacked weights together would need the memory of a second model on the GPU.
     """
 
     def move(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         key = f"{prefix}qweight"
-        if key in state:  # another hook may have taken it out
+        if key in state:  # another hook may have removed it
             state[key] = state[key].cpu()
 
     handles = [
@@ -70,7 +78,7 @@ def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def _repeated_qweights(model: nn.Module) -> dict[str, str]:
-    """Keys of layers that are registered twice: their qweight is unpacked anew for each name."""
+    """Aliases of layers that are registered twice, whose qweight is unpacked for each name."""
     first_name: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -82,7 +90,7 @@ def _repeated_qweights(model: nn.Module) -> dict[str, str]:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of one storage as tensors of their own: safetensors refuses overlapping memory."""
+    """Copy tensors that share a storage, because safetensors refuses overlapping memory."""
     seen: set[int] = set()
     for key, value in tensors.items():
         storage = value.untyped_storage().data_ptr()
@@ -98,10 +106,10 @@ def as_tied(
     quantized: Container[str],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The state on a device, in memory of its own, each tensor once for all keys that are tied.
+    """Copy the state to a device; tied keys share one tensor.
 
-    ``.to("meta")`` unties parameters. There the file's ties hold, except for quantized layers,
-    which are tied as modules or not at all.
+    The ties are those of the model. ``.to("meta")`` unties parameters, so the ties of the file are
+    used for tensors on the meta device, except in quantized layers, which are tied only as modules.
     """
     ready: dict[str, Tensor] = {}
     made: dict[Hashable, Tensor] = {}
@@ -114,7 +122,7 @@ def as_tied(
         untied = here.is_meta and layer not in quantized
         tie = ("file", id(tensor)) if untied else ("model", memory_key(here))
         if tie not in made:
-            # A copy, because these are views of the mapped file. Packing a qweight makes one.
+            # A copy, because these are views of the mapped file; packing a qweight also copies.
             packs = name == "qweight" and layer in quantized
             own = tensor.to(device, copy=not packs)
             trained = isinstance(here, nn.Parameter)

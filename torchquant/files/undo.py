@@ -1,4 +1,4 @@
-"""Undo what a failed change has done to a model's modules and tensors."""
+"""Undo a failed change of the modules and tensors of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def undoing(model: nn.Module) -> Iterator[None]:
-    """Put every parameter, buffer and submodule back in its place where the block raises."""
+    """Restore all parameters, buffers and submodules if the block raises."""
     places = [
         (place, dict(place))
         for module in model.modules()
@@ -23,7 +23,7 @@ def undoing(model: nn.Module) -> Iterator[None]:
             place.clear()
             place.update(content)  # type: ignore[arg-type]
         for module in model.modules():
-            if isinstance(module, nn.RNNBase):  # keeps a list beside, which assigning renews
+            if isinstance(module, nn.RNNBase):  # assigning updates its list of weights
                 for name, parameter in list(module._parameters.items()):
                     setattr(module, name, parameter)
         raise

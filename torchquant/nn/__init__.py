@@ -1,4 +1,4 @@
-"""Drop-in modules: the layers, the two base classes behind them, and the table of kinds."""
+"""Drop-in modules: layers, the two base classes of layers, and the table of kinds."""
 
 from torchquant.nn.activation import Activation
 from torchquant.nn.base import QuantizedModule, TrainedModule

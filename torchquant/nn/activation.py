@@ -1,4 +1,4 @@
-"""Activation: an elementwise function as a module, on the kernels."""
+"""Activation: an elementwise activation function as a module, computed by the kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _fast_activation = load().activation
 
 
 class Activation(nn.Module):
-    """The activation function of a given name, in one pass, with the same bits on every device.
+    """An activation function, selected by name; one pass, and the same bits on every device.
 
     Args:
         name: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
 
     Raises:
-        ValueError: there is no activation function of that name.
+        ValueError: ``name`` is not one of the names above.
 
     Example:
         >>> Activation("gelu")(torch.tensor([-1.0, 0.0, 1.0]))
@@ -34,8 +34,15 @@ class Activation(nn.Module):
         self.name = name
 
     def forward(self, input: Tensor) -> Tensor:
-        """float32, bfloat16 or float16 of any shape to the same."""
-        # Past torch.ops where nobody traces: 2 us less a call.
+        """Apply the function to each element.
+
+        Args:
+            input: float32, bfloat16 or float16, of any shape.
+
+        Returns:
+            A tensor of the shape and dtype of ``input``.
+        """
+        # Outside of torch.compile the call bypasses torch.ops, which saves 2 us.
         if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
             return _fast_activation(input, self.name)  # type: ignore[no-any-return]
         return ops.activation(input, self.name)

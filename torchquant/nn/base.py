@@ -1,12 +1,12 @@
-"""What every quantized and every trained layer does: state, files, devices, copies.
+"""Base classes of quantized and trained layers: state, files, devices, copies.
 
-:class:`QuantizedModule` holds one packed weight and float32 scales next to it. Its state dict, its
-pickles and its copies hold the canonical integers instead of the packed ones, so they depend on no
-device and no layout. :class:`TrainedModule` holds the float parameters of a layer that trains on
-the integers it will be deployed with.
+:class:`QuantizedModule` holds one packed weight and its float32 scales. State dicts, pickles and
+copies hold the canonical integers instead of the packed ones, so they do not depend on a device or
+a layout. :class:`TrainedModule` holds the float parameters of a layer that trains with the integers
+that will be deployed.
 
-Verbs, files, reports and comparisons use these two classes and :mod:`torchquant.nn.kinds`; no code
-outside this package tests for one kind of layer.
+Verbs, files, reports and comparisons use these two classes and :mod:`torchquant.nn.kinds`. No code
+outside this package tests for a particular kind of layer.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ Canonical = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class QuantizedModule(nn.Module):
-    """A layer on integers; the base class of every kind of quantized layer.
+    """A layer that computes with integers; the base class of every kind of quantized layer.
 
     A subclass
 
-    - sets ``config``, ``activation`` and what :meth:`entry` and :meth:`from_entry` store, registers
-      the buffer ``packed`` (with :meth:`register_weight`), ``weight_scale``, and whatever else it
-      keeps;
+    - sets ``config``, ``activation`` and the attributes named in ``stored``, and registers the
+      buffers ``packed`` (with :meth:`register_weight`) and ``weight_scale`` and its other tensors;
     - defines :attr:`weight_shape`, :meth:`canonical`, :meth:`from_float`, :meth:`to_float`,
       :meth:`forward` and :meth:`probe`.
 
-    Its ``forward`` reads its buffers itself: the base class adds no call to it.
+    The ``forward`` of a subclass reads the buffers itself; the base class adds no call to it.
 
     Attributes:
-        packed: the weight in the layout of the kernels of its device.
-        weight_scale: float32; where this buffer is, the layer is.
+        packed: the weight, in the layout that the kernels of its device use.
+        weight_scale: float32; the device of this buffer is the device of the layer.
         config: how the layer is quantized.
-        activation: the activation function that the layer computes at its end, or "none".
+        activation: the activation function that the layer applies to its result, or "none".
 
     Example:
         >>> from torchquant.nn import QuantizedLinear
@@ -56,82 +55,87 @@ class QuantizedModule(nn.Module):
     config: QuantizationConfig
     activation: str = "none"
     weight_format: ClassVar[WeightFormat] = INT8
-    # The class that computes several layers of this kind on one input in one go, or None. Its
-    # obstacle(members) gives a reason against it; its instances take members in with join().
+    # The class that computes several layers of this kind on one input in one call, or None. Its
+    # obstacle(members) returns the reason why members cannot be grouped; join() adds a member.
     group_type: ClassVar[Any] = None
-    # The group that this layer is in, and its place in the group.
+    # The group of this layer, and the layer's index in the group.
     _group: Any = None
     _group_index: int = 0
-    # Arguments of __init__ with attributes of the same name, which files hold: plain values, and
-    # for optional tensors such as `bias` whether there is one.
+    # Arguments of __init__ that files store. The layer has an attribute of the same name: a plain
+    # value, or an optional tensor such as `bias`, for which a bool is stored.
     stored: ClassVar[tuple[str, ...]] = ()
 
-    # ---------------------------------------------------------------- what a kind defines
+    # ---------------------------------------------------------------- defined by each kind
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the float weight that the integers stand for."""
+        """Shape of the float weight that the integers represent."""
         raise _missing(self, "weight_shape")
 
     def canonical(self) -> Canonical:
-        """Name -> (dtype, shape) of each tensor of the layer's state dict."""
+        """Dtype and shape of each tensor of the layer's state dict, by name."""
         raise _missing(self, "canonical")
 
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
-        """Why no layer of this kind can have ``config``; None where one can."""
+        """The reason why no layer of this kind can have ``config``, or None."""
         return None
 
     @classmethod
     def from_float(cls, module: Any, config: QuantizationConfig | None = None) -> Any:
-        """Quantize a float layer; the float layer is left as it is."""
+        """Quantize a float layer; the float layer itself does not change."""
         raise _missing(cls, "from_float")
 
     def to_float(self) -> nn.Module:
-        """A float layer with the values that the integers stand for, without the activation."""
+        """A float layer with the values that the integers represent, without the activation."""
         raise _missing(self, "to_float")
 
     def probe(self, rows: int, generator: torch.Generator) -> Tensor:
-        """``rows`` random float32 inputs on the CPU, for trials of a changed layer."""
+        """``rows`` random float32 inputs on the CPU, used to test a changed layer."""
         raise _missing(self, "probe")
 
-    # ---------------------------------------------------------------- what all kinds share
+    # ---------------------------------------------------------------- shared by all kinds
 
     def register_weight(self, packed: Tensor) -> None:
-        """Register the packed weight; it is no part of a state dict, which holds ``qweight``."""
-        # Never a buffer called `weight`: tie_weights() of transformers would overwrite it.
+        """Register the packed weight as a buffer that state dicts omit; they hold ``qweight``."""
+        # The name must not be `weight`: tie_weights() of transformers would overwrite the buffer.
         self.register_buffer("packed", packed, persistent=False)
 
     @property
     def qweight(self) -> Tensor:
-        """The canonical integers of the weight, unpacked anew on each access."""
+        """The canonical integers of the weight; each access unpacks them again."""
         return self.weight_format.unpack(self.packed, self.weight_shape)
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """The device of the layer."""
         return self.packed.device
 
     def entry(self) -> dict[str, Any]:
-        """What a file holds of the layer next to its tensors, as JSON-ready values."""
+        """The JSON values that a file stores for the layer in addition to its tensors."""
         values = {name: self.stored_value(self, name) for name in self.stored}
         config = config_to_dict(self.config)
         return {**values, "config": config, "format": self.weight_format.name}
 
     @classmethod
     def stored_value(cls, module: nn.Module, name: str) -> Any:
-        """What a file holds of an argument in ``stored``, from a float or a quantized layer."""
+        """The value that a file stores for an argument in ``stored``.
+
+        ``module`` is a float or a quantized layer of this kind.
+        """
         value = getattr(module, name, None)
-        if value is None or isinstance(value, Tensor):  # __init__ takes whether there is one
+        if value is None or isinstance(value, Tensor):  # for a tensor, __init__ takes a bool
             return value is not None
         return value
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> QuantizedModule:
-        """An empty layer as :meth:`entry` describes it, on the meta device.
+        """Create an empty layer on the meta device from the values that :meth:`entry` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: the entry does not describe a layer of this kind.
+            KeyError: a value is missing.
+            TypeError: a value has the wrong type.
+            ValueError: a value is not valid for this kind, or the weight format is another one.
         """
         if entry["format"] != cls.weight_format.name:
             raise ValueError(
@@ -142,9 +146,9 @@ class QuantizedModule(nn.Module):
         return cls(**values, config=config_from_dict(entry["config"]), device="meta")
 
     def weight_replaced(self) -> None:
-        """Called after ``packed`` became another tensor; does nothing by default."""
+        """Called after ``packed`` was replaced by another tensor; does nothing by default."""
 
-    # State: canonical outside, packed inside.
+    # The state dict holds the canonical form of the weight, the buffer the packed form.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -165,11 +169,11 @@ class QuantizedModule(nn.Module):
         return self
 
     def _moved(self, packed: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """The packed weight where ``fn`` has put the scales, in that device's layout."""
+        """The packed weight on the device of the scales, which ``fn`` has moved already."""
         device = self.weight_scale.device
         if device.type == packed.device.type:
             return fn(packed)
-        if packed.is_meta or device.type == "meta":  # to_empty(): no values, but a valid layout
+        if packed.is_meta or device.type == "meta":  # to_empty(): a valid layout without values
             return self.weight_format.empty(self.weight_shape, device)
         qweight = self.weight_format.unpack(packed, self.weight_shape)
         moved = fn(qweight)
@@ -179,7 +183,7 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        # Named one by one: whatever else was put on the layer (a tied `weight`) is not its state.
+        # By name: other tensors on the layer, such as a tied `weight`, are not part of its state.
         for name in self.canonical():
             tensor = getattr(self, name)
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
@@ -196,16 +200,16 @@ class QuantizedModule(nn.Module):
     ) -> None:
         canonical = self.canonical()
         rest = dict(state_dict)
-        for name, (dtype, _) in canonical.items():  # a file may have been converted to bfloat16
+        for name, (dtype, _) in canonical.items():  # the state may have been converted to bfloat16
             value = rest.get(prefix + name)
             if isinstance(value, Tensor) and value.is_floating_point() and dtype == torch.float32:
                 rest[prefix + name] = as_float32(value)
         assign = local_metadata.get("assign_to_params_buffers", False)
         problems = self._state_problems(canonical, rest, prefix, assign)
-        if problems:  # all or nothing: scales of one layer on the integers of another are nonsense
+        if problems:  # load all or nothing: scales and integers belong together
             error_msgs.extend(problems)
             return
-        for name, other in self._parameters.items():  # a tied `weight`: it loads as itself
+        for name, other in self._parameters.items():  # a tied `weight` keeps its value
             if name not in canonical and other is not None:
                 rest.setdefault(prefix + name, other)
         qweight = rest.pop(prefix + "qweight", None)
@@ -218,7 +222,7 @@ class QuantizedModule(nn.Module):
             return
         if assign:
             self._load_qweight_by_assignment(qweight)
-        elif not self.packed.is_meta:  # torch has warned that copying into meta does nothing
+        elif not self.packed.is_meta:  # torch warns that copying to meta does nothing
             with torch.no_grad():
                 self.packed.copy_(self.weight_format.pack(qweight.to(self.packed.device)))
 
@@ -228,7 +232,7 @@ class QuantizedModule(nn.Module):
     def _state_problems(
         self, canonical: Canonical, state: Mapping[str, Any], prefix: str, assign: bool
     ) -> list[str]:
-        """What is wrong with this layer's entries, in words; torch reports the missing ones."""
+        """Messages about wrong entries of this layer; torch itself reports missing entries."""
         problems = []
         for name, (dtype, shape) in canonical.items():
             value = state.get(prefix + name)
@@ -239,7 +243,7 @@ class QuantizedModule(nn.Module):
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 got = f"{dtype_name(value.dtype)} {list(value.shape)}"
             elif value.is_meta and not (assign or self.packed.is_meta):
-                got = "one on the meta device, without values"
+                got = "a tensor on the meta device, which has no values"
             else:
                 continue
             wanted = f"{dtype_name(dtype)} {list(shape)}"
@@ -258,23 +262,23 @@ class QuantizedModule(nn.Module):
         state = dict(state)
         qweight = state.pop("_qweight")
         super().__setstate__(state)
-        # In the order of __init__, so that copies print and iterate alike.
+        # The order of __init__, so that a copy prints and iterates like the original.
         self._buffers = {"packed": self.weight_format.pack(qweight), **self._buffers}
 
 
 class TrainedModule(nn.Module):
-    """A layer that trains on the integers it will be deployed with; base class of all such kinds.
+    """A layer that trains with the integers to deploy; base class of every kind of such layers.
 
     A subclass calls :meth:`init_training` in its ``__init__`` and defines :meth:`from_float`,
-    :meth:`to_quantized`, :meth:`to_float` and :meth:`forward`, which computes in float where
+    :meth:`to_quantized`, :meth:`to_float` and :meth:`forward`. The forward computes in float if
     ``self._quantizing`` is false.
 
     Attributes:
         weight: the float weight that is trained.
         quantize_enabled: uint8 ``[1]``; see :meth:`enable_quantization`.
         config: how the layer is trained.
-        activation: the activation function that the layer computes at its end, or "none".
-        simulate: whether the forward computes with float values of the integers.
+        activation: the activation function that the layer applies to its result, or "none".
+        simulate: if True, the forward multiplies dequantized floats instead of integers.
 
     Example:
         >>> from torchquant.nn import QATLinear
@@ -289,39 +293,42 @@ class TrainedModule(nn.Module):
     simulate: bool = False
 
     def init_training(self, config: TrainingConfig, activation: str, device: torch.device) -> None:
-        """Set what all kinds keep; quantization is enabled."""
+        """Set the attributes that all kinds share, and enable quantization."""
         self.config = config
         self.activation = activation
         self.simulate = config.simulate
         on = torch.ones(1, dtype=torch.uint8, device=device)
         self.register_buffer("quantize_enabled", on)
-        self._quantizing = True  # the buffer's value, so that a forward need not read the buffer
+        self._quantizing = True  # a copy of the buffer's value, which forward reads instead
 
     @classmethod
     def config_refusal(cls, config: TrainingConfig) -> str | None:
-        """Why no layer of this kind can be trained with ``config``; None where one can."""
+        """The reason why no layer of this kind can be trained with ``config``, or None."""
         return None
 
     @classmethod
     def from_float(cls, module: Any, config: TrainingConfig | None = None) -> Any:
-        """A layer that trains the parameters of a float layer: the same objects."""
+        """Create a layer that trains the parameters of a float layer, the same objects."""
         raise _missing(cls, "from_float")
 
     def to_quantized(self) -> QuantizedModule:
-        """The layer to deploy: integers, no float weight."""
+        """The layer to deploy; it holds integers and no float weight."""
         raise _missing(self, "to_quantized")
 
     def to_float(self) -> nn.Module:
-        """A float layer with this layer's parameters, the same objects, without the activation."""
+        """A float layer without the activation; it shares this layer's parameters."""
         raise _missing(self, "to_float")
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """The device of the layer."""
         return self.weight.device
 
     def enable_quantization(self, enabled: bool = True) -> Any:
-        """Enable quantized compute; False: compute in float while observers watch. Returns self."""
+        """Compute with integers if ``enabled``, otherwise in float; return self.
+
+        Observers record ranges in both cases.
+        """
         self.quantize_enabled.fill_(bool(enabled))
         self._quantizing = bool(enabled)
         return self
@@ -354,7 +361,7 @@ AUTOCAST_DEVICES = frozenset(
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """Output dtype of a layer for this input: autocast's where it is on, None for the input's."""
+    """The dtype of autocast if autocast is on for the device of ``input``, otherwise None."""
     if not isinstance(input, Tensor):
         return None
     device = input.device.type
@@ -374,7 +381,7 @@ def as_float32(value: Tensor) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name without the module in front."""
+    """The name of a dtype without the prefix ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 

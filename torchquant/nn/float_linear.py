@@ -1,4 +1,4 @@
-"""Float linear layers: which modules can become quantized ones, which are too small to gain."""
+"""Float linear layers: which of them can be quantized, and which are too small to benefit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torchquant.nn.base import dtype_name
 from torchquant.ops._arguments import has_kernels
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_IN_FEATURES = 1 << 23  # csrc/formats/int8_tiles.h: sums of a row stay within int32
+_MAX_IN_FEATURES = 1 << 23  # csrc/formats/int8_tiles.h: the sum of a row fits in int32
 
-# Below these a layer stays in float. Fixed, and a function of the shape alone, so that a model
-# converts the same way on every machine: the packed weight is padded to 16 outputs and 64 inputs,
-# so small layers do not shrink, and a call costs more than its arithmetic.
+# A layer below one of these sizes stays in float: the packed weight is padded to 16 outputs and 64
+# inputs, so a small layer does not shrink, and the call costs more than the arithmetic. The sizes
+# are constants, so that a model is converted in the same way on every machine.
 MIN_OUT_FEATURES = 16
 MIN_IN_FEATURES = 32
 MIN_WEIGHTS = 4096
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Layers that people expect a quantizer to take: nn.Linear, its subclasses, GPT-2's Conv1D.
+    """True if users expect a quantizer to take the module: nn.Linear, subclasses, GPT-2's Conv1D.
 
     Example:
         >>> looks_linear(nn.Linear(4, 4)), looks_linear(nn.ReLU())
@@ -35,7 +35,7 @@ def looks_linear(module: nn.Module) -> bool:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module is not of the kind that can become a QuantizedLinear; None where it is."""
+    """The reason why the type or structure of a module rules out QuantizedLinear, or None."""
     if getattr(module, "parametrizations", None):
         return f"{type(module).__name__} (parametrized)"
     if type(module) is not nn.Linear:
@@ -55,7 +55,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def value_refusal(module: nn.Module) -> str | None:
-    """Why a layer that :func:`refusal` accepts cannot be quantized all the same, or None."""
+    """The reason why the values of a layer that :func:`refusal` accepts rule it out, or None."""
     assert isinstance(module, nn.Linear)
     weight = module.weight.detach()
     if weight.is_meta:
@@ -64,14 +64,14 @@ def value_refusal(module: nn.Module) -> str | None:
         return f"on {weight.device}; move it to the CPU or to a CUDA device first"
     if weight.dim() != 2 or not 1 <= weight.shape[1] <= _MAX_IN_FEATURES or weight.shape[0] < 1:
         return f"weight of shape {list(weight.shape)}"
-    least, greatest = torch.aminmax(weight)  # no temporary of the weight's size
+    least, greatest = torch.aminmax(weight)  # allocates no tensor of the weight's size
     if not (torch.isfinite(least) and torch.isfinite(greatest)):
         return "its weight holds NaN or infinity; check the checkpoint that it came from"
     return None
 
 
 def too_small(module: nn.Module) -> bool:
-    """Whether a linear layer is too small to gain from int8; the same answer everywhere.
+    """True if a linear layer is too small to benefit from int8; depends on its shape alone.
 
     Example:
         >>> too_small(nn.Linear(768, 10)), too_small(nn.Linear(64, 64))
@@ -95,4 +95,4 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     if hasattr(module, "out_features"):
         return module.out_features, module.in_features  # type: ignore[return-value]
     rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
-    return columns, rows  # Conv1D holds its weight transposed
+    return columns, rows  # the weight of Conv1D is [inputs, outputs]

@@ -1,4 +1,4 @@
-"""FusedActivation: marks the place of an activation that the layer before it computes."""
+"""FusedActivation: replaces an activation module that the preceding layer computes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import nn
 
 
 class FusedActivation(nn.Identity):
-    """An identity where an activation was that is now part of the quantized layer before it.
+    """An identity in place of an activation that became part of the preceding quantized layer.
 
-    :func:`torchquant.quantize_` puts it there, so that the forward around it need not change. It
-    has no state, so the keys of a state dict stay what they were.
+    :func:`torchquant.quantize_` inserts it, so that the surrounding forward does not have to
+    change. It has no state, so the keys of a state dict do not change either.
 
     Args:
-        activation: what the layer computes instead, a name in ``functional.ACTIVATIONS``.
-        original: the module that was here; ``original`` gives it back. It is no child: it is not
-            among the model's modules any more.
+        activation: the function that the layer computes, a name in ``functional.ACTIVATIONS``.
+        original: the replaced module. It is not registered as a child, so it is no longer one of
+            the model's modules.
 
     Example:
         >>> place = FusedActivation("relu", nn.ReLU())
@@ -25,11 +25,11 @@ class FusedActivation(nn.Identity):
     def __init__(self, activation: str, original: nn.Module) -> None:
         super().__init__()
         self.activation = activation
-        self._original = (original,)  # in a tuple, or it would become a child
+        self._original = (original,)  # the tuple keeps nn.Module from registering a child
 
     @property
     def original(self) -> nn.Module:
-        """The activation module that stood here."""
+        """The activation module that was replaced."""
         return self._original[0]
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
 """The table of kinds: one row for each kind of layer that torchquant quantizes.
 
-Verbs, files, reports and comparisons ask this table and the two base classes of
-:mod:`torchquant.nn.base`, so a new kind of layer is one row here and new files for its classes.
-Another package adds a row with :func:`register`.
+Verbs, files, reports and comparisons use this table and the two base classes of
+:mod:`torchquant.nn.base`. A new kind of layer therefore needs one row here and new files for its
+classes. Another package adds a row with :func:`register`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ class Kind:
     """One kind of layer.
 
     Args:
-        name: what files and messages call it; unique.
-        float_types: the float modules that become quantized; subclasses are not meant.
-        quantized: the layer to deploy.
-        trained: the layer that trains, or None where there is none.
-        looks_like: whether people would expect the quantizer to take a module as this kind; such a
-            module is reported where it cannot be taken.
-        refusal: why a module's type or structure rules it out; None where nothing does.
-        value_refusal: why the values of a module that ``refusal`` accepts rule it out; None where
-            nothing does.
-        too_small: whether a module is too small to gain, as a function of its shape alone.
-        weight_shape: the shape of a module's weight, outputs first, for reports; of float,
-            quantized and trained modules of this kind.
+        name: a unique name, used in files and messages.
+        float_types: the classes of float modules that can be quantized, without their subclasses.
+        quantized: the class of the layer to deploy.
+        trained: the class of the layer that trains, or None if this kind cannot be trained.
+        looks_like: takes a module; True if users expect the quantizer to take it as this kind. If
+            such a module cannot be quantized, it appears in the report.
+        refusal: takes a module; returns the reason why its type or structure rules it out, or None.
+        value_refusal: takes a module that ``refusal`` accepts; returns the reason why its values
+            rule it out, or None.
+        too_small: takes a float module; True if it is too small to benefit. The result depends on
+            the shape alone.
+        weight_shape: takes a float, quantized or trained module of this kind; returns the shape of
+            its weight, outputs first, for reports.
 
     Example:
         >>> LINEAR.name, LINEAR.weight_shape(nn.Linear(64, 32))
@@ -72,7 +73,7 @@ _added: list[Kind] = []
 
 
 def kinds() -> tuple[Kind, ...]:
-    """All kinds, those added with :func:`register` last.
+    """All kinds; kinds that were added with :func:`register` come last.
 
     Example:
         >>> [kind.name for kind in kinds()]
@@ -82,11 +83,11 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def register(kind: Kind) -> None:
-    """Add a kind of layer for all verbs, files and reports.
+    """Add a kind of layer, which all verbs, files and reports then support.
 
     Raises:
         TypeError: kind is not a :class:`Kind`.
-        ValueError: another kind has its name, or takes one of its modules.
+        ValueError: another kind has the same name or one of its classes.
 
     Example:
         >>> register(LINEAR)
@@ -112,7 +113,7 @@ def register(kind: Kind) -> None:
 
 @contextmanager
 def registered(kind: Kind) -> Iterator[Kind]:
-    """Add a kind for the duration of a block.
+    """Add a kind until the end of a ``with`` block.
 
     Example:
         >>> from dataclasses import replace
@@ -133,13 +134,13 @@ def registered(kind: Kind) -> Iterator[Kind]:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind that a float, quantized or trained module belongs to; None where there is none.
+    """The kind of a float, quantized or trained module, or None if it belongs to no kind.
 
     Example:
         >>> kind_of(QuantizedLinear(64, 32)) is LINEAR, kind_of(nn.ReLU())
         (True, None)
     """
-    for cls in type(module).__mro__:  # the nearest class decides, so a subclass can be a kind
+    for cls in type(module).__mro__:  # the nearest class decides: a subclass can be a kind
         for kind in kinds():
             if cls in (kind.quantized, kind.trained) or (
                 cls is type(module) and cls in kind.float_types
@@ -149,10 +150,10 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of that name.
+    """The kind with the given name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no kind has this name.
 
     Example:
         >>> kind_named("linear") is LINEAR

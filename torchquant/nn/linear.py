@@ -1,4 +1,4 @@
-"""QuantizedLinear: an nn.Linear that holds integer weights and runs on the int8 kernels."""
+"""QuantizedLinear: a linear layer with integer weights that runs on the int8 kernels."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from torchquant.nn.projections import ProjectionGroup
 from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # two look-ups less a call
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 
 
 class QuantizedLinear(QuantizedModule):
     """``y = activation(x @ weight.T + bias)`` on integers of 2 to 8 bits.
 
-    Activations are quantized per token with the range of the token, or, where the configuration is
-    static, with one scale that training has found.
+    Dynamic activations are quantized with one scale per token, from the range of the token. Static
+    activations are quantized with one scale that was observed or learned before.
 
-    In memory the weight exists once, packed for the kernels of its device; in a state dict it is
-    the canonical int8 ``qweight`` ``[out_features, in_features]``, so that checkpoints do not
-    depend on a device or a layout. ``.to(device)``, pickling, ``copy.deepcopy`` and ``torch.save``
-    go through the canonical form too, so a layer computes the same integers on a GPU.
+    In memory, the weight is packed for the kernels of its device. A state dict holds the canonical
+    int8 ``qweight`` ``[out_features, in_features]`` instead, so that checkpoints do not depend on a
+    device or a layout. ``.to(device)``, pickling, ``copy.deepcopy`` and ``torch.save`` also use the
+    canonical form, so a layer computes with the same integers on a GPU.
 
     State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point``
-    int32 ``[N]`` (absent when symmetric), ``input_scale`` float32 ``[1]`` and ``input_zero_point``
+    int32 ``[N]`` (absent if symmetric), ``input_scale`` float32 ``[1]`` and ``input_zero_point``
     int32 ``[1]`` (static activations only), ``bias`` float32 ``[N]`` (absent without bias).
 
-    Scales and bias stay float32 under ``.to(torch.bfloat16)``; the output has the input's dtype, or
-    autocast's inside an autocast region. Gradients reach the input (straight through the quantizer)
-    and a bias that requires them; the weight is frozen.
+    Scales and bias stay float32 under ``.to(torch.bfloat16)``. The output has the dtype of the
+    input, or the dtype of autocast in an autocast region. Gradients reach the input (straight
+    through the quantizer) and a bias that requires gradients; the weight is frozen.
 
     Args:
-        in_features, out_features: K and N.
-        bias: whether there is one.
-        config: how activations and weights are quantized: weights per channel, activations
-            ``Dynamic`` or ``Static``.
-        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid", fused behind
+        in_features: K, size of the input's last dimension.
+        out_features: N, size of the output's last dimension.
+        bias: whether the layer has a bias.
+        config: the configuration, with weights per channel and ``Dynamic`` or ``Static``
+            activations; None is ``Int8DynamicActivationInt8WeightConfig()``.
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid"; applied after
             the bias.
-        device: of the (uninitialised) state; use :meth:`from_float` to get a filled layer.
+        device: device of the state, which is not initialised; :meth:`from_float` creates a layer
+            with values.
 
     Raises:
         TypeError: config is not a configuration.
@@ -87,11 +89,11 @@ class QuantizedLinear(QuantizedModule):
         self.activation = _check_activation(activation)
         activations = self.config.activations
         self._static = isinstance(activations, Static)
-        # What forward hands to the operator, found without a look into the configuration.
+        # Arguments of the operator, as attributes because reading the configuration is slower.
         self._activation_symmetric: bool = activations.symmetric
         self._activation_bits: int = activations.bits
         self.register_weight(self.weight_format.empty(self.weight_shape, device))
-        # Dtypes are written out: people load models under another default dtype.
+        # Explicit dtypes: users load models under other default dtypes.
         scale = torch.ones(out_features, dtype=torch.float32, device=device)
         self.register_buffer("weight_scale", scale)
         zero_point = torch.zeros(out_features, dtype=torch.int32, device=device)
@@ -110,7 +112,7 @@ class QuantizedLinear(QuantizedModule):
         return self.out_features, self.in_features
 
     def canonical(self) -> Canonical:
-        """Name -> (dtype, shape) of each tensor of the layer's state dict."""
+        """Dtype and shape of each tensor of the layer's state dict, by name."""
         channel = (self.out_features,)
         tensors: Canonical = {
             "qweight": self.weight_format.canonical(self.weight_shape),
@@ -127,7 +129,7 @@ class QuantizedLinear(QuantizedModule):
 
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
-        """Why no linear layer can have ``config``; None where one can."""
+        """The reason why no linear layer can have ``config``, or None."""
         if config.weights.granularity != PerAxis(0):
             return f"linear weights need PerAxis(0), not {config.weights.granularity}"
         if not isinstance(config.activations, (Dynamic, Static)):
@@ -145,24 +147,27 @@ class QuantizedLinear(QuantizedModule):
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
     ) -> QuantizedLinear:
-        """Quantize a float layer; the float layer is left as it is.
+        """Quantize a float layer; the float layer itself does not change.
 
-        Hooks stay with the float layer; :func:`torchquant.quantize_` carries them over.
+        Hooks stay with the float layer; :func:`torchquant.quantize_` moves them to the new layer.
 
         Args:
-            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU or on a
-                CUDA device, where the new layer is too.
-            config: how; :func:`~torchquant.Int8DynamicActivationInt8WeightConfig` when None.
-            activation: to fuse behind it.
-            input_scale, input_zero_point: float32 ``[1]`` and int32 ``[1]``, on any device, for a
-                static configuration, which has no way to find them itself; zero point None is 0.
+            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU or on a CUDA
+                device. The new layer is on the same device.
+            config: the configuration; None is ``Int8DynamicActivationInt8WeightConfig()``.
+            activation: an activation function that the layer applies to its result; see the class.
+            input_scale: float32 ``[1]``, on any device; required for static activations.
+            input_zero_point: int32 ``[1]``, on any device, for static activations; None is 0.
+
+        Returns:
+            A layer in the training mode of ``linear``.
 
         Raises:
-            TypeError: not exactly an nn.Linear with a float weight of its own (subclasses,
-                parametrized or pruned weights), or config is not a configuration.
-            ValueError: the weight is empty, holds NaN or infinities, or is on a device that has no
-                kernels; a static configuration without input_scale, or one with it that is not
-                static.
+            TypeError: linear is not exactly an nn.Linear, its weight is parametrized, pruned or not
+                float, or config is not a configuration.
+            ValueError: the weight is empty, holds NaN or infinities, or is on a device without
+                kernels; input_scale is missing for static activations, or given for dynamic ones;
+                input_scale or input_zero_point is out of range.
         """
         who = "QuantizedLinear.from_float"
         config = _check_config(who, config)
@@ -195,23 +200,26 @@ class QuantizedLinear(QuantizedModule):
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
     ) -> QuantizedLinear:
-        """A layer with the integers of a float weight.
+        """Quantize a float weight into a new layer.
 
         Args:
-            weight, bias: float ``[N, K]`` and float ``[N]`` or None.
-            config, activation: see the class.
-            weight_scale: float32 ``[N]``; None: from the range of each channel.
-            input_scale, input_zero_point: see :meth:`from_float`.
+            weight: float ``[N, K]``.
+            bias: float ``[N]``, or None.
+            config: see the class.
+            activation: see the class.
+            weight_scale: float32 ``[N]``; None derives the scales from the range of each channel.
+            input_scale: see :meth:`from_float`.
+            input_zero_point: see :meth:`from_float`.
 
         Raises:
-            ValueError: scales are missing, superfluous or out of range.
+            ValueError: input_scale or input_zero_point is missing, superfluous or out of range.
         """
         given = _static_parameters(config, input_scale, input_zero_point, weight.device)
-        out_features, in_features = weight.shape  # a layer's own attributes may be out of date
+        out_features, in_features = weight.shape  # attributes of a layer may be out of date
         layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
         qmin, qmax = config.weights.range
         symmetric = config.weights.symmetric
-        # Tensors born in inference mode could not take part in training an adapter later.
+        # Tensors created in inference mode could not take part in the training of an adapter.
         with torch.inference_mode(False), torch.no_grad():
             layer.packed, layer.weight_scale, zero_point = ops.quantize_pack(
                 weight.detach(), weight_scale, qmin=qmin, qmax=qmax, symmetric=symmetric
@@ -226,7 +234,7 @@ class QuantizedLinear(QuantizedModule):
         return layer
 
     def to_float(self) -> nn.Linear:
-        """A float32 nn.Linear with the values that the integers stand for, no activation behind."""
+        """A float32 nn.Linear with the values that the integers represent, without activation."""
         weight = ops.dequantize(
             self.qweight, self.weight_scale, self.weight_zero_point, granularity=PerAxis(0)
         )
@@ -239,21 +247,29 @@ class QuantizedLinear(QuantizedModule):
         return linear.train(self.training)
 
     def probe(self, rows: int, generator: torch.Generator) -> Tensor:
-        """``rows`` random float32 inputs on the CPU, for trials of a changed layer."""
+        """``rows`` random float32 inputs on the CPU, used to test a changed layer."""
         return torch.randn((rows, self.in_features), generator=generator, dtype=torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Float ``[..., in_features]`` to ``[..., out_features]``.
+        """Apply the layer.
 
-        A row with NaN (of a dynamic layer: or an infinity) gives NaN in all its outputs.
+        All outputs of a row are NaN if the row holds a NaN. In a dynamic layer they are also NaN if
+        the row holds an infinity.
+
+        Args:
+            input: float32, bfloat16 or float16 ``[..., in_features]``.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of ``input``, or in the dtype of autocast.
 
         Raises:
-            TypeError: input is not float32, bfloat16 or float16.
-            ValueError: input's last dimension is not in_features, or it is on another device.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: the last dimension of input is not in_features, or input is on another
+                device than the layer.
         """
         if self._static:
             return self._static_forward(input)
-        # Past nn.Module.__getattr__ and torch.ops: 4 us less a call.
+        # Bypassing nn.Module.__getattr__ and torch.ops saves 4 us in each call.
         kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))
         if kernels and not _is_dynamo_compiling():
             if self._group is not None:
@@ -274,7 +290,7 @@ class QuantizedLinear(QuantizedModule):
                     self._activation_bits,
                 )
             except (ValueError, IndexError):
-                self._check_input(input)  # in the words of a layer, where its words fit
+                self._check_input(input)  # raises with the argument names of a layer
                 raise
         self._check_input(input)
         return ops.linear_dynamic(
@@ -310,8 +326,11 @@ class QuantizedLinear(QuantizedModule):
         )
 
     def _is_for_gpu(self, input: Tensor) -> bool:
-        """True if input is on CUDA. Also checks in_features, which the GPU layout stores rounded up
-        to a multiple of 64."""
+        """True if input is on a CUDA device; in that case the shape of the input is checked, too.
+
+        The GPU layout stores in_features rounded up to a multiple of 64, so the operator cannot
+        check the shape.
+        """
         if not input.is_cuda:
             return False
         self._check_input(input)
@@ -342,7 +361,7 @@ class QuantizedLinear(QuantizedModule):
             f"{self.config.activations}{fused}"
         )
 
-    # What a group of layers, computed together, has to hear of.
+    # Changes of the weight that a group of layers computed together must be notified of.
 
     def weight_replaced(self) -> None:
         if self._group is not None:
@@ -356,7 +375,7 @@ class QuantizedLinear(QuantizedModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         group = self.__dict__.pop("_group", None)
-        if group is not None:  # copied with its group: they are together again once all are copied
+        if group is not None:  # the copy of the group forms once all copied members have joined
             group.join(self._group_index, self)
 
 
@@ -374,8 +393,7 @@ def _static_parameters(
     zero_point: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor] | None:
-    """A static layer's input_scale and input_zero_point, copied to its device; None for a dynamic
-    one."""
+    """Checked copies of input_scale and input_zero_point on ``device``; None if dynamic."""
     who = "QuantizedLinear.from_float"
     activations = config.activations
     if not isinstance(activations, Static):

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm on the kernels; drop-ins with the float modules' state dicts."""
+"""RMSNorm and LayerNorm on the kernels; drop-in replacements with the same state dicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _C = load()
 _fast_rms_norm, _fast_layer_norm = _C.rms_norm, _C.layer_norm
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PROBE_ERROR = 2e-6  # relative; two ways to sum thousands of float32 squares differ by less
+_PROBE_ERROR = 2e-6  # relative; two orders of summing thousands of float32 squares differ by less
 
 
 class RMSNorm(nn.Module):
@@ -25,10 +25,12 @@ class RMSNorm(nn.Module):
     Args:
         size: K, the length of the last dimension.
         eps: added to the mean square.
-        elementwise_affine: whether there is a weight.
-        cast_before_weight: the order of rounding for bfloat16 and float16 input, see
-            :func:`torchquant.ops.rms_norm`; False is torch's, True that of transformers' Llama.
-        device, dtype: of the weight.
+        elementwise_affine: whether the module has a weight.
+        cast_before_weight: order of rounding for bfloat16 and float16 input; see
+            :func:`torchquant.ops.rms_norm`. False is the order of torch, True the order of Llama in
+            transformers.
+        device: device of the weight.
+        dtype: dtype of the weight.
 
     State dict: ``weight`` ``[K]``, as in ``torch.nn.RMSNorm`` and in transformers.
 
@@ -57,18 +59,19 @@ class RMSNorm(nn.Module):
 
     @classmethod
     def from_float(cls, norm: nn.Module) -> RMSNorm:
-        """An RMSNorm that shares the weight of a float one.
+        """Create an RMSNorm that shares the weight of a float norm.
 
         Args:
             norm: ``torch.nn.RMSNorm`` over one dimension, or any module with a ``weight`` ``[K]``
-                and ``variance_epsilon`` or ``eps`` that computes the same: its output on probes
-                (large and tiny numbers, float32 and bfloat16) is compared with ours, which also
-                decides the order of rounding.
+                and ``variance_epsilon`` or ``eps`` that computes the same function. The outputs of
+                both are compared on probes (large and tiny numbers, float32 and bfloat16); the
+                comparison also determines the order of rounding.
 
         Raises:
             TypeError: norm lacks these attributes.
-            ValueError: norm computes something else (a weight of ``1 + w``, a mean that is
-                subtracted), or has no values yet (meta device).
+            ValueError: norm computes a different function (for example a weight of ``1 + w``, or a
+                mean that is subtracted), normalizes several dimensions, has a weight that is not
+                float ``[K]``, or is on the meta device.
         """
         if type(norm) is nn.RMSNorm:
             if len(norm.normalized_shape) != 1:
@@ -98,7 +101,10 @@ class RMSNorm(nn.Module):
         return result.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """float32, bfloat16 or float16 ``[..., K]`` to the same."""
+        """Normalize ``input``, float32, bfloat16 or float16 ``[..., K]``.
+
+        The output has the shape and dtype of the input.
+        """
         weight = self._parameters["weight"]
         if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
             return _fast_rms_norm(input, weight, self.eps, self.cast_before_weight)  # type: ignore[no-any-return]
@@ -117,9 +123,10 @@ class LayerNorm(nn.Module):
     Args:
         size: K, the length of the last dimension.
         eps: added to the variance.
-        elementwise_affine: whether there is a weight.
-        bias: whether there is a bias beside the weight.
-        device, dtype: of weight and bias.
+        elementwise_affine: whether the module has a weight.
+        bias: whether the module has a bias in addition to the weight.
+        device: device of weight and bias.
+        dtype: dtype of weight and bias.
 
     State dict: ``weight`` and ``bias`` ``[K]``, as in ``torch.nn.LayerNorm``.
 
@@ -153,14 +160,15 @@ class LayerNorm(nn.Module):
 
     @classmethod
     def from_float(cls, norm: nn.LayerNorm) -> LayerNorm:
-        """A LayerNorm that shares weight and bias of a float one.
+        """Create a LayerNorm that shares weight and bias of a float norm.
 
         Args:
-            norm: a ``torch.nn.LayerNorm`` (no subclass) over one dimension.
+            norm: a ``torch.nn.LayerNorm`` (not a subclass) over one dimension.
 
         Raises:
-            TypeError: it is something else.
-            ValueError: it normalizes several dimensions.
+            TypeError: norm is not exactly a ``torch.nn.LayerNorm``.
+            ValueError: norm normalizes several dimensions, or its weight is not float ``[K]`` on
+                the CPU or a CUDA device.
         """
         if type(norm) is not nn.LayerNorm:
             raise TypeError(
@@ -179,7 +187,10 @@ class LayerNorm(nn.Module):
         return result.train(norm.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """float32, bfloat16 or float16 ``[..., K]`` to the same."""
+        """Normalize ``input``, or ``input + residual``, float32, bfloat16 or float16 ``[..., K]``.
+
+        The output has the shape and dtype of the input.
+        """
         parameters = self._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
@@ -207,12 +218,12 @@ def _check_weight(who: str, weight: Any, size: int) -> None:
 
 
 def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
-    """Whether ``norm`` rounds before its weight; raises where it computes something else."""
-    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
+    """True if ``norm`` rounds before its weight; raises if it computes a different function."""
+    generator = torch.Generator("cpu").manual_seed(0)  # independent of the default device
     probe = torch.randn(4, ours.size, generator=generator, dtype=torch.float32, device="cpu")
     sizes = [[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]]
     probe *= torch.tensor(sizes, dtype=torch.float32, device="cpu")
-    probe[1] += 50.0  # a mean, for those that subtract it
+    probe[1] += 50.0  # a mean, which exposes norms that subtract it
     dtype = torch.float32
     if ours.weight is not None:
         dtype, probe = ours.weight.dtype, probe.to(ours.weight.device)
@@ -225,7 +236,7 @@ def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
         if not same or ((theirs.float() - expected.float()).abs() / scale).amax() > bound:
             raise ValueError(
                 "RMSNorm.from_float: norm must compute x / sqrt(mean(x^2) + eps) * weight, but "
-                f"{type(norm).__name__} gives something else on a probe"
+                f"{type(norm).__name__} gives different values on a probe"
             )
         theirs = norm(half)
         distances = [

@@ -1,23 +1,23 @@
-"""ProjectionGroup: quantized layers that are applied to one tensor, computed in one go.
+"""ProjectionGroup: quantized layers that are applied to the same tensor and computed together.
 
-Query, key and value, gate and up: the layers read the same rows. Computed together the rows are
-quantized once, and one parallel region does the work of two or three. The forward around the layers
-is not rewritten: the first layer called computes all, keeps the other outputs for a moment, and the
-others find theirs.
+Query, key and value projections read the same rows, and so do gate and up projections. Computed
+together, they quantize the rows once, and one parallel region does the work of two or three. The
+surrounding forward is not rewritten: the first layer that is called computes all outputs and keeps
+the outputs of the other layers until they are called.
 
-What makes this exact, at every call:
+Results are exact in every call for these reasons:
 
-- Only a trace of the forward forms a group (:mod:`torchquant.convert.projections`): it shows that
-  the layers are called in one order, and that what runs between the first and the last of them
-  cannot change the tensor in place, nor the mode that torch is in.
-- A layer takes part only when called by that very code (its frame's code object), not by a hook, a
-  wrapper or somebody's own loop; otherwise it computes its own output as always.
-- An output is kept for that tensor object, in that thread, for the next layer in the order.
-- The first layer looks at every member: is its weight still the group's, are its values there?
+- A group is formed only from a trace of the forward (:mod:`torchquant.convert.projections`). The
+  trace proves that the layers are called in one order, and that no code between the first and the
+  last call can change the tensor in place or change torch's modes.
+- A layer uses the group only if the traced code calls it (the code object of the calling frame is
+  compared). If a hook, a wrapper or other code calls it, the layer computes its own output.
+- An output is kept for one tensor object, in one thread, and for the next layer in the order.
+- The first layer checks that every member still has the weights from which the group was formed.
 
-Rejected: comparing the tensor's version counter (there is none in inference mode, and ``.data``
-goes past it); comparing bytes with a copy (a third of what sharing saves, for long inputs);
-rewriting the forward (it is not ours).
+Rejected: comparing the version counter of the tensor (inference mode has none, and changes through
+``.data`` do not count); comparing bytes with a copy (for long inputs this costs a third of the
+gain); rewriting the forward (the code belongs to the user).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from torchquant.ops._arguments import has_kernels
 _library = load()
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
 
-# output() <- QuantizedLinear.forward <- _call_impl <- _wrapped_call_impl <- who called the layer
+# output() <- QuantizedLinear.forward <- _call_impl <- _wrapped_call_impl <- caller of the layer
 _CALLER = 4
-# Calls in a row whose outputs nobody came for, until a group gives up (cross-attention).
+# A group dissolves after this number of calls whose outputs were not used (cross-attention).
 _PATIENCE = 3
 _split = _library.linear_dynamic_split
 
 
 class Member(Protocol):
-    """What a group needs of a layer: :class:`torchquant.nn.QuantizedLinear` has it."""
+    """The attributes that a group uses; :class:`torchquant.nn.QuantizedLinear` has them."""
 
     in_features: int
     out_features: int
@@ -60,7 +60,7 @@ class Member(Protocol):
 
 
 class _Kept:
-    """The outputs that one call computed for the members after the first."""
+    """Outputs that the first member computed for the members after it."""
 
     __slots__ = ("input", "next", "outputs", "stream")
 
@@ -68,13 +68,13 @@ class _Kept:
         self.outputs = outputs
         self.next = 1
         self.stream = _stream_of(input)
-        # Nobody can ask any more once the input is gone. The callback does not hold self: in such
-        # a cycle the outputs would wait for the garbage collector.
+        # Once the input is deleted, no member can use the outputs. The callback must not refer to
+        # self: that cycle would keep the outputs in memory until the garbage collector runs.
         self.input = weakref.ref(input, lambda reference: outputs.clear())
 
 
 def _stream_of(input: Tensor) -> Any:
-    """The queue of a GPU's work on this tensor; what was computed in one is not there in others."""
+    """The current CUDA stream, or None on the CPU; results are valid only in their own stream."""
     return torch.cuda.current_stream(input.device) if input.is_cuda else None
 
 
@@ -83,14 +83,15 @@ class _Slot(threading.local):
 
 
 class ProjectionGroup:
-    """Layers computed together; :func:`torchquant.quantize_` makes them.
+    """Layers that are computed together; :func:`torchquant.quantize_` forms the groups.
 
-    The members' packed weights, scales and biases become views of one tensor each, so the memory is
-    what it was. A copy of a whole model has groups of its own; a copy of one member, and a model
-    that was pickled, compute each layer for itself.
+    Packed weights, scales and biases of the members become views of common tensors, so memory use
+    does not change. A copy of a whole model has its own groups. In a copy of a single member, and
+    in a model that was pickled, each layer is computed separately.
 
     Args:
-        codes: the code that calls each member, in the order of the calls. The members join.
+        codes: the code object that calls each member, in the order of the calls. Members are added
+            with :meth:`join`.
 
     Example:
         >>> group = ProjectionGroup([])
@@ -109,12 +110,12 @@ class ProjectionGroup:
         self.active = False
         self._misses = 0
         self._slot = _Slot()
-        # Of each member its __dict__, and what of the group must still be in it.
+        # For each member: its __dict__, and the objects that it must still contain.
         self._parts: list[tuple[dict[str, Any], str, Tensor, Tensor, Tensor | None, Any, int]] = []
 
     @staticmethod
     def obstacle(members: Sequence[Member]) -> str | None:
-        """Why layers cannot be computed together, or None where they can."""
+        """The reason why layers cannot be computed together, or None."""
         first = members[0]
         if any(member.in_features != first.in_features for member in members):
             return "their in_features differ"
@@ -130,20 +131,21 @@ class ProjectionGroup:
         return None if has_kernels(first.packed) else f"they are on {first.packed.device}"
 
     def join(self, index: int, member: Member) -> None:
-        """Take a layer in at its place in the order; with the last one the group is active."""
+        """Add a layer at its index; the group is active once all members have joined."""
         if self.active or self.members[index] is not None:
             return
         self.members[index] = weakref.ref(member)
         self._form_if_complete()
 
     def moved(self) -> None:
-        """A member's weight was put elsewhere; with the last one there the group is active again.
+        """Handle that the weight of a member moved to another device.
 
-        A member that stays behind computes for itself, and so do the others.
+        The group is active again once the weights of all members have moved. Until then each member
+        computes its own output.
         """
         self._stop()
         for name in ("packed", "weight_scale", "weight_zero_point", "bias"):
-            self.__dict__.pop(name, None)  # or their memory would live on
+            self.__dict__.pop(name, None)  # frees their memory
         self._form_if_complete()
 
     def _form_if_complete(self) -> None:
@@ -157,7 +159,7 @@ class ProjectionGroup:
         self._parts = []
 
     def dissolve(self) -> None:
-        """From now on the members compute for themselves."""
+        """Let each member compute its own output from now on."""
         self._stop()
         for reference in self.members:
             member = None if reference is None else reference()
@@ -165,11 +167,11 @@ class ProjectionGroup:
                 member.__dict__["_group"] = None
 
     def output(self, index: int, input: Tensor) -> Tensor | None:
-        """A member's output, or None where it has to compute its own; its forward calls this."""
+        """The output of a member, or None if it must compute its own; called by its forward."""
         try:
             if sys._getframe(_CALLER).f_code is not self.codes[index]:
                 return None
-        except ValueError:  # so few frames there are not
+        except ValueError:  # the call stack is shallower than expected
             return None
         if index == 0:
             return self._lead(input)
@@ -215,14 +217,14 @@ class ProjectionGroup:
                 self._activations,
             )
         except (ValueError, TypeError, IndexError):
-            return None  # the layer says in its own words what is wrong with the input
+            return None  # the layer itself raises the error about the input
         self._slot.kept = _Kept(input, outputs)
         output: Tensor = outputs[0]
         outputs[0] = None
         return output
 
     def _intact(self) -> bool:
-        """Whether every member still is what the group was made of."""
+        """True if every member still has the tensors from which the group was formed."""
         bias_at = 0 if self.bias is None else self.bias.data_ptr()
         for state, activation, packed, scale, zero_point, bias, offset in self._parts:
             buffers = state["_buffers"]
@@ -237,7 +239,7 @@ class ProjectionGroup:
                 return False
         return True
 
-    # Tensors born in inference mode could not be changed in place later, or trained.
+    # Tensors created in inference mode could not be changed in place or trained later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _form(self, members: list[Member]) -> None:
@@ -245,14 +247,14 @@ class ProjectionGroup:
         self._symmetric = members[0].config.activations.symmetric
         self._activations = [member.activation for member in members]
         self._device_type = members[0].packed.device.type
-        self._rows = (members[0].in_features,)  # what the GPU's layout cannot tell the operator
+        self._rows = (members[0].in_features,)  # in_features, which the GPU layout does not store
         self.packed = torch.cat([member.packed for member in members])
         self.weight_scale = torch.cat([member.weight_scale for member in members])
         zero_points = [m.weight_zero_point for m in members if m.weight_zero_point is not None]
         self.weight_zero_point = torch.cat(zero_points) if zero_points else None
         self.bias = None
         if any(member.bias is not None for member in members):
-            # A member without one adds -0.0, which leaves every float as it is, +0.0 and -0.0 too.
+            # For a member without bias, -0.0 is added, which does not change any float.
             self.bias = torch.cat(
                 [
                     torch.full_like(member.weight_scale, -0.0)
@@ -279,7 +281,7 @@ class ProjectionGroup:
         self.active = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:
-        copy = memo[id(self)] = ProjectionGroup(self.codes)  # the members' copies join
+        copy = memo[id(self)] = ProjectionGroup(self.codes)  # the copies of the members join it
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:

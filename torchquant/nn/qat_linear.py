@@ -1,4 +1,4 @@
-"""QATLinear: a linear layer that trains on the integers it will be deployed with."""
+"""QATLinear: a linear layer that trains with the integers that will be deployed."""
 
 from __future__ import annotations
 
@@ -30,30 +30,34 @@ _ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
 
 
 class QATLinear(TrainedModule):
-    """``y = activation(x @ weight.T + bias)`` in training, computed as the deployed layer will.
+    """``y = activation(x @ weight.T + bias)`` in training, computed like the deployed layer.
 
-    Each forward quantizes input and weight and multiplies integers, on the operators of
-    :class:`~torchquant.nn.QuantizedLinear`: its output *is* that of ``to_quantized()``, bit for bit
-    (while ranges do not move). Backward passes gradients straight through the rounding and saves
-    int8 activations instead of float ones; a ReLU inside the layer costs a bit per output.
+    Each forward quantizes input and weight and multiplies integers, with the operators of
+    :class:`~torchquant.nn.QuantizedLinear`. While ranges do not change, its output is the output of
+    ``to_quantized()``, bit for bit. Gradients pass straight through the rounding. The backward pass
+    needs int8 activations instead of float activations, and one bit per output for a ReLU.
 
-    Ranges: weights from each channel's own, or LSQ's learned steps (``weight_quantizer``);
-    activations per token from each token's own, or one scale, observed or learned
-    (``input_quantizer``), as the configuration says.
+    The scales of the weight come from the range of each channel, or are learned steps
+    (``weight_quantizer``). The scales of the activations come from the range of each token, or are
+    one observed or learned scale (``input_quantizer``).
 
     State: ``weight`` ``[N, K]`` and ``bias`` ``[N]`` (parameters, float), ``quantize_enabled``
-    uint8 ``[1]`` (see :meth:`enable_quantization`), and what the quantizers keep.
+    uint8 ``[1]`` (see :meth:`enable_quantization`), and the state of the quantizers.
 
     Args:
-        in_features, out_features: K and N.
-        bias: whether there is one.
+        in_features: K, size of the input's last dimension.
+        out_features: N, size of the output's last dimension.
+        bias: whether the layer has a bias.
         config: a :class:`~torchquant.QATConfig`, or the configuration of the layer to deploy; None
             is ``QATConfig()``: 8 bits, dynamic.
-        activation: "none" or "relu", part of the layer.
-        device, dtype: of weight and bias; float32, bfloat16 or float16.
+        activation: "none" or "relu"; the layer applies it to its result.
+        device: device of the state.
+        dtype: dtype of weight and bias: float32, bfloat16 or float16.
 
     Raises:
-        TypeError, ValueError: naming the argument, what is required and what came.
+        TypeError: config is not a configuration.
+        ValueError: activation is not "none" or "relu", or no linear layer can be trained with the
+            configuration.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization"
@@ -103,7 +107,7 @@ class QATLinear(TrainedModule):
 
     @classmethod
     def config_refusal(cls, config: TrainingConfig) -> str | None:
-        """Why no linear layer can be trained with ``config``; None where one can."""
+        """The reason why no linear layer can be trained with ``config``, or None."""
         reason = QuantizedLinear.config_refusal(config.deployed())
         if reason is None and not isinstance(config.activations, _ACTIVATION_PARTS):
             return f"linear layers cannot train {type(config.activations).__name__} activations"
@@ -116,17 +120,20 @@ class QATLinear(TrainedModule):
         config: TrainingConfig | QuantizationConfig | None = None,
         activation: str = "none",
     ) -> QATLinear:
-        """A layer that trains the parameters of a float layer: the same objects, so that ties and
-        optimizers keep them.
+        """Create a layer that trains the parameters of a float layer.
+
+        The parameters are the same objects, so ties and optimizers stay valid.
 
         Args:
             linear: an nn.Linear with float32, bfloat16 or float16 weights.
             config: see the class.
-            activation: "none" or "relu": what follows the layer.
+            activation: "none" or "relu"; the activation that follows the float layer.
 
         Raises:
-            TypeError: not exactly an nn.Linear with a float weight of its own, or config is none.
-            ValueError: activation is another.
+            TypeError: linear is not exactly an nn.Linear, its weight is parametrized, pruned or not
+                float, or config is not a configuration.
+            ValueError: activation is not "none" or "relu", or no linear layer can be trained with
+                the configuration.
         """
         config = _check_config("QATLinear.from_float", config)
         reason = refusal(linear)
@@ -138,11 +145,11 @@ class QATLinear(TrainedModule):
         return layer.train(linear.training)
 
     def to_quantized(self) -> QuantizedLinear:
-        """The layer to deploy: integers, no float weight.
+        """The layer to deploy; it holds integers and no float weight.
 
         Raises:
             ValueError: the weight holds NaN or infinities.
-            RuntimeError: static activations without a range yet.
+            RuntimeError: activations are static, and no range has been observed or learned.
         """
         if not bool(torch.isfinite(self.weight.detach()).all()):
             raise ValueError(
@@ -162,7 +169,7 @@ class QATLinear(TrainedModule):
         return layer.train(self.training)
 
     def to_float(self) -> nn.Linear:
-        """A float nn.Linear with this layer's parameters, the same objects, and no activation."""
+        """A float nn.Linear without the activation; it shares this layer's parameters."""
         bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, bias, device="meta")
         linear.weight = self.weight
@@ -171,12 +178,20 @@ class QATLinear(TrainedModule):
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Float ``[..., in_features]`` to ``[..., out_features]``.
+        """Apply the layer.
+
+        Args:
+            input: float32, bfloat16 or float16 ``[..., in_features]``.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of ``input``, or in the dtype of autocast.
 
         Raises:
-            TypeError: input is not float32, bfloat16 or float16.
-            ValueError: input's last dimension is not in_features, or it is on another device.
-            RuntimeError: in evaluation mode, static activations without a range yet.
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: the last dimension of input is not in_features, or input is on another
+                device than the layer.
+            RuntimeError: the layer is in evaluation mode, its activations are static, and no range
+                has been observed or learned.
         """
         self._check_input(input)
         if not self._quantizing:
@@ -221,7 +236,7 @@ class QATLinear(TrainedModule):
         )
 
     def _simulated(self, input: Tensor) -> Tensor:
-        """The same on float values of the integers, through torch's own product."""
+        """The forward with dequantized floats and torch's own matrix product."""
         quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer(input)
@@ -259,7 +274,7 @@ class QATLinear(TrainedModule):
         )
 
     def _observe(self, input: Tensor) -> None:
-        """In training mode the range of static activations follows the batch."""
+        """In training mode, update the range of static activations from the batch."""
         quantizer = self.input_quantizer
         if quantizer is None or not self.training:
             return
@@ -275,7 +290,7 @@ class QATLinear(TrainedModule):
         if self.input_quantizer is None:
             return None, None
         scale, zero_point = self.input_quantizer.qparams()
-        # Unsigned integers of a learned step are deployed as signed ones.
+        # Unsigned integers of a learned step are deployed as signed integers.
         shift = self.config.activations.deployed().range[0] - self._input_range[0]
         return scale.detach(), zero_point + shift
 
@@ -317,7 +332,7 @@ def _check_config(who: str, config: TrainingConfig | QuantizationConfig | None) 
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
+    """Returns the second argument; the gradient goes to the first."""
 
     @staticmethod
     def forward(value: Tensor, quantized: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Weight formats: canonical integers on disk, packed for the kernels in memory.
+"""Weight formats: canonical integers on disk, integers packed for the kernels in memory.
 
-A format is one object that converts between the two. A module names its format once
-(:attr:`torchquant.nn.base.QuantizedModule.weight_format`); the base class packs, unpacks, moves,
-saves and loads through it, so no other Python file depends on a layout. The layouts themselves are
-pictured in ``csrc/formats``.
+A format is one object that converts between the two forms. A layer class names its format in
+:attr:`torchquant.nn.base.QuantizedModule.weight_format`. The base class packs, unpacks, moves,
+saves and loads through the format, so no other Python file depends on a layout. ``csrc/formats``
+describes the layouts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["INT8", "WeightFormat"]
 
 
 class WeightFormat:
-    """How integers of a weight are packed; subclasses override all methods.
+    """A packed format of integer weights; subclasses define all methods except ``empty``.
 
-    The canonical form is one tensor, ``qweight``, that depends on no device and no layout. The
-    packed form is one tensor too, in the layout of the kernels of the device that it is on.
+    The canonical form is one tensor, ``qweight``, which does not depend on a device or a layout.
+    The packed form is also one tensor, in the layout that the kernels of its device use.
 
     Example:
         >>> INT8.canonical((2, 64))
@@ -36,15 +36,15 @@ class WeightFormat:
         raise self._missing("canonical")
 
     def pack(self, qweight: Tensor) -> Tensor:
-        """The packed form of ``qweight``, on the same device, in memory of its own."""
+        """The packed form of ``qweight``, a new tensor on the same device."""
         raise self._missing("pack")
 
     def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
-        """The ``qweight`` that :meth:`pack` was given."""
+        """The ``qweight`` from which :meth:`pack` made ``packed``."""
         raise self._missing("unpack")
 
     def empty(self, shape: Sequence[int], device: torch.device | str | None) -> Tensor:
-        """A packed weight of ``shape`` whose integers are all 0."""
+        """A packed weight of the given shape, filled with zeros."""
         dtype, size = self.canonical(shape)
         zero = torch.zeros((), dtype=dtype, device=device)
         return self.pack(zero.expand(size))
