@@ -177,7 +177,7 @@ def test_instruction_sets_agree(batch, heads, queries, keys, d, e, mask, causal,
 
 
 def test_strides_do_not_matter():
-    """Views of projections' outputs and of one fused projection, and layouts that have to be copied."""
+    """Views of projections' outputs, of a fused projection, and layouts that have to be copied."""
     fused = floats(2, 20, 3 * 4 * 8)
     q, k, v = (part.view(2, 20, 4, 8).transpose(1, 2) for part in fused.chunk(3, -1))
     expected = ops.attention(*(t.contiguous() for t in (q, k, v)))

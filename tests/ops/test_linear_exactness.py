@@ -191,7 +191,7 @@ def test_every_tail_of_a_row(inputs):
 
 
 def test_the_same_call_twice_and_after_others(isa):
-    """Scratch memory is kept between calls: leftovers of an earlier, larger call must not matter."""
+    """Scratch memory is reused: leftovers of an earlier, larger call must not matter."""
     layer = Layer(Shape(5, 20, 70), bias="float", weight_zero_point=True)
     x, packed, side = layer.float_input(torch.float32), layer.weight, layer.weight_side
     packed = ops.pack_weight(packed)

@@ -91,7 +91,7 @@ def check_everywhere(
 
 
 def supported_isas() -> set[str]:
-    """The instruction sets of this CPU and operating system, from Linux instead of our cpuid code."""
+    """The instruction sets of this CPU and system, from Linux instead of our cpuid code."""
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):

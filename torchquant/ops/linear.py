@@ -121,7 +121,7 @@ def linear_dynamic(
         activation_bits: 2 to 8.
 
     Returns:
-        ``[..., N]``; the bits of :func:`torchquant.functional.dynamic_linear`. A row with NaN or an
+        ``[..., N]``; the bits of :func:`torchquant.functional.linear_dynamic`. A row with NaN or an
         infinity gives NaN in all its outputs; other rows do not change.
 
     Gradients: to ``input`` (straight through) and ``bias``.
