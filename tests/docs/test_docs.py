@@ -69,6 +69,12 @@ def test_ci_runs_the_readme_commands() -> None:
     assert f"'{TEST_COMMAND}'" in script
 
 
+def test_ci_keeps_its_torch_and_refuses_lost_tests() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.count('check "$same_torch"') == 2
+    assert "export CI=true" in script
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_named_on_a_page_exist(page: Path) -> None:
     """Relative links, and `code` that looks like a path of this repository."""

@@ -1,4 +1,4 @@
-"""Lets torchvision be imported with a CPU build of torch. Every Python process of the tests runs this.
+"""Lets torchvision be imported with a CPU build of torch, in every Python process of the tests.
 
 The wheels of torchvision on PyPI hold a library for CUDA, which does not load without CUDA. The
 import then fails, because torchvision describes its operators ``nms`` and ``qnms``, which the
