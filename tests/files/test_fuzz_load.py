@@ -1,4 +1,4 @@
-"""torchquant.load refuses broken files: tests/fuzz/fuzz_load.py, which .ci/run runs for longer."""
+"""A short run of tests/fuzz/fuzz_load.py: torchquant.load refuses damaged files."""
 
 import argparse
 import mmap
@@ -17,7 +17,7 @@ from torchquant.files import load as io
 FUZZ = Path(__file__).parents[1] / "fuzz" / "fuzz_load.py"
 
 
-def test_broken_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     """A fixed sequence of cases."""
     command = ["--engine", "random", "--cases", "1500", "--seconds", "300"]
     result = subprocess.run(
@@ -29,7 +29,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert result.stdout.startswith("fuzz_load: 1500 cases (drawn at random")
     kinds = ("loaded and called", "not a safetensors file", "metadata", "checksum", "does not fit")
-    for kind in kinds:  # all of load is reached
+    for kind in kinds:  # every branch of load is reached
         assert kind in result.stdout
     print(result.stdout)
 
@@ -46,7 +46,7 @@ def undoes_nothing(path: Any, model: nn.Module) -> nn.Module:
 
 
 def takes_memory(path: Any, model: nn.Module) -> nn.Module:
-    with mmap.mmap(-1, 100 * 2**20) as fresh:  # the heap may have as much free from earlier tests
+    with mmap.mmap(-1, 100 * 2**20) as fresh:  # new memory, because the heap may have free blocks
         fresh.write(bytes(len(fresh)))
     return io.__dict__["real_load"](path, model)  # type: ignore[no-any-return]
 
