@@ -1,4 +1,4 @@
-"""verify: no differing bit in a converted model, and the layer named where one was changed."""
+"""verify counts no differing bits in a converted model, and names a layer that was changed."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 def pair(config: TrainingConfig | None = None, model: nn.Module | None = None) -> tuple[Any, Any]:
-    """A prepared model that saw a batch, and its converted copy."""
+    """A prepared model after one batch, and its converted copy."""
     torch.manual_seed(0)
     model = Net() if model is None else model
     prepare_qat_(model, config)
@@ -71,7 +71,7 @@ def pair(config: TrainingConfig | None = None, model: nn.Module | None = None) -
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_digits_model(config: TrainingConfig) -> None:
-    """Trained for a few steps, converted: not a bit differs, on every instruction set."""
+    """After a few steps of training and conversion, no bit differs on any instruction set."""
     data = load_digits_data()
     with torch.inference_mode(False):
         model = load_digits_model().train()
@@ -101,7 +101,7 @@ def test_the_digits_model(config: TrainingConfig) -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_what_is_compared(config: TrainingConfig, training: bool) -> None:
+def test_layers_and_outputs_are_compared(config: TrainingConfig, training: bool) -> None:
     model, converted = pair(config)
     report = verify(model, converted, [floats(3, 64), floats(5, 64)], training=training)
     assert report.exact
@@ -124,7 +124,7 @@ def test_autocast() -> None:
         assert verify(model, converted, [floats(3, 64)], training=True).exact
 
 
-def test_nan_is_the_same_as_nan() -> None:
+def test_all_nans_are_equal() -> None:
     model, converted = pair(QATConfig(activations="static"))
     x = floats(4, 64)
     x[1, 3] = float("nan")
@@ -136,7 +136,7 @@ def test_nan_is_the_same_as_nan() -> None:
 # ---------------------------------------------------------------- differences
 
 
-def test_a_difference_is_found_where_it_arises() -> None:
+def test_a_difference_is_attributed_to_the_layer_in_which_it_arises() -> None:
     model, converted = pair()
     converted.up.weight_scale[7] *= 1 + 2**-20
     x = floats(3, 64)
@@ -207,17 +207,17 @@ def test_counting(trained: Any, converted: Any, bits: int) -> None:
     assert (one.first is None) == (bits == 0)
 
 
-def test_simulation_in_float_is_told_apart() -> None:
+def test_differences_of_a_simulation_in_float_are_counted() -> None:
     model, converted = pair(QATConfig(simulate=True))
     report = verify(model, converted, [floats(64, 64)])
     assert not report.exact
     assert all(layer.differing for layer in report.layers)
 
 
-# ---------------------------------------------------------------- what is left as it was
+# ---------------------------------------------------------------- the models do not change
 
 
-def test_modes_stages_hooks_and_random_numbers_stay() -> None:
+def test_modes_stages_hooks_and_random_states_are_restored() -> None:
     model, converted = pair(QATConfig(activations="static"))
     seen: list[str] = []
     handle = model.up.register_forward_hook(lambda m, x, y: seen.append("hook") or 2 * y)
@@ -242,7 +242,7 @@ def test_modes_stages_hooks_and_random_numbers_stay() -> None:
     twin.remove()
 
 
-def test_an_error_in_a_forward_leaves_all_as_it_was() -> None:
+def test_an_error_in_a_forward_restores_the_models() -> None:
     model, converted = pair()
     with pytest.raises(ValueError, match="in_features"):
         verify(model, converted, [floats(3, 63)])
@@ -250,7 +250,7 @@ def test_an_error_in_a_forward_leaves_all_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_random_operators_outside_the_layers_see_the_same_numbers() -> None:
+def test_random_operators_outside_the_layers_draw_the_same_numbers() -> None:
     class Noisy(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x + torch.rand_like(x))

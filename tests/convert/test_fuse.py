@@ -1,4 +1,4 @@
-"""Fusing activations into quantized layers: what is fused, what must not be, and what is said."""
+"""Fusion of activations into quantized layers: fusions, rejected fusions, and the reasons."""
 
 import copy
 import io
@@ -89,11 +89,11 @@ def assert_not_fused(model: nn.Module, *inputs: Any) -> Report:
     return report
 
 
-# ---------------------------------------------------------------- which activation it is
+# ---------------------------------------------------------------- recognised activations
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_torchs_own_are_recognized(name: str) -> None:
+def test_activations_of_torch_are_recognized(name: str) -> None:
     assert activation_of(KNOWN[name]()) == name
 
 
@@ -131,13 +131,13 @@ OTHER = {
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_other_peoples_are_recognized_by_what_they_do(case: str) -> None:
+def test_activations_of_other_libraries_are_recognized_by_their_values(case: str) -> None:
     name, function = SAME[case]
     assert activation_of(Of(function)) == name
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_what_is_nearly_an_activation_is_none(case: str) -> None:
+def test_modules_similar_to_an_activation_are_not_recognized(case: str) -> None:
     assert activation_of(Of(OTHER[case])) is None
 
 
@@ -146,7 +146,7 @@ def test_what_is_nearly_an_activation_is_none(case: str) -> None:
     [nn.Identity(), nn.Dropout(), nn.PReLU(), nn.RReLU(), nn.LayerNorm(16), nn.Softmax(-1)],
     ids=lambda module: type(module).__name__,
 )
-def test_modules_that_are_none(module: nn.Module) -> None:
+def test_modules_that_are_not_activations(module: nn.Module) -> None:
     assert activation_of(module) is None
 
 
@@ -155,11 +155,11 @@ class DifferentInTraining(nn.Module):
         return F.dropout(F.relu(x), 0.5, self.training)
 
 
-def test_what_differs_in_training_is_none() -> None:
+def test_a_module_that_differs_in_training_is_not_recognized() -> None:
     assert activation_of(DifferentInTraining().eval()) is None
 
 
-def test_recognizing_leaves_no_trace() -> None:
+def test_recognition_does_not_change_the_module() -> None:
     seen: list[Tensor] = []
     module = Of(lambda x: (seen.append(x), F.relu(x))[1]).eval()
     torch.manual_seed(3)
@@ -171,7 +171,7 @@ def test_recognizing_leaves_no_trace() -> None:
     assert not module.training
 
 
-# ---------------------------------------------------------------- what is fused
+# ---------------------------------------------------------------- fusions
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -338,7 +338,7 @@ def test_compile() -> None:
         assert_same_bits(compiled(x), model(x))
 
 
-# ---------------------------------------------------------------- what must not be
+# ---------------------------------------------------------------- rejected fusions
 
 
 def test_switched_off() -> None:
@@ -350,7 +350,7 @@ def test_switched_off() -> None:
 
 
 class Net(nn.Module):
-    """Two layers and an activation; subclasses use them in ways that a fused layer could not."""
+    """Two layers and an activation; subclasses use them in ways that prevent fusion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,7 +430,7 @@ class DropoutBetween(Net):
 
 
 class Taps(nn.Module):
-    """As a VGG's features are tapped."""
+    """Returns intermediate features, as is common for VGG."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,12 +504,12 @@ NOT_FUSED: dict[type[nn.Module], str] = {
 
 
 @pytest.mark.parametrize("kind", NOT_FUSED, ids=lambda kind: kind.__name__)
-def test_what_must_not_be_fused_and_why(kind: type[nn.Module]) -> None:
+def test_rejected_fusions_and_their_reasons(kind: type[nn.Module]) -> None:
     report = assert_not_fused(kind().eval(), floats(5, 64))
     assert NOT_FUSED[kind] in fusions(report)
 
 
-def test_dropout_between_is_no_candidate() -> None:
+def test_a_dropout_between_prevents_a_candidate() -> None:
     assert assert_not_fused(DropoutBetween().eval(), floats(5, 64)).fusions == ()
 
 
@@ -518,13 +518,13 @@ def test_another_activation_is_reported() -> None:
     assert fusions(report) == ["not fused: 0 with 1 (Hardswish): a layer cannot compute Hardswish"]
 
 
-def test_a_list_is_no_chain() -> None:
+def test_a_module_list_is_not_a_sequence_of_calls() -> None:
     model = nn.ModuleList([linear(), nn.ReLU()])
     assert quantize_(model).fusions == ()
     assert type(model[1]) is nn.ReLU
 
 
-def test_shared_with_a_place_that_is_not_behind_a_layer() -> None:
+def test_an_activation_that_also_follows_another_module() -> None:
     act = nn.ReLU()
     model = nn.Sequential(linear(), act, nn.LayerNorm(64), act)
     report = assert_not_fused(model, floats(5, 64))
@@ -533,14 +533,14 @@ def test_shared_with_a_place_that_is_not_behind_a_layer() -> None:
     ]
 
 
-def test_shared_with_a_layer_that_stays_in_float() -> None:
+def test_an_activation_that_also_follows_a_float_layer() -> None:
     act = nn.ReLU()
     model = nn.Sequential(linear(), act, linear(8), act)
     report = assert_not_fused(model, floats(5, 64))
     assert "not fused: 0 with 1 (relu): the activation is also used elsewhere" in fusions(report)
 
 
-def test_shared_with_a_block_that_cannot_be_traced() -> None:
+def test_an_activation_that_is_also_in_an_untraceable_block() -> None:
     act = nn.ReLU()
     other = DependsOnTheData()
     other.act = act
@@ -567,15 +567,15 @@ def test_hooks(index: int, register: str) -> None:
     ]
 
 
-def test_a_hook_before_the_layer_does_no_harm() -> None:
+def test_a_hook_before_the_layer_is_permitted() -> None:
     model = nn.Sequential(linear(), nn.ReLU())
     seen = []
     model[0].register_forward_pre_hook(lambda module, args: seen.append(args))
     assert_fused(model, floats(5, 64))
-    assert len(seen) == 2  # the copy's too
+    assert len(seen) == 2  # also the hook of the copy
 
 
-def test_a_forward_of_the_instances_own() -> None:
+def test_a_forward_replaced_on_the_instance() -> None:
     model = Block()
     model.forward = lambda x: model.act(model.up(x))[..., :64]  # type: ignore[method-assign]
     report = quantize_(model)
@@ -585,7 +585,7 @@ def test_a_forward_of_the_instances_own() -> None:
     ]
 
 
-def test_a_layer_that_does_not_agree_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_with_different_values_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     import torchquant.convert.activations as fuse
 
     monkeypatch.setattr(fuse, "activation_of", lambda module: "silu")
@@ -598,7 +598,7 @@ def test_a_layer_that_does_not_agree_is_left(monkeypatch: pytest.MonkeyPatch) ->
     assert model[0].activation == "none"
 
 
-def test_torchs_own_transformer_layers() -> None:
+def test_transformer_layers_of_torch() -> None:
     model = nn.TransformerEncoderLayer(64, 4, activation=nn.GELU(), batch_first=True)
     assert quantize_(model).fusions == ()
     assert isinstance(model.activation, nn.GELU)

@@ -1,4 +1,4 @@
-"""torchquant/norms.py: which norms are replaced, and what stays as it was."""
+"""replace_norms_: norms that are replaced, and norms that stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchquant.convert.norms import looks_like_a_norm
 
 
 class LlamaRMSNorm(nn.Module):
-    """As transformers write it: the cast before the weight."""
+    """The norm of transformers: the cast is before the weight."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class LlamaRMSNorm(nn.Module):
 
 
 class GemmaRMSNorm(LlamaRMSNorm):
-    """The same name and state, another function: the weight counts from one."""
+    """The same state, but a different function: the weight is 1 + w."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
@@ -80,7 +80,7 @@ def test_parameters_names_ties_and_hooks_stay() -> None:
     assert weight.grad is not None
 
 
-def test_what_computes_something_else_is_left_with_a_reason() -> None:
+def test_norms_that_compute_a_different_function_are_left_with_a_reason() -> None:
     model = nn.ModuleDict(
         {
             "gemma": GemmaRMSNorm(64),
@@ -97,7 +97,7 @@ def test_what_computes_something_else_is_left_with_a_reason() -> None:
     assert str(report).startswith("0 of 3 norms replaced\nleft: gemma (GemmaRMSNorm): ")
 
 
-def test_a_norm_with_a_forward_of_its_own_is_left() -> None:
+def test_a_norm_with_a_replaced_forward_is_left() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     model[0].forward = lambda x: x  # type: ignore[method-assign]
     assert torchquant.replace_norms_(model).norms[0].reason == "forward replaced on the instance"
@@ -109,7 +109,7 @@ def test_on_the_meta_device() -> None:
     assert "meta device" in torchquant.replace_norms_(model).norms[0].reason
 
 
-def test_twice_changes_nothing_more() -> None:
+def test_a_second_call_changes_nothing() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     torchquant.replace_norms_(model)
     first = model[0]
@@ -132,7 +132,7 @@ def test_blocks_share_a_line() -> None:
     assert lines == ["3 of 3 norms replaced", "replaced: *.first (LayerNorm) (3 times)"]
 
 
-def test_a_replaced_norm_adds() -> None:
+def test_a_replaced_norm_adds_the_residual() -> None:
     model = nn.Sequential(nn.LayerNorm(64))
     x, y = torch.randn(3, 64), torch.randn(3, 64)
     expected = model[0](x + y)

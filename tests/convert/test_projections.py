@@ -1,4 +1,4 @@
-"""Layers computed together on one tensor: the same bits always, and in one call where it may be."""
+"""Layers that are applied to one tensor: the same bits always, one call if it is permitted."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ Calls = list[int]
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """How many members each product of several layers had."""
+    """The number of members of each product of several layers."""
     calls: Calls = []
     split = projections._split
 
@@ -41,7 +41,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 class Attention(nn.Module):
-    """As Hugging Face writes it: views between the calls, and a branch on the values behind."""
+    """Attention as in Hugging Face: views between the calls, and a branch on values after them."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ X = floats(2, 5, 64)
 def both(
     model: nn.Module, config: QuantizationConfig | None = None
 ) -> tuple[nn.Module, nn.Module, Report]:
-    """The model converted without groups, with them, and what the report says."""
+    """The model converted without groups and with groups, and the lines of the report."""
     plain = copy.deepcopy(model.eval())
     quantize_(plain, config, fusion=Fusion(projections=False))
     report = quantize_(model, config)
@@ -171,7 +171,7 @@ def test_layers_of_different_widths(shared: Calls, gradients_off: None) -> None:
     assert shared == [4]
 
 
-def test_memory_is_held_once() -> None:
+def test_groups_need_no_additional_memory() -> None:
     _, model, report = both(Attention())
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -197,7 +197,7 @@ def test_the_parameters_stay_the_same_objects_and_trainable() -> None:
         assert_same_bits(model(X), plain(X))
 
 
-def test_values_changed_in_place_count(shared: Calls) -> None:
+def test_values_changed_in_place_take_effect(shared: Calls) -> None:
     plain, model, _ = both(Attention())
     with torch.no_grad():
         model(X)
@@ -214,7 +214,7 @@ def test_values_changed_in_place_count(shared: Calls) -> None:
     assert shared == [3, 3]
 
 
-# ---------------------------------------------------------------- where each computes its own
+# ---------------------------------------------------------------- layers computed separately
 
 
 def test_with_gradients(shared: Calls) -> None:
@@ -259,15 +259,15 @@ def test_compile_and_export(shared: Calls) -> None:
         assert shared == []
 
 
-def test_members_called_by_others(shared: Calls, gradients_off: None) -> None:
+def test_members_called_by_other_code(shared: Calls, gradients_off: None) -> None:
     plain, model, _ = both(Attention())
     for name in ("v", "q", "k", "q", "v", "k"):
         assert_same_bits(getattr(model, name)(X), getattr(plain, name)(X))
     assert shared == []
 
 
-def test_a_forward_called_with_few_frames_around_it() -> None:
-    """Python has no frame four levels up there."""
+def test_a_forward_called_with_few_frames_on_the_stack() -> None:
+    """The call stack has no frame four levels up."""
     script = """
 import torch, torchquant
 net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
@@ -282,7 +282,7 @@ with torch.no_grad():
     assert run.stdout.splitlines() == ["fused", "torch.Size([64])"], run.stderr
 
 
-def test_a_change_in_place_between_other_peoples_calls(gradients_off: None) -> None:
+def test_a_change_in_place_between_calls_by_other_code(gradients_off: None) -> None:
     plain, model, _ = both(Attention())
     x = X.clone()
     model.q(x)
@@ -293,7 +293,7 @@ def test_a_change_in_place_between_other_peoples_calls(gradients_off: None) -> N
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_that_came_later(shared: Calls, gradients_off: None, register: str) -> None:
+def test_hooks_that_are_added_later(shared: Calls, gradients_off: None, register: str) -> None:
     plain, model, _ = both(Attention())
     for net in (plain, model):
         getattr(net.q, register)(lambda module, args, *rest: (args[0].mul_(2), None)[1])
@@ -319,7 +319,7 @@ class CrossAttention(Attention):
         return self.o(F.scaled_dot_product_attention(q, k, v))  # type: ignore[no-any-return]
 
 
-def test_cross_attention_gives_up(shared: Calls, gradients_off: None) -> None:
+def test_cross_attention_dissolves_the_group(shared: Calls, gradients_off: None) -> None:
     plain, model, report = both(CrossAttention())
     assert lines(report) == ["fused: q, k, v: one product"]
     memory = floats(2, 7, 64, seed=1)
@@ -329,7 +329,7 @@ def test_cross_attention_gives_up(shared: Calls, gradients_off: None) -> None:
     assert model.q._group is None
 
 
-def test_cross_attention_now_and_then(shared: Calls, gradients_off: None) -> None:
+def test_occasional_cross_attention_keeps_the_group(shared: Calls, gradients_off: None) -> None:
     plain, model, _ = both(CrossAttention())
     memory = floats(2, 7, 64, seed=1)
     for _ in range(5):
@@ -338,10 +338,10 @@ def test_cross_attention_now_and_then(shared: Calls, gradients_off: None) -> Non
     assert len(shared) == 10
 
 
-def test_nothing_is_kept(gradients_off: None) -> None:
+def test_no_output_is_kept(gradients_off: None) -> None:
     _, model, _ = both(CrossAttention())
     x = X.clone()
-    model(x, floats(2, 7, 64))  # leaves two outputs behind
+    model(x, floats(2, 7, 64))  # two outputs are not used
     kept = model.q._group._slot.kept
     outputs = [weakref.ref(output) for output in kept.outputs if output is not None]
     assert len(outputs) == 2
@@ -352,10 +352,10 @@ def test_nothing_is_kept(gradients_off: None) -> None:
     assert [output() for output in outputs] == [None, None]
 
 
-def test_outputs_live_as_long_as_their_users(
+def test_outputs_are_released_with_their_users(
     monkeypatch: pytest.MonkeyPatch, gradients_off: None
 ) -> None:
-    """Also while the input lives on, and without the garbage collector."""
+    """Outputs are released although the input still exists, without the garbage collector."""
     split = projections._split
     references: list[weakref.ref[Tensor]] = []
 
@@ -418,7 +418,7 @@ def test_threads(gradients_off: None) -> None:
 # ---------------------------------------------------------------- copies and files
 
 
-def test_a_deep_copy_has_groups_of_its_own(shared: Calls, gradients_off: None) -> None:
+def test_a_deep_copy_has_its_own_groups(shared: Calls, gradients_off: None) -> None:
     plain, model, _ = both(Decoder())
     with torch.inference_mode(False):
         other = copy.deepcopy(model)
@@ -429,7 +429,7 @@ def test_a_deep_copy_has_groups_of_its_own(shared: Calls, gradients_off: None) -
     assert its.q.packed.untyped_storage().data_ptr() != mine.q.packed.untyped_storage().data_ptr()
 
 
-def test_a_copy_of_one_member_stands_alone(shared: Calls) -> None:
+def test_a_copy_of_one_member_is_computed_alone(shared: Calls) -> None:
     plain, model, _ = both(Attention())
     for other in (copy.deepcopy(model.k), copy.copy(model.k), pickle.loads(pickle.dumps(model.k))):
         assert other._group is None
@@ -442,7 +442,9 @@ def test_a_copy_of_one_member_stands_alone(shared: Calls) -> None:
     assert shared == [3]
 
 
-def test_pickled_models_compute_for_themselves(shared: Calls, gradients_off: None) -> None:
+def test_layers_of_a_pickled_model_are_computed_separately(
+    shared: Calls, gradients_off: None
+) -> None:
     plain, model, _ = both(Decoder())
     file = io.BytesIO()
     torch.save(model, file)
@@ -498,7 +500,7 @@ def test_on_another_device_the_group_forms_again(shared: Calls, gradients_off: N
     assert shared == [3]
 
 
-def test_a_group_keeps_no_weights_where_it_was(gradients_off: None) -> None:
+def test_a_moved_group_keeps_no_weights_on_the_old_device(gradients_off: None) -> None:
     _, model, _ = both(Attention())
     weights = weakref.ref(model.q._group.packed)
     model.to("meta")
@@ -522,7 +524,7 @@ def test_files(shared: Calls, tmp_path: Any, grouped: bool, there: str) -> None:
     assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
 
 
-def test_a_member_that_is_exchanged(shared: Calls, gradients_off: None) -> None:
+def test_a_member_that_is_replaced(shared: Calls, gradients_off: None) -> None:
     plain, model, _ = both(Attention())
     layer = nn.Linear(64, 64)
     for net in (plain, model):
@@ -535,7 +537,7 @@ def test_a_member_that_is_exchanged(shared: Calls, gradients_off: None) -> None:
     assert_same_bits(model(X), plain(X))
 
 
-# ---------------------------------------------------------------- what is no group, and why
+# ---------------------------------------------------------------- rejected groups, and reasons
 
 
 def changed(body: Callable[[Any, Tensor], Tensor], **kw: Any) -> nn.Module:
@@ -635,7 +637,9 @@ MUST_NOT = {
 
 
 @pytest.mark.parametrize("case", MUST_NOT)
-def test_what_changes_the_tensor_between(shared: Calls, gradients_off: None, case: str) -> None:
+def test_code_between_the_calls_that_changes_the_tensor(
+    shared: Calls, gradients_off: None, case: str
+) -> None:
     body, text = MUST_NOT[case]
     plain, model, report = both(changed(body))
     if text is not None:
@@ -646,7 +650,7 @@ def test_what_changes_the_tensor_between(shared: Calls, gradients_off: None, cas
     assert all(count == 2 for count in shared)
 
 
-def test_a_change_of_the_outputs_does_no_harm(shared: Calls, gradients_off: None) -> None:
+def test_a_change_of_the_outputs_is_permitted(shared: Calls, gradients_off: None) -> None:
     def scaled(net: Any, x: Tensor) -> Tensor:
         q = net.q(x)
         q *= 0.5
@@ -679,7 +683,9 @@ def test_norms_between_as_in_qwen(shared: Calls, gradients_off: None) -> None:
     assert shared == [3]
 
 
-def test_an_unknown_module_on_the_tensor_between(shared: Calls, gradients_off: None) -> None:
+def test_an_unknown_module_on_the_tensor_between_the_calls(
+    shared: Calls, gradients_off: None
+) -> None:
     class Evil(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mul_(2)

@@ -1,4 +1,4 @@
-"""prepare_qat_, convert_, to_float, the stages: what becomes of each layer, with which bits."""
+"""prepare_qat_, convert_, to_float_ and the stages of training."""
 
 import copy
 import warnings
@@ -160,7 +160,7 @@ def test_prepare_train_convert(config: TrainingConfig) -> None:
     ],
     ids=["none", "dynamic", "asymmetric", "static", "intx", "intx8"],
 )
-def test_an_inference_configuration_says_how_to_train(
+def test_a_configuration_to_deploy_determines_the_training(
     config: Any, training: TrainingConfig
 ) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
@@ -177,7 +177,7 @@ def test_parameters_stay_the_same_objects() -> None:
     assert all(after[name] is parameter for name, parameter in before.items())
 
 
-def test_an_optimizer_made_before_trains_the_prepared_model() -> None:
+def test_an_existing_optimizer_trains_the_prepared_model() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prepare_qat_(model)
@@ -275,7 +275,7 @@ def test_two_layers_that_share_a_weight() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS["w8a8_static"], *LEARNED.values()], ids=str)
-def test_observers_and_quantizers_carry_the_layers_name(config: TrainingConfig) -> None:
+def test_observers_and_quantizers_have_the_name_of_the_layer(config: TrainingConfig) -> None:
     model = Classifier()
     prepare_qat_(model, config)
     parts = [(name, m) for name, m in model.named_modules() if isinstance(m, LayerPart)]
@@ -288,7 +288,7 @@ def test_observers_and_quantizers_carry_the_layers_name(config: TrainingConfig) 
 def test_a_module_inside_a_prepared_layer_keeps_its_own_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """``Activation.name`` is the function that the module computes, not what messages call it."""
+    """``Activation.name`` is the name of a function, not a name for messages."""
     from_float = QATLinear.from_float
 
     def with_activation(*args: Any, **kwargs: Any) -> QATLinear:
@@ -328,7 +328,7 @@ def test_a_model_in_low_precision(dtype: torch.dtype) -> None:
     assert verify(trained, model, [x]).exact
 
 
-# ---------------------------------------------------------------- what is left, and why
+# ---------------------------------------------------------------- layers that stay in float
 
 
 class Subclass(nn.Linear):
@@ -368,7 +368,7 @@ def test_what_cannot_be_prepared_is_reported(make: Callable[[], nn.Module], reas
     assert model["bad"] is kept
 
 
-def test_filters_give_layers_of_different_widths() -> None:
+def test_filters_give_layers_with_different_numbers_of_bits() -> None:
     model = Classifier()
     head, rest = QATConfig(), QATConfig(weight_bits=4)
     prepare_qat_(model, head, lambda module, name: name == "head")
@@ -379,7 +379,7 @@ def test_filters_give_layers_of_different_widths() -> None:
     assert model.blocks[1].down.config == rest
 
 
-def test_an_error_halfway_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_halfway_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from_float = QATLinear.from_float
     calls: list[nn.Linear] = []
 
@@ -456,7 +456,7 @@ def test_learned_steps_are_announced() -> None:
 
 
 class OtherOrder(nn.Module):
-    """Its layers are registered in another order than they are called in."""
+    """The layers are registered in a different order than the order of their calls."""
 
     def __init__(self, branch: bool = False) -> None:
         super().__init__()
@@ -492,7 +492,7 @@ def test_first_and_last_layer_by_the_order_of_calls() -> None:
     assert report.notes == ()
 
 
-def test_edges_of_eight_bits_take_the_range_of_their_channels() -> None:
+def test_edges_of_eight_bits_use_the_range_of_their_channels() -> None:
     def learned(edge_bits: int) -> set[str]:
         model = OtherOrder()
         config = QATConfig(weight_bits=4, learned_weights=True, edge_bits=edge_bits)
@@ -504,7 +504,7 @@ def test_edges_of_eight_bits_take_the_range_of_their_channels() -> None:
     assert learned(6) == {"a", "b.1", "c"}
 
 
-def test_first_and_last_layer_where_a_forward_cannot_be_traced() -> None:
+def test_first_and_last_layer_if_a_forward_cannot_be_traced() -> None:
     model = OtherOrder(branch=True)
     report = prepare_qat_(model, W4A4)
     assert bits_of(model) == {"c": (8, 8), "b.1": (4, 4), "a": (8, 8)}
@@ -548,7 +548,7 @@ def test_layers_in_a_list_that_nothing_calls() -> None:
 def test_a_relu_moves_into_the_layer() -> None:
     model = two_layers()
     apart = copy.deepcopy(model)
-    apart.insert(1, nn.Dropout(0.0))  # something between, so that it stays a module
+    apart.insert(1, nn.Dropout(0.0))  # prevents the fusion of the ReLU
     report = prepare_qat_(model)
     prepare_qat_(apart)
     assert [str(fusion) for fusion in report.fusions] == ["fused: 0 with 1 (relu)"]
@@ -641,7 +641,7 @@ def test_other_activations_stay_and_are_reported() -> None:
     assert isinstance(model[1], nn.GELU)
 
 
-def test_a_relu_behind_a_layer_that_stays_is_left() -> None:
+def test_a_relu_after_a_layer_that_stays_in_float_is_left() -> None:
     model = Twice()
     report = prepare_qat_(model, filter_fn=lambda module, name: name == "first")
     assert isinstance(model.relu, nn.ReLU)
@@ -678,7 +678,7 @@ def test_layers_on_one_tensor_are_computed_together() -> None:
         assert verify(trained, model, [x]).exact
 
 
-def test_convert_without_anything_prepared() -> None:
+def test_convert_without_prepared_layers() -> None:
     model = Classifier()
     with unchanged(model), pytest.raises(ValueError) as raised:
         convert_(model)
@@ -691,7 +691,7 @@ def test_convert_without_anything_prepared() -> None:
         convert_(QATLinear(64, 64))
 
 
-def test_convert_before_anything_was_observed() -> None:
+def test_convert_before_a_range_was_observed() -> None:
     model = Classifier()
     prepare_qat_(model, STATIC)
     with unchanged(model), pytest.raises(ValueError, match=r"blocks\.0\.up cannot be converted: "):
@@ -729,14 +729,14 @@ def test_learned_steps_use_the_least_integer_too(bits: int) -> None:
     prepare_qat_(model, QATConfig(weight_bits=bits, learned_weights=True))
     model.train()(floats(4, 64))
     with torch.no_grad():
-        model[0].weight_quantizer.step.mul_(0.01)  # now many weights lie beyond the range
+        model[0].weight_quantizer.step.mul_(0.01)  # now many weights are outside the range
     trained = copy.deepcopy(model)
     convert_(model)
     assert model[0].qweight.min() == -(2 ** (bits - 1))
     assert verify(trained, model, [floats(4, 64)]).exact
 
 
-def test_no_float_weight_is_left_behind() -> None:
+def test_no_float_weight_remains() -> None:
     model = Classifier()
     prepare_qat_(model, LEARNED["w4a4_learned"])
     train(model)
@@ -776,7 +776,7 @@ def test_to_float_of_a_quantized_model() -> None:
     assert torch.nn.functional.cosine_similarity(model(x), expected, dim=-1).min() > 0.99
 
 
-def test_to_float_where_no_module_can_be_put_back() -> None:
+def test_to_float_of_an_activation_that_was_never_a_module() -> None:
     layer = QuantizedLinear.from_float(nn.Linear(64, 64), activation="relu")
     model = nn.Sequential(nn.Linear(64, 64), layer)
     with (
@@ -786,7 +786,7 @@ def test_to_float_where_no_module_can_be_put_back() -> None:
         to_float_(model)
 
 
-def test_to_float_without_anything_to_do() -> None:
+def test_to_float_without_prepared_or_quantized_layers() -> None:
     model = Classifier()
     with unchanged(model):
         report = to_float_(model)
@@ -842,7 +842,7 @@ def test_a_schedule() -> None:
     assert stages == ["observe", "observe", "quantize", "quantize", "freeze", "freeze"]
 
 
-def test_a_schedule_goes_on_from_its_state() -> None:
+def test_a_schedule_continues_from_its_state() -> None:
     model = Classifier()
     prepare_qat_(model, STATIC)
     schedule = QATSchedule(model, observe_steps=1, freeze_step=3)
@@ -869,7 +869,7 @@ def test_a_schedule_goes_on_from_its_state() -> None:
         ((0, 0), "freeze_step must be None, or at least 1 and at least observe_steps = 0, got 0"),
     ],
 )
-def test_a_schedule_that_makes_no_sense(bounds: tuple[Any, Any], text: str) -> None:
+def test_a_schedule_with_invalid_bounds(bounds: tuple[Any, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         QATSchedule(Classifier(), *bounds)
 
@@ -881,7 +881,7 @@ def test_a_schedule_with_wrong_arguments() -> None:
         QATSchedule(Classifier()).load_state_dict({"steps": 3})
 
 
-# ---------------------------------------------------------------- beside quantize_
+# ---------------------------------------------------------------- together with quantize_
 
 
 def test_quantize_names_the_verbs_of_training() -> None:
@@ -893,7 +893,7 @@ def test_quantize_names_the_verbs_of_training() -> None:
             quantize_(model, QATConfig())  # type: ignore[arg-type]
 
 
-def test_quantize_leaves_prepared_layers() -> None:
+def test_quantize_does_not_change_prepared_layers() -> None:
     model = Classifier()
     prepare_qat_(model)
     assert outcome(quantize_(model))["blocks.0.up"] == (
@@ -905,7 +905,7 @@ def test_quantize_leaves_prepared_layers() -> None:
     )
 
 
-def test_without_training_it_is_quantize() -> None:
+def test_without_training_the_result_is_that_of_quantize() -> None:
     model, other = Classifier().eval(), Classifier().eval()
     other.load_state_dict(model.state_dict())
     prepare_qat_(model)

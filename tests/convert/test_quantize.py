@@ -1,4 +1,4 @@
-"""quantize_: what is converted, what is left and why, and that a failure leaves a whole model."""
+"""quantize_: layers that are converted, layers that stay and the reasons, failures."""
 
 import copy
 import subprocess
@@ -21,7 +21,7 @@ from torchquant import QuantizationConfig, quantize_
 from torchquant.nn import QuantizedLinear
 from torchquant.nn.float_linear import too_small
 
-# ---------------------------------------------------------------- what is converted
+# ---------------------------------------------------------------- converted layers
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ def test_a_nested_model(config: QuantizationConfig | None) -> None:
     assert torch.nn.functional.cosine_similarity(before, after).min() > 0.99
 
 
-def test_a_converted_layer_is_what_from_float_makes() -> None:
+def test_a_converted_layer_equals_the_result_of_from_float() -> None:
     linear = nn.Linear(96, 80)
     model = nn.Sequential(copy.deepcopy(linear))
     quantize_(model, ASYMMETRIC)
@@ -172,7 +172,7 @@ def test_two_linears_that_share_a_weight() -> None:
     assert outcome(report) == {"0": "quantized: untied", "1": "quantized: untied"}
     assert torch.equal(model[0].qweight, model[1].qweight)
     assert not torch.equal(model[0].bias, model[1].bias)
-    # One float weight and two biases before; two of each after.
+    # Before: one float weight and two biases. After: two of each.
     assert report.bytes_before == (64 * 64 + 2 * 64) * 4
     assert report.bytes_after == sum(layer.bytes_after for layer in report.layers)
 
@@ -198,7 +198,7 @@ def test_hooks_are_kept_and_can_still_be_removed() -> None:
     assert calls == []
 
 
-# ---------------------------------------------------------------- what is left, and why
+# ---------------------------------------------------------------- layers that stay in float
 
 
 class Subclass(nn.Linear):
@@ -206,7 +206,7 @@ class Subclass(nn.Linear):
 
 
 class Conv1D(nn.Module):
-    """As in GPT-2: a linear layer whose weight is transposed."""
+    """The linear layer of GPT-2, whose weight is transposed."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_what_cannot_be_quantized_is_reported(make: Callable[[], nn.Module], rea
 
 def test_another_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    monkeypatch.setattr(Tensor, "is_cpu", False)  # for want of such a device
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # simulates another device
     report = quantize_(model)
     monkeypatch.undo()
     assert outcome(report) == {"0": "skipped: on cpu; move it to the CPU or to a CUDA device first"}
@@ -300,13 +300,13 @@ def test_strict_raises_before_any_change(make: Callable[[], nn.Module], reason: 
     assert [layer.name for layer in report.quantized] == ["good", "last"]
 
 
-def test_strict_leaves_every_bit_alone() -> None:
+def test_strict_does_not_change_results() -> None:
     model = nn.Sequential(Classifier(), LanguageModel(), Subclass(64, 64))
     with unchanged(model), pytest.raises(ValueError, match=r"2: Subclass \(subclass"):
         quantize_(model, strict=True)
 
 
-def test_strict_accepts_layers_too_small_to_gain() -> None:
+def test_strict_accepts_layers_that_are_too_small() -> None:
     report = quantize_(Classifier(), strict=True)
     assert outcome(report)["head"] == "skipped: too small to benefit"
 
@@ -323,7 +323,7 @@ def test_strict_accepts_layers_too_small_to_gain() -> None:
         (1, 1, True),
     ],
 )
-def test_too_small_is_a_rule_of_the_shape(out_features: int, in_features: int, small: bool) -> None:
+def test_too_small_depends_on_the_shape(out_features: int, in_features: int, small: bool) -> None:
     assert too_small(nn.Linear(in_features, out_features, device="meta")) is small
     model = nn.Sequential(nn.Linear(in_features, out_features))
     expected = "skipped: too small to benefit" if small else "quantized"
@@ -333,7 +333,7 @@ def test_too_small_is_a_rule_of_the_shape(out_features: int, in_features: int, s
 # ---------------------------------------------------------------- filter_fn
 
 
-def test_filter_fn_sees_every_linear_like_layer() -> None:
+def test_filter_fn_is_called_with_every_linear_like_layer() -> None:
     model = nn.ModuleDict(
         {
             "a": nn.Linear(64, 64),
@@ -357,7 +357,7 @@ def test_filter_fn_overrides_too_small() -> None:
     assert_same_bits(model(x), expected_output(model[1], expected_output(model[0], x)))
 
 
-def test_filter_fn_does_not_override_what_is_impossible() -> None:
+def test_filter_fn_does_not_override_refusals() -> None:
     model = nn.Sequential(Subclass(64, 64))
     report = quantize_(model, filter_fn=lambda module, name: True)
     assert outcome(report) == {"0": "skipped: Subclass (subclass of nn.Linear)"}
@@ -368,12 +368,12 @@ def test_filter_fn_does_not_override_what_is_impossible() -> None:
     [(1, True), ("yes", True), (None, False), (0, False), (torch.tensor(True), True)],
     ids=["one", "text", "none", "zero", "tensor"],
 )
-def test_filter_fn_may_return_whatever_is_true_or_false(answer: Any, quantized: bool) -> None:
+def test_filter_fn_may_return_any_truth_value(answer: Any, quantized: bool) -> None:
     report = quantize_(nn.Sequential(nn.Linear(64, 64)), filter_fn=lambda module, name: answer)
     assert bool(report.quantized) is quantized
 
 
-def test_filter_fn_is_asked_for_each_name_of_a_shared_layer() -> None:
+def test_filter_fn_is_called_with_each_name_of_a_shared_layer() -> None:
     linear = nn.Linear(64, 64)
     for wanted in ("first", "second"):
         model = nn.ModuleDict({"first": linear, "second": linear})
@@ -381,7 +381,7 @@ def test_filter_fn_is_asked_for_each_name_of_a_shared_layer() -> None:
         assert outcome(report) == {"first": "quantized: also at second"}
 
 
-def test_a_filter_fn_that_raises_leaves_the_model_alone() -> None:
+def test_a_filter_fn_that_raises_does_not_change_the_model() -> None:
     def raise_at_last(module: nn.Module, name: str) -> bool:
         if name == "head":
             raise RuntimeError("mine")
@@ -456,7 +456,7 @@ def test_a_model_without_linear_layers() -> None:
     assert report.notes == ("The model has no linear layers; there was nothing to quantize.",)
 
 
-def test_quantizing_twice_changes_nothing_and_says_so() -> None:
+def test_quantizing_twice_changes_nothing_and_is_reported() -> None:
     model = Classifier()
     first = quantize_(model)
     with unchanged(model):
@@ -608,7 +608,7 @@ def status(key):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 def measure(dtype, shapes, config):
-    torchquant.quantize_(nn.Sequential(nn.Linear(512, 512, dtype=dtype)), config)  # map the code
+    torchquant.quantize_(nn.Sequential(nn.Linear(512, 512, dtype=dtype)), config)  # loads the code
     before = status("VmRSS")
     model = nn.Sequential(*(nn.Linear(k, n, dtype=dtype) for n, k in shapes))
     size, largest = tensor_bytes(model), max(tensor_bytes(layer) for layer in model)
@@ -617,11 +617,11 @@ def measure(dtype, shapes, config):
     peak, after = status("VmHWM") - before, status("VmRSS") - before
     print(size, largest, peak, after, report.bytes_after, flush=True)
 
-torch.set_num_threads(1)  # with more, a forked process could not use OpenMP again
+torch.set_num_threads(1)  # with more threads, a forked process could not use OpenMP
 config = torchquant.Int8DynamicActivationInt8WeightConfig(weight_symmetric=False)
 for dtype in (torch.float32, torch.bfloat16):
     for shapes in ([(8192, 4096)], [(2048, 2048)] * 10):
-        child = os.fork()  # the peak of a process is for ever
+        child = os.fork()  # the peak of a process never decreases
         if child == 0:
             measure(dtype, shapes, config)
             os._exit(0)
@@ -646,7 +646,7 @@ def test_the_public_names() -> None:
     assert {"quantize_", "QuantizationReport", "LayerReport"} <= set(torchquant.__all__)
 
 
-def test_parametrizations_are_left_working() -> None:
+def test_parametrizations_still_work() -> None:
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(64, 64)))
     quantize_(model)
     assert parametrize.is_parametrized(model[0])

@@ -1,4 +1,4 @@
-"""The report: its table at any width, its counts, and bytes that are those in memory."""
+"""The report: its table at any width, its counts, and its numbers of bytes."""
 
 import io
 
@@ -51,7 +51,7 @@ def test_str_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("width", [20, 30, 40, 60, 71, 72, 80, 100, 110, 160, 300])
-def test_nothing_is_lost_at_any_width(report: QuantizationReport, width: int) -> None:
+def test_all_text_is_printed_at_any_width(report: QuantizationReport, width: int) -> None:
     text = printed(report, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -72,7 +72,7 @@ def test_nothing_is_lost_at_any_width(report: QuantizationReport, width: int) ->
     assert "".join(report.summary().split()) in "".join(text.split())
 
 
-def test_the_width_is_the_terminals(
+def test_the_table_has_the_width_of_the_terminal(
     report: QuantizationReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for width in (50, 90, 150):
@@ -80,7 +80,7 @@ def test_the_width_is_the_terminals(
         assert 0.6 * width < max(map(len, str(report).splitlines())) <= width
 
 
-def test_names_are_not_taken_for_markup(report: QuantizationReport) -> None:
+def test_names_are_not_interpreted_as_markup(report: QuantizationReport) -> None:
     for width in (60, 300):
         text = printed(report, width, color=True)
         assert "a_layer_with_quite_a_long_name[red]" in text
@@ -103,14 +103,14 @@ def test_counts(report: QuantizationReport) -> None:
 
 
 def memory(module: nn.Module) -> int:
-    """What its tensors really hold, storage by storage."""
+    """The bytes of the storages of its tensors."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_are_those_in_memory(dtype: torch.dtype) -> None:
+def test_bytes_are_the_memory_of_the_tensors(dtype: torch.dtype) -> None:
     net = model().to(dtype)
     net["tied"] = nn.Embedding(64, 64, _weight=net[":smile:"].weight)
     before = {name: memory(module) for name, module in net.named_modules()}
@@ -130,7 +130,7 @@ def test_notes_and_an_empty_report() -> None:
     ]
 
 
-def test_fusions_that_differ_in_numbers_are_one_line() -> None:
+def test_fusions_that_differ_only_in_numbers_share_a_line() -> None:
     fusions = tuple(
         FusionReport("activation", (f"layers.{i}.fc1",), f"layers.{i}.act2 (gelu)", "fused", "")
         for i in (0, 1, 12)

@@ -1,4 +1,4 @@
-"""save and load: round trips of every kind of model, and files that must be refused."""
+"""save and load: round trips of many models, and files that must be refused."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """The block must leave every module, tensor and value as it was."""
+    """Check that the block does not change any module, tensor or value."""
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {
         id(module): (dict(module._parameters), dict(module._buffers)) for module in model.modules()
@@ -116,7 +116,7 @@ def rewrite(
     edit: Callable[[dict[str, Any], dict[str, Tensor]], Any],
     sign: bool = True,
 ) -> None:
-    """Edit a file's metadata and tensors and, as a careful forger would, its checksum."""
+    """Edit the metadata and tensors of a file, and write a matching checksum."""
     header, tensors = metadata_of(path), safetensors.torch.load_file(path)
     edit(header, tensors)
     if sign:
@@ -125,7 +125,9 @@ def rewrite(
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # off the mapped file
+    tensors = {
+        key: tensor.clone() for key, tensor in tensors.items()
+    }  # copies, because the file is mapped
     safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
@@ -246,7 +248,7 @@ def test_round_trip_of_other_modules(path: Path, make: Callable[[], nn.Module]) 
 
 
 class Exotic(nn.Module):
-    """Tensors that do not lie in memory plainly."""
+    """Tensors that are not contiguous, conjugated, or negated views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +329,7 @@ def test_ties_are_kept(path: Path) -> None:
             assert other.body[0] is other.body[3]
 
 
-def test_what_the_model_does_not_tie_stays_apart(path: Path) -> None:
+def test_tensors_that_the_model_does_not_tie_stay_separate(path: Path) -> None:
     model = trained()
     quantize_(model, filter_fn=lambda module, name: name != "head")
     save(model, path)
@@ -398,7 +400,7 @@ def test_a_shared_layer_refuses_two_configurations(path: Path) -> None:
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("quantized", [True, False])
-def test_requires_grad_mode_and_hooks_stay_as_they_were(
+def test_requires_grad_mode_and_hooks_do_not_change(
     path: Path, requires_grad: bool, training: bool, quantized: bool
 ) -> None:
     saved_small(path)
@@ -415,7 +417,7 @@ def test_requires_grad_mode_and_hooks_stay_as_they_were(
     assert calls == [1]
 
 
-def test_buffers_that_no_file_holds_are_named(path: Path) -> None:
+def test_a_warning_names_buffers_that_are_not_saved(path: Path) -> None:
     model = trained()
     quantize_(model)
     save(model, path)
@@ -433,7 +435,7 @@ def test_buffers_that_no_file_holds_are_named(path: Path) -> None:
     assert torch.equal(other(TOKENS), model(TOKENS))
 
 
-def test_the_default_dtype_and_device_have_no_say(path: Path) -> None:
+def test_the_default_dtype_and_device_are_ignored(path: Path) -> None:
     model = saved_small(path, ASYMMETRIC)
     other = other_small()
     try:
@@ -446,8 +448,8 @@ def test_the_default_dtype_and_device_have_no_say(path: Path) -> None:
     assert torch.equal(other(floats(3, 64)), model(floats(3, 64)))
 
 
-def test_the_model_does_not_hang_on_the_file(path: Path) -> None:
-    """safetensors maps the file; writing into it must not change a model that was loaded."""
+def test_the_model_does_not_depend_on_the_file(path: Path) -> None:
+    """safetensors maps the file; writing to the file must not change a loaded model."""
     model = trained()
     quantize_(model)
     save(model, path)
@@ -480,7 +482,7 @@ def test_a_file_fits_a_model_in_any_state(path: Path, fused: bool, there: str) -
     assert_same_bits(model(x), saved(x))
 
 
-def test_a_fused_model_of_another_activation_is_loaded_as_the_file_says(path: Path) -> None:
+def test_a_model_with_another_fused_activation_gets_the_one_in_the_file(path: Path) -> None:
     saved = saved_small(path)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
     quantize_(model)
@@ -491,7 +493,7 @@ def test_a_fused_model_of_another_activation_is_loaded_as_the_file_says(path: Pa
     assert_same_state(model, saved)
 
 
-def test_an_activation_that_is_shared_in_the_model_alone_is_refused(path: Path) -> None:
+def test_an_activation_that_is_shared_only_in_the_model_is_refused(path: Path) -> None:
     saved_small(path)
     model = other_small()
     model[2].act = model[1]
@@ -599,7 +601,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("verb", [save, load], ids=["save", "load"])
-def test_what_is_no_model(verb: Callable[..., Any], path: Path) -> None:
+def test_arguments_that_are_not_a_model(verb: Callable[..., Any], path: Path) -> None:
     arguments = ({}, path) if verb is save else (path, {})
     with pytest.raises(TypeError, match=f"{verb.__name__}: model must be an nn.Module, got dict"):
         verb(*arguments)
@@ -617,7 +619,7 @@ def test_a_model_on_the_meta_device_is_not_saved(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_tensors_that_no_file_can_hold(path: Path) -> None:
     values = [torch.eye(4).to_sparse()]
-    if hasattr(torch, "qint8"):  # torch has announced the removal of quantized tensors
+    if hasattr(torch, "qint8"):  # torch plans to remove quantized tensors
         values.append(torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
     for value in values:
         model = nn.Sequential(nn.Linear(64, 64))
@@ -665,14 +667,14 @@ def test_an_edited_byte_anywhere(path: Path, mask: int) -> None:
             with unchanged(model):
                 load(path, model)
                 accepted.append(position)
-                raise ValueError  # to check nothing below: the model did change
+                raise ValueError  # skip the checks below, because the model was changed
         except ValueError:
             pass
         except AssertionError:
             assert position in accepted
             assert_same_state(model, saved)
             model = other_small()
-    # Only where the JSON of the header says the same in other bytes, white space for instance.
+    # Only if the edited JSON header has the same meaning, for example a change of white space.
     assert all(position < header for position in accepted)
     assert len(accepted) <= 2
 
@@ -712,7 +714,7 @@ CHANGED = "was changed after it was saved (its checksum does not match); save th
     ["", "{", "[]", "3", "null", '"format"', "[" * 100_000, '{"format": 1' + "0" * 5000 + "}"],
     ids=["empty", "open", "list", "number", "null", "text", "deep", "huge_number"],
 )
-def test_metadata_that_is_no_object(path: Path, text: str) -> None:
+def test_metadata_that_is_not_an_object(path: Path, text: str) -> None:
     saved_small(path)
     write(path, safetensors.torch.load_file(path), {"torchquant": text})
     assert DAMAGED in refused(path, other_small())
@@ -745,7 +747,7 @@ def deeply_nested() -> dict[str, Any]:
             setting("format", 4),
             "has format 4, but this torchquant reads formats 1 to 3; install a newer torchquant",
         ),
-        (setting("format", 1), DAMAGED),  # which has no "absorbed"
+        (setting("format", 1), DAMAGED),  # format 1 has no "absorbed"
         (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 3"),
         (setting("absorbed", None), DAMAGED),
         (setting("absorbed", ["1"]), DAMAGED),
@@ -754,7 +756,10 @@ def deeply_nested() -> dict[str, Any]:
         (setting("projections", {"0": "2"}), DAMAGED),
         (setting("projections", ["02"]), DAMAGED),
         (setting("projections", [["0", 2]]), DAMAGED),
-        (setting("projections", [["0", "2"], [], ["9"], ["", "0"]]), None),  # a reader may ignore
+        (
+            setting("projections", [["0", "2"], [], ["9"], ["", "0"]]),
+            None,
+        ),  # a reader may ignore it
         (lambda header, tensors: header.pop("layers"), DAMAGED),
         (setting("layers", []), DAMAGED),
         (setting("layers", "0"), DAMAGED),
@@ -773,7 +778,7 @@ def deeply_nested() -> dict[str, Any]:
 def test_metadata_of_wrong_types(path: Path, edit: Callable[..., Any], text: str | None) -> None:
     saved = saved_small(path)
     rewrite(path, edit)
-    if text is None:  # what a reader does not know but the checksum covers does no harm
+    if text is None:  # keys that a reader ignores are accepted if the checksum matches
         assert_same_state(load(path, other_small()), saved)
     else:
         assert text in refused(path, other_small())
@@ -825,7 +830,7 @@ def test_the_checksum_covers_everything(path: Path, edit: Callable[..., Any]) ->
     assert CHANGED in message or DAMAGED in message
 
 
-# ---------------------------------------------------------------- sound files that do not fit
+# ---------------------------------------------------------------- valid files that do not fit
 
 
 def entry(**values: Any) -> Callable[[dict[str, Any], Any], None]:
@@ -902,7 +907,7 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.weight_scale"),
     ],
 )
-def test_entries_that_make_no_sense(path: Path, edit: Callable[..., Any], text: str) -> None:
+def test_invalid_entries(path: Path, edit: Callable[..., Any], text: str) -> None:
     saved_small(path)
     rewrite(path, edit)
     message = refused(path, other_small())
@@ -919,31 +924,31 @@ def tensor(key: str, value: Tensor) -> Callable[[Any, dict[str, Tensor]], None]:
     [
         (
             tensor("0.qweight", torch.zeros(64, 64)),
-            "0.qweight is float32 [64, 64] in the file, int8 [64, 64] here",
+            "0.qweight is float32 [64, 64] in the file, int8 [64, 64] in the model",
         ),
         (
             tensor("0.qweight", torch.zeros(64, 64, dtype=torch.uint8)),
-            "0.qweight is uint8 [64, 64] in the file, int8 [64, 64] here",
+            "0.qweight is uint8 [64, 64] in the file, int8 [64, 64] in the model",
         ),
         (
             tensor("0.qweight", torch.zeros(64, 65, dtype=torch.int8)),
-            "0.qweight is int8 [64, 65] in the file, int8 [64, 64] here",
+            "0.qweight is int8 [64, 65] in the file, int8 [64, 64] in the model",
         ),
         (
             tensor("0.weight_scale", torch.zeros(64, dtype=torch.int8)),
-            "0.weight_scale is int8 [64] in the file, float32 [64] here",
+            "0.weight_scale is int8 [64] in the file, float32 [64] in the model",
         ),
         (
             tensor("2.weight", torch.zeros(8, 64, dtype=torch.int64)),
-            "2.weight is int64 [8, 64] in the file, float32 [8, 64] here",
+            "2.weight is int64 [8, 64] in the file, float32 [8, 64] in the model",
         ),
         (
             tensor("2.bias", torch.zeros(8, dtype=torch.complex64)),
-            "2.bias is complex64 [8] in the file, float32 [8] here",
+            "2.bias is complex64 [8] in the file, float32 [8] in the model",
         ),
         (
             tensor("2.bias", torch.zeros(8, dtype=torch.float8_e4m3fn)),
-            "2.bias is float8_e4m3fn [8] in the file, float32 [8] here",
+            "2.bias is float8_e4m3fn [8] in the file, float32 [8] in the model",
         ),
         (tensor("more", torch.zeros(1)), "unknown more"),
         (lambda header, tensors: tensors.pop("0.weight_scale"), "missing 0.weight_scale"),
@@ -977,7 +982,7 @@ class Subclass(nn.Linear):
         (lambda: nn.Sequential(*small(), nn.Linear(8, 8)), "missing 3.bias, 3.weight"),
         (
             lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 9)),
-            "2.weight is float32 [8, 64] in the file, float32 [9, 64] here",
+            "2.weight is float32 [8, 64] in the file, float32 [9, 64] in the model",
         ),
         (
             lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)),
@@ -1033,7 +1038,7 @@ class RaisesOnLoad(nn.Module):
 
 
 @pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt(), KeyError("mine")])
-def test_whatever_goes_wrong_is_undone(path: Path, error: BaseException) -> None:
+def test_a_failed_load_is_undone(path: Path, error: BaseException) -> None:
     def make() -> nn.Sequential:
         torch.manual_seed(4)
         model = nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 32), RaisesOnLoad(error))
@@ -1050,7 +1055,7 @@ def test_whatever_goes_wrong_is_undone(path: Path, error: BaseException) -> None
             quantize_(model, ASYMMETRIC, filter_fn=lambda module, name: name == "0")
         hook = model[0].register_forward_hook(lambda *_: None)
         with torch.no_grad():
-            model[1].weight_ih_l0.mul_(2)  # the file's are others
+            model[1].weight_ih_l0.mul_(2)  # the values in the file are different
         x = floats(5, 2, 64)
         expected = model[1](x)[0]
         with unchanged(model), pytest.raises(type(error)):

@@ -1,4 +1,4 @@
-"""Files that torchquant 0.1.0 wrote load as they did, with the same bits.
+"""Files that torchquant 0.1.0 wrote can be loaded and give the same bits.
 
 ``old`` holds them: a model of four layers (see :func:`model`) in formats 1 and 2, with each of the
 configuration classes that 0.1.0 had, and in ``expected.safetensors`` the outputs of 0.1.0.
@@ -33,11 +33,11 @@ def model() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_old_file_loads_with_the_bits_of_then(name: str, tmp_path: Path) -> None:
+def test_an_old_file_loads_with_the_same_bits(name: str, tmp_path: Path) -> None:
     expected = safetensors.torch.load_file(OLD / "expected.safetensors")
     loaded = torchquant.load(OLD / f"{name}.safetensors", model())
     assert [layer.config for layer in loaded if hasattr(layer, "config")] == CONFIGS[name]
     assert_same_bits(loaded(expected["input"]).detach(), expected[name])
-    torchquant.save(loaded, tmp_path / "new")  # in today's format
+    torchquant.save(loaded, tmp_path / "new")  # in the current format
     again = torchquant.load(tmp_path / "new", model())
     assert_same_bits(again(expected["input"]).detach(), expected[name])

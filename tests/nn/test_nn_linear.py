@@ -1,4 +1,4 @@
-"""QuantizedLinear: its numbers, its gradients, what it refuses, and what traces through it."""
+"""QuantizedLinear: results, gradients, errors, tracing and subclasses."""
 
 import copy
 import warnings
@@ -50,7 +50,7 @@ def test_forward_has_the_bits_of_the_specification(
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_from_float_quantizes_as_the_specification_does(
+def test_from_float_has_the_integers_of_the_specification(
     shape: tuple[int, int], dtype: torch.dtype, config: QuantizationConfig
 ) -> None:
     linear = float_layer(*shape, dtype=dtype)
@@ -71,7 +71,7 @@ def test_from_float_quantizes_as_the_specification_does(
 
 
 @pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 100])
-def test_packing_by_blocks_gives_what_packing_the_whole_gives(rows: int) -> None:
+def test_packing_in_blocks_gives_the_same_bits_as_packing_at_once(rows: int) -> None:
     in_features = (1 << 13) + 1
     for config in (Config(), ASYMMETRIC):
         layer = layer_of(config, out_features=rows, in_features=in_features)
@@ -86,7 +86,7 @@ def test_from_float_of_a_weight_in_any_layout(layout: str) -> None:
     assert_same_state(QuantizedLinear.from_float(linear), plain)
 
 
-def test_from_float_leaves_the_float_layer_alone() -> None:
+def test_from_float_does_not_change_the_float_layer() -> None:
     linear = float_layer()
     weight, bias = linear.weight, linear.bias
     values = copy.deepcopy(linear.state_dict())
@@ -99,7 +99,7 @@ def test_from_float_leaves_the_float_layer_alone() -> None:
     assert not torch.equal(layer.bias, linear.bias), "the bias must be a copy"
 
 
-def test_from_float_goes_by_the_weight_where_the_attributes_are_out_of_date() -> None:
+def test_from_float_uses_the_shape_of_the_weight_if_attributes_are_out_of_date() -> None:
     linear = float_layer(32, 64, bias=False)
     linear.weight = nn.Parameter(floats(20, 40))  # pruned or resized by hand
     layer = QuantizedLinear.from_float(linear)
@@ -125,7 +125,7 @@ def test_from_float_keeps_training_mode_and_requires_grad(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_default_dtype_has_no_say(dtype: torch.dtype) -> None:
+def test_the_default_dtype_is_ignored(dtype: torch.dtype) -> None:
     linear, x = float_layer(), floats(3, 64)
     expected = QuantizedLinear.from_float(linear, ASYMMETRIC)
     try:
@@ -140,7 +140,7 @@ def test_the_default_dtype_has_no_say(dtype: torch.dtype) -> None:
         assert_same_bits(made(x), expected(x))
 
 
-def test_the_device_context_has_no_say() -> None:
+def test_the_device_context_is_ignored() -> None:
     linear, x = float_layer(), floats(3, 64)
     with torch.device("meta"):
         layer = QuantizedLinear.from_float(linear, ASYMMETRIC)
@@ -148,7 +148,7 @@ def test_the_device_context_has_no_say() -> None:
     assert layer.to_float().weight.device.type == "cpu"
 
 
-def test_a_layer_made_in_inference_mode_can_be_trained_through() -> None:
+def test_gradients_pass_through_a_layer_created_in_inference_mode() -> None:
     linear = float_layer()
     with torch.inference_mode():
         layer = QuantizedLinear.from_float(linear)
@@ -161,7 +161,7 @@ def test_a_layer_made_in_inference_mode_can_be_trained_through() -> None:
 
 @pytest.mark.parametrize("config", [Config(), ASYMMETRIC], ids=["default", "asymmetric"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_to_float_holds_the_values_of_the_integers(config: QuantizationConfig, bias: bool) -> None:
+def test_to_float_has_the_values_of_the_integers(config: QuantizationConfig, bias: bool) -> None:
     linear = float_layer(33, 67, bias=bias)
     layer = QuantizedLinear.from_float(linear, config)
     back = layer.to_float()
@@ -264,7 +264,7 @@ def test_autocast_decides_the_output_dtype(dtype: torch.dtype, autocast_dtype: t
     expected = expected_output(layer, x, output_dtype=autocast_dtype)
     with torch.autocast("cpu", dtype=autocast_dtype):
         assert_same_bits(layer(x), expected)
-        assert_same_bits(layer(nn.Parameter(x)).detach(), expected)  # past the fast call
+        assert_same_bits(layer(nn.Parameter(x)).detach(), expected)  # without the fast call
         with torch.autocast("cpu", enabled=False):
             assert layer(x).dtype == dtype
 
@@ -278,7 +278,7 @@ def test_every_instruction_set_runs_the_same_layer(isa: str) -> None:
     assert_same_bits(other(x), expected_output(layer, x))
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -328,12 +328,12 @@ def test_bad_input(x: Any, error: type[Exception], text: str, grad: bool) -> Non
         layer(x)
     assert str(raised.value).splitlines()[0] == text
     if isinstance(x, Tensor) and x.dim() and x.device.type == "cpu" and error is ValueError:
-        with pytest.raises(error, match="in_features = 64"):  # past the fast call
+        with pytest.raises(error, match="in_features = 64"):  # without the fast call
             layer(nn.Parameter(x))
 
 
 def test_a_layer_without_values_is_refused() -> None:
-    """Else the operator's meta kernel would return memory that nobody wrote to."""
+    """Without this error, the meta kernel would return uninitialised memory."""
     layer = layer_of().to("meta")
     with pytest.raises(ValueError, match="device meta, got one on cpu; load its weights first"):
         layer(floats(3, 64))
@@ -474,9 +474,7 @@ def test_bad_sizes(name: str, size: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_gradient_goes_through_to_input_and_bias(
-    dtype: torch.dtype, config: QuantizationConfig
-) -> None:
+def test_gradients_reach_input_and_bias(dtype: torch.dtype, config: QuantizationConfig) -> None:
     layer = layer_of(config)
     x = floats(2, 5, 64, dtype=dtype).requires_grad_()
     grad = floats(2, 5, 32, seed=9, dtype=dtype)
@@ -491,7 +489,7 @@ def test_the_gradient_goes_through_to_input_and_bias(
     torch.testing.assert_close(layer.bias.grad, grad.float().sum((0, 1)))
 
 
-def test_nothing_is_recorded_where_nothing_needs_a_gradient() -> None:
+def test_nothing_is_recorded_if_no_gradient_is_needed() -> None:
     layer, x = layer_of().requires_grad_(False), floats(3, 64)
     assert layer(x).grad_fn is None
     with torch.no_grad():
@@ -511,7 +509,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def test_an_adapter_trains_on_top_and_the_layer_stays() -> None:
+def test_an_adapter_trains_and_the_layer_does_not_change() -> None:
     below = nn.Linear(64, 64)
     adapted = LoRA(QuantizedLinear.from_float(nn.Linear(64, 32)))
     model = nn.Sequential(below, adapted)

@@ -1,4 +1,4 @@
-"""QuantizedLinear's state: copies, conversions, state dicts. Canonical outside, packed inside."""
+"""The state of QuantizedLinear: copies, conversions and state dicts hold the canonical weight."""
 
 import copy
 import io
@@ -128,7 +128,7 @@ def test_within_a_model_in_bfloat16() -> None:
 
 @pytest.fixture
 def _no_lucky_memory() -> Iterator[None]:
-    """torch.empty() is filled with numbers that are no packed weight."""
+    """torch.empty() returns numbers that are not a packed weight."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -172,7 +172,7 @@ def test_keep_vars() -> None:
     assert layer.state_dict(keep_vars=True)["bias"] is layer.bias
 
 
-def test_nothing_is_called_weight_and_a_tied_one_does_no_harm() -> None:
+def test_no_tensor_is_named_weight_and_a_tied_weight_is_harmless() -> None:
     layer, x = layer_of(), floats(3, 64)
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     assert "weight" not in names
@@ -313,7 +313,7 @@ def test_a_float_state_dict_is_refused() -> None:
         layer_of().load_state_dict(float_layer().state_dict())
 
 
-def test_a_zero_point_that_the_layer_has_no_place_for() -> None:
+def test_a_zero_point_for_a_symmetric_layer_is_refused() -> None:
     symmetric, asymmetric = layer_of(), layer_of(ASYMMETRIC)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_zero_point"):
         symmetric.load_state_dict(asymmetric.state_dict())

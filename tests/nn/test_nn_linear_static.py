@@ -78,7 +78,7 @@ def specification(layer: QuantizedLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_forward_is_the_specification(name: str) -> None:
+def test_forward_has_the_bits_of_the_specification(name: str) -> None:
     for activation in ("none", "gelu"):
         layer = layer_of(CONFIGS[name], activation)
         for dtype in FLOATS:
@@ -89,7 +89,7 @@ def test_forward_is_the_specification(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
+def test_a_dynamic_layer_of_few_bits_has_the_bits_of_the_specification(name: str) -> None:
     config = DYNAMIC[name]
     layer = layer_of(config)
     x = sprinkle(floats(9, 70), NOT_FINITE, seed=1)
@@ -106,7 +106,7 @@ def test_low_bits_of_a_dynamic_layer_are_the_specifications(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_lie_in_their_range_and_come_back(name: str) -> None:
+def test_weights_are_in_their_range_and_survive_a_round_trip(name: str) -> None:
     layer = layer_of(CONFIGS[name])
     qmin, qmax = layer.config.weights.range
     assert qmin <= int(layer.qweight.min())
@@ -151,7 +151,7 @@ def test_a_static_layer_stays_float32() -> None:
     assert layer.input_scale.dtype == torch.float32
 
 
-def test_a_layer_pickled_before_there_were_static_ones() -> None:
+def test_a_layer_pickled_before_static_activations_existed() -> None:
     layer = layer_of(Int8DynamicActivationInt8WeightConfig())
     state = layer.__getstate__()
     del state["_buffers"]["input_scale"], state["_buffers"]["input_zero_point"]
@@ -223,7 +223,9 @@ def test_errors() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             QuantizedLinear.from_float(linear, **arguments)
-    with pytest.raises(TypeError, match="narrow_range"):  # a token's range uses all its levels
+    with pytest.raises(
+        TypeError, match="narrow_range"
+    ):  # dynamic activations always use all integers
         Dynamic(narrow_range=False)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="activation_bits must be from 2 to 8, got 9"):
         torchquant.ops.linear_dynamic(
@@ -240,7 +242,7 @@ def test_errors() -> None:
         layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "input_scale"})
 
 
-def test_layers_of_other_activations_are_not_computed_together() -> None:
+def test_layers_with_static_activations_are_not_computed_together() -> None:
     from torchquant.nn.projections import ProjectionGroup
 
     for config in (STATIC["static"], DYNAMIC["w8a4"]):

@@ -1,4 +1,4 @@
-"""QATLinear: its output is the converted layer's, in every mode, on every instruction set."""
+"""QATLinear gives the output of the converted layer, in every mode, on every instruction set."""
 
 import copy
 import itertools
@@ -64,7 +64,7 @@ def layer_of(
     bias: bool = True,
     seed: int = 0,
 ) -> QATLinear:
-    """A layer whose ranges and steps have seen a batch."""
+    """A layer whose ranges and steps were initialised by a batch."""
     torch.manual_seed(seed)
     if isinstance(config, str):
         config = CONFIGS[config]
@@ -88,7 +88,7 @@ def inputs(in_features: int = 40) -> Iterator[Tensor]:
     yield torch.empty(2, 0, in_features)
 
 
-# ---------------------------------------------------------------- what is trained is what ships
+# ---------------------------------------------------------------- the bits of the deployed layer
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -147,7 +147,7 @@ def test_to_quantized_is_from_float(config: str) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_deployed_integers_lie_in_their_ranges(config: str) -> None:
+def test_deployed_integers_are_in_their_ranges(config: str) -> None:
     layer = layer_of(config)
     deployed = layer.to_quantized()
     qmin, qmax = layer.config.weights.range
@@ -180,7 +180,7 @@ def test_the_simulation_differs_by_rounding_only(config: str) -> None:
 # ---------------------------------------------------------------- gradients of learned scales
 
 
-def test_learned_gradients_are_those_of_the_formula() -> None:
+def test_gradients_of_learned_steps_are_those_of_the_formula() -> None:
     for name in ("lsq", "lsq_w4a4", "lsq_unsigned_a2", "lsq_plus", "dynamic_lsq_w3"):
         layer = layer_of(name, activation="relu")
         config = layer.config
@@ -253,7 +253,7 @@ def test_the_activation_steps_gradient_scale_does_not_depend_on_the_batch() -> N
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
-def test_a_step_that_training_drove_to_nothing_is_no_error() -> None:
+def test_a_step_that_training_reduced_to_zero_is_no_error() -> None:
     layer = layer_of("lsq")
     with torch.no_grad():
         layer.input_quantizer.step.fill_(-1.0)
@@ -265,7 +265,7 @@ def test_a_step_that_training_drove_to_nothing_is_no_error() -> None:
 # ---------------------------------------------------------------- ranges
 
 
-def test_observed_ranges_move_in_training_mode_only() -> None:
+def test_ranges_are_updated_in_training_mode_only() -> None:
     layer = layer_of("static")
     quantizer = layer.input_quantizer
     assert isinstance(quantizer, ObservedQuantizer)
@@ -281,7 +281,7 @@ def test_observed_ranges_move_in_training_mode_only() -> None:
 
 
 @pytest.mark.parametrize("config", ["dynamic", "static", "lsq"])
-def test_the_first_stage_is_float_and_only_watches(config: str) -> None:
+def test_the_first_stage_computes_in_float_and_observes(config: str) -> None:
     torch.manual_seed(0)
     layer = QATLinear(40, 24, config=CONFIGS[config], activation="relu").enable_quantization(False)
     x = torch.randn(8, 40)
@@ -355,7 +355,7 @@ def test_a_compiled_training_step(config: str) -> None:
     for compiled in (False, True):
         torch.compiler.reset()
         model = mlp(CONFIGS[config])
-        model(x)  # steps and ranges start from data
+        model(x)  # initialises steps and ranges
         step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         outputs = []
         for _ in range(2):
@@ -368,7 +368,7 @@ def test_a_compiled_training_step(config: str) -> None:
         assert_same_bits(got, want)
 
 
-def test_gradient_accumulation_adds_up() -> None:
+def test_gradients_accumulate() -> None:
     model = mlp(CONFIGS["dynamic"])
     x = torch.randn(8, 16)
     model(x).sum().backward()
@@ -402,7 +402,7 @@ def test_a_layer_used_twice_before_one_backward() -> None:
         assert float(wanted["weight"].abs().max()) > 0
 
 
-def test_saved_activations_are_a_third_of_the_float_ones() -> None:
+def test_saved_activations_take_a_third_of_the_memory_of_float_activations() -> None:
     batch, sizes = 128, (256, 512, 512, 256)
 
     def saved(layers: list[nn.Module]) -> int:
@@ -434,7 +434,7 @@ def test_saved_activations_are_a_third_of_the_float_ones() -> None:
         assert ours <= 0.35 * saved(float_layers[:-1])
 
 
-# ---------------------------------------------------------------- a module like others
+# ---------------------------------------------------------------- copies, state, configurations
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -489,7 +489,7 @@ def test_quantizers_follow_the_configuration() -> None:
         ),
     ],
 )
-def test_configurations_to_deploy_train(config: Any, expected: TrainingConfig) -> None:
+def test_configurations_to_deploy_can_be_trained(config: Any, expected: TrainingConfig) -> None:
     assert training_config("x", config) == expected
     if config is not None:
         assert training_config("x", config).deployed() == config
