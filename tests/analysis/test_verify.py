@@ -323,7 +323,7 @@ def test_other_wrong_arguments() -> None:
         verify(model, "model", [floats(2, 64)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         verify(model, converted, [])
-    qat.observe(model)
+    qat.observe_(model)
     with pytest.raises(
         ValueError, match=r"in the stage 'observe' \(up, down\); call torchquant.qat."
     ):

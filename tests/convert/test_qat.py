@@ -194,7 +194,7 @@ def test_modes_are_kept(training: bool, requires_grad: bool) -> None:
     prepare_qat_(model, STATIC)
     assert all(module.training is training for module in model.modules())
     assert all(p.requires_grad is requires_grad for p in model.parameters())
-    qat.observe(model)
+    qat.observe_(model)
     model.train()(tokens())
     model.train(training)
     convert_(model)
@@ -572,7 +572,7 @@ def test_a_relu_in_the_first_stage() -> None:
     model = two_layers()
     expected = model(floats(5, 64))
     prepare_qat_(model)
-    qat.observe(model)
+    qat.observe_(model)
     assert_same_bits(model(floats(5, 64)), expected)
 
 
@@ -702,7 +702,7 @@ def test_calibration_alone_is_static_quantization() -> None:
     model = Classifier().train()
     expected = model(tokens())
     prepare_qat_(model, Int8StaticActivationInt8WeightConfig())
-    qat.observe(model)
+    qat.observe_(model)
     for seed in range(4):
         model(tokens(seed))
     report = convert_(model)
@@ -806,15 +806,15 @@ def test_the_stages() -> None:
     model = Classifier()
     expected = model(tokens())
     prepare_qat_(model, STATIC)
-    qat.observe(model)
+    qat.observe_(model)
     assert_same_bits(model(tokens()), expected, "float")
     first = ranges(model)
     assert all(r.isfinite().all() for r in first)
-    qat.quantize(model)
+    qat.train_(model)
     assert not torch.equal(model(tokens(1)), Classifier()(tokens(1)))
     second = ranges(model)
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    qat.freeze(model)
+    qat.freeze_(model)
     frozen = model(tokens(2))
     assert all(torch.equal(a, b) for a, b in zip(second, ranges(model), strict=True))
     converted = copy.deepcopy(model)
@@ -839,7 +839,7 @@ def test_a_schedule() -> None:
     for _ in range(6):
         stages.append(schedule.stage)
         schedule.step()
-    assert stages == ["observe", "observe", "quantize", "quantize", "freeze", "freeze"]
+    assert stages == ["observe", "observe", "train", "train", "freeze", "freeze"]
 
 
 def test_a_schedule_continues_from_its_state() -> None:

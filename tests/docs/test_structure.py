@@ -36,7 +36,6 @@ ROOT_FILES = {
     "__init__.py",
     "_build_info.py",  # written by the build
     "_extension.py",
-    "configs.py",
     "cpu.py",
     "observers.py",
     "py.typed",

@@ -271,9 +271,9 @@ def test_train_convert_verify() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    torchquant.qat.observe(model)
+    torchquant.qat.observe_(model)
     assert_same_bits(model.first(X).detach(), model.first.to_float()(X).detach())
-    torchquant.qat.freeze(model)
+    torchquant.qat.freeze_(model)
     trained = copy.deepcopy(model.eval())
     report = torchquant.convert_(model)
     assert [row.action for row in report.layers] == ["converted"] * 3 + ["skipped"]

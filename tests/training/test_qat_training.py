@@ -68,7 +68,7 @@ def test_gradient_accumulation(name: str) -> None:
     model = prepared(CONFIGS[name])
     (whole,) = batches(1)
     loss_of(model, whole)  # ranges and first steps
-    qat.freeze(model)
+    qat.freeze_(model)
     twin = copy.deepcopy(model)
     loss_of(model, whole).backward()
     for x, labels in zip(whole[0].chunk(2), whole[1].chunk(2), strict=True):
@@ -160,7 +160,7 @@ def test_frozen_dynamic_layers_compile_to_one_graph() -> None:
         model = prepared(CONFIGS[name])
         ((x, _),) = batches(1)
         model(x)
-        qat.freeze(model)
+        qat.freeze_(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_same_bits(compiled(x).detach(), model(x).detach(), name)
         torch._dynamo.reset()

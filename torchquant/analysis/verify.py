@@ -343,7 +343,7 @@ def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[
     if floating:
         raise ValueError(
             "verify: qat_model must compute with integers, got layers in the stage 'observe' "
-            f"({', '.join(floating)}); call torchquant.qat.quantize(model) first"
+            f"({', '.join(floating)}); call torchquant.qat.train_(model) first"
         )
     missing = [name or "the model" for name in trained if name not in converted]
     if missing:

@@ -1,8 +1,8 @@
 """The stages of quantization-aware training, and a schedule of the stages.
 
-In the first stage (:func:`observe`), prepared layers compute in float and observers record ranges.
-In the second stage (:func:`quantize`), they compute with integers and observers keep updating the
-ranges. In the last stage (:func:`freeze`), the ranges are fixed. Buffers of the model hold the
+In the first stage (:func:`observe_`), prepared layers compute in float and observers record ranges.
+In the second stage (:func:`train_`), they compute with integers and observers keep updating the
+ranges. In the last stage (:func:`freeze_`), the ranges are fixed. Buffers of the model hold the
 stage, so a model that is loaded from a checkpoint continues in the same stage.
 """
 
@@ -17,14 +17,14 @@ from torchquant.nn.base import TrainedModule
 from torchquant.training.observed_quantizer import ObservedQuantizer
 
 
-def observe(model: nn.Module) -> None:
+def observe_(model: nn.Module) -> None:
     """Stage 1: prepared layers compute in float; observers record the ranges of their inputs.
 
     Example:
         >>> import torch, torchquant
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> _ = torchquant.prepare_qat_(model)
-        >>> observe(model)
+        >>> observe_(model)
         >>> x = torch.randn(2, 64)
         >>> torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
         True
@@ -32,19 +32,19 @@ def observe(model: nn.Module) -> None:
     _set_stage(model, observing=True, quantizing=False)
 
 
-def quantize(model: nn.Module) -> None:
+def train_(model: nn.Module) -> None:
     """Stage 2 (default after ``prepare_qat_``): integers; observers keep updating ranges.
 
     Example:
         >>> import torch, torchquant
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> _ = torchquant.prepare_qat_(model)
-        >>> quantize(model)
+        >>> train_(model)
     """
     _set_stage(model, observing=True, quantizing=True)
 
 
-def freeze(model: nn.Module) -> None:
+def freeze_(model: nn.Module) -> None:
     """Stage 3: integers; observed ranges are fixed.
 
     Learned steps are parameters, so the optimizer still updates them.
@@ -53,7 +53,7 @@ def freeze(model: nn.Module) -> None:
         >>> import torch, torchquant
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> _ = torchquant.prepare_qat_(model)
-        >>> freeze(model)
+        >>> freeze_(model)
     """
     _set_stage(model, observing=False, quantizing=True)
 
@@ -91,7 +91,7 @@ class QATSchedule:
         ...     schedule.step()
         ...     stages.append(schedule.stage)
         >>> stages
-        ['observe', 'quantize', 'freeze']
+        ['observe', 'train', 'freeze']
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class QATSchedule:
 
     @property
     def stage(self) -> str:
-        """ "observe", "quantize" or "freeze"."""
+        """ "observe", "train" or "freeze"."""
         if self.freeze_step is not None and self.steps >= self.freeze_step:
             return "freeze"
-        return "quantize" if self.steps >= self.observe_steps else "observe"
+        return "train" if self.steps >= self.observe_steps else "observe"
 
     def step(self) -> None:
         """Count a step and set the stage of the next step."""
@@ -153,7 +153,7 @@ class QATSchedule:
         self.observe_steps, self.freeze_step = observe_steps, freeze_step
 
     def _apply(self) -> None:
-        {"observe": observe, "quantize": quantize, "freeze": freeze}[self.stage](self.model)
+        {"observe": observe_, "train": train_, "freeze": freeze_}[self.stage](self.model)
 
 
 def _count(name: str, value: int) -> int:
@@ -162,4 +162,4 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-__all__ = ["QATSchedule", "freeze", "observe", "quantize"]
+__all__ = ["QATSchedule", "freeze_", "observe_", "train_"]

@@ -14,7 +14,8 @@ from torchquant.configs import (
     Weights,
     check_config,
 )
-from torchquant.scheme import MAX_BITS, MIN_BITS, quant_range
+from torchquant.configs.part import require_bits, require_boolean
+from torchquant.scheme import MAX_BITS, quant_range
 
 __all__ = [
     "LearnedActivations",
@@ -47,7 +48,7 @@ class LearnedWeights(Part):
     bits: int = 8
 
     def __post_init__(self) -> None:
-        _check_bits("LearnedWeights", "bits", self.bits)
+        require_bits("LearnedWeights", "bits", self.bits)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -125,7 +126,7 @@ class LearnedActivations(Activations):
     zero_point: Literal["none", "unsigned", "learned"] = "none"
 
     def __post_init__(self) -> None:
-        _check_bits("LearnedActivations", "bits", self.bits)
+        require_bits("LearnedActivations", "bits", self.bits)
         if self.zero_point not in ("none", "unsigned", "learned"):
             raise ValueError(
                 'LearnedActivations: zero_point must be "none", "unsigned" or "learned", got '
@@ -188,11 +189,8 @@ class TrainingConfig(Part):
                 f"LearnedActivations(), got {self.activations!r}"
             )
         if self.edge_bits is not None:
-            _check_bits("TrainingConfig", "edge_bits", self.edge_bits)
-        if not isinstance(self.simulate, bool):
-            raise TypeError(
-                f"TrainingConfig: simulate must be True or False, got {self.simulate!r}"
-            )
+            require_bits("TrainingConfig", "edge_bits", self.edge_bits)
+        require_boolean("TrainingConfig", "simulate", self.simulate)
 
     @property
     def learned(self) -> bool:
@@ -272,9 +270,9 @@ def QATConfig(
     """
     who = "QATConfig"
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        _check_bits(who, name, bits)
+        require_bits(who, name, bits)
     if edge_bits is not None:
-        _check_bits(who, "edge_bits", edge_bits)
+        require_bits(who, "edge_bits", edge_bits)
     flags = {
         "learned_weights": learned_weights,
         "learned_activations": learned_activations,
@@ -285,8 +283,7 @@ def QATConfig(
         "simulate": simulate,
     }
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{who}: {name} must be True or False, got {value!r}")
+        require_boolean(who, name, value)
     if activations not in ("dynamic", "static"):
         raise ValueError(f'{who}: activations must be "dynamic" or "static", got {activations!r}')
     _check_constant(who, averaging_constant)
@@ -353,13 +350,6 @@ def training_config(who: str, config: TrainingConfig | QuantizationConfig | None
             "observed ranges give the default, and QATConfig(learned_activations=True) the other"
         )
     return training
-
-
-def _check_bits(who: str, name: str, bits: object) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(
-            f"{who}: {name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}"
-        )
 
 
 def _check_constant(who: str, constant: object) -> None:

@@ -1,0 +1,57 @@
+"""What a verb may compute together with the layers that it quantizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchquant.configs.part import require_booleans
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What :func:`torchquant.quantize_` may compute together with the quantized layers.
+
+    With the defaults, the results of a model change only by rounding.
+
+    Args:
+        activations: if True, an activation module after a layer becomes part of the layer, which
+            computes it while the sums are in registers. Results change by rounding: the library's
+            polynomials replace those of torch (:mod:`torchquant.functional.activations` states
+            their errors), and a bfloat16 or float16 model rounds once less, because the values
+            between the two modules stay in float32.
+        projections: if True, layers that are applied to the same tensor (query, key and value; gate
+            and up) are computed together, so that the tensor is quantized once. Results keep their
+            bits. This takes effect only while gradients (``torch.no_grad``,
+            ``torch.inference_mode``) and autocast are off.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Example:
+        >>> Fusion(activations=False)
+        Fusion(activations=False, projections=True)
+    """
+
+    activations: bool = True
+    projections: bool = True
+
+    def __post_init__(self) -> None:
+        require_booleans(self, "activations")
+        require_booleans(self, "projections")
+
+
+def check_fusion(who: str, fusion: Fusion | None) -> Fusion:
+    """Return ``fusion``, or the default value for None.
+
+    Raises:
+        TypeError: fusion is not a :class:`Fusion`; the message starts with ``who``.
+
+    Example:
+        >>> check_fusion("quantize_", None) == Fusion()
+        True
+    """
+    if fusion is None:
+        return Fusion()
+    if not isinstance(fusion, Fusion):
+        raise TypeError(f"{who}: fusion must be a torchquant.Fusion(), got {fusion!r}")
+    return fusion
