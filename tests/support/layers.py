@@ -89,6 +89,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     tensors = tensors_of(model)
     values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     modes = [module.training for module in model.modules()]
+    places = [(list(module._parameters), list(module._buffers)) for module in model.modules()]
     yield
     assert dict(model.named_modules(remove_duplicate=False)) == modules
     now = tensors_of(model)
@@ -98,3 +99,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         if not tensor.is_meta:
             assert_same_bits(tensor.detach(), values[key], key)
     assert [module.training for module in model.modules()] == modes
+    assert places == [
+        (list(module._parameters), list(module._buffers)) for module in model.modules()
+    ]
