@@ -48,7 +48,14 @@ FILES = {
         "nn/test_qat_linear.py",
         "convert/test_qat.py",
     ),
-    "layers": ("nn/test_nn_linear.py", "convert/test_quantize.py", "convert/test_fuse.py"),
+    "layers": (
+        "nn/test_nn_linear.py",
+        "convert/test_quantize.py",
+        "convert/test_fuse.py",
+        "convert/test_rejected_fusions.py",
+        "graph/test_recognized_activations.py",
+        "graph/test_traces.py",
+    ),
 }
 
 
