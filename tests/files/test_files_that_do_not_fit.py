@@ -80,9 +80,15 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         ),
         (setting("absorbed", {"1": None}), "activation None at '1' in the file, ReLU in the model"),
         (setting("absorbed", {"1": []}), "activation [] at '1' in the file, ReLU in the model"),
-        (setting("absorbed", {"0": "relu"}), "computes at '0' in the file"),
-        (setting("absorbed", {"9": "relu"}), "computes at '9' in the file, nothing in the model"),
-        (setting("absorbed", {"": "relu"}), "computes at '' in the file, Sequential in the model"),
+        (setting("absorbed", {"0": "relu"}), "a fused activation 'relu' at '0' in the file"),
+        (
+            setting("absorbed", {"9": "relu"}),
+            "a fused activation 'relu' at '9' in the file, nothing in the model",
+        ),
+        (
+            setting("absorbed", {"": "relu"}),
+            "a fused activation 'relu' at '' in the file, Sequential in the model",
+        ),
         (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.weight_scale"),
     ],
 )
