@@ -7,7 +7,7 @@ one processor gives the same results whatever the number of jobs at a time.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Setting:
 def _setting(weight_bits: int, activation_bits: int, bound: float, **qat: Any) -> Setting:
     edge = 8 if min(weight_bits, activation_bits) < 8 else None
     rounded = QATConfig(weight_bits, activation_bits, edge_bits=edge)
-    return Setting(replace(rounded, **qat), rounded, bound)
+    trained = QATConfig(weight_bits, activation_bits, edge_bits=edge, **qat)
+    return Setting(trained, rounded, bound)
 
 
 # At 8 bits a channel's own range gives a good scale. With fewer bits, steps are learned (LSQ). The
