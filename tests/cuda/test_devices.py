@@ -1,50 +1,32 @@
-"""Modules and verbs between devices, on a machine without a GPU: a pretended one, with values.
-
-What only a GPU can show is in test_cuda_modules.py.
-"""
+"""Modules between devices, on a machine that pretends to have a GPU."""
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from support import assert_same_bits, floats
+from support.devices import (
+    HOST,
+    on_cuda,
+)
 from support.layers import CONFIGS, assert_same_state, layer_of
 from support.pretend import CUDA, Pretended, pretended_cuda, values
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchquant.convert.activations as fuse_activations
 import torchquant.nn.linear as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
     Int8StaticActivationInt8WeightConfig,
-    LSQQuantizer,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    ObservedQuantizer,
-    PACTQuantizer,
-    QATConfig,
-    TrainingConfig,
-    convert_,
-    load,
     ops,
-    prepare_qat_,
     quantize_,
-    save,
-    verify,
 )
 from torchquant.graph.trace import forward_traces
-from torchquant.nn import LayerNorm, QATLinear, QuantizedLinear, RMSNorm
+from torchquant.nn import LayerNorm, QuantizedLinear, RMSNorm
 from torchquant.ops._arguments import packed_shape
-
-HOST = torch.device("cpu")
-verify_module = sys.modules[
-    "torchquant.analysis.verify"
-]  # the name in the package is the function's
 
 
 def static_layer() -> QuantizedLinear:
@@ -61,10 +43,6 @@ LAYERS: dict[str, Callable[[], QuantizedLinear]] = {
     "tiny": lambda: layer_of(out_features=1, in_features=1),
     "static": static_layer,
 }
-
-
-def on_cuda(x: Tensor) -> Tensor:
-    return Pretended(x.clone())
 
 
 # ---------------------------------------------------------------- layouts
@@ -323,140 +301,6 @@ def test_a_fused_activation_is_tried_on_the_layers_device(
         assert layer.activation == "none"
 
 
-# ---------------------------------------------------------------- training
-
-
-QAT_CONFIGS = {
-    "dynamic": QATConfig(),
-    "static": QATConfig(activations="static"),
-    "learned": QATConfig(
-        weight_bits=4,
-        activation_bits=4,
-        activations="static",
-        learned_weights=True,
-        learned_activations=True,
-        learned_offset=True,
-    ),
-}
-
-
-@pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_a_prepared_layer_on_the_gpu(config: TrainingConfig) -> None:
-    torch.manual_seed(0)
-    layer = QATLinear(64, 32, config=config, activation="relu")
-    layer(floats(8, 64))  # ranges and first steps
-    layer.eval()
-    x = floats(5, 64, seed=3)
-    with torch.no_grad():
-        expected, deployed = layer(x), layer.to_quantized()
-    twin = copy.deepcopy(layer)
-    with torch.no_grad(), pretended_cuda() as cuda:
-        layer.to(cuda)
-        output = layer(on_cuda(x))
-        converted = layer.to_quantized()
-        assert converted.packed.device == CUDA
-        again = converted(on_cuda(x))
-        converted.to("cpu")
-        layer.to("cpu")
-    assert_same_bits(values(output), expected)
-    assert_same_bits(values(again), expected)
-    assert_same_state(converted, deployed)
-    assert_same_state(layer, twin)
-
-
-@pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_ranges_and_steps_move_alike(config: TrainingConfig) -> None:
-    """In training mode, without gradients: what observers and quantizers keep is the CPU's."""
-    torch.manual_seed(0)
-    here = QATLinear(64, 32, config=config)
-    with torch.no_grad():
-        here(floats(8, 64))
-        with pretended_cuda() as cuda:
-            there = copy.deepcopy(here).to(cuda)
-            for seed in range(3):
-                batch = floats(8, 64, seed=seed)
-                output = there(on_cuda(batch))
-                assert_same_bits(values(output), here(batch))
-            there.to("cpu")
-    assert_same_state(there, here)
-
-
-def test_first_steps_and_offsets_are_the_cpus() -> None:
-    x = floats(64, 64)
-    with torch.no_grad():
-        for make in (
-            lambda: LSQQuantizer(bits=4, symmetric=False),
-            lambda: LSQQuantizer(bits=4, symmetric=False, per_channel=True, num_channels=64),
-        ):
-            here = make()
-            here(x)
-            with pretended_cuda() as cuda:
-                there = make().to(cuda)
-                there(on_cuda(x))
-                there.to("cpu")
-            assert_same_state(there, here)
-
-
-def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake CPU tensors take the ways of a GPU's; to look at a value raises."""
-    monkeypatch.setattr(Tensor, "is_cpu", property(lambda tensor: False))
-    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
-
-
-def test_looking_at_a_fake_value_raises() -> None:
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        bool(torch.zeros(1) > 0)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        MinMaxObserver,
-        MovingAverageMinMaxObserver,
-        ObservedQuantizer,
-        PACTQuantizer,
-        LSQQuantizer,
-        lambda: LSQQuantizer(symmetric=False),
-        lambda: LSQQuantizer(per_channel=True, num_channels=8),
-    ],
-    ids=["minmax", "moving", "fake", "pact", "lsq", "lsq_plus", "lsq_channels"],
-)
-def test_quantizers_do_not_wait_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]
-) -> None:
-    no_host(monkeypatch)
-    with FakeTensorMode():
-        module = make()
-        _started(module)
-        for _ in range(2):
-            x = torch.empty(8, 64, requires_grad=True)
-            module(x).sum().backward()
-
-
-@pytest.mark.parametrize("config", QAT_CONFIGS.values(), ids=QAT_CONFIGS)
-def test_a_training_step_does_not_wait_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, config: TrainingConfig
-) -> None:
-    no_host(monkeypatch)
-    with FakeTensorMode():
-        layer = QATLinear.__new__(QATLinear)  # from_float wants plain parameters
-        nn.Module.__init__(layer)
-        layer._init(nn.Linear(64, 32), config, "relu")
-        _started(layer)
-        x = torch.empty(8, 64, requires_grad=True)
-        layer(x).sum().backward()
-        assert x.grad is not None
-
-
-def _started(module: nn.Module) -> None:
-    """As after the first batch, at which a quantizer may look, once."""
-    for part in module.modules():
-        if isinstance(part, LSQQuantizer):
-            part._initialized = True
-        if isinstance(part, ObservedQuantizer):
-            part._has_scale = True
-
-
 # ---------------------------------------------------------------- norms
 
 
@@ -489,127 +333,3 @@ def test_norms_on_the_gpu() -> None:
         outputs = [values(norm.to(cuda)(on_cuda(x))) for norm in here]
     for output, wanted in zip(outputs, expected, strict=True):
         assert_same_bits(output, wanted)
-
-
-# ---------------------------------------------------------------- files and verify
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.relu, self.down = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        y: Tensor = self.down(self.relu(self.up(x)))
-        return y if scale is None else y * scale
-
-
-def test_a_file_is_loaded_onto_the_gpu(tmp_path: Path) -> None:
-    model = Net().eval()
-    quantize_(model)
-    save(model, tmp_path / "file")
-    x = floats(3, 64)
-    with torch.no_grad(), pretended_cuda() as cuda:
-        with torch.device("meta"):
-            empty = Net().eval()
-        loaded = load(tmp_path / "file", empty, device=cuda)
-        assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {CUDA}
-        output = loaded(on_cuda(x))
-        save(loaded, tmp_path / "again")
-        assert not any(module._state_dict_hooks for module in loaded.modules())
-        load(tmp_path / "file", loaded)  # the CPU, as ever
-    assert {t.device for t in (*loaded.parameters(), *loaded.buffers())} == {HOST}
-    assert_same_bits(values(output), model(x).detach())
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("device", "text"),
-    [("meta", "device must hold values, got 'meta'"), ("gpu", "one of torch's devices, got 'gpu'")],
-)
-def test_devices_that_no_file_is_loaded_onto(tmp_path: Path, device: str, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        load(tmp_path / "no file", Net(), device=device)
-
-
-@pytest.mark.parametrize("kind", ["converted", "prepared", "quantized"])
-@pytest.mark.parametrize("to_cuda", ["first", "second", "both"])
-def test_verify_between_devices(monkeypatch: pytest.MonkeyPatch, kind: str, to_cuda: str) -> None:
-    monkeypatch.setattr(verify_module, "_cuda_generators", lambda devices: [])
-    torch.manual_seed(0)
-    first: nn.Module = Net()
-    if kind == "quantized":
-        quantize_(first.eval())
-    else:
-        prepare_qat_(first, QATConfig(activations="static"))
-        first(floats(8, 64))
-    second = copy.deepcopy(first)
-    if kind == "converted":
-        convert_(second)
-    batches = [floats(3, 64), (floats(2, 64),), {"x": floats(4, 64), "scale": torch.ones(1)}]
-    with pretended_cuda() as cuda:
-        for model, name in ((first, "first"), (second, "second")):
-            if to_cuda in (name, "both"):
-                model.to(cuda)
-        if to_cuda == "both" and kind != "converted":
-            with pytest.raises(ValueError, match="verify: q"):
-                verify(first, second, batches)
-            return
-        report = verify(first, second, batches)
-    assert report.exact
-    assert [layer.values for layer in report.layers] == [9 * 128, 9 * 64]
-    places = {"first": ("cuda:0", "cpu"), "second": ("cpu", "cuda:0"), "both": ("cuda:0", "cuda:0")}
-    assert report.devices == places[to_cuda]
-    line = f"Devices: {report.devices[0]} (trained) and {report.devices[1]} (converted)"
-    assert (line in str(report)) == (to_cuda != "both")
-
-
-def test_verify_finds_a_difference_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "_cuda_generators", lambda devices: [])
-    first = Net().eval()
-    quantize_(first)
-    second = copy.deepcopy(first)
-    with torch.no_grad():
-        second.down.bias[3] += 1
-    with pretended_cuda() as cuda:
-        pairs = [(first, copy.deepcopy(second).to(cuda)), (copy.deepcopy(first).to(cuda), second)]
-        for models in pairs:
-            report = verify(*models, [floats(3, 64)])
-            assert (report.layers[0].bits, report.layers[1].differing) == (0, 3)
-            assert report.first_difference is not None
-            assert report.first_difference.index == (0, 3)
-
-
-def test_a_prepared_model_in_its_first_stage_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "_cuda_generators", lambda devices: [])
-    first = Net()
-    prepare_qat_(first)
-    second = copy.deepcopy(first)
-    second.up.enable_quantization(False)
-    with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"first stage \(up\)"):
-        verify(first, second.to(cuda), [floats(3, 64)])
-
-
-class Sample(NamedTuple):
-    x: Tensor
-    rows: list[Tensor]
-    name: str
-
-
-def test_batches_of_all_kinds_are_moved() -> None:
-    x = floats(2, 3)
-    batch = {"sample": Sample(x, [x, x], "text"), "rest": (x, 3)}
-    assert verify_module._moved(batch, {HOST}) is batch, "nothing to move"
-    assert verify_module._moved(batch, {HOST, CUDA}) is batch, "the model has several devices"
-    with pretended_cuda():
-        moved = verify_module._moved(batch, {CUDA})
-    assert type(moved["sample"]) is Sample
-    assert moved["sample"].name == "text"
-    assert moved["rest"][1] == 3
-    tensors = [moved["sample"].x, *moved["sample"].rows, moved["rest"][0]]
-    assert all(tensor.device == CUDA and torch.equal(values(tensor), x) for tensor in tensors)
-
-
-def test_generators_of_both_models() -> None:
-    devices = [torch.device(name) for name in ("cuda:1", "cpu", "cuda:0", "meta")]
-    assert verify_module._cuda_generators(devices) == [0, 1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import torchquant.ops  # noqa: F401  (registers the operators)
-from support import assert_same_bits
+from support import assert_same_bits, integers
 
 KERNELS, ATEN = torch.ops.torchquant, torch.ops.torchquant_aten
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -65,3 +65,8 @@ def check_same(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             assert a.device.type == device and a.is_contiguous()
             assert_same_bits(a.cpu(), b, (name, device, i))
     return expected
+
+
+def zeros_of(count: int, seed: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Zero points, int32, of the range of ``dtype``."""
+    return integers(count, seed=seed, dtype=dtype).to(torch.int32)
