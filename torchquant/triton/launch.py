@@ -1,4 +1,4 @@
-"""How every kernel is started."""
+"""The launch of every kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
 ) -> None:
-    """Run ``kernel[grid](*args, **options)`` on ``device``, multiplications and additions unfused.
+    """Run ``kernel[grid](*args, **options)`` on ``device``, without fused multiply-adds.
 
-    Triton launches on the current device, whatever its arguments' device is, and by default lets
-    the assembler fuse multiplications with additions, which changes bits.
+    Triton launches on the current device, not on its arguments' device, and by default lets the
+    assembler fuse multiplications with additions, which changes bits.
 
     Args:
         kernel: a ``triton.jit`` function.
-        grid: programs along up to three axes.
-        device: of the tensors; a CPU works under Triton's interpreter.
+        grid: number of programs along up to three axes.
+        device: the tensors' device; the CPU works under Triton's interpreter.
         args, options: the kernel's arguments; num_warps, num_stages and the like.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):

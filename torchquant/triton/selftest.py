@@ -1,9 +1,9 @@
-"""A small case per operator, which a kernel must compute with the ATen fallback's bits.
+"""Small cases per operator, for which a kernel must compute the ATen fallback's bits.
 
-It runs at an operator's first call on a device, before any result of Triton's is handed out: a
-compiler or a GPU that nobody here has seen may be wrong about a rounding. The cases have sizes that
-divide no block, ties, a row with NaN and one with an infinity, and the wider of an operator's
-arguments; what they cost is one compilation each.
+They run at an operator's first call on a device, before it returns any result of Triton: an
+untested compiler or GPU may round differently. The cases have sizes that are not multiples of a
+block, ties, a row with NaN, a row with an infinity, and rarely used arguments. Each costs one
+compilation.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Arguments = tuple[Any, ...]
 def check(
     name: str, kernel: Callable[..., Any], aten: Callable[..., Any], device: torch.device
 ) -> str | None:
-    """Run ``name``'s cases through both; None if all bits agree, else what differs.
+    """Run the cases of ``name`` with both; None if all bits agree, else the first difference.
 
-    A case that the kernel refuses (``NotImplemented``) is ATen's at run time, too.
+    A case that the kernel leaves to ATen (``NotImplemented``) is skipped.
     """
     with tuning.paused():
         for arguments in samples(name, device):
@@ -42,7 +42,7 @@ def check(
 
 
 class _Draw:
-    """Tensors drawn on the CPU, without touching the user's generators, and moved."""
+    """Draws tensors on the CPU, with a generator of its own, and moves them to the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,7 +56,7 @@ class _Draw:
         return x.to(dtype).to(self.device)
 
     def steps(self, *shape: int, step: float) -> Tensor:
-        """Multiples of a power of two: their products and sums are exact in any order."""
+        """Multiples of a power of two, whose products and sums are exact in any order."""
         x = torch.randint(-40, 41, shape, generator=self.generator, device="cpu")
         return (x.to(torch.float32) * step).to(self.device)
 
@@ -75,13 +75,13 @@ class _Draw:
         return self.integers(-9, 9, *shape, dtype=torch.int32)
 
     def packed(self, *outputs: int) -> Tensor:
-        """Packed weights of so many outputs each, concatenated."""
+        """Packed weights with these numbers of outputs, concatenated."""
         pack = torch.ops.torchquant_aten.pack_weight.default
         return torch.cat([pack(self.int8(n, INPUTS)) for n in outputs])
 
 
 def samples(name: str, device: torch.device) -> Iterator[Arguments]:
-    """Arguments for the operator ``name``, by position, as its schema in csrc/ops.cpp has them."""
+    """Positional arguments of the operator ``name``, in the order of its schema (csrc/ops.cpp)."""
     draw = _Draw(device)
     for family in (_affine, _linear, _elementwise, _fake_quantize, _training):
         cases = family(draw).get(name)

@@ -1,1 +1,1 @@
-"""int8 matrix products in Triton: the problem, the configurations, the kernels, what runs them."""
+"""int8 matrix products in Triton: problem, configurations, kernels, and how they run."""

@@ -1,19 +1,20 @@
-"""Which kernel runs an integer matrix product, in which blocks, and in which order to try them.
+"""Configurations of an integer matrix product: which kernel, in which blocks, what to try first.
 
-A :class:`Config` says one of three ways:
+A :class:`Config` describes one of three ways:
 
 tma
-    For large products on Hopper and later. As many programs as there are multiprocessors, each
-    taking one output tile after the other; both operands come by the tensor memory accelerator in
-    ``stages`` buffers, and the loads of the next tile start during this one's epilogue. Tiles are
-    ordered in groups of ``group`` tile rows, so that what runs at one time shares its operands in
-    the L2 cache. The output leaves in ``subtiles`` parts, which lets a deeper pipeline fit.
+    For large products on Hopper and later. There are as many programs as multiprocessors, and each
+    computes one output tile after the other. The tensor memory accelerator loads both operands into
+    ``stages`` buffers; the loads of the next tile start during the epilogue of the current one.
+    Tiles are ordered in groups of ``group`` tile rows, so that programs which run at the same time
+    share operands in the L2 cache. The output is written in ``subtiles`` parts, which leaves shared
+    memory for more stages.
 pointer
-    Any shape, row stride and device. One program an output tile.
+    For any shape, row stride and device. One program per output tile.
 pointer with ``split`` > 1
-    For few rows: the programs share out K too, until they cover the multiprocessors. Integer
-    partial sums go to a workspace; a second kernel adds them and does the epilogue. Integers: the
-    order does not matter.
+    For few rows: the programs divide K, too, so that all multiprocessors work. They write partial
+    sums to a workspace; a second kernel adds them and computes the epilogue. The sums are integers,
+    so their order does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torchquant.triton.launch import next_power_of_2
 
 @dataclass(frozen=True)
 class Config:
-    """Which kernel, in which shape (this module's docstring); all fields plain, for a cache."""
+    """A kernel and its blocks (see this module's docstring). Plain fields, for a file."""
 
     kind: str  # "tma" or "pointer"
     block_m: int
@@ -44,15 +45,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a configuration depends on."""
+    """The properties of a GPU that the choice of a configuration depends on."""
 
     capability: tuple[int, int]
     sms: int
-    shared: int  # bytes of shared memory that a program may have
+    shared: int  # most bytes of shared memory per program
 
     @staticmethod
     def of(device: torch.device) -> Device:
-        """Of a CUDA device; an H200 under the interpreter."""
+        """The properties of a CUDA device; those of an H200 under Triton's interpreter."""
         if device.type != "cuda":
             return Device((9, 0), 132, 232448)
         found = torch.cuda.get_device_properties(device)
@@ -60,10 +61,10 @@ class Device:
         return Device((found.major, found.minor), found.multi_processor_count, shared)
 
 
-# Tiles of the persistent kernel. Sums take 128 registers a thread at most; an epilogue of a quarter
-# tile fits beside them. Triton waits for an integer product before the next step, so either a step
-# is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one multiplies while the
-# other waits.
+# Tiles of the persistent kernel. Sums take at most 128 registers per thread, which leaves room for
+# the epilogue of a quarter tile. Triton waits for an integer product before the next step, so
+# either a step is long (K of 128 or 256 bytes), or two programs share a multiprocessor: one
+# multiplies while the other waits.
 _TMA = (
     Config("tma", 128, 256, 128, warps=8, stages=4, subtiles=4),
     Config("tma", 128, 128, 128, warps=4, stages=3, subtiles=4),
@@ -81,10 +82,10 @@ _POINTER = (
     Config("pointer", 64, 64, 128, warps=4, stages=3),
     Config("pointer", 32, 64, 128, warps=4, stages=4),
 )
-# Columns, K, warps, stages where rows are few: what streams is the weight, 16 bytes a thread, and
-# (stages - 1) * block_n * block_k bytes of it are under way at any time, for each program.
+# Columns, K, warps, stages for few rows. The weight streams from memory, 16 bytes per thread, and
+# (stages - 1) * block_n * block_k bytes of it are in flight per program.
 _FEW_ROWS = ((16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 4, 4), (64, 256, 4, 4), (128, 128, 4, 4))
-# What may share out K between 65 and _SPLIT_ROWS rows.
+# Configurations that can divide K, for 65 to _SPLIT_ROWS rows.
 _SOME_ROWS = (
     Config("pointer", 128, 128, 128, warps=8, stages=3, subtiles=2),
     Config("pointer", 128, 64, 128, warps=4, stages=4, subtiles=2),
@@ -94,7 +95,7 @@ _MOST_SPLIT = 16
 
 
 def shared_bytes(config: Config, out_bytes: int = 4) -> int:
-    """Shared memory that a configuration takes, about: the buffers, and the output on its way."""
+    """Approximate shared memory of a configuration: the buffers, and the staged output."""
     buffers = config.stages * (config.block_m + config.block_n) * config.block_k
     if config.kind == "tma":
         buffers += config.block_m * config.block_n // config.subtiles * out_bytes + 256
@@ -102,42 +103,42 @@ def shared_bytes(config: Config, out_bytes: int = 4) -> int:
 
 
 def resident(config: Config, problem: Problem, device: Device) -> int:
-    """Programs that share a multiprocessor."""
+    """The number of programs that share a multiprocessor."""
     shared = shared_bytes(config, problem.out.element_size()) + 1024
     return 2 if config.warps == 4 and 2 * shared <= device.shared + 1024 else 1
 
 
 def _splits(config: Config, problem: Problem, device: Device) -> list[Config]:
-    """The configuration with K in one part, and in so many that all multiprocessors have work."""
+    """The configuration with K in one part, and in as many parts as there are multiprocessors."""
     there = tiles(config, problem)
     steps = triton.cdiv(problem.columns, config.block_k)
     fill = triton.cdiv(device.sms, there)
     configs = []
     for split in (1, fill, 2 * fill) if there < 2 * device.sms else (1,):
         share = triton.cdiv(steps, min(split, _MOST_SPLIT))
-        # No part may be without a step.
+        # Every part must have at least one step.
         configs.append(replace(config, split=triton.cdiv(steps, share)))
     return configs
 
 
 def tiles(config: Config, problem: Problem) -> int:
-    """Blocks of the output."""
+    """The number of output tiles."""
     rows: int = triton.cdiv(problem.m, config.block_m)
     columns: int = triton.cdiv(problem.n, config.block_n)
     return rows * columns
 
 
 def _cost(config: Config, problem: Problem, device: Device) -> float:
-    """Estimated cycles of a multiprocessor, to put candidates in order; rates of an H200."""
+    """Estimated cycles of a multiprocessor, to order the candidates; with the rates of an H200."""
     c, programs = config, tiles(config, problem) * config.split
     area, k = c.block_m * c.block_n, problem.columns / c.split
     rounds: int = triton.cdiv(programs, device.sms)
     rate = {128 * 256: 1.0, 128 * 128: 0.85, 128 * 64: 0.7}.get(area, 0.5)
     rate *= 1.0 if c.kind == "tma" else 0.7
     products = area * k / (2600 * rate)
-    shared = (c.block_n + min(problem.m, c.block_m)) * k / 40  # out of the L2 cache
+    shared = (c.block_n + min(problem.m, c.block_m)) * k / 40  # from the L2 cache
     memory = 0.0
-    if problem.m <= c.block_m:  # every weight is read once, out of memory
+    if problem.m <= c.block_m:  # every weight is read once, from memory
         residents = max(1, min(rounds, device.shared // (shared_bytes(c) + 1024)))
         under_way = residents * (c.stages - 1) * c.block_n * c.block_k
         memory = c.block_n * k / (21 * min(1.0, under_way / 40960))
@@ -145,7 +146,7 @@ def _cost(config: Config, problem: Problem, device: Device) -> float:
 
 
 def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
-    """Every configuration that can run the problem, the likely best first, without repetitions."""
+    """Every configuration that can run the problem, the probably fastest first."""
     device = device or Device.of(problem.x.device)
     found: list[Config] = []
     if problem.m <= 64:
@@ -166,5 +167,5 @@ def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
 
 
 def default_config(problem: Problem) -> Config:
-    """The configuration that runs without tuning."""
+    """The configuration to use without tuning."""
     return candidates(problem)[0]

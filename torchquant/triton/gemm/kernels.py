@@ -1,9 +1,8 @@
 """The kernels of the integer matrix products: int8 rows to the finished output in one call.
 
-All three end in ``_finish``. What it needs comes as one tuple, an :class:`Epilogue`, which a kernel
-only passes on. Which kernel runs a product, and in which blocks:
-:mod:`torchquant.triton.gemm.configs`. Sums wrap around on the way, which is fine while the final
-value fits.
+All three end in ``_finish``, whose arguments are one tuple, an :class:`Epilogue`.
+:mod:`torchquant.triton.gemm.configs` chooses the kernel and its blocks. Intermediate sums can wrap
+around, which does no harm as long as the final value fits.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
@@ -18,10 +17,10 @@ from torchquant.triton.kernels.language import fma, quantize, reciprocal
 
 
 class Epilogue(NamedTuple):
-    """What a kernel does after the sums; for what is None nothing is compiled.
+    """The computation after the sums; a field that is None compiles to nothing.
 
-    The output's zero point and range are not among it: Triton compiles a kernel for each kind of
-    number in a tuple (1, multiples of 16, others), whatever ``do_not_specialize`` says.
+    The output's zero point and range are separate arguments: in a tuple, Triton compiles one kernel
+    for each kind of number (1, multiples of 16, others) and ignores ``do_not_specialize``.
     """
 
     k: int  # in_features
@@ -33,7 +32,7 @@ class Epilogue(NamedTuple):
     sums: Tensor  # int32 [N16], of the weight's rows
     bias: Tensor | None  # fp32 or int32 [N]
     output_scale: Tensor | None  # fp32 [1]
-    # Compiled in. Strides: 0 for one value, else 1.
+    # Constants of the compiled kernel. Strides: 0 for a single value, else 1.
     scale_stride: tl.constexpr
     zero_point_stride: tl.constexpr
     weight_scale_stride: tl.constexpr
@@ -44,9 +43,9 @@ class Epilogue(NamedTuple):
 
 @triton.jit
 def _finish(acc, row, column, m, n, epilogue, zo, qmin, qmax):
-    """int32 sums ``[rows, columns]`` to what is stored, as an Epilogue says.
+    """Turn int32 sums ``[rows, columns]`` into the output, as an Epilogue describes.
 
-    With x' = x - 128 for uint8 input (else x' = x) and zx' = zx - 128 likewise::
+    For uint8 input, x' = x - 128 and zx' = zx - 128; for int8 input, x' = x and zx' = zx::
 
         sum (x - zx) (w - zw) = sum x' w - zx' sum w - zw (sum x - K zx)
     """
@@ -111,7 +110,7 @@ def _halves(x):
 
 @triton.jit
 def _parts(acc, SUBTILES: tl.constexpr):
-    """1, 2 or 4 parts of the columns: an epilogue on all of them at once runs out of registers."""
+    """1, 2 or 4 parts of the columns: an epilogue on all columns needs too many registers."""
     if SUBTILES == 1:
         parts = (acc,)
     elif SUBTILES == 2:
@@ -125,7 +124,7 @@ def _parts(acc, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of tiles: down GROUP tile rows, then the next column."""
+    """Row and column of a tile: tiles go down GROUP tile rows, then to the next column."""
     per_group = GROUP * tiles_n
     first = tile // per_group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -156,7 +155,7 @@ def pointer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One output tile; SPLIT > 1: the share of K that program_id(1) says, to out[that]."""
+    """Compute one output tile; with SPLIT > 1, share program_id(1) of K, to out[program_id(1)]."""
     tile_m, tile_n = _tile_at(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -215,7 +214,7 @@ def add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds what SPLIT programs left in partial[SPLIT, m, n]."""
+    """Add the partial sums of SPLIT programs, partial[SPLIT, m, n]."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = (row < m)[:, None] & (column < n)[None, :]
@@ -249,7 +248,7 @@ def tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Output tiles one after the other; out is a descriptor where OUT_DESC, else a pointer."""
+    """Compute output tiles one after the other; out is a descriptor (OUT_DESC) or a pointer."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     steps = tl.cdiv(columns, BLOCK_K)

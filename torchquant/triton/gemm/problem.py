@@ -1,4 +1,4 @@
-"""One integer matrix product with everything after it, as data: who runs it is said elsewhere."""
+"""One integer matrix product and its epilogue, as data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One product with its epilogue; checked by who makes it.
+    """One product with its epilogue. The caller has checked all fields.
 
     Args:
-        x: int8 or uint8 ``[M, K']``, last stride 1; columns from ``k`` to K' have any content, the
-            weight is 0 there (K' = weight's width then).
+        x: int8 or uint8 ``[M, K']``, last stride 1. K' is ``k`` or the weight's width; columns from
+            ``k`` on can have any content, because the weight is 0 there.
         weight: int8 ``[N16, K64]``, the rows of the layout.
         sums: int32 ``[N16]``, of the weight's rows.
         out: ``[M, N]``, last stride 1. int32 for raw sums, float, or int8 or uint8.
@@ -59,23 +59,23 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Over which the product runs: all of x, which is the layout's padded K or k itself."""
+        """The columns that the product covers: all of x, which has padded K or k columns."""
         return self.x.shape[1]
 
     @property
     def loads_by_tma(self) -> bool:
-        """Whether the tensor memory accelerator can read x: 16-byte aligned rows."""
+        """True if the tensor memory accelerator can read x, which needs 16-byte aligned rows."""
         return self.x.stride(0) % 16 == 0 and self.x.data_ptr() % 16 == 0
 
     @property
     def stores_by_tma(self) -> bool:
-        """Whether it can write the output."""
+        """True if the tensor memory accelerator can write the output."""
         size = self.out.element_size()
         return self.out.stride(0) * size % 16 == 0 and self.out.data_ptr() % 16 == 0
 
 
 def greatest_k(unsigned: bool, zero_point: bool, weight_zero_point: bool) -> int:
-    """Up to which K the final sum fits into 32 bits, whatever the integers are."""
+    """The largest K for which the final sum fits into 32 bits for all integers."""
     x = 255 if unsigned or zero_point else 128
     w = 255 if weight_zero_point else 128
     return (2**31 - 1) // (x * w)

@@ -1,11 +1,11 @@
 """Integer matrix products on the rows layout (csrc/formats/int8_rows.h), with their epilogue.
 
-One call goes from int8 rows to the finished output: zero points, scales, bias, activation, output
-type. The product is a :class:`~torchquant.triton.gemm.problem.Problem`; a chooser says which of
-:mod:`torchquant.triton.gemm.configs` runs it, by the kernels of
-:mod:`torchquant.triton.gemm.kernels`, or that the ATen fallback has to.
+One call computes the finished output from int8 rows: zero points, scales, bias, activation, output
+type. The product is a :class:`~torchquant.triton.gemm.problem.Problem`. A chooser picks one of the
+configurations of :mod:`torchquant.triton.gemm.configs`, or the ATen fallback; the kernels are in
+:mod:`torchquant.triton.gemm.kernels`.
 
-K beyond what 32-bit sums hold is left to the caller
+The caller must limit K to what 32-bit sums can represent
 (:func:`~torchquant.triton.gemm.problem.greatest_k`).
 """
 
@@ -31,16 +31,16 @@ _choose: Chooser = default_config
 
 
 def set_chooser(choose: Chooser | None) -> None:
-    """Who says which configuration runs a problem, or None for the ATen fallback.
+    """Set the callback that picks a configuration (its result None: use the ATen fallback).
 
-    On a GPU that is :mod:`torchquant.triton.gemm.tuning`; None: :func:`default_config`.
+    On a GPU it is :mod:`torchquant.triton.gemm.tuning`. None restores :func:`default_config`.
     """
     global _choose
     _choose = default_config if choose is None else choose
 
 
 def matmul(problem: Problem) -> Tensor:
-    """Runs the problem as the chooser says; returns its ``out``."""
+    """Run the problem with the configuration that the chooser picks; returns its ``out``."""
     config = _choose(problem)
     if config is None:
         return problem.out.copy_(reference(problem))
@@ -49,7 +49,7 @@ def matmul(problem: Problem) -> Tensor:
 
 
 def run(problem: Problem, config: Config) -> None:
-    """Writes ``problem.out``, by one of ``gemm_configs.candidates``."""
+    """Write ``problem.out``, with one of ``configs.candidates``."""
     p, c = problem, config
     device, x = p.x.device, p.x.view(torch.int8)
     strided = (p.scale, p.zero_point, p.weight_scale, p.weight_zero_point)
@@ -129,7 +129,7 @@ def run(problem: Problem, config: Config) -> None:
 
 @functools.cache
 def _constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
-    """The same objects again: Triton's look-up of a compiled kernel compares them at every call."""
+    """Cached objects: Triton compares them at every call to find the compiled kernel."""
     return tuple(tl.constexpr(value) for value in values)
 
 

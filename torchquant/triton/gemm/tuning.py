@@ -1,7 +1,7 @@
-"""Chooses the configurations of :mod:`torchquant.triton.gemm` by measuring.
+"""Choice of a configuration of :mod:`torchquant.triton.gemm` by measuring.
 
-The trial runs on random tensors of the call's shape, not on the call's own: a model is often warmed
-up with zeros, on which every product is right.
+The trial runs on random tensors of the call's shape, not on the call's tensors: a model is often
+warmed up with zeros, for which every product is correct.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MOST_CANDIDATES = 8  # a compilation takes seconds; candidates() puts the likely
 
 
 class Key(NamedTuple):
-    """What decides which configuration is right, and fastest."""
+    """The properties of a problem that decide which configuration is correct and fastest."""
 
     rows: int
     outputs: int
     columns: int
     input: torch.dtype
     output: torch.dtype
-    row_scales: int | None  # numbers of dimensions that vary: 0 for one value, None without
+    row_scales: int | None  # 0 for a single value, 1 for one per row; None without
     row_zero_points: int | None
     weight_scales: int | None
     weight_zero_points: int | None
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 
 def key_of(problem: Problem) -> Key:
-    """The key of a problem; asked at every call."""
+    """The key of a problem; computed at every call."""
     p = problem
     m, n = p.out.shape
     return Key(
@@ -73,12 +73,12 @@ def _extent(tensor: Tensor | None) -> int | None:
 
 
 def choose(problem: Problem, tuner: tuning.Tuner | None = None) -> Config | None:
-    """The configuration for a problem: measured at its first call, by ``tuner`` or the device's.
+    """The configuration for a problem; its first call measures, with ``tuner`` or the GPU's.
 
-    None if no candidate gives the right numbers on this device: the ATen fallback has to run.
+    None if no candidate computes the right numbers on this device; then use the ATen fallback.
     """
     if tuner is None:
-        if problem.x.device.type != "cuda":  # Triton's interpreter has no time to tell
+        if problem.x.device.type != "cuda":  # times under Triton's interpreter mean nothing
             return default_config(problem)
         tuner = tuning.tuner(problem.x.device)
     key = key_of(problem)
@@ -106,10 +106,11 @@ def choose(problem: Problem, tuner: tuning.Tuner | None = None) -> Config | None
 
 
 def trial_of(problem: Problem) -> Problem:
-    """The same problem with random numbers and a poisoned output."""
+    """A problem of the same shapes, with random numbers and a poisoned output."""
     p, device = problem, problem.x.device
     generator = torch.Generator(device).manual_seed(1)
-    middle: float = 1.0 / (74.0 * p.k**0.25)  # results come out around 1, where activations bend
+    # Results are about 1 then, where activations are not linear.
+    middle: float = 1.0 / (74.0 * p.k**0.25)
 
     def integers(shape: tuple[int, ...], dtype: torch.dtype, low: int = -128) -> Tensor:
         return torch.randint(low, low + 256, shape, dtype=dtype, device=device, generator=generator)
@@ -149,10 +150,10 @@ def trial_of(problem: Problem) -> Problem:
 
 
 def poison(out: Tensor) -> None:
-    """Overwrite what an earlier candidate has left, so that it counts for nobody else."""
+    """Overwrite an earlier candidate's output, so that it does not count for the next one."""
     out.fill_(torch.nan if out.is_floating_point() else 85)
 
 
 def install() -> None:
-    """Let gemm ask here from now on."""
+    """Make this the chooser of :mod:`torchquant.triton.gemm.run`."""
     gemm.set_chooser(choose)

@@ -1,7 +1,7 @@
-"""Activation functions: torchquant/functional/activations.py line by line, in Triton.
+"""Activation functions: torchquant/functional/activations.py line by line, and their kernel.
 
-One line is one operation with one rounding, as there; its docstrings say where the formulas come
-from and how exact they are.
+As in that file, one line is one operation with one rounding. Its docstrings give the origin of the
+formulas and their errors.
 """
 
 import triton
@@ -52,7 +52,7 @@ def _reduce_exp(x):
     n = z - _MAGIC
     r = fma(n, _MINUS_LN2_HIGH, x)
     r = fma(n, _MINUS_LN2_LOW, r)
-    # Unsigned: the magic number's own bits leave at the top.
+    # Unsigned: the shift removes the magic number's own bits.
     bits = (z.to(tl.uint32, bitcast=True) << 23) + 0x3F800000
     return r, bits.to(tl.float32, bitcast=True)
 
@@ -159,7 +159,7 @@ def sigmoid(x):
 
 @triton.jit
 def apply_activation(y, ACTIVATION: tl.constexpr):
-    """The activation of that name (functional.ACTIVATIONS) of an fp32 tensor."""
+    """Apply the activation of that name (functional.ACTIVATIONS) to an fp32 tensor."""
     if ACTIVATION == "relu":
         y = relu(y)
     elif ACTIVATION == "gelu":
@@ -191,7 +191,7 @@ def activation_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``activation(x)`` or ``activation(x) * up`` of rows, which in ``out`` are contiguous."""
+    """``activation(x)`` or ``activation(x) * up`` of rows, which are contiguous in ``out``."""
     pid = tl.program_id(0)
     blocks = (length - 1) // COLUMNS + 1
     rows = (pid // blocks).to(tl.int32) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -10,9 +10,9 @@ from torchquant.triton.kernels.tiles import limits, load_scale, tile, tile_of_tu
 
 @triton.jit
 def aligned_to(offsets, floats):
-    """Offsets of bytes, of which a thread takes no more than of floats: as many as fill 16 bytes.
+    """Offsets of bytes such that a thread accesses as many bytes as floats: 16 bytes of floats.
 
-    Wider accesses to the bytes would send the floats through shared memory.
+    With wider accesses to the bytes, the compiler would move the floats through shared memory.
     """
     WIDTH: tl.constexpr = 128 // floats.dtype.element_ty.primitive_bitwidth
     return offsets // WIDTH * WIDTH + offsets % WIDTH

@@ -34,7 +34,7 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def used_scale(s):
-    """A learned step as it is used: at least 2^-126; NaN stays."""
+    """The step that a learned step stands for: at least 2^-126; NaN is kept."""
     return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
 
 
@@ -42,18 +42,20 @@ def used_scale(s):
 def least_rounding_to(integer):
     """The least fp32 number that rounds, half to even, to ``integer`` or more.
 
-    integer: of magnitude below 2^23, as fp32. A number is compared with this instead of being
-    rounded without a clamp for its mask.
+    integer: fp32, of magnitude below 2^23. A mask compares numbers with this bound instead of
+    rounding them without a clamp.
     """
     tie = integer - 0.5
     above = tl.where(tie > 0.0, 1, -1)  # the next number towards infinity, in a float's bits
-    odd = integer.to(tl.int32) & 1  # then the tie goes to the even number below
+    odd = integer.to(tl.int32) & 1  # then the tie rounds to the even number below
     return (tie.to(tl.int32, bitcast=True) + above * odd).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool ``[ROWS, COLUMNS]`` as uint8 ``[ROWS, COLUMNS / 8]``, the first of 8 the lowest bit."""
+    """bool ``[ROWS, COLUMNS]`` as uint8 ``[ROWS, COLUMNS / 8]``; the first of 8 is the lowest
+    bit.
+    """
     BYTES: tl.constexpr = COLUMNS // 8
     each = tl.where(flags, 1 << (tl.arange(0, COLUMNS)[None, :] % 8), 0)
     return tl.sum(tl.reshape(each, (ROWS, BYTES, 8)), axis=2).to(tl.uint8)
@@ -84,18 +86,18 @@ def fake_quantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Quantize and dequantize in one step, and where the rounded value lies in the range.
+    """Quantize and dequantize in one step; the mask marks rounded values within the range.
 
-    ZERO: "none", "integer", "real", or "offset": the integer is to be made of a learned one.
-    LEARNED: the scale may be anything. qmin, qmax: up to 2^20 in magnitude.
+    ZERO: "none", "integer", "real", or "offset" (a learned offset, which gives the integer).
+    LEARNED: the scale can be any number. qmin, qmax: up to 2^20 in magnitude.
     """
     pid = tl.program_id(0)
     down, across = tile_of_turn(pid, 0, 1, length, LAYOUT, COLUMNS)
     offsets, inside, index, present = tile(
         down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
     )
-    # NaN behind the end: its bits in the mask's last byte are 0. No global of the module: Triton
-    # looks at each launch whether those are what they were, and NaN is not equal to itself.
+    # NaN after the end gives zeros in the mask's last byte. It must not be a global of the module:
+    # Triton compares those at each launch with their old values, and NaN is not equal to itself.
     v = tl.load(x + offsets, mask=inside, other=float("nan")).to(tl.float32)
     s = load_scale(scale, index, present, 1.0, LAYOUT)
     if LEARNED:
@@ -103,7 +105,7 @@ def fake_quantize_kernel(
     if ZERO == "offset":
         offset = load_scale(zero, index, present, 0.0, LAYOUT)
         z = rint(divide(-offset, s))
-        s = tl.where(z == z, s, z)  # an integer cannot hold NaN: the values show it
+        s = tl.where(z == z, s, z)  # an integer cannot be NaN, so the scale becomes NaN
         z = tl.minimum(tl.maximum(z, qmin), qmax)
         lo, hi = qmin - z, qmax - z
     else:
@@ -151,7 +153,7 @@ def learned_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """grad_x, and for each part and scale the sums of the terms of grad_scale and grad_offset.
+    """grad_x, and for each part and scale the sums of grad_scale's and grad_offset's terms.
 
     scale_sums, offset_sums: fp32 ``[parts, spans]``; layout "column": ``[parts, channels]``.
     """
@@ -170,7 +172,7 @@ def learned_backward_kernel(
         offsets, inside, _index, _present = tile(
             down, across, count, length, row, per_row, channels, run, LAYOUT, TAIL, ROWS, COLUMNS
         )
-        # Behind the ends there are zeros, whose terms are zero or, as all terms then, NaN.
+        # Zeros after the ends: their terms are zero, or NaN if all terms of the scale are NaN.
         g_given = tl.load(grad + offsets, mask=inside, other=0.0)
         value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         g = g_given.to(tl.float32)
@@ -178,7 +180,7 @@ def learned_backward_kernel(
         steps = round_within(v, lo, hi)
         passes = (lo < v) & (v < hi)
         tl.store(grad_x + offsets, tl.where(passes, g_given, 0.0), mask=inside)
-        # rint(v) - v from the exact residual: it keeps its bits where v has rounded them away.
+        # rint(v) - v from the exact residual, which has the bits that rounding took from v.
         slope = tl.where(passes, fma(steps, s, -value) * inverse, steps + z)
         scale_sum = fma(g, slope, scale_sum)
         offset_sum += tl.where(passes, 0.0, g)
@@ -207,7 +209,7 @@ def add_parts_kernel(
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """fp32 ``[parts, channels]`` added along the parts in float64, in order, to ``[channels]``."""
+    """Add fp32 ``[parts, channels]`` over the parts, in order, in float64, to ``[channels]``."""
     lanes = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     first = tl.zeros((PARTS, CHANNELS), tl.float64)
     second = tl.zeros((PARTS, CHANNELS), tl.float64)
@@ -240,9 +242,10 @@ def minmax_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """For each part and scale least and greatest finite element; what is not finite by program.
+    """Least and greatest finite element per part and scale; how many are not finite per program.
 
-    least, greatest: as learned_backward_kernel's sums; nonfinite: int32 ``[programs]``.
+    least, greatest: shapes as of the sums of learned_backward_kernel; nonfinite: int32
+    ``[programs]``.
     """
     pid = tl.program_id(0)
     low = tl.full((ROWS, COLUMNS), _INFINITY, tl.float32)
@@ -288,7 +291,7 @@ def combine_ranges_kernel(
     CHANNELS: tl.constexpr,
     COUNTS: tl.constexpr,
 ):
-    """fp32 ``[parts, channels]`` to ``[channels]``; one program more adds the counts up."""
+    """Reduce fp32 ``[parts, channels]`` to ``[channels]``; one more program adds the counts."""
     pid = tl.program_id(0)
     if pid == tl.num_programs(0) - 1:
         total = tl.zeros((COUNTS,), tl.int64)
@@ -307,14 +310,14 @@ def combine_ranges_kernel(
             high = tl.maximum(high, tl.load(highs + at, mask=there, other=-_INFINITY))
         channel = pid * CHANNELS + tl.arange(0, CHANNELS)
         there = channel < channels
-        # Of -0 and +0 either might come first: always +0.
+        # Between -0 and +0 the order is undefined; the result is always +0.
         tl.store(least + channel, tl.min(low, axis=0) + 0.0, mask=there)
         tl.store(greatest + channel, tl.max(high, axis=0) + 0.0, mask=there)
 
 
 @triton.jit
 def positive_kernel(x, bits, numel, BYTES: tl.constexpr):
-    """Bits of ``x > 0``."""
+    """The bit mask of ``x > 0``."""
     eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
     offsets = eights * 8 + tl.arange(0, 8)[None, :]
     v = tl.load(x + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
@@ -325,7 +328,7 @@ def positive_kernel(x, bits, numel, BYTES: tl.constexpr):
 
 @triton.jit
 def mask_gradient_kernel(grad, bits, out, numel, BYTES: tl.constexpr):
-    """``grad`` where its bit is set, +0 elsewhere."""
+    """``grad`` if its bit is set, else +0."""
     eights = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[:, None]
     each = tl.arange(0, 8)[None, :]
     offsets = eights * 8 + each

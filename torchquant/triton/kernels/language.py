@@ -8,7 +8,7 @@ rounding to an integer is a function of libdevice, which the interpreter does no
 import triton
 import triton.language as tl
 
-# Adding it to |x| < 2^22 rounds x half to even, to an integer that stands in the low bits.
+# The sum of this and |x| < 2^22 is x rounded half to even; its low bits are the integer.
 _ROUNDING = tl.constexpr(float.fromhex("0x1.8p+23"))
 _ROUNDING_BITS = tl.constexpr(0x4B400000)
 _BITS_OF_2_TO_23 = tl.constexpr(0x4B000000)
@@ -40,13 +40,13 @@ def reciprocal(scale):
 
 @triton.jit
 def maximum(a, b):
-    """The greater one; NaN where either is NaN."""
+    """The greater number; NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def minimum(a, b):
-    """The lesser one; NaN where either is NaN."""
+    """The lesser number; NaN if either is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -72,7 +72,7 @@ def is_finite(x):
 
 @triton.jit
 def rint(x):
-    """Round half to even; NaN, infinities and the sign of a zero stay, as in ``torch.round``."""
+    """Round half to even; NaN, infinities and the sign of zero are kept, as in ``torch.round``."""
     a = absolute(x)
     rounded = (a + _INTEGERS_FROM) - _INTEGERS_FROM
     return copysign(tl.where(a < _INTEGERS_FROM, rounded, a), x)
@@ -80,10 +80,10 @@ def rint(x):
 
 @triton.jit
 def round_within(x, lo, hi):
-    """``clamp(rint(x), lo, hi)`` with NaN kept; a zero comes out as +0.
+    """``clamp(rint(x), lo, hi)``; NaN is kept, zero becomes +0.
 
     lo, hi: integers of magnitude up to 2^23, as fp32. Rounding commutes with the clamp, and up to
-    2^23 adding 2^23 with the number's sign rounds it half to even.
+    2^23, adding 2^23 with the number's sign rounds the number half to even.
     """
     y = minimum(maximum(x, lo), hi)
     away = ((y.to(tl.int32, bitcast=True) & _SIGN_BIT) | _BITS_OF_2_TO_23).to(
@@ -97,7 +97,7 @@ def quantize(x, inverse, lo, hi, zero_point):
     """int32 ``clamp(rint(x * inverse), lo, hi) + zero_point``; NaN counts as 0 before the clamp.
 
     ``lo`` and ``hi`` are fp32 integers of magnitude up to 2^22, ``qmin - zero_point`` and ``qmax -
-    zero_point``. No conversion instruction: the sum with the rounding constant holds the integer.
+    zero_point``. The sum with the rounding constant contains the integer: no conversion is needed.
     """
     y = x * inverse
     y = tl.where(y == y, y, 0.0)
@@ -113,7 +113,7 @@ def nan_like(x):
 
 @triton.jit
 def finish_scale(extent, scale):
-    """At least 2^-126; 1 where the extent is zero; NaN where the scale is not finite."""
+    """The scale, at least 2^-126; 1 if the extent is zero; NaN if the scale is not finite."""
     scale = maximum(scale, _LEAST_SCALE)
     scale = tl.where(is_finite(scale), scale, nan_like(scale))
     return tl.where(extent == 0.0, 1.0, scale)

@@ -1,9 +1,10 @@
 """RMSNorm and LayerNorm of rows, with the order of additions that torchquant/functional defines.
 
-Element i of a row belongs to lane i mod 16, a lane adds its elements in turn, then lanes 8 apart
-are added, then 4, 2 and 1. So a row is summed 16 elements a step, and what makes it fast is that a
-program has several rows and many steps' loads under way. The later passes over a row find it in
-the cache: there are only so many programs that the rows which they work on fit there.
+Element i of a row belongs to lane i mod 16. A lane adds its elements one after the other; then
+lanes 8 apart are added, then lanes 4, 2 and 1 apart. A row is therefore summed 16 elements per
+step. For speed, a program works on several rows and has the loads of many steps in flight. The
+number of programs is limited so that the rows of all programs fit into the cache, where the later
+passes over a row read it.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
@@ -12,10 +13,10 @@ import triton.language as tl
 
 from torchquant.triton.kernels.language import divide, fma
 
-ROWS = 8  # of a program of one warp
-COLUMNS = 128  # that it writes at once
-CACHED_BYTES = 24 * 2**20  # half of a large GPU's second cache
-LEAST_PROGRAMS = 512  # else long rows would leave it waiting
+ROWS = 8  # per program, which has one warp
+COLUMNS = 128  # that a program writes at once
+CACHED_BYTES = 24 * 2**20  # half of a large GPU's L2 cache
+LEAST_PROGRAMS = 512  # with fewer programs, long rows would leave the GPU idle
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _load(x, residual, at, residual_at, inside, RESIDUAL: tl.constexpr):
 @triton.jit
 def _sum_of_lanes(lanes, ROWS: tl.constexpr):
     """fp32 ``[ROWS, 16]`` to ``[ROWS, 1]``."""
-    # Each sum has two terms: no order to choose.
+    # Each sum has two terms, so its order does not matter.
     halves = tl.reshape(lanes, (ROWS, 2, 2, 2, 2))
     return tl.reshape(tl.sum(tl.sum(tl.sum(tl.sum(halves, 1), 1), 1), 1), (ROWS, 1))
 
@@ -56,9 +57,9 @@ def norm_kernel(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """CENTERED: layer_norm, else rms_norm. CAST: round to the output's type before the weight.
+    """CENTERED: layer_norm instead of rms_norm. CAST: round to the output's type before the weight.
 
-    STEPS: of 16 elements, whose loads are under way together. size: length as fp32.
+    STEPS: steps of 16 elements whose loads are in flight together. size: length as fp32.
     """
     for block in range(tl.program_id(0), (count + ROWS - 1) // ROWS, tl.num_programs(0)):
         rows = (block * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)

@@ -1,8 +1,8 @@
-"""Rows of floats to int8: one scale and zero point a row, found in the row or given.
+"""Rows of floats to int8: one scale and zero point per row, from the row's range or given.
 
-A program holds its rows in registers, finds their range, quantizes and writes them: the input is
-read once. Short rows share a program. Rows that do not fit are read twice, the second time out of
-the cache.
+A program keeps its rows in registers, computes their range, quantizes and writes them, so that the
+input is read once. Short rows share a program. Rows that are too long for registers are read twice,
+the second time from the cache.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
@@ -28,19 +28,21 @@ from torchquant.triton.launch import launch, next_power_of_2
 from torchquant.triton.layout import layout_shape, packed_sums, padded_k, padded_n
 
 MAX_COLUMNS = 1 << 17
-_ONE_PASS = 32768  # elements of a row that registers hold
-_SHARED = 2048  # elements that a program has at least, where rows are short
-_LOOP = 8192  # elements of a row at a time, in two passes
+_ONE_PASS = 32768  # longest row that fits into a program's registers
+_SHARED = 2048  # least number of elements per program, reached by sharing it among short rows
+_LOOP = 8192  # elements of a row at a time, with two passes
 
 
 @triton.jit
 def _range_of(x, MODE: tl.constexpr):
-    """Least and greatest of each row; otherwise the magnitude twice, NaN where one is."""
+    """Least and greatest of each row, or (not asymmetric) the magnitude twice; NaN if one is
+    NaN.
+    """
     if MODE == "asymmetric":
         least = tl.reduce(x, 1, minimum)
         greatest = tl.reduce(x, 1, maximum)
     else:
-        # As integers, magnitudes are in the same order, and NaN is above infinity.
+        # The bits of magnitudes have the same order as integers, and NaN is above infinity.
         bits = tl.max(absolute(x).to(tl.int32, bitcast=True), 1)
         greatest = bits.to(tl.float32, bitcast=True)
         least = greatest
@@ -57,9 +59,9 @@ def _params(
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
 ):
-    """Scale (NaN for a row that must give NaN), zero point, and the scale that quantizes.
+    """Scale (NaN for a row whose results must be NaN), zero point, and the scale that quantizes.
 
-    functional.qparams_from_range in its order.
+    The operations of functional.qparams_from_range in their order.
     """
     if MODE == "static":
         own = maximum(given_scale, 2.0**-126)
@@ -147,8 +149,8 @@ def _quantize_rows_kernel(
             given_zero += tl.load(given_zero_ptr)
     scale, zero, own = _params(least, greatest, given_scale, given_zero, MODE, QMIN, QMAX)
     inverse = reciprocal(own)
-    # All integers of a row without a scale are its zero point, which is 0; a bound of 0 does that.
-    # Only a given scale quantizes the row's other elements all the same.
+    # All integers of a row without a scale are its zero point, which is 0: both bounds are 0. With
+    # a given scale, the row's other elements are quantized nevertheless.
     live = scale == scale
     if MODE == "static" and not PACK:
         live = live | True
@@ -179,7 +181,7 @@ def _quantize_rows_kernel(
     tl.store(zero_ptr + row, zero, mask=is_row)
     if HAS_SUMS:
         tl.store(sums_ptr + row, sums, mask=is_row)
-    if PACK:  # the sums stand behind the rows, and zeros behind them up to `end`
+    if PACK:  # the sums follow the rows, and zeros follow the sums up to `end`
         tl.store(sums_ptr + row, sums, mask=is_written)
         if program == 0:
             tail = written_rows.to(tl.int64) * (written_columns + 4)
@@ -201,7 +203,7 @@ def _row_sums_kernel(q_ptr, stride, sums_ptr, rows, k, ROWS: tl.constexpr, BLOCK
 
 
 class Blocks(NamedTuple):
-    """How rows are shared out."""
+    """How rows are divided among programs."""
 
     one_pass: bool
     rows: int
@@ -210,7 +212,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(columns: int) -> Blocks:
-    """For rows of so many columns."""
+    """The division for rows of so many columns."""
     width = max(16, next_power_of_2(columns))
     if width > _ONE_PASS:
         return Blocks(False, 1, _LOOP, 16)
@@ -245,7 +247,7 @@ def quantize_rows(
         q: int8 ``[M, >= K]``, written in its first K columns; the last stride is 1.
         qmin, qmax: range of the integers; symmetric: whether the zero point is 0.
         scale, zero_point: fp32 ``[1]`` and int32 ``[1]`` or None, instead of each row's own.
-        with_sums: also add up the integers of each row.
+        with_sums: also sum the integers of each row.
 
     Returns:
         ``q`` with fp32 ``[M]``, int32 ``[M]`` and int32 ``[M]`` or None.
@@ -290,7 +292,7 @@ def quantize_rows(
 def quantize_pack(
     weight: Tensor, scale: Tensor | None, *, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight's rows quantized and packed (csrc/formats/int8_rows.h) in one pass.
+    """Quantize and pack a weight's rows (csrc/formats/int8_rows.h) in one pass.
 
     Args:
         weight: fp32, bf16 or fp16 ``[N, K]``, N and K >= 1, K up to MAX_COLUMNS; last stride 1.

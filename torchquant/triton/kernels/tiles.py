@@ -1,16 +1,17 @@
-"""Which elements share a scale, and how a kernel's programs divide them: for every granularity.
+"""Which elements share a scale, and how a kernel's programs divide them, for every granularity.
 
-A contiguous tensor is a sequence of *spans* that share a scale (csrc/cpu/spans.h): the whole
+A contiguous tensor is a sequence of *spans*, each with one scale (csrc/cpu/spans.h): the whole
 tensor, a slice along an axis, a group, a token. A program handles a tile of ``ROWS`` spans by
-``COLUMNS`` elements; what a scale costs (a load, a division) is paid once for a row of the tile::
+``COLUMNS`` elements, and loads and inverts a scale once for a row of the tile::
 
     one      1 span, the tensor                   every element has scale 0
-    span     scale index = span % channels        one for each row of the tile
-    column   rows of the last axis' channels      a vector of them for the tile
-    element  flat                                 each element looks its scale up
+    span     scale index = span % channels        one scale per row of the tile
+    column   rows of the last axis' channels      a vector of scales for the tile
+    element  flat                                 one look-up per element
 
-``element`` is for bit masks of spans whose length is no multiple of 8: a byte of the mask belongs
-to 8 neighbours, which a tile of such spans tears apart. Its integer divisions make it slower.
+``element`` is for bit masks of spans whose length is not a multiple of 8: a byte of the mask
+belongs to 8 neighbours, which tiles of such spans would separate. Its integer divisions make it
+slower.
 """
 # Annotations must be objects here, not strings: the interpreter finds constexpr parameters by them.
 
@@ -24,26 +25,26 @@ import triton.language as tl
 
 from torchquant.triton.launch import next_power_of_2
 
-# Elements of a program. Tests make it small, so that small tensors take many programs.
+# Elements per program. Tests reduce it, so that small tensors need many programs.
 TILE = 4096
 _PER_THREAD = 16  # elements: fp32 in four accesses of 16 bytes
-MOST_SPANS = 2**30  # they are counted in 32 bits
-_LEAST_COLUMNS = 32  # fp32: a line of the cache
-PARTS = 2**16  # of sums that are added in a second step: about so many, if there are many
+MOST_SPANS = 2**30  # spans are counted in 32 bits
+_LEAST_COLUMNS = 32  # fp32: one cache line
+PARTS = 2**16  # about so many partial sums, at most, are added in a second step
 _MOST_TURNS = 16
-_THREADS_OF_A_SCALE = 2  # Triton loads more scales at once through shared memory, data in tow
+_THREADS_OF_A_SCALE = 2  # with more scales per load Triton moves the data through shared memory
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Spans of one length, which lie one after the other; the last of a row may be shorter."""
+    """Consecutive spans of one length; the last span of a row can be shorter."""
 
     layout: str
     count: int
     length: int
     row: int  # elements in a row
     per_row: int  # spans in a row
-    channels: int  # scales: span i has scale i % channels
+    channels: int  # number of scales: span i has scale i % channels
     run: int = 1  # layout "element": elements of a row that share a scale
 
     @property
@@ -55,7 +56,7 @@ class Spans:
 def spans_of(
     shape: tuple[int, ...], axis: int | None, group_size: int | None
 ) -> tuple[Spans, tuple[int, ...]] | None:
-    """The spans and the shape that the scales must have; None for what is left to others."""
+    """The spans, and the shape that the scales must have; None if the kernels do not support it."""
     n = math.prod(shape)
     if n == 0 or (axis is not None and group_size is not None):
         return None
@@ -80,7 +81,7 @@ def spans_of(
         per_row = -(-row // length)
         count = n // row * per_row
         scales = (*shape[:-1], per_row)
-        if row % length == 0:  # spans of one length only, as slices along the first axis are
+        if row % length == 0:  # all spans have one length, as slices along the first axis have
             row, per_row = length, 1
         if count > 1:
             spans = Spans("span", count, length, row, per_row, count)
@@ -106,19 +107,19 @@ class Tiles:
 
     @property
     def programs(self) -> int:
-        """One for each tile."""
+        """The number of programs, one per tile."""
         return self.down * self.across
 
     @property
     def turns(self) -> int:
-        """How many tiles a program should take whose result is one number for each scale."""
+        """Tiles per program, for a kernel whose result is one number per scale."""
         across = self.spans.layout != "column"
         least = 1 if across else 8  # columns: a program's sum is a whole row of numbers
         turns = max(least, min(_MOST_TURNS, self.programs // PARTS))
         return max(1, min(turns, self.across if across else self.down))
 
     def arguments(self) -> dict[str, Any]:
-        """Of :func:`tile`, and the number of warps."""
+        """The arguments of :func:`tile`, and the number of warps."""
         s = self.spans
         return {
             "count": s.count,
@@ -136,7 +137,7 @@ class Tiles:
 
 
 def tiles_of(spans: Spans, bits: bool = False) -> Tiles | None:
-    """Tiles of about ``TILE`` elements; with ``bits`` such that no byte of a mask is torn apart."""
+    """Tiles of about ``TILE`` elements; with ``bits``, no byte of a mask belongs to two tiles."""
     return _tiles_of(spans, bits, TILE)
 
 
@@ -163,7 +164,7 @@ def _tiles_of(spans: Spans, bits: bool, tile: int) -> Tiles | None:
 
 
 def _columns(length: int, most: int, least: int) -> int:
-    """A power of two: wide, but with few idle lanes behind the end of a span."""
+    """A power of two: wide, but with few idle lanes after the end of a span."""
     columns = max(least, min(next_power_of_2(length), _LEAST_COLUMNS, most))
     best, busy = columns, -(-length // columns) * columns
     while columns < min(length, most):
@@ -189,9 +190,10 @@ def tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of the tile at (down, across): offsets and where they are inside, indices of scales and
-    where those are. int64 and bool ``[ROWS, COLUMNS]``; the index of its shape, of one row or
-    column, or a scalar.
+    """The tile at (down, across): offsets, which of them are inside, scale indices, which exist.
+
+    Offsets and flags are int64 and bool ``[ROWS, COLUMNS]``; an index has that shape, or one row or
+    column of it, or is a scalar.
     """
     spans = down * ROWS + tl.arange(0, ROWS)[:, None]
     columns = across.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -229,7 +231,7 @@ def bytes_of_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The same for the bytes of a bit mask: offsets and where they are inside, ``COLUMNS / 8``."""
+    """The tile of a bit mask's bytes: offsets, and which of them are inside, ``COLUMNS / 8``."""
     length, row = (length - 1) // 8 + 1, (row - 1) // 8 + 1
     BYTES: tl.constexpr = COLUMNS // 8
     offsets, inside, _index, _present = tile(
@@ -240,7 +242,7 @@ def bytes_of_tile(
 
 @triton.jit
 def tile_of_turn(pid, turn, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
-    """(down, across) of one of the ``turns`` tiles of a program, which share their scales."""
+    """(down, across) of one of a program's ``turns`` tiles, which share their scales."""
     blocks = (length - 1) // COLUMNS + 1
     if LAYOUT == "column":
         return (pid // blocks).to(tl.int32) * turns + turn, pid % blocks
@@ -251,7 +253,7 @@ def tile_of_turn(pid, turn, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def part_of(pid, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which part of its scales' elements a program has."""
+    """The part of its scales' elements that a program handles."""
     blocks = (length - 1) // COLUMNS + 1
     if LAYOUT == "column":
         return (pid // blocks).to(tl.int64)
@@ -261,7 +263,7 @@ def part_of(pid, turns, length, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_scale(pointer, index, present, other, LAYOUT: tl.constexpr):
-    """Scales, or what has their shape."""
+    """Load scales, or a tensor of their shape."""
     if LAYOUT == "one":
         return tl.load(pointer)
     else:
@@ -270,10 +272,10 @@ def load_scale(pointer, index, present, other, LAYOUT: tl.constexpr):
 
 @triton.jit
 def limits(zero, index, present, zero_step, qmin, qmax, ZERO: tl.constexpr, LAYOUT: tl.constexpr):
-    """Zero point as fp32, ``qmin - zero_point`` and ``qmax - zero_point``; a real one is not in
-    the limits.
+    """Zero point as fp32, ``qmin - zero_point``, ``qmax - zero_point``.
 
-    zero_step: 0 where there is one zero point for all, else 1. qmin, qmax: fp32.
+    A real zero point is not subtracted. zero_step: 0 if all scales share one zero point, else 1.
+    qmin, qmax: fp32.
     """
     if ZERO == "none":
         return 0.0, qmin, qmax

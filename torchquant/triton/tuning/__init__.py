@@ -1,1 +1,1 @@
-"""Chooses kernel configurations by measuring, and keeps the choices in a file."""
+"""Choice of kernel configurations by measuring; a file keeps the choices."""

@@ -1,16 +1,17 @@
-"""Which configuration of a kernel is fastest for a shape: measured once, remembered on disk.
+"""The fastest configuration of a kernel for a shape: measured once, kept in a file.
 
-A *problem* is what the choice depends on: the kind of operation, sizes (the number of rows rounded
-up to a power of two) and types. At a problem's first call the candidates run on tensors of that
-shape. One that does not compile there (too much shared memory, say) is left out. **One whose result
-differs from the ATen fallback's in a single bit is left out, with a warning.** The fastest of the
-rest is used from then on, and written to a file, so that later processes do not measure again.
+A *problem* has all that the choice depends on: the kind of operation, sizes (the number of rows
+rounded up to a power of two) and types. At a problem's first call, all candidates run on tensors of
+that shape. A candidate that does not compile (for example, for lack of shared memory) is left out.
+**A candidate whose result differs from the ATen fallback's in a single bit is left out, with a
+warning.** The fastest of the others is used from then on and written to a file, so that later
+processes do not measure again.
 
-Nothing is measured while a CUDA graph is captured or torch.compile traces, nor with
-``TORCHQUANT_AUTOTUNE=0``: then the default configuration runs, as it does when memory is short. All
-configurations give the same bits; only time is at stake.
+Nothing is measured during the capture of a CUDA graph, while torch.compile traces, or with
+``TORCHQUANT_AUTOTUNE=0``; then the default configuration runs. It also runs when memory is short.
+All configurations give the same bits and differ in speed only.
 
-Where the file is: :mod:`torchquant.triton.tuning.file`.
+:mod:`torchquant.triton.tuning.file` describes the file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ AUTOTUNE_VARIABLE = "TORCHQUANT_AUTOTUNE"
 Config = TypeVar("Config", bound=Hashable)  # a frozen dataclass of numbers, strings and flags
 Result = Tensor | Sequence[Tensor]
 Timer = Callable[[Callable[[], object]], float]
-"""Seconds that a call takes on the device."""
+"""Returns the seconds that a call takes on the device."""
 
 _log = logging.getLogger("torchquant")
 _pause = threading.local()
@@ -46,7 +47,7 @@ _FLUSH_BYTES = 256 << 20
 
 
 def rounded_rows(rows: int) -> int:
-    """The number of rows that shares its choice: the next power of two.
+    """The number of rows under which a choice is kept: the next power of two.
 
     >>> [rounded_rows(rows) for rows in (1, 2, 3, 64, 65)]
     [1, 2, 4, 64, 128]
@@ -59,7 +60,7 @@ def rounded_rows(rows: int) -> int:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """In this thread, take default configurations and measure nothing."""
+    """A block in which this thread takes default configurations and measures nothing."""
     before = getattr(_pause, "on", False)
     _pause.on = True
     try:
@@ -69,12 +70,12 @@ def paused() -> Iterator[None]:
 
 
 def autotune_enabled() -> bool:
-    """What the environment says; on unless ``TORCHQUANT_AUTOTUNE=0``."""
+    """True unless the environment has ``TORCHQUANT_AUTOTUNE=0``."""
     return os.environ.get(AUTOTUNE_VARIABLE) != "0"
 
 
 def recording() -> bool:
-    """Whether launches are being recorded instead of run: a CUDA graph, or a trace."""
+    """True if launches are recorded instead of run: by a CUDA graph or a trace."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -82,7 +83,7 @@ def recording() -> bool:
 
 @contextlib.contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """A block on that GPU which may wait for it, whatever the synchronization debug mode says."""
+    """A block on that GPU which may wait for it, in any synchronization debug mode."""
     mode = torch.cuda.get_sync_debug_mode()
     if mode:  # even setting the default mode makes torch warn that the feature is a prototype
         torch.cuda.set_sync_debug_mode(0)
@@ -137,19 +138,20 @@ class Tuner:
         """The configuration for ``problem``.
 
         Args:
-            problem: what the choice depends on; its text names it in the file.
-            candidates: what to try, as frozen dataclasses; the default need not be among them.
-            default: what to take where nothing can be measured.
-            run: the operation with a configuration, on tensors of the problem's shape.
-            reference: the result that ``run`` must give, to the bit; called first.
-            prepare: what to do before the run that is compared; outputs are poisoned there.
+            problem: all that the choice depends on; its text is its name in the file.
+            candidates: configurations to try, as frozen dataclasses; they need not include the
+                default.
+            default: the configuration to use if nothing can be measured.
+            run: runs the operation with a configuration, on tensors of the problem's shape.
+            reference: computes the result that ``run`` must give, to the bit; called first.
+            prepare: called before the run that is compared; poisons outputs.
 
         Returns:
-            None if no candidate gives the reference's bits: use the reference's path.
+            None if no candidate gives the reference's bits; then use the reference's path.
 
         Raises:
-            Exception: no candidate runs at all; what the last one raised.
-            RuntimeError: of the device; such errors are no candidate's property.
+            Exception: no candidate runs; the error of the last one.
+            RuntimeError: an error of the device, which no candidate causes.
         """
         try:
             return self.chosen[problem]  # type: ignore[no-any-return]
@@ -179,7 +181,7 @@ class Tuner:
         return config
 
     def _from_file(self, problem: Hashable, options: Sequence[Config]) -> Config | None:
-        """Only a configuration that this version would try itself."""
+        """The choice in the file, if this version of torchquant would try it, too."""
         if self.file is None:
             return None
         wanted = self.file.read().get(str(problem), {}).get("config")
@@ -225,7 +227,7 @@ class Tuner:
 
     def _say_wrong(self, problem: Hashable, config: object, wrong: str) -> None:
         warnings.warn(
-            f"torchquant leaves out a configuration that computes wrong numbers on this GPU: "
+            f"torchquant does not use a configuration that computes wrong numbers on this GPU: "
             f"{config} for {problem}: {wrong}. Please report it with the output of "
             "'torchquant info'.",
             RuntimeWarning,
@@ -244,7 +246,7 @@ class Tuner:
 
 
 def as_json(config: Any) -> Any:
-    """A configuration as it looks after a way through a JSON file."""
+    """A configuration as it is read back from a JSON file."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -283,7 +285,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def source_digest() -> str:
-    """Of this package's sources: kernels that changed must be measured, and verified, again."""
+    """The digest of this package's sources: changed kernels must be measured and verified again."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -294,7 +296,7 @@ def source_digest() -> str:
 
 
 def cuda_environment(device: torch.device) -> dict[str, str]:
-    """What besides the problem the times, and the compiler's output, depend on."""
+    """What times and the compiler's output depend on, in addition to the problem."""
     import triton
 
     properties = torch.cuda.get_device_properties(device)
@@ -307,10 +309,10 @@ def cuda_environment(device: torch.device) -> dict[str, str]:
 
 
 def cuda_seconds(call: Callable[[], object], *, budget: float = 0.02, most: int = 50) -> float:
-    """Median time of a call on the current device, with nothing of its input in the L2 cache.
+    """Median time of a call on the current device, with none of its input in the L2 cache.
 
-    The layers of a model follow each other, so a layer's weight comes from memory. Overwriting the
-    cache keeps the device busy, too, while the host gets the next launch ready.
+    In a model, other layers run between two calls of a layer, so its weight is read from memory.
+    Overwriting the cache also keeps the device busy while the host prepares the next launch.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
@@ -337,7 +339,7 @@ _tuners_lock = threading.Lock()
 
 
 def tuner(device: torch.device) -> Tuner:
-    """The process's tuner for a GPU; GPUs of one model share a file."""
+    """The tuner for a GPU in this process; GPUs of one model share a file."""
     index = torch.cuda.current_device() if device.index is None else device.index
     found = _tuners.get(index)
     if found is not None:

@@ -1,8 +1,8 @@
-"""The file that keeps what :mod:`torchquant.triton.tuning.choose` has measured.
+"""The file of the choices of :mod:`torchquant.triton.tuning.choose`.
 
-``TORCHQUANT_CACHE_DIR`` names its folder; else it is ``torchquant`` in ``XDG_CACHE_HOME`` or in
-``~/.cache``. There is one file for each GPU model, version of Triton and state of the kernels'
-source; all may be deleted at any time. One that cannot be read is ignored, with a warning, and
+``TORCHQUANT_CACHE_DIR`` names its folder; the default is ``torchquant`` in ``XDG_CACHE_HOME`` or in
+``~/.cache``. There is one file per GPU model, version of Triton and state of the kernels' source.
+Any of them can be deleted at any time. A file that cannot be read is ignored, with a warning, and
 replaced at the next choice.
 """
 
@@ -27,7 +27,7 @@ _LOCK_SECONDS = 2.0  # how long to wait for another process that writes the file
 
 
 def cache_folder() -> Path | None:
-    """Where the files are; None where there is no home for them."""
+    """The folder of the files; None if the user has no home folder."""
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
         return Path(given).expanduser()
@@ -39,10 +39,10 @@ def cache_folder() -> Path | None:
 
 
 class TuningFile:
-    """Choices on disk, for one environment.
+    """The choices of one environment, on disk.
 
     ``{"format": ..., "environment": {...}, "choices": {problem: {"config": {...}, ...}}}``. Writers
-    read, merge and replace the file as a whole, so a reader never sees half of it.
+    read, merge and replace the whole file, so a reader never sees a part of it.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
@@ -54,7 +54,7 @@ class TuningFile:
         self._said: set[str] = set()
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The choices; none where the file is missing, or not what this class writes."""
+        """The choices; empty if the file is missing or was not written by this class."""
         try:
             data = json.loads(self.path.read_bytes())
         except FileNotFoundError:
@@ -62,16 +62,16 @@ class TuningFile:
         except (OSError, ValueError, RecursionError) as error:
             return self._ignored(f"it cannot be read ({one_line(error)})")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            return self._ignored("it is none of torchquant's")
+            return self._ignored("it was not written by torchquant")
         if data.get("environment") != self.environment:
             return self._ignored("it was written on another machine")
         choices = data.get("choices")
         if not isinstance(choices, dict) or not all(isinstance(c, dict) for c in choices.values()):
-            return self._ignored("its contents are not in order")
+            return self._ignored("its contents are invalid")
         return choices
 
     def write(self, problem: str, choice: Mapping[str, Any]) -> None:
-        """Add a choice. Where the disk refuses, say so once and go on."""
+        """Add a choice. If the file cannot be written, warn once and continue."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._other_writers_out():
@@ -80,7 +80,7 @@ class TuningFile:
         except OSError as error:
             self._say(
                 f"torchquant cannot write to {self.path} ({one_line(error)}): every process will "
-                f"measure again. {FOLDER_VARIABLE} names another folder."
+                f"measure again. Set {FOLDER_VARIABLE} to a folder that can be written."
             )
 
     def _replace(self, content: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class TuningFile:
 
     @contextlib.contextmanager
     def _other_writers_out(self) -> Iterator[None]:
-        """Between reading and replacing. Without a lock to be had, a choice may get lost."""
+        """A block without other writers. If the lock is not available, a choice can get lost."""
         try:
             import fcntl
         except ImportError:  # not on this system
@@ -114,7 +114,7 @@ class TuningFile:
                     if time.monotonic() > end:
                         break
                     time.sleep(0.01)
-            yield  # closing the file gives the lock back
+            yield  # closing the file releases the lock
 
     def _ignored(self, reason: str) -> dict[str, dict[str, Any]]:
         self._say(f"torchquant ignores {self.path} and will replace it: {reason}.")
