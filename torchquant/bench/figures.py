@@ -1,4 +1,4 @@
-"""Figures of a linear benchmark: how near to the roof, where ours is ahead, how rows pay."""
+"""Figures of a linear benchmark: roofline, ratios, and throughput over rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROOFS_DRAWN = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "fp32_fma_512", "f
 
 
 def save_linear_figure(path: Path, run: Run) -> None:
-    """Roofline and ratios on top, then a map of the ratios and one throughput panel per layer.
+    """Roofline and ratios at the top, then a map of the ratios and one throughput panel per layer.
 
-    Layers measured at one number of rows only (the random ones) show in the upper two alone.
+    Layers with only one number of rows (the random ones) are in the upper two panels only.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -100,7 +100,7 @@ def _roofline(axes: Any, run: Run) -> None:
 
 
 def _ratios(axes: Any, results: list[ShapeResult]) -> None:
-    """Every shape's ratio over its operations, those measured once at all (random) marked."""
+    """Every shape's ratio over its operations; random shapes have another marker."""
     often = set(_layers_with_many_rows(results))
     for named, colour, label in ((True, OURS_COLOUR, "named layers"), (False, GREY, "others")):
         points = [
@@ -123,7 +123,7 @@ def _ratios(axes: Any, results: list[ShapeResult]) -> None:
 def _ratio_map(axes: Any, results: list[ShapeResult], layers: list[str]) -> None:
     """A cell per shape, coloured by log2 of the ratio.
 
-    Twice as fast and half as fast are then equally strong.
+    Twice as fast and half as fast then have equally strong colours.
     """
     shown = [result for result in results if result.shape.layer in layers]
     many_rows = sorted({result.shape.m for result in shown})
@@ -154,7 +154,7 @@ def _throughput_panels(figure: Any, run: Run, layers: list[str], rows: int, colu
     for axes in panels[len(layers) :]:
         axes.set_axis_off()
     for axes in panels[len(layers) - columns : len(layers)]:
-        axes.tick_params(axis="x", labelbottom=True)  # also where the panel below is empty
+        axes.tick_params(axis="x", labelbottom=True)  # also if the panel below is empty
     figure.supxlabel("rows M", fontsize=9)
     figure.supylabel("GOPS", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()

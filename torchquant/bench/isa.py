@@ -1,7 +1,7 @@
 """The prequantized product on every instruction set, against that instruction set's own peak.
 
-FBGEMM stands beside the AVX2 path, in a process where FBGEMM_ENABLE_INSTRUCTIONS takes its wider
-kernels away; the scalar path is compared with the textbook's triple loop.
+The AVX2 path is compared with FBGEMM, in a process where FBGEMM_ENABLE_INSTRUCTIONS excludes its
+wider kernels; the scalar path is compared with a plain triple loop.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _record(result: ShapeResult, roofline: Roofline) -> dict[str, Any]:
 def answers(
     results: list[ShapeResult], roofline: Roofline, naive: dict[str, float], threads: int
 ) -> dict[str, float]:
-    """The least over the large shapes of what each path is judged by."""
+    """For each path the ratios that it is judged by: minima over the large shapes."""
     large = [result for result in results if result.shape.m > 16] or results
     peaks = roofline.gops
     found: dict[str, float] = {}
@@ -157,7 +157,7 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 
 def isa_table(record: dict[str, Any]) -> Table:
-    """GOPS and the fraction of the limit that binds, a column per instruction set."""
+    """GOPS and the fraction of the limit, one column per instruction set."""
     names = list(dict.fromkeys(name for shape in record["shapes"] for name in shape["isas"]))
     peaks = {
         name: max(

@@ -1,9 +1,9 @@
 """int8 linear layers against every peer, side by side in one run.
 
-A call is what a model does: a module (or operator) applied to an `[M, K]` tensor under
-`inference_mode`, fp32 `[M, N]` with bias out. The same layer is called again and again, so its
-weights come from whichever cache holds them. Every peer has its own process; they take turns in
-short blocks, several rounds, in changing order, and the medians of the blocks are compared.
+A call is a module (or operator) applied to an `[M, K]` tensor under `inference_mode`, as in a
+model, with an fp32 `[M, N]` result with bias. The same layer is called again and again, so its
+weights are read from a cache if they fit. Every peer has its own process; the peers take turns in
+short blocks, in several rounds and changing order, and the medians of the blocks are compared.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from torchquant.bench.workers import Worker, WorkerError
 
 MAX_ERROR = 0.05  # relative to float; 8-bit layers stay near 0.02
 SMOKE_PEERS = (OURS, "fp32", "ao-x86", "onednn", "onnxruntime")
-# After so many rounds a peer that is so many times slower than the best sits out the others.
+# Rounds -> factor: after so many rounds, a peer this many times slower than the best is not
+# measured in later rounds.
 SIT_OUT = {1: 2.0, 2: 1.3}
-# A first call that takes this many times the best one's, and longer than a block, is all there is.
+# A peer whose first call takes this many times as long as the best peer's, and longer than a block,
+# is not measured further.
 SCREENED = 4.0
-LEAST_ROUNDS = 2  # whatever the time that is left
+LEAST_ROUNDS = 2  # even if no time is left
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One process of a benchmark: whose, and what stands in its environment."""
+    """One process of a benchmark: its suite and peer, and variables of its environment."""
 
     suite: str
     peer: str
@@ -48,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; without `peers` the default ones, in about `minutes` minutes altogether."""
+    """What to measure. No `peers`: the default ones. `minutes`: approximate time for everything."""
 
     suites: tuple[str, ...] = ("dynamic", "prequantized")
     shapes: tuple[str, ...] = ()
@@ -84,7 +86,7 @@ class Options:
         return {suite: sorted(set(shapes)) for suite, shapes in found.items() if shapes}
 
     def entries(self, suite: str) -> dict[str, Entry]:
-        """The processes of a suite, by the name that the tables give them."""
+        """The processes of a suite, by their names in the tables."""
         environment = {"TORCHQUANT_ISA": self.isa} if self.isa else {}
         chosen = {}
         for name, info in SUITES[suite].items():
@@ -98,7 +100,7 @@ class Options:
 
 
 class Pace:
-    """Shares a given time among the shapes: the more is left, the more rounds each gets."""
+    """Divides a time among shapes: the more time is left, the more rounds per shape."""
 
     def __init__(self, minutes: float | None, shapes: int) -> None:
         self._stop = None if minutes is None else time.monotonic() + 60 * minutes
@@ -106,18 +108,18 @@ class Pace:
 
     @contextmanager
     def shape(self) -> Iterator[Callable[[], bool]]:
-        """For the time of one shape; yields a function that says whether its time is up."""
+        """A block for one shape. Yields a function that returns True when its time is up."""
         start = time.monotonic()
         allowed = float("inf")
         if self._stop is not None:
-            # Twice the even share: most shapes are small and leave theirs to the large ones.
+            # Twice the even share: most shapes are small and do not use theirs.
             allowed = 2 * max(0.0, self._stop - start) / max(1, self._left)
         yield lambda: time.monotonic() - start > allowed
         self._left -= 1
 
 
 class Bench:
-    """The workers of one suite and number of threads, and the shapes they have been through."""
+    """The workers of one suite and number of threads, and the results so far."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class Bench:
         options: Options,
         console: Console,
         pace: Pace | None = None,
-        all_to_the_end: bool = False,  # nobody sits out
+        all_to_the_end: bool = False,  # measure all peers in all rounds
     ) -> None:
         self.entries, self.threads = entries, threads
         self.all_to_the_end = all_to_the_end
@@ -141,7 +143,7 @@ class Bench:
         )
 
     def start(self) -> None:
-        """Start a process per peer, all at once, and drop those that cannot run."""
+        """Start all processes, one per peer, and drop peers that cannot run."""
         for label, entry in self.entries.items():
             info = SUITES[entry.suite][entry.peer]
             if info.missing():
@@ -183,7 +185,7 @@ class Bench:
             worker.close()
 
     def _ask_all(self, workers: dict[str, Worker], do: str, **arguments: Any) -> dict[str, str]:
-        """The same request to all at the same time; returns the failures."""
+        """Send the same request to all workers at the same time; returns the failures."""
         failures = {}
         for worker in workers.values():
             worker.send(do, **arguments)
@@ -221,7 +223,7 @@ class Bench:
         return result
 
     def _screen(self, result: ShapeResult, workers: dict[str, Worker]) -> dict[str, Worker]:
-        """Give all the input; those that compute the layer and are not hopelessly slow go on."""
+        """Prepare the input in all workers. Returns those that are correct and not far too slow."""
         first: dict[str, dict[str, float]] = {}
         for name, worker in workers.items():
             try:
@@ -253,7 +255,7 @@ class Bench:
         }
 
     def _stays(self, name: str) -> bool:
-        """Whose figures are wanted in any case: nobody sits out who is one of ours."""
+        """True for peers that are measured in all rounds: those of torchquant."""
         return self.all_to_the_end or self.entries[name].peer == OURS or name in self.beside
 
 
@@ -266,9 +268,9 @@ def run_linear(
     """Every suite on every number of threads.
 
     Args:
-        console: for what is missing, failed or doubtful; not for results.
+        console: for warnings and failures, not for results.
         on_step: called with a description and the fraction done.
-        on_run: called with the runs so far whenever one is complete, to write them down.
+        on_run: called with all runs so far when one is complete, to write them to files.
     """
     selected = options.selected()
     total = len(options.threads) * sum(len(shapes) for shapes in selected.values())

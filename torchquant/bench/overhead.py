@@ -1,9 +1,9 @@
-"""What a call of a tiny quantized layer costs beside its kernel, piece by piece.
+"""What a call of a tiny quantized layer costs in addition to its kernel, piece by piece.
 
 Each row adds one piece to the one above it: the kernel alone, called from C++ on buffers that are
 there already; the whole operator from C++ (dispatcher, checks, allocating the result); the same
 from Python; the module's `forward`; the module. Outside inference mode autograd's part comes on
-top. Figures are the least over batches: what the code costs, not what the machine was doing.
+top. The results are minima over batches, which exclude most disturbances by the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchquant._extension import load
 from torchquant.bench import machine
 
 SHAPES = ((1, 32, 128), (1, 64, 64), (1, 100, 100), (4, 128, 128))
-INFERENCE_MOST, OUTSIDE_MOST = 3.0, 5.0  # microseconds above the kernel that a call may take
+INFERENCE_MOST, OUTSIDE_MOST = 3.0, 5.0  # allowed microseconds of a call above its kernel
 BIAS_TRAINS = "grad, bias trains"  # autograd then records the call
 GRAD_MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference mode": torch.inference_mode,
@@ -34,7 +34,7 @@ GRAD_MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @dataclass
 class CallCost:
-    """Microseconds of one layer: `parts` in order, each including those before it."""
+    """Microseconds of one layer. `parts`: in order, each includes the parts before it."""
 
     shape: tuple[int, int, int]  # M, N, K
     mode: str
@@ -42,16 +42,16 @@ class CallCost:
 
     @property
     def above_kernel(self) -> float:
-        """What the module's call takes beyond the kernel's own time."""
+        """The time of the module's call beyond the kernel's own time."""
         return self.parts["nn.Module call"] - self.parts["kernel"]
 
     @property
     def most(self) -> float:
-        """What it may take."""
+        """The most that it may be."""
         return INFERENCE_MOST if self.mode == "inference mode" else OUTSIDE_MOST
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The costs as JSON-ready data."""
         parts = {name: round(value, 3) for name, value in self.parts.items()}
         return {
             **asdict(self),
@@ -62,7 +62,7 @@ class CallCost:
 
 
 def measure_call(shape: tuple[int, int, int], mode: str, seconds: float = 0.1) -> CallCost:
-    """Break down the call of a `QuantizedLinear` of shape (M, N, K) in one of `GRAD_MODES`."""
+    """Measure the parts of a call of a `QuantizedLinear` (M, N, K) in one of `GRAD_MODES`."""
     library = load()
     m, n, k = shape
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def measure_call(shape: tuple[int, int, int], mode: str, seconds: float = 0.1) -
 
 
 def _microseconds(statement: str, names: dict[str, Any], seconds: float) -> float:
-    """The least over batches, without the loop around the statement."""
+    """The minimum over batches, without the loop around the statement."""
     number, repeats = 200, max(3, round(seconds / 200 / 5e-6))
     with_loop = min(timeit.repeat(statement, globals=names, number=number, repeat=repeats))
     loop = min(timeit.repeat("pass", globals=names, number=number, repeat=repeats))
@@ -115,7 +115,7 @@ def _microseconds(statement: str, names: dict[str, Any], seconds: float) -> floa
 
 
 def run_overhead(seconds: float = 0.1) -> dict[str, Any]:
-    """All shapes in all modes on one thread; JSON-ready, `costs` as `CallCost.to_dict` gives them.
+    """Measure all shapes in all modes on one thread. JSON-ready; `costs`: from `CallCost.to_dict`.
 
     >>> run_overhead(0.001)["costs"][0]["mode"]
     'inference mode'
@@ -135,10 +135,10 @@ def run_overhead(seconds: float = 0.1) -> dict[str, Any]:
 
 
 def overhead_table(result: dict[str, Any]) -> Table:
-    """Microseconds, a column per layer and mode's parts as rows would be too wide: one row each."""
+    """Microseconds, one row per layer and mode."""
     costs = result["costs"]
     parts = list(costs[0]["parts"])
-    title = f"microseconds of a call, {result['isa']}, {result['cpu']}; parts add up left to right"
+    title = f"microseconds of a call, {result['isa']}, {result['cpu']}; each part includes the previous"
     table = Table(title=title, title_justify="left")
     for name in ("M x N x K", "mode"):
         table.add_column(name, no_wrap=True)

@@ -1,4 +1,4 @@
-"""A linear benchmark's results: what is kept of a shape, of a run, and the summary of both."""
+"""Results of a linear benchmark: of a shape, of a run, and their summaries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchquant.bench.roofline import Limit, Roofline
 from torchquant.bench.shapes import LinearShape
 from torchquant.bench.timing import geometric_mean
 
-SMALL_ROWS = 16  # up to here a call is memory and overhead, beyond it arithmetic
+SMALL_ROWS = 16  # up to this, memory and overhead dominate a call; beyond, arithmetic
 FLOAT_PEERS = ("fp32", "bf16")
-BEHIND = 0.95  # a ratio below this is no measuring error any more
-STREAM_BYTES = 32 << 20  # weights from here on come from the outermost cache or memory
+BEHIND = 0.95  # a ratio below this is not a measuring error
+STREAM_BYTES = 32 << 20  # larger weights are read from the outermost cache or from memory
 
 
 @dataclass
@@ -30,29 +30,29 @@ class ShapeResult:
     blocks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     limit: Limit | None = None
-    beside: frozenset[str] = frozenset()  # other ways of using torchquant: not compared with
+    beside: frozenset[str] = frozenset()  # other ways of using torchquant, which are not compared
 
     def add(self, peer: str, seconds: dict[str, float]) -> None:
-        """Take one block's figures, by way of calling."""
+        """Add one block's times, by way of calling."""
         for variant, value in seconds.items():
             self.blocks.setdefault(peer, {}).setdefault(variant, []).append(value)
 
     def variant(self, peer: str) -> str:
-        """The peer's fastest way of being called here."""
+        """The fastest way of calling the peer."""
         return min(self.blocks[peer], key=lambda name: statistics.median(self.blocks[peer][name]))
 
     def seconds(self, peer: str) -> float | None:
-        """Median over blocks of the peer's fastest way; None if it did not run."""
+        """Median over blocks of the peer's fastest way of calling; None if it did not run."""
         if peer not in self.blocks:
             return None
         return statistics.median(self.blocks[peer][self.variant(peer)])
 
     def shortest_block(self, peer: str) -> float:
-        """The least of the peer's blocks: a first guess that a disturbance does not spoil."""
+        """The shortest of the peer's blocks: an estimate that disturbances do not change."""
         return min(min(values) for values in self.blocks[peer].values())
 
     def best_peer(self, without: tuple[str, ...] = ()) -> str | None:
-        """The fastest of the others."""
+        """The fastest of the other peers."""
         others = {
             name: self.seconds(name) or 0.0
             for name in self.blocks
@@ -61,7 +61,7 @@ class ShapeResult:
         return min(others, key=lambda name: others[name]) if others else None
 
     def ratio(self, without: tuple[str, ...] = ()) -> float | None:
-        """Best peer's time over ours: above 1, ours is faster."""
+        """Best peer's time over ours; above 1, torchquant is faster."""
         ours, best = self.seconds(OURS), self.best_peer(without)
         best_seconds = self.seconds(best) if best else None
         return best_seconds / ours if ours and best_seconds else None
@@ -112,7 +112,7 @@ def _microseconds(seconds: float | None) -> float | None:
 
 
 def summarise(results: list[ShapeResult]) -> dict[str, Any]:
-    """The few numbers that the shapes come down to. Ratios are best peer's time over ours."""
+    """A few numbers about all shapes. Ratios are best peer's time over ours."""
     ratios = {result.shape: ratio for result in results if (ratio := result.ratio())}
     if not ratios:
         return {"kind": "summary", "shapes": len(results)}
@@ -153,11 +153,9 @@ def _counts(names: Iterable[str | None]) -> dict[str, int]:
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The summary in words."""
+    """The summary as text."""
     if "lowest" not in summary:
-        return [
-            f"{summary['shapes']} shapes; no ratio, since either {OURS} or every peer is missing"
-        ]
+        return [f"{summary['shapes']} shapes; no ratio, because {OURS} or every peer is missing"]
 
     def times(name: str) -> str:
         return "-" if summary[name] is None else f"{summary[name]:.2f}x"
@@ -189,7 +187,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Run:
-    """One suite on one number of threads: header, shapes, and the limits of that very run."""
+    """One suite on one number of threads: header, shapes, and the limits measured in the run."""
 
     suite: str
     threads: int
@@ -200,19 +198,19 @@ class Run:
 
     @property
     def peak_gops(self) -> float | None:
-        """The measured peak of the instruction set that ours ran on."""
+        """The measured peak of torchquant's instruction set in this run."""
         return self.roofline.gops.get(self.isa)
 
     @property
     def title(self) -> str:
-        """What and where, on one line."""
+        """Suite, machine and date on one line."""
         return (
             f"{self.suite} int8 linear, {self.header['cpu']}, {_threads(self.threads)}, "
             f"{self.isa}, {self.header['date']}"
         )
 
     def columns(self) -> list[str]:
-        """Who ran, in the suite's order."""
+        """The peers that ran, in the suite's order."""
         ran = {name for result in self.results for name in result.blocks}
         return [name for name in SUITES[self.suite] if name in ran]
 
@@ -227,10 +225,10 @@ class Run:
         }
 
     def limit_summary(self) -> dict[str, Any]:
-        """How near to the limits: what is large against arithmetic, few rows against bandwidth.
+        """Fractions of the limits: of arithmetic for large shapes, of bandwidth for few rows.
 
-        `of_vpdpbusd` divides by the peak of vpdpbusd whatever the instruction set, so that a matrix
-        unit shows as more than 1.
+        `of_vpdpbusd` divides by the peak of vpdpbusd for every instruction set, so that a matrix
+        unit has more than 1.
         """
         large = [r for r in self.results if r.shape.is_large and r.gops()]
         streamed = [r for r in self.results if r.shape.weight_bytes >= STREAM_BYTES and r.gops()]
@@ -260,7 +258,7 @@ class Run:
         return result.shape.weight_bytes / bandwidth / 1e9 / seconds
 
     def lines(self) -> list[str]:
-        """Summary and limits in words."""
+        """Summary and limits as text."""
         lines = summary_lines(summarise(self.results))
         limits = self.limit_summary()
         for name, words in LIMIT_WORDS.items():

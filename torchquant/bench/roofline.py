@@ -1,4 +1,4 @@
-"""The machine's own limits, measured beside every benchmark: arithmetic and read bandwidth.
+"""The machine's limits, measured with every benchmark: arithmetic and read bandwidth.
 
 The loops are part of the C++ library (`csrc/bench/peak.cpp`), so nothing is compiled at run time.
 """
@@ -13,18 +13,18 @@ from typing import Any
 from torchquant._extension import load
 
 ARITHMETIC, BANDWIDTH = "arithmetic", "bandwidth"
-VPDPBUSD = ("avx512_vnni", "avx_vnni")  # the instruction sets whose peak is that of vpdpbusd
+VPDPBUSD = ("avx512_vnni", "avx_vnni")  # instruction sets whose peak is that of vpdpbusd
 FMA = ("fp32_fma_512", "fp32_fma_256")
-# Below this a buffer's bandwidth is measured at the nearest power of sqrt(2); above, exactly.
+# Below this size, bandwidth is measured at the nearest power of sqrt(2); above, at the size.
 EXACT_MEBIBYTES = 4.0
-# What `torchquant bench roofline` reads: the caches' sizes, and two layers of a language model.
+# Buffers of `torchquant bench roofline`: the caches' sizes, and two layers of a language model.
 DEFAULT_MEBIBYTES = (0.03125, 0.25, 1.0, 2.0, 4.0, 16.0, 43.0, 256.0)
 MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The least possible seconds of a product, and what sets them: arithmetic or bandwidth."""
+    """The least possible seconds of a product, and their cause: arithmetic or bandwidth."""
 
     seconds: float
     bound_by: str
@@ -32,7 +32,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a number of threads can do together at most.
+    """The limits of a number of threads together.
 
     `gops` by instruction set, in 10^9 operations per second (a multiply-add counts as two); `read`
     in GB/s, by the MiB that are read again and again.
@@ -43,7 +43,7 @@ class Roofline:
     read: dict[float, float]
 
     def best_of(self, other: Roofline | None) -> Roofline:
-        """The larger figure of each: neighbours and clocks only ever lower a peak."""
+        """The larger of each two values: disturbances and clocks can only lower a peak."""
         if other is None:
             return self
         return Roofline(
@@ -53,7 +53,7 @@ class Roofline:
         )
 
     def bandwidth(self, size: int) -> float | None:
-        """GB/s at the measured size that is nearest to `size` bytes; None where none is."""
+        """GB/s at the measured size nearest to `size` bytes; None if no size was measured."""
         if not self.read:
             return None
         mebibytes = max(size, 1) / MEBIBYTE
@@ -61,7 +61,7 @@ class Roofline:
         return self.read[nearest] or None
 
     def limit(self, operations: int, weight_bytes: int, isa: str) -> Limit | None:
-        """No int8 product can be faster: the multipliers' time, or the weights' way to them.
+        """The least time of any int8 product: of its arithmetic, or of reading its weights.
 
         Quantization, the traffic of activations and result and the call itself come on top. None
         where the instruction set or the bandwidth was not measured.
@@ -74,11 +74,11 @@ class Roofline:
         return Limit(max(arithmetic, memory), ARITHMETIC if arithmetic > memory else BANDWIDTH)
 
     def vpdpbusd(self) -> float | None:
-        """The peak of `vpdpbusd` at the widest registers there are."""
+        """The peak of `vpdpbusd` with the widest registers of this CPU."""
         return next((self.gops[name] for name in VPDPBUSD if name in self.gops), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, rounded to what the measurement is good for."""
+        """JSON-ready data, rounded to the precision of the measurement."""
         data = asdict(self)
         data["gops"] = {name: round(value, 1) for name, value in self.gops.items()}
         data["read"] = {str(size): round(value, 1) for size, value in self.read.items()}
@@ -86,7 +86,7 @@ class Roofline:
 
 
 def measured_mebibytes(sizes: Iterable[int]) -> list[float]:
-    """The buffer sizes in MiB at which layers of so many bytes want their bandwidth.
+    """The buffer sizes in MiB at which to measure the bandwidth for layers of these bytes.
 
     Layers of nearly the same size share one.
 

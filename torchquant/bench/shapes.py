@@ -1,8 +1,8 @@
-"""The shapes every benchmark of linear layers runs over: real layer sizes, and the rows they meet.
+"""The shapes of the linear benchmarks: sizes of real layers, and their numbers of rows.
 
 A layer has N outputs and K inputs, a call has M rows (tokens). The named sizes come from encoders
 of width 384 and 768 (MiniLM, BERT) and decoders of width 4096 (7B language models); the odd sizes
-are there because a kernel's tails and padding cost most where nothing divides by 16.
+are included because a kernel's tails and padding cost most if no size is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LinearShape:
 
     @property
     def traffic_bytes(self) -> int:
-        """Bytes that a call reads and writes at least: int8 weight, fp32 activations and result."""
+        """The least bytes of a call's reads and writes: int8 weight, fp32 input and result."""
         return self.n * self.k + 4 * self.m * (self.n + self.k)
 
     @property
@@ -64,21 +64,24 @@ LAYERS = (
 )
 ODD_LAYERS = ((100, 100), (129, 257), (333, 77))
 RANDOM_SHAPES = 40
-MOST_PRODUCTS = 1 << 32  # of a random shape: fp32 then takes some 50 ms
+MOST_PRODUCTS = 1 << 32  # of a random shape: fp32 then takes about 50 ms
 LARGE = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 4096, 4096), (1024, 11008, 4096))
 FEW_ROWS = (1, 2, 4, 8, 16)
-STREAMED_LAYERS = ((11008, 4096), (4096, 11008))  # a few rows of these are the weights' way
+STREAMED_LAYERS = (
+    (11008, 4096),
+    (4096, 11008),
+)  # few rows: reading weights dominates
 LARGE_DIMENSION = 1024
 SMOKE_SHAPES = (LinearShape(n=384, k=384, m=1), LinearShape(n=129, k=257, m=16))
 
 
 def named_shapes() -> list[LinearShape]:
-    """The layers above at every number of rows."""
+    """The layers above with every number of rows."""
     return [LinearShape(n=n, k=k, m=m) for n, k in LAYERS + ODD_LAYERS for m in ROWS]
 
 
 def random_shapes(count: int = RANDOM_SHAPES, seed: int = 0) -> list[LinearShape]:
-    """Shapes that nobody chose: M 1 to 2048, N and K 32 to 8192, odd ones among them.
+    """Random shapes: M 1 to 2048, N and K 32 to 8192, also odd ones.
 
     Log-uniform, at most `MOST_PRODUCTS` multiplications each; the same for the same seed.
 
@@ -98,12 +101,12 @@ def random_shapes(count: int = RANDOM_SHAPES, seed: int = 0) -> list[LinearShape
 
 
 def linear_shapes() -> list[LinearShape]:
-    """What the dynamic suite runs over, layer by layer: weights are prepared once per layer."""
+    """The shapes of the dynamic suite, layer by layer: weights are prepared once per layer."""
     return named_shapes() + random_shapes()
 
 
 def prequantized_shapes() -> list[LinearShape]:
-    """What the prequantized suite runs over: large products, and few rows on large weights."""
+    """The shapes of the prequantized suite: large products, and few rows on large weights."""
     large = [LinearShape(n=n, k=k, m=m) for m, n, k in LARGE]
     few = [LinearShape(n=n, k=k, m=m) for n, k in STREAMED_LAYERS for m in FEW_ROWS]
     tall = LinearShape(n=4096, k=11008, m=1024)
@@ -116,12 +119,10 @@ SUITE_SHAPES = {"dynamic": linear_shapes, "prequantized": prequantized_shapes}
 def select(shapes: list[LinearShape], patterns: list[str]) -> list[LinearShape]:
     """The shapes whose `MxNxK` matches one of the patterns; all without patterns.
 
-    A pattern without `*`, `?` or `[` is a shape of its own (`"7x500x300"`), whether it is among
-    `shapes` or not.
+    A pattern without `*`, `?` or `[` is a shape (`"7x500x300"`), which need not be in `shapes`.
 
     Raises:
-        ValueError: a pattern that matches no shape, since a benchmark that silently runs nothing
-        looks like a fast one.
+        ValueError: a pattern matches no shape; a benchmark without shapes would look fast.
     """
     if not patterns:
         return shapes
@@ -135,7 +136,7 @@ def select(shapes: list[LinearShape], patterns: list[str]) -> list[LinearShape]:
         if not found:
             raise ValueError(
                 f"{pattern!r} matches no MxNxK of the benchmark, "
-                f"which look like {shapes[0]}; try '1x*', '*x768x768' or a shape of your own"
+                f"for example {shapes[0]}; try '1x*', '*x768x768' or your own shape"
             )
         chosen.update(dict.fromkeys(found))
     known = [shape for shape in shapes if shape in chosen]

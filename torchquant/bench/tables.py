@@ -1,4 +1,4 @@
-"""Tables and files of linear runs: for the terminal, for a page, for a program."""
+"""Tables of linear runs, for the terminal and for a page, and their records for a file."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def _ends_layer(results: list[ShapeResult], index: int) -> bool:
         return True
     layer, following = results[index].shape.layer, results[index + 1].shape.layer
     alone = index == 0 or results[index - 1].shape.layer != layer
-    return layer != following and not alone  # no line behind each of the random shapes
+    return layer != following and not alone  # no line after each random shape
 
 
 def roofline_tables(before: Roofline, after: Roofline | None = None) -> list[Table]:
-    """Arithmetic peaks and bandwidths; with `after`, both measurements side by side."""
+    """Arithmetic peaks and bandwidths; with `after`, both measurements next to each other."""
     both = [before] if after is None else [before, after]
     when = [""] if after is None else [" before", " after"]
     threads = f"{before.threads} thread" + ("s" if before.threads > 1 else "")
@@ -80,7 +80,7 @@ def roofline_tables(before: Roofline, after: Roofline | None = None) -> list[Tab
 
 
 def markdown(runs: list[Run]) -> str:
-    """The same tables with everything a reader needs to judge them."""
+    """The tables as a Markdown page, with all facts that are needed to judge them."""
     lines: list[str] = []
     for run in runs:
         lines += _markdown_of(run)
@@ -103,8 +103,8 @@ def _markdown_of(run: Run) -> list[str]:
         f"- measured read bandwidth, GB/s: {reads or 'none'}",
         f"- versions: {versions}",
         f"- command: `{header['command']}`",
-        f"- others on the machine used {header['busy_before']} % of its CPUs before the run and "
-        f"{header['busy_during']} % during it; the hypervisor gave away {header['steal']} %; "
+        f"- other processes used {header['busy_before']} % of the CPUs before the run and "
+        f"{header['busy_during']} % during it; the hypervisor took away {header['steal']} %; "
         f"load {header['load']} at the start; {header['seconds']} s",
         *([f"- without: {missing}"] if missing else []),
         *(f"- {name}, {count} shapes: {why}" for name, why, count in grouped_failures(run)),
@@ -143,12 +143,12 @@ def records(run: Run) -> list[dict[str, Any]]:
 
 
 def number(value: float | None, form: str) -> str:
-    """Formatted, or a dash."""
+    """The formatted number, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def short_microseconds(seconds: float | None) -> str:
-    """Microseconds, a decimal below 100."""
+    """Microseconds as text, with one decimal below 100."""
     if seconds is None:
         return "-"
     value = seconds * 1e6

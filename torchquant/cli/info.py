@@ -18,14 +18,14 @@ import torchquant
 from torchquant import _build_info, cpu, cuda
 from torchquant.cuda.host import triton_version
 
-# They change what runs or how fast, so a report without them misleads.
+# They change which code runs or how fast, so a report must have them.
 ENVIRONMENT = (
     cpu.ENVIRONMENT_VARIABLE,
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "ATEN_CPU_CAPABILITY",
 )
-# The same where there is a GPU; elsewhere only shown if set.
+# The same for a GPU; without one they are shown only if they are set.
 CUDA_ENVIRONMENT = (
     cuda.ENVIRONMENT_VARIABLE,
     cuda.AUTOTUNE_VARIABLE,
@@ -37,7 +37,7 @@ OPENMP_LIBRARIES = ("libgomp", "libomp", "libiomp")
 
 @dataclass(frozen=True)
 class Info:
-    """What ``torchquant info`` shows."""
+    """The facts that ``torchquant info`` shows."""
 
     torchquant: str
     built_for_torch: str
@@ -63,7 +63,7 @@ class Info:
 
 
 def collect() -> Info:
-    """Look at the machine, the process and the build.
+    """Collect the facts about the machine, the process and the build.
 
     Example:
         >>> from torchquant.cli.info import collect
@@ -99,14 +99,14 @@ def collect() -> Info:
 
 
 def usable_cpus() -> int:
-    """The processors that this process may use: fewer than the machine has under ``taskset``."""
+    """The number of processors that this process may use, for example under ``taskset``."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def openmp_runtimes() -> list[str]:
-    """File names of the OpenMP libraries in this process; more than one means trouble.
+    """File names of the OpenMP libraries in this process; several can disturb each other.
 
     Linux tells through ``/proc/self/maps``; elsewhere the list is empty.
     """
@@ -115,19 +115,19 @@ def openmp_runtimes() -> list[str]:
         return []
     # address, permissions, offset, device, inode, and for mapped files the path
     fields = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    # By path: two copies of one library are two runtimes.
+    # By path, because two copies of one library are two runtimes.
     files = {Path(line[5]) for line in fields if len(line) == 6}
     return sorted(file.name for file in files if file.name.startswith(OPENMP_LIBRARIES))
 
 
 def render(info: Info) -> RenderableType:
-    """The facts as two tables; a third where there is a GPU, else one line."""
+    """The facts as two tables, and a third one (or one line) about GPUs."""
     gpus = gpu_table(info) if info.gpus else Text(f"GPU: none ({cuda.no_gpu_reason()})")
     return Group(facts_table(info), Text(), instruction_set_table(info), Text(), gpus)
 
 
 def facts_table(info: Info) -> Table:
-    """Names and values."""
+    """The table of names and values."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -149,7 +149,7 @@ def facts_table(info: Info) -> Table:
 
 
 def describe_openmp(runtimes: list[str]) -> str:
-    """The runtimes in words."""
+    """The OpenMP runtimes as text."""
     if not runtimes:
         return "unknown"
     several = " (several in one process: expect slow or wrong threading)"
@@ -157,7 +157,7 @@ def describe_openmp(runtimes: list[str]) -> str:
 
 
 def instruction_set_table(info: Info) -> Table:
-    """One row per instruction set that the library holds kernels for, best first."""
+    """One row per instruction set with kernels in the library, best first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("Instruction sets built")
     table.add_column("supported here")
@@ -170,7 +170,7 @@ def instruction_set_table(info: Info) -> Table:
 
 
 def gpu_table(info: Info) -> RenderableType:
-    """One row per GPU, and below what ATen's kernels compute instead of Triton's, and why."""
+    """One row per GPU, and notes on what ATen's kernels compute instead of Triton's, and why."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(
         f"GPUs (CUDA {info.cuda_version}, triton {info.triton_version or 'not installed'})"

@@ -3,19 +3,19 @@
 The operators have two implementations for CUDA tensors, with the same bits:
 
 * ``"triton"``: fused kernels (``torchquant/triton``), for compute capability 8.0 and higher. Triton
-  comes with torch's CUDA builds; it is imported, and compiles, at an operator's first call.
-* ``"aten"``: composed of torch's own operations (``csrc/cuda``), for every GPU that torch serves.
+  is part of torch's CUDA builds. An operator's first call imports it and compiles the kernel.
+* ``"aten"``: torch's own operations (``csrc/aten``), for every GPU that torch supports.
 
-``"auto"``, the default, takes Triton's where they work, and says so once where they do not; each
-operator's first call on a device checks a small case against the other path. With ``"triton"`` it
-is an error if they do not work. Calls that Triton's kernels do not cover (rare types, empty
-tensors) run with ATen's on either. The choice holds for the whole process, all threads.
+``"auto"``, the default, uses Triton if it works; otherwise it uses ATen and warns once. An
+operator's first call on a device compares a small case with the other path. With ``"triton"``, a
+failure of Triton is an error. Calls that Triton's kernels do not support (rare types, empty
+tensors) use ATen's kernels on both paths. The choice applies to the whole process, all threads.
 
-The environment variable ``TORCHQUANT_CUDA_PATH`` sets it before the first call. Which of Triton's
-configurations a shape gets is measured once, at its first call, and kept in a file;
-``TORCHQUANT_CACHE_DIR`` names another folder for it, ``TORCHQUANT_AUTOTUNE=0`` measures nothing.
+The environment variable ``TORCHQUANT_CUDA_PATH`` sets the path before the first call. A shape's
+first call measures Triton's configurations; a file keeps the choice. ``TORCHQUANT_CACHE_DIR`` sets
+the file's folder; ``TORCHQUANT_AUTOTUNE=0`` turns measuring off.
 
-CUDA graphs: call the model once before capturing it, with the shapes of the capture.
+CUDA graphs: call the model once, with the shapes of the capture, before capturing it.
 
 Example:
     >>> set(available_paths()) <= {"triton", "aten"}  # () on a machine without a GPU

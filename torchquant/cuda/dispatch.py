@@ -1,11 +1,11 @@
-"""From the dispatcher's CUDA key to a kernel: Triton's where it can run, ATen's (csrc/aten) else.
+"""From the dispatcher's CUDA key to a kernel: Triton if it can run here, otherwise ATen.
 
 The dispatcher calls one short Python function per operator, which looks up the function prepared
-for the tensor's device. Preparing happens at an operator's first call on a device: is the device
-served, does Triton load, and does the kernel give the fallback's bits on a small case? Whatever
-fails there, or later in compiling and launching, leaves the operator to ATen, whose bits are the
-same, with one message. Errors of the device itself (a CUDA error, no memory) are passed on: another
-path would only hide or repeat them.
+for the tensor's device. An operator's first call on a device prepares it: is the device supported,
+does Triton load, does the kernel give the fallback's bits on a small case? If one of these fails,
+or later compiling or launching, the operator is left to ATen, whose bits are the same, with one
+message. Errors of the device itself (a CUDA error, no memory) are raised: another path would only
+hide or repeat them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PROBE = "quantize_per_token"
 
 
 class Dispatcher:
-    """Which function runs an operator on a device; one for the process.
+    """Chooses the function that runs an operator on a device; one per process.
 
     Args:
         host: see :class:`Host`.
-        key: the dispatch key whose kernels are replaced.
+        key: the dispatch key whose kernels to replace.
         operators: names of the operators to replace.
     """
 
@@ -38,15 +38,15 @@ class Dispatcher:
         self.key = key
         self.operators = tuple(operators)
         self.path = "auto"
-        # Operator -> device's index -> what to call. Read without the lock, by every call.
+        # Operator -> device index -> the function to call. Every call reads it without the lock.
         self._prepared: dict[str, dict[int, Kernel]] = {name: {} for name in self.operators}
-        self._sound: set[tuple[str, int]] = set()  # gave the fallback's bits
+        self._sound: set[tuple[str, int]] = set()  # operators whose kernel gave the fallback's bits
         self._device_reasons: dict[int, str] = {}
         self._operator_reasons: dict[tuple[str, int], str] = {}
         self._said: set[str] = set()
         self._lock = threading.RLock()
         self._library: torch.library.Library | None = None
-        if hasattr(os, "register_at_fork"):  # a lock that another thread held stays locked forever
+        if hasattr(os, "register_at_fork"):  # in the child, a lock of another thread stays locked
             os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self) -> None:
@@ -55,19 +55,19 @@ class Dispatcher:
     # ---------------------------------------------------------------- registration
 
     def register(self) -> None:
-        """Put Python functions in front of the C++ kernels of this key; once."""
+        """Register Python functions instead of the C++ kernels of this key; once."""
         with self._lock:
             if self._library is not None:
                 return
             self._library = torch.library.Library("torchquant", "IMPL")
             with warnings.catch_warnings():
-                # torch tells of a replaced kernel, once a process: here it is meant.
+                # torch warns once per process about a replaced kernel; here it is intended.
                 warnings.filterwarnings("ignore", "Warning only once for all operators")
                 for name in self.operators:
                     self._library.impl(name, self._entry(name), self.key, allow_override=True)
 
     def _entry(self, name: str) -> Kernel:
-        """What the dispatcher calls: as little as possible."""
+        """The function that the dispatcher calls; as short as possible."""
         get, prepare = self._prepared[name].get, self._prepare
 
         def call(*arguments: Any) -> Any:
@@ -83,14 +83,14 @@ class Dispatcher:
     # ---------------------------------------------------------------- the choice
 
     def set_path(self, path: str) -> None:
-        """Choose for all calls from now on."""
+        """Choose the path of all later calls."""
         with self._lock:
             self.path = path
             for prepared in self._prepared.values():
                 prepared.clear()
 
     def reason(self, index: int) -> str | None:
-        """Why ATen serves this device; None where Triton does, or has not failed yet."""
+        """Why this device uses ATen; None if it uses Triton, which has not failed yet."""
         missing = self.host.missing()
         if missing is not None:
             return missing
@@ -101,18 +101,18 @@ class Dispatcher:
         return self._device_reasons.get(index)
 
     def failures(self, index: int) -> dict[str, str]:
-        """Operators that are left to ATen on this device, and why."""
+        """The operators that are left to ATen on this device, with the reasons."""
         found = self._operator_reasons.items()
         return {name: reason for (name, device), reason in found if device == index}
 
     def probe(self, index: int) -> None:
-        """Prepare the simplest operator, so that :meth:`reason` is as good as after a call."""
+        """Prepare the simplest operator, so that :meth:`reason` is as complete as after a call."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             said = set(self._said)
             try:
                 self._prepare(PROBE, index)
-            except Exception as error:  # a result like any other: the device cannot be used
+            except Exception as error:  # the device cannot be used, which is a result, too
                 self._operator_reasons.setdefault((PROBE, index), failure(error))
             self._said = said
 
@@ -121,10 +121,10 @@ class Dispatcher:
         return kernel
 
     def _prepare(self, name: str, index: int) -> Kernel:
-        """First call of an operator on a device: choose, check, remember."""
+        """An operator's first call on a device: choose the function, check it, keep it."""
         aten = self._aten(name)
         prepared = self._prepared[name]
-        if self.key == "CUDA" and index < 0:  # a CPU tensor came first: ATen names it
+        if self.key == "CUDA" and index < 0:  # the first tensor is on the CPU: ATen raises
             return prepared.setdefault(index, aten)
         with self._lock:
             if index in prepared:  # another thread was faster
@@ -149,7 +149,7 @@ class Dispatcher:
             return aten
 
     def _unprepared_in_a_capture(self, name: str, index: int, aten: Kernel) -> Kernel:
-        """What a CUDA graph records whose capture is an operator's first call."""
+        """The function for an operator's first call during the capture of a CUDA graph."""
         first = f"torchquant.{name}: the first call on {self.host.device(index)} came during the "
         first += "capture of a CUDA graph, which cannot wait for Triton's compiler"
         remedy = "Call the model once before capturing it."
@@ -159,10 +159,10 @@ class Dispatcher:
         return aten
 
     def _checked_kernel(self, name: str, index: int) -> Kernel | None:
-        """The operator's function if it works; else None, and the reason is recorded."""
+        """The operator's function; None if it does not work, with the reason recorded."""
         if (name, index) in self._operator_reasons and self.path != "triton":
             return None
-        broken = all(device != index for _, device in self._sound)  # nothing has worked there yet
+        broken = all(device != index for _, device in self._sound)  # nothing has worked here yet
         try:
             kernel = self.host.kernel(name)
             if (name, index) in self._sound:
@@ -175,7 +175,7 @@ class Dispatcher:
             self._record(name, index, failure(error), broken and not self._works(name, index))
             return None
         if wrong is not None:
-            # Numbers cannot be trusted where one kernel computes wrong ones.
+            # If one kernel computes wrong numbers, no other can be trusted.
             self._record(name, index, f"torchquant.{name} gave other bits ({wrong})", True)
             return None
         self._sound.add((name, index))
@@ -183,7 +183,7 @@ class Dispatcher:
         return kernel
 
     def _works(self, failed: str, index: int) -> bool:
-        """Whether the simplest operator runs where another one has failed as the first of all."""
+        """True if the simplest operator runs, after another one failed as the device's first."""
         if failed == PROBE or PROBE not in self.operators:
             return False
         try:
@@ -201,7 +201,7 @@ class Dispatcher:
     def _record(self, name: str, index: int, reason: str, whole_device: bool) -> None:
         if not whole_device:
             self._operator_reasons[name, index] = reason
-        elif self.path != "triton":  # that path raises, and may succeed the next time
+        elif self.path != "triton":  # the path "triton" raises, and can succeed the next time
             self._device_reasons[index] = reason
             for prepared in self._prepared.values():
                 prepared.pop(index, None)
@@ -209,11 +209,11 @@ class Dispatcher:
             self._operator_reasons[name, index] = reason
 
     def _guarded(self, name: str, index: int, kernel: Kernel, aten: Kernel) -> Kernel:
-        """A Triton function with what every one needs around it: devices, refusals, failures."""
+        """A Triton function with checks of devices, and with ATen for refusals and failures."""
         positions = tensor_positions(aten)
 
         def call(*arguments: Any) -> Any:
-            count = len(arguments)  # the dispatcher leaves trailing defaults out
+            count = len(arguments)  # the dispatcher omits trailing defaults
             for i in positions:
                 if i >= count:
                     break
@@ -231,12 +231,12 @@ class Dispatcher:
     def _after_failure(
         self, name: str, index: int, error: Exception, arguments: tuple[Any, ...]
     ) -> Any:
-        """A Triton function raised: the arguments' fault, the device's, or the kernel's?"""
+        """A Triton function raised: because of the arguments, the device, or the kernel?"""
         if is_device_error(error):
             raise error
         aten = self._aten(name)
         result = self._judged(name, error, aten, arguments)
-        if "out of memory" in str(error):  # for the kernel's code: the next call may find some
+        if "out of memory" in str(error):  # for the kernel's code: the next call can succeed
             return result
         if self.path == "triton":
             raise RuntimeError(
@@ -249,7 +249,7 @@ class Dispatcher:
         return result
 
     def _judged(self, name: str, error: Exception, aten: Kernel, arguments: tuple[Any, ...]) -> Any:
-        """ATen's result; its error where the arguments are wrong."""
+        """ATen's result, or ATen's error if the arguments are wrong."""
         try:
             return aten(*arguments)
         except Exception as own:
@@ -275,7 +275,7 @@ class Dispatcher:
         )
 
     def _say(self, message: str, key: str | None = None) -> None:
-        """Warn, once a process for each key."""
+        """Warn once per process and key."""
         key = message if key is None else key
         if key not in self._said:
             self._said.add(key)
@@ -283,7 +283,7 @@ class Dispatcher:
 
 
 def failure(error: BaseException) -> str:
-    """An exception in one line.
+    """An exception as one line of text.
 
     >>> failure(ValueError("first\\nsecond"))
     'ValueError: first'
@@ -293,18 +293,18 @@ def failure(error: BaseException) -> str:
 
 
 def tensor_positions(operator: Kernel) -> tuple[int, ...]:
-    """Where an operator's arguments after the first are tensors, optional ones too."""
+    """Positions of an operator's tensor arguments after the first, optional ones included."""
     arguments = operator._schema.arguments  # type: ignore[attr-defined]
     names = ("Tensor", "Optional[Tensor]")
     return tuple(i for i, argument in enumerate(arguments) if i and str(argument.type) in names)
 
 
 def _hide_from_dynamo(function: Kernel) -> None:
-    """Run ``function``, and what it calls, as it is where Dynamo would trace it.
+    """Keep Dynamo from tracing ``function`` and the functions that it calls.
 
-    Under torch.compile a frame that Dynamo gave up runs eagerly, and Dynamo looks at every Python
-    frame below it, the operators' own included. torch.compiler.disable does the same, but imports
-    Dynamo (a second) and costs a few microseconds a call.
+    Under torch.compile, a frame that Dynamo cannot trace runs eagerly, and Dynamo examines every
+    Python frame below it, including those of operators. torch.compiler.disable has the same effect,
+    but imports Dynamo (a second) and costs a few microseconds per call.
     """
     try:
         from torch._C._dynamo import eval_frame
@@ -312,5 +312,5 @@ def _hide_from_dynamo(function: Kernel) -> None:
         skip = eval_frame._FrameAction.SKIP
         strategy = eval_frame._FrameExecStrategy(skip, skip)
         eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except (ImportError, AttributeError):  # another torch: traced, slower, as correct
+    except (ImportError, AttributeError):  # another torch: traced, which is slower and correct
         pass

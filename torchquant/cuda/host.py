@@ -1,4 +1,4 @@
-"""What :mod:`torchquant.cuda.dispatch` must know of GPUs and of Triton, and asks here."""
+"""Facts about GPUs and Triton, for :mod:`torchquant.cuda.dispatch`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ LEAST_CAPABILITY = (8, 0)  # Ampere: int8 tensor cores that Triton's tl.dot comp
 
 Kernel = Callable[..., Any]
 
-# Triton's launcher reports errors of the driver as plain text. After these the process has lost
-# the device: ATen would raise the same.
+# Triton's launcher reports errors of the driver as plain text. After these errors the process can
+# no longer use the device, and ATen would raise the same error.
 _LOST_DEVICE = (
     "illegal memory access",
     "illegal instruction",
@@ -54,7 +54,7 @@ _LOST_DEVICE = (
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, as CUDA describes it; ``memory`` in bytes."""
+    """A GPU as CUDA describes it; ``memory`` in bytes."""
 
     index: int
     name: str
@@ -67,14 +67,14 @@ class Device:
 
 
 class Host(Protocol):
-    """What a :class:`Dispatcher` asks of its surroundings; tests have others than CUDA."""
+    """The environment of a :class:`Dispatcher`; tests provide one without CUDA."""
 
     def device(self, index: int) -> Device:
-        """The device of that index."""
+        """The device with that index."""
         ...
 
     def missing(self) -> str | None:
-        """Why Triton cannot be had at all; None if it can."""
+        """Why Triton is not available; None if it is."""
         ...
 
     def kernel(self, name: str) -> Kernel:
@@ -82,7 +82,7 @@ class Host(Protocol):
         ...
 
     def capturing(self) -> bool:
-        """Whether the current stream records a CUDA graph."""
+        """True if the current stream records a CUDA graph."""
         ...
 
     def aside(self, index: int) -> AbstractContextManager[None]:
@@ -90,7 +90,7 @@ class Host(Protocol):
         ...
 
     def check(self, name: str, kernel: Kernel, aten: Kernel, index: int) -> str | None:
-        """Run a small case both ways; None if all bits agree, else what differs."""
+        """Compare small cases of both; None if all bits agree, else the difference."""
         ...
 
 
@@ -130,12 +130,12 @@ class CudaHost:
 
 
 def triton_installed() -> bool:
-    """Whether ``import triton`` would find something; imports nothing."""
+    """True if triton is installed; imports nothing."""
     return importlib.util.find_spec("triton") is not None
 
 
 def triton_version() -> str | None:
-    """Triton's version, from its package's record; imports nothing."""
+    """Triton's version from its package's metadata; imports nothing."""
     if not triton_installed():
         return None
     for name in ("triton", "pytorch-triton"):
@@ -147,7 +147,7 @@ def triton_version() -> str | None:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether the device, its memory or the host's is at fault, rather than a kernel.
+    """True if the device, its memory or the host's memory caused the error, not a kernel.
 
     >>> is_device_error(RuntimeError("Triton Error [CUDA]: an illegal memory access ..."))
     True

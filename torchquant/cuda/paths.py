@@ -1,4 +1,4 @@
-"""Which path runs on a GPU, and how to choose another; the page is in :mod:`torchquant.cuda`."""
+"""The public functions of :mod:`torchquant.cuda`, which describes the paths."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _dispatcher = Dispatcher(CudaHost())
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU and what runs on it.
+    """A GPU and its path.
 
-    ``memory`` is in bytes. ``reason`` says why it is not Triton's path, ``left_to_aten`` which
-    operators failed with Triton, and why.
+    ``memory`` is in bytes. ``reason``: why the path is not Triton's. ``left_to_aten``: the
+    operators that failed with Triton, with the reasons.
     """
 
     index: int
@@ -51,7 +51,7 @@ class GPU:
 
 
 def chosen_path() -> str:
-    """What was asked for: ``"auto"``, ``"triton"`` or ``"aten"``.
+    """The chosen path: ``"auto"``, ``"triton"`` or ``"aten"``.
 
     Example:
         >>> chosen_path() in ("auto", "triton", "aten")
@@ -61,10 +61,10 @@ def chosen_path() -> str:
 
 
 def gpus(*, probe: bool = False) -> tuple[GPU, ...]:
-    """The GPUs that torch can use, in CUDA's order; initializes CUDA where there are any.
+    """The GPUs that torch can use, in CUDA's order; initializes CUDA if there is one.
 
     Args:
-        probe: compile and check one kernel first, so that a GPU or a compiler which fails is known.
+        probe: first compile and check one kernel, to detect a GPU or a compiler that fails.
 
     Example:
         >>> [gpu.name for gpu in gpus() if gpu.path not in ("triton", "aten")]
@@ -96,7 +96,7 @@ def _describe(index: int) -> GPU:
 
 
 def available_paths() -> tuple[str, ...]:
-    """The paths that can run on at least one GPU here, best first; none without a GPU.
+    """The paths that at least one GPU supports, best first; empty without a GPU.
 
     Example:
         >>> available_paths() in (("triton", "aten"), ("aten",), ())
@@ -110,7 +110,9 @@ def available_paths() -> tuple[str, ...]:
 
 
 def active_path(device: torch.device | str | int | None = None) -> str | None:
-    """The path of a GPU, of the current one if ``device`` is None; None without a GPU.
+    """The active path, "triton" or "aten", of ``device`` (default: the current GPU).
+
+    None without a GPU.
 
     Raises:
         ValueError: ``device`` is not one of the GPUs here.
@@ -144,15 +146,15 @@ def _device_index(device: torch.device | str | int | None) -> int:
 
 
 def use_path(name: str) -> AbstractContextManager[None]:
-    """Run CUDA tensors' operators on another path, in the whole process, until the block ends.
+    """Use another path for CUDA tensors in the whole process, until the block ends.
 
-    For tests and for measuring: graphs that were captured before keep their kernels.
+    For tests and measurements. CUDA graphs that were captured before keep their kernels.
 
     Args:
-        name: ``"auto"``, ``"aten"``, or ``"triton"`` where :func:`available_paths` has it.
+        name: ``"auto"``, ``"aten"``, or ``"triton"`` if :func:`available_paths` has it.
 
     Raises:
-        ValueError: the name is unknown, or Triton's path cannot run here; says why.
+        ValueError: the name is unknown, or Triton cannot run here; the message has the reason.
 
     Example:
         >>> with use_path("auto"):
@@ -176,7 +178,7 @@ def _switched_to(name: str) -> Iterator[None]:
 
 
 def _choose(name: str) -> None:
-    # Without the registration a call goes straight to C++. A torch without CUDA needs none.
+    # Without the registration a call runs in C++ only. A torch without CUDA needs none.
     if name != "aten" and torch.version.cuda is not None:
         _dispatcher.register()
     _dispatcher.set_path(name)
@@ -195,7 +197,7 @@ def _why_no_triton() -> str:
 
 
 def no_gpu_reason() -> str:
-    """Why torch finds no GPU, in words; for use where :func:`gpus` is empty.
+    """Why torch finds no GPU, as text, for when :func:`gpus` is empty.
 
     Example:
         >>> gpus() != () or no_gpu_reason() != ""
@@ -210,7 +212,7 @@ def _apply_environment() -> None:
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     _check_path(f"the environment variable {ENVIRONMENT_VARIABLE}", name)
     autotune = os.environ.get(AUTOTUNE_VARIABLE) or "1"
-    if autotune not in ("0", "1"):  # read in torchquant.triton.tuning, where it is late for errors
+    if autotune not in ("0", "1"):  # torchquant.triton.tuning reads it, too late for errors
         raise ValueError(
             f"the environment variable {AUTOTUNE_VARIABLE} must be 0 or 1, got {autotune!r}"
         )

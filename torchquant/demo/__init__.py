@@ -1,4 +1,4 @@
-"""What ``torchquant demo`` does: convert a real model, measure it, prove that its bits are exact.
+"""The demo behind ``torchquant demo``: convert a model, measure it, prove that its bits are exact.
 
 * `run_demo` measures and returns a `DemoResult`, plain numbers
 * :mod:`~torchquant.demo.exactness`: the proof
@@ -43,7 +43,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo measured.
+    """All measurements of the demo.
 
     ``isa`` and ``threads`` are those of accuracy and latency; the proof of exactness goes over all
     available instruction sets, and over one and ``compared_threads`` threads.
@@ -66,7 +66,7 @@ class DemoResult:
 
     @property
     def failures(self) -> list[Check]:
-        """The checks that did not pass."""
+        """The checks that failed."""
         return [check for check in self.checks if not check.passed]
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def run_demo(
 
 
 def state_dict_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors in the model's state dict: what a file of it holds.
+    """Bytes of the tensors in the model's state dict, which a file of it contains.
 
     Example:
         >>> import torch
@@ -183,7 +183,7 @@ def state_dict_bytes(model: nn.Module) -> int:
 def measure_latency(
     float_model: nn.Module, int8_model: nn.Module, images: Tensor, seconds: float
 ) -> Latency:
-    """Time both models for about ``seconds``, taking turns: a drifting clock hits both alike."""
+    """Time both models for about ``seconds``, in turns, so that a drifting clock affects both."""
     times: dict[nn.Module, list[float]] = {float_model: [], int8_model: []}
     for model in times:
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""The proof that an int8 model's bits are exact, on the inputs that its layers really get.
+"""The proof that an int8 model's bits are exact, on the real inputs of its layers.
 
 It has two levels, because the promise has. Each int8 layer gives the same bits for the same input
 on every instruction set, with any number of threads, for a row alone or in a batch; and they are
@@ -25,7 +25,7 @@ from torchquant.models import DigitsTransformer
 from torchquant.nn import QuantizedLinear, QuantizedModule
 
 ORACLE = "scalar"  # available everywhere
-SAMPLED_ROWS = 128  # of each layer, where a check goes row by row or through plain torch
+SAMPLED_ROWS = 128  # per layer, in checks that go row by row or through plain torch
 
 CHECKS = {
     "logits": f"the logits of all test images, against those of {ORACLE}",
@@ -49,17 +49,17 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared and no bit differed."""
+        """True if values were compared and no bit differed."""
         return self.values > 0 and self.differing == 0
 
     def compare(self, actual: Tensor, expected: Tensor) -> None:
-        """Add the values of ``expected`` and how many of ``actual`` differ from them."""
+        """Count the values of ``expected``, and those of ``actual`` that differ from them."""
         self.values += expected.numel()
         self.differing += count_differing(actual, expected)
 
 
 def count_differing(actual: Tensor, expected: Tensor) -> int:
-    """How many fp32 values differ in any bit; all of them where shapes or types differ.
+    """The number of fp32 values that differ in any bit; all if shapes or types differ.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def check_logits(model: nn.Module, images: Tensor, steps: Steps) -> list[Check]:
 
 
 def check_layers(model: nn.Module, images: Tensor, threads: int, steps: Steps) -> list[Check]:
-    """Every int8 layer, on every instruction set, on the inputs that it gets for ``images``."""
+    """Every int8 layer, on every instruction set, on its inputs for ``images``."""
     isas = cpu.available_isas()
     layers = [Check("layers", isa) for isa in isas if isa != ORACLE]
     one_thread = [Check("threads", isa) for isa in isas]
@@ -150,7 +150,7 @@ def layers_with_inputs(
 
 
 def specified_output(layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """What the layer's output is by the specification: sums in int64, exact fused multiply-add."""
+    """The layer's output by the specification: sums in int64, exact fused multiply-add."""
     return functional.linear_dynamic(
         rows,
         layer.qweight,
@@ -163,7 +163,7 @@ def specified_output(layer: QuantizedLinear, rows: Tensor) -> Tensor:
 
 
 def output_on(isa: str, threads: int, layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """The layer's output ``[M, N]`` on one instruction set, with a number of threads."""
+    """The layer's output ``[M, N]`` on one instruction set, with that number of threads."""
     with forced_isa(isa), torch_threads(threads):
         output: Tensor = layer(rows)
     return output
@@ -171,7 +171,7 @@ def output_on(isa: str, threads: int, layer: QuantizedLinear, rows: Tensor) -> T
 
 @contextmanager
 def forced_isa(isa: str) -> Iterator[None]:
-    """``cpu.use_isa``, and an error where another instruction set would run after all."""
+    """``cpu.use_isa``, with an error if another instruction set is active nevertheless."""
     with cpu.use_isa(isa):
         if cpu.active_isa() != isa:
             raise RuntimeError(
@@ -182,7 +182,7 @@ def forced_isa(isa: str) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Run the block with ``count`` threads, then go back to the number before."""
+    """Run the block with ``count`` threads, then restore the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Progress of a computation, for whoever wants to show it."""
+"""The progress of a computation, for a progress bar."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-# Called with what begins and the fraction of all work that is done, from 0 to 1.
+# Called with a description of the next step, and the completed fraction of all work, 0 to 1.
 Listener: TypeAlias = Callable[[str, float], None]
 
 
 @dataclass
 class Steps:
-    """Counts steps of about equal length and tells a listener as each begins.
+    """Counts steps of about equal length and calls a listener when a step begins.
 
     Example:
         >>> from torchquant.demo.steps import Steps
@@ -28,7 +28,7 @@ class Steps:
     done: int = 0
 
     def begin(self, description: str) -> None:
-        """Announce a step; those before it are done."""
+        """Announce a step; all steps before it are complete."""
         if self.listener is not None:
             self.listener(description, self.done / self.total)
         self.done += 1

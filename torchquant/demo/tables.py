@@ -29,7 +29,7 @@ def render(result: DemoResult) -> RenderableType:
 
 
 def titled_table(title: str, caption: str) -> Table:
-    """An empty table in the style of all of them."""
+    """An empty table in the style of the demo."""
     return Table(
         title=title,
         caption=caption,
@@ -43,7 +43,7 @@ def titled_table(title: str, caption: str) -> Table:
 
 
 def comparison_table(result: DemoResult) -> Table:
-    """Accuracy, size and latency, float beside int8."""
+    """The table of accuracy, size and latency, float and int8."""
     count = result.test_images
     table = titled_table(
         f"Float and int8 on {count} test images of handwritten digits",
@@ -77,11 +77,11 @@ def comparison_table(result: DemoResult) -> Table:
 
 
 def exactness_table(result: DemoResult) -> Table:
-    """One row per instruction set, one column per check, in each cell how much was compared."""
+    """One row per instruction set, one column per check; cells have the number of values."""
     table = titled_table(
         "Exactness: values compared, bit by bit",
-        f"Logits: all {result.test_images} images through the model. Other columns: the inputs "
-        "that the int8 layers get there.",
+        f"Logits: all {result.test_images} images through the model. Other columns: inputs "
+        "recorded at each int8 layer.",
     )
     headers = {
         "logits": "logits\n= scalar",
@@ -101,7 +101,7 @@ def exactness_table(result: DemoResult) -> Table:
 
 
 def training_table(result: DemoResult) -> Table:
-    """What fine-tuning wins back at few bits, and whether it trained what is deployed."""
+    """The gain of fine-tuning at few bits, and whether the converted model has the same bits."""
     training, count = result.training, result.test_images
     isas = sum(check.name == "training" for check in result.checks)
     table = titled_table(f"Weights of {training.weight_bits} bits, rounded and trained", "")
@@ -130,7 +130,7 @@ def outcome(check: Check) -> Text:
 
 
 def conclusion(result: DemoResult) -> Text:
-    """What was found, in one sentence per finding."""
+    """The conclusions, one sentence each."""
     file = next(check for check in result.checks if check.name == "file")
     lines = []
     if file.passed:
@@ -144,12 +144,12 @@ def conclusion(result: DemoResult) -> Text:
 
 
 def describe_failures(result: DemoResult) -> str:
-    """The failed checks, one a line; for the error output."""
+    """The failed checks, one per line, for standard error."""
     return "\n".join(f"  {check.isa}: {describe(check)}" for check in result.failures)
 
 
 def describe(check: Check) -> str:
-    """A failed check in words."""
+    """A failed check as text."""
     if not check.values:
         return f"nothing was compared: {CHECKS[check.name]}"
     return f"{check.differing:,} of {check.values:,} values differ: {CHECKS[check.name]}"
@@ -161,5 +161,5 @@ def plural(count: int, noun: str) -> str:
 
 
 def speed(ratio: float) -> str:
-    """How many times faster, or slower, in words."""
+    """How many times faster or slower, as text."""
     return f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"

@@ -1,4 +1,4 @@
-"""The demo's training: few bits, a short fine-tuning, and the proof that it trained what ships."""
+"""The demo's training: few bits, a short fine-tuning, the proof that it trained the int8 model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERIFIED_IMAGES = 40
 
 @dataclass(frozen=True)
 class Training:
-    """What training won back: test images that are read correctly at ``weight_bits`` bits.
+    """The gain of training: test images classified correctly at ``weight_bits`` bits.
 
     ``rounded_correct`` is without training, ``trained_correct`` after ``steps`` steps, which took
     ``seconds``; ``differing_bits`` counts the bits in which the converted model differs from the
@@ -44,7 +44,7 @@ class Training:
 
 
 def train_digits(data: DigitsData, steps: Steps) -> tuple[Training, list[Check]]:
-    """Round the model's weights to a few bits, train it so, convert it and compare.
+    """Quantize the model's weights to a few bits, train it, convert it and compare.
 
     Returns:
         The result, and a check for each instruction set.

@@ -1,7 +1,7 @@
-"""Who is measured: one class per peer, named here without importing any of their libraries.
+"""The peers: one class each, listed here without importing their libraries.
 
-Two suites, so that like is compared with like. `dynamic`: fp32 in, fp32 out, quantization inside
-the call. `prequantized`: activations that are 8-bit integers already in, fp32 out.
+There are two suites, each of comparable peers. `dynamic`: fp32 in, fp32 out, quantization inside
+the call. `prequantized`: 8-bit integers in, fp32 out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OURS = "torchquant"
 class PeerInfo:
     """A peer's class, as `module:Class`, and the packages that must be installed for it.
 
-    `ours`: another way of using torchquant, measured beside and not compared with.
+    `ours`: another way of using torchquant, measured, but not compared with torchquant.
     """
 
     target: str
@@ -31,11 +31,11 @@ class PeerInfo:
     ours: bool = False
 
     def missing(self) -> list[str]:
-        """The packages that it needs and that are not installed."""
+        """The required packages that are not installed."""
         return [name for name in self.requires if find_spec(name) is None]
 
     def how_to_install(self) -> str:
-        """One command for all that is missing."""
+        """One command that installs all missing packages."""
         return f"pip install {' '.join(self.missing())}"
 
 
@@ -114,7 +114,7 @@ def all_peer_names() -> list[str]:
 
 
 def make_linear_peer(suite: str, name: str, threads: int) -> LinearPeer:
-    """Import the peer's library and create it. For the peer's own process."""
+    """Import the peer's library and create the peer, in the peer's own process."""
     module, _, class_name = SUITES[suite][name].target.partition(":")
     module = f"torchquant.bench.peers.{module}"
     peer: LinearPeer = getattr(importlib.import_module(module), class_name)(threads)

@@ -1,4 +1,4 @@
-"""What a peer must offer to be measured: load a layer, then hand out ways of calling it."""
+"""The interface of a peer: load a layer, then provide ways of calling it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class NotInThisTorch(RuntimeError):
 class LinearPeer(ABC):
     """One library's int8 (or float) linear layer. Each instance lives alone in its own process.
 
-    Quantizing and packing the weight does not belong to the call, it happens once, in `load`.
+    Quantizing and packing the weight is not part of a call; it happens once, in `load`.
     Quantizing the activation belongs to the call in the dynamic suite; a prequantized peer does it
     in `calls`, outside of the functions that it returns.
 
-    Modules of peers import their libraries inside functions: the package is whole without them.
+    Modules of peers import their libraries inside functions: the package works without them.
     """
 
     def __init__(self, threads: int) -> None:
@@ -42,30 +42,30 @@ class LinearPeer(ABC):
 
     @abstractmethod
     def about(self) -> dict[str, str]:
-        """What a reader of the results needs to know: version, engine, instruction set."""
+        """Version, engine and instruction set, for readers of the results."""
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 `[N, K]` in [-127, 127] and fp32 scale `[N]`, for peers that have no converter."""
+    """int8 `[N, K]` in [-127, 127] and fp32 scale `[N]`, for peers without a converter."""
     scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def quantize_input(x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """int8 `[M, K]` in [-127, 127] and one scale, as a model calibrated on `x` would have them."""
+    """int8 `[M, K]` in [-127, 127] and one scale, as after a calibration on `x`."""
     scale = max(float(x.abs().max()), 1e-12) / 127
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def as_uint8(q: torch.Tensor) -> torch.Tensor:
-    """The same integers for those who want them unsigned: the zero point becomes 128."""
+    """The same integers, unsigned: the zero point becomes 128."""
     return (q.to(torch.int16) + 128).to(torch.uint8)
 
 
 def float_linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
     """An `nn.Linear` in evaluation mode that shares the given weight `[N, K]` and bias `[N]`."""
     out_features, in_features = weight.shape
-    with torch.device("meta"):  # nothing to initialise: the parameters are replaced
+    with torch.device("meta"):  # no initialisation, because the parameters are replaced
         linear = torch.nn.Linear(in_features, out_features)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     linear.bias = torch.nn.Parameter(bias, requires_grad=False)

@@ -133,7 +133,7 @@ class OnnxRuntime(LinearPeer):
 
 
 class OnnxRuntimeStatic(OnnxRuntime):
-    """uint8 in, fp32 out. Signed input takes another, hundred times slower path in onnxruntime."""
+    """uint8 in, fp32 out. For signed input onnxruntime uses a path that is 100 times slower."""
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.weight, self.bias = weight, bias  # the input's scale is part of the graph

@@ -26,7 +26,7 @@ from torchquant.bench.peers.base import (
 
 
 class Openvino(LinearPeer):
-    """What both suites share: compiling a graph, and a call on bound tensors."""
+    """The common part of both suites: compiling a graph, and a call on bound tensors."""
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

@@ -28,7 +28,7 @@ def require_quantized_tensors() -> None:
 
 
 class TorchAoDynamic(LinearPeer):
-    """Per-channel int8 weights, uint8 activations with one scale per tensor: all it offers."""
+    """Per-channel int8 weights, uint8 activations with one scale per tensor: its only scheme."""
 
     engine: str
     layer: torch.nn.Module
@@ -64,19 +64,19 @@ class TorchAoDynamic(LinearPeer):
 
 
 class TorchAoX86(TorchAoDynamic):
-    """torch.ao's default on x86: picks oneDNN or FBGEMM by what it finds of the CPU."""
+    """torch.ao's default on x86, which picks oneDNN or FBGEMM by the CPU's features."""
 
     engine = "x86"
 
 
 class TorchAoOnednn(TorchAoDynamic):
-    """oneDNN, whatever the CPU."""
+    """oneDNN, on every CPU."""
 
     engine = "onednn"
 
 
 class TorchAoFbgemm(TorchAoDynamic):
-    """FBGEMM, whatever the CPU."""
+    """FBGEMM, on every CPU."""
 
     engine = "fbgemm"
 

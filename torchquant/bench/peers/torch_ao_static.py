@@ -21,7 +21,7 @@ from torchquant.bench.peers.torch_ao import OnednnPointwise, require_quantized_t
 class TorchAoStatic(LinearPeer):
     """`torch.ops.quantized.linear`: a quint8 tensor in, a quint8 tensor out.
 
-    It writes a quarter of the bytes that the others write, which favours it.
+    It writes a quarter of the bytes of the other peers, which favours it.
     """
 
     engine: str

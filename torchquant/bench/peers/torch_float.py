@@ -25,6 +25,6 @@ class TorchFloat(LinearPeer):
 
 
 class TorchBfloat16(TorchFloat):
-    """bf16 weights, activations and result: no conversion is charged to it."""
+    """bf16 weights, activations and result: no conversion is measured."""
 
     dtype = torch.bfloat16

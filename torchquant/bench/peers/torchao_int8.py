@@ -38,7 +38,7 @@ class TorchaoInt8(LinearPeer):
 class TorchaoInt8Compiled(TorchaoInt8):
     """The same layer through `torch.compile`, compiled for each shape outside the measured time.
 
-    Compiling takes seconds a shape (where Inductor's cache holds it: a tenth). Shapes are left out,
+    Compiling takes seconds per shape (a tenth if Inductor's cache has it). Shapes are left out,
     and the results say so, as long as the average is above `SECONDS_PER_SHAPE`.
     """
 

@@ -5,7 +5,7 @@ function by name in a registry, so no module is replaced and no forward rewritte
 another name.
 """
 
-# transformers need not be installed where this file is type-checked.
+# transformers may be missing where this file is type-checked.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def replace_attention_(model: nn.Module) -> None:
-    """Have a transformers model compute attention with :func:`torchquant.ops.attention`, in place.
+    """Make a transformers model compute attention with :func:`torchquant.ops.attention`, in place.
 
     Queries, keys, values and attention weights are rounded to bfloat16 before they are multiplied.
     For a bfloat16 model that is what it did before; in a float32 model attention gets bfloat16's 8
@@ -35,8 +35,8 @@ def replace_attention_(model: nn.Module) -> None:
     Calls that the operator does not serve are left to transformers' ``sdpa``: a single query (a
     decoding step), dropout in training, position biases, paged caches, other devices.
 
-    To undo it: ``model.set_attn_implementation("sdpa")``. Files know nothing of it: call it again
-    after :func:`torchquant.load`.
+    To undo it: ``model.set_attn_implementation("sdpa")``. The replacement is not saved: call it
+    again after :func:`torchquant.load`.
 
     Args:
         model: a model of the transformers library whose attention implementation is ``sdpa`` (its
@@ -68,7 +68,7 @@ def replace_attention_(model: nn.Module) -> None:
 
 
 def _register() -> None:
-    """Our function, beside the mask that transformers makes for ``sdpa``."""
+    """Register our function, with the mask that transformers makes for ``sdpa``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -111,14 +111,14 @@ def _register() -> None:
             )
             return result
         if attention_mask is not None:
-            causal = False  # the mask has it
+            causal = False  # the mask is causal already
         else:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if type(query) is Tensor and not torch.compiler.is_dynamo_compiling():
             output = _fast_attention(query, key, value, attention_mask, scaling, causal)
         else:
             output = ops.attention(query, key, value, attention_mask, scale=scaling, causal=causal)
-        return output.transpose(1, 2), None  # contiguous: the operator's result lies so
+        return output.transpose(1, 2), None  # already contiguous in this layout
 
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
