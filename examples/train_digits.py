@@ -1,4 +1,4 @@
-"""Train the digits transformer that ships with torchquant, and make its data file.
+"""Train the digits transformer that torchquant contains, and write its data file.
 
     pip install scikit-learn
     python examples/train_digits.py                # writes both files into torchquant/data/
@@ -43,7 +43,7 @@ TEST_IMAGES = 450
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the training does; ``SMOKE`` is the same in small."""
+    """Sizes and settings of the training; ``SMOKE`` has tiny ones."""
 
     epochs: int = 120
     batch: int = 64
@@ -82,7 +82,7 @@ def read_data(path: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def distort(images: Tensor, random: torch.Generator) -> Tensor:
-    """Turn, scale, shear and shift each image a little, as handwriting varies."""
+    """Rotate, scale, shear and shift each image a little, like different handwriting."""
 
     def uniform(limit: float) -> Tensor:
         return (2 * torch.rand(len(images), generator=random) - 1) * limit

