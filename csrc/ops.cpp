@@ -15,7 +15,7 @@ void define_operators(torch::Library& m) {
   m.def(
       "dequantize(Tensor input, Tensor scale, Tensor? zero_point, int? axis=None, int? group_size=None, "
       "ScalarType dtype=float) -> Tensor");
-  // Dynamic per-token parameters: int8 [..., K], float32 [..., 1], int32 [..., 1].
+  // Dynamic per-token parameters. Integers, scales, zero points: int8 [..., K], float32 [..., 1], int32 [..., 1].
   m.def("quantize_per_token(Tensor input, bool symmetric=True) -> (Tensor, Tensor, Tensor)");
 
   // ---- linear
@@ -25,7 +25,7 @@ void define_operators(torch::Library& m) {
 
   // Raw int32 accumulators [..., N] of int8 or uint8 input [..., K].
   m.def("int8_mm(Tensor input, Tensor packed, int out_features) -> Tensor");
-  // Float input, quantized per token inside to activation_bits bits. output_dtype: input's unless given.
+  // Float input, which is quantized per token to activation_bits bits. output_dtype: input's unless given.
   m.def(
       "linear_dynamic(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
       "int out_features, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None, "
@@ -35,7 +35,7 @@ void define_operators(torch::Library& m) {
   m.def(
       "linear_dynamic_split(Tensor input, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
       "int[] out_features, bool symmetric, str[] activations, ScalarType? output_dtype=None) -> Tensor[]");
-  // int8 or uint8 input, or float input quantized inside to int8 in [input_qmin, input_qmax]. With output_scale the
+  // int8 or uint8 input, or float input, which is quantized to int8 in [input_qmin, input_qmax]. With output_scale the
   // result is int8 or uint8 (output_dtype), clamped to [output_qmin, output_qmax].
   m.def(
       "linear_static(Tensor input, Tensor input_scale, Tensor? input_zero_point, Tensor packed, Tensor weight_scale, "
@@ -86,11 +86,12 @@ void define_operators(torch::Library& m) {
   m.def(
       "fake_quantize_learned_backward(Tensor grad, Tensor input, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
       "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
-  // Least and greatest finite element for each scale (inf, -inf: none), and how many are not finite: int64 [1].
+  // The least and the greatest finite element for each scale (inf and -inf without one), and how many elements are not
+  // finite: int64 [1].
   m.def("minmax(Tensor input, int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
   // ---- qat
-  // int8 [..., K], float32 [..., 1], int32 [..., 1]: input with one scale [1] (a row with NaN gets scale NaN),
-  // or, without scale, per token to [qmin, qmax].
+  // Integers, scales, zero points of rows: int8 [..., K], float32 [..., 1], int32 [..., 1]. All rows have the given scale
+  // [1] (a row with NaN has scale NaN); without scale, each row has its own, for [qmin, qmax].
   m.def(
       "quantize_rows(Tensor input, Tensor? scale, Tensor? zero_point, int qmin, int qmax, bool symmetric) -> "
       "(Tensor, Tensor, Tensor)");
@@ -99,8 +100,8 @@ void define_operators(torch::Library& m) {
   // grad [M, N] times fake_quantize of a weight [N, K] per row, float32.
   m.def(
       "mm_fake_quantized(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point, int qmin, int qmax) -> Tensor");
-  // Float input and weight, both quantized inside; the gradient goes straight through. input_scale: none for dynamic
-  // per-token scales; weight_scale: none for each channel's own range. A grad_factor above 0: the scale learns.
+  // Float input and weight, which the operator quantizes; gradients pass straight through. Without input_scale, each
+  // token has its own scale; without weight_scale, each channel. With a grad_factor above 0 the scale is learned.
   m.def(
       "qat_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, "
       "Tensor? input_offset, int input_qmin, int input_qmax, bool input_symmetric, Tensor? weight_scale, "

@@ -34,8 +34,8 @@ ZeroPoint check_parameters(const char* op, const at::Tensor& input, const at::Te
   return {value.numel() == 1 ? value.reshape({}).expand(scale.sizes()) : value, real};
 }
 
-// run(in, out, scale, zero) on corresponding elements, block by block; all have dimensions, so that a product with a half
-// type is float32.
+// Calls run(in, out, scale, zero) with corresponding elements, block by block. All have dimensions, so that a product with
+// a half type is float32.
 template <class Run>
 void for_scales(const Parts& parts, const at::Tensor& in, const at::Tensor& out, const at::Tensor& scale,
                 const at::Tensor& zero, const Run& run) {

@@ -2,11 +2,11 @@
 // those of odd index are summed apart, one fused multiply-add after the other from zero, and the 32 before are added.
 //
 // A product of two bfloat16 numbers has 16 bits. Added to an fp32 number in float64 it gives a sum that is exact, or so
-// far from the smaller term that fp32 rounds to the larger one, which float64 has kept: two roundings equal one. So
-// ATen's addcmul in float64 will do, contracted or not, and all sums of 16 products take their steps side by side.
+// far from the smaller term that fp32 rounds to the larger one, which float64 has kept: two roundings equal one.
+// ATen's addcmul in float64 is therefore exact enough, contracted or not, and all sums of 16 products advance together.
 //
-// Sums of a block of queries lie in memory at once; blocks are whole entries of the batch, heads of one, or queries of
-// one head, whatever fits.
+// The sums of one block of queries are in memory at a time. A block is as large as fits: whole entries of the batch, heads
+// of one entry, or queries of one head.
 #include <ATen/ATen.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Work on large tensors in parts, so that temporaries (fp32 of an int8 result, float64 of a fused multiply-add) take
+// Large tensors are worked on in parts, so that temporaries (fp32 of an int8 result, float64 of a fused multiply-add) take
 // at most a few hundred megabytes, whatever the tensors' size.
 #pragma once
 
@@ -11,8 +11,9 @@ namespace torchquant {
 
 inline constexpr int64_t kBlockElements = int64_t{1} << 22;
 
-// run(parts) on corresponding parts of the tensors: cut where the first is cut, of at most kBlockElements of it. All
-// have as many dimensions as the first, of its sizes or 1 (broadcast); undefined ones stay so.
+// Calls run(parts) with corresponding parts of the tensors. The first tensor is cut into parts of at most kBlockElements,
+// the others at the same places. All have as many dimensions as the first, of its sizes or 1 (broadcast); undefined
+// tensors stay undefined.
 template <size_t N, class Run>
 void in_blocks(const std::array<at::Tensor, N>& tensors, const Run& run) {
   const at::Tensor& whole = tensors[0];

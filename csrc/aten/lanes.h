@@ -8,7 +8,7 @@
 
 namespace torchquant {
 
-// Of fp32 [..., K] over the last dimension, [..., 1]; squares: of the elements' squares, each a fused multiply-add.
+// The sums [..., 1] of fp32 [..., K] over the last dimension. squares: sums of squares, each step a fused multiply-add.
 inline at::Tensor sum_in_lanes(const at::Tensor& terms, bool squares) {
   constexpr int64_t kLanes = 16;
   const int64_t k = terms.size(-1), padded = (k + kLanes - 1) / kLanes * kLanes;

@@ -64,7 +64,7 @@ Rows float_rows(const at::Tensor& x, const RowParams& p, int64_t qmin, int64_t q
   return rows;
 }
 
-bool is_aligned(const at::Tensor& t) {  // an allocation is; memory from elsewhere need not be
+bool is_aligned(const at::Tensor& t) {  // allocations of torch are aligned; memory from elsewhere need not be
   if (t.storage_offset() * t.element_size() % kRowAlignment != 0) return false;
   return !t.is_cuda() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kRowAlignment == 0;
 }
@@ -147,7 +147,7 @@ at::Tensor wide_product(const at::Tensor& q, const at::Tensor& w) {  // int64, i
   return sum;
 }
 
-// run(sums, first row, rows): the products of all rows, some rows at a time.
+// Calls run(sums, first row, rows) with the products of all rows, some rows at a time.
 template <class Run>
 void for_products(const Rows& rows, const Weight& w, bool wide, const Run& run) {
   const int64_t total = rows.q.size(0), elements = wide ? kProductElements / 4 : kProductElements;
@@ -161,7 +161,7 @@ void for_products(const Rows& rows, const Weight& w, bool wide, const Run& run) 
   }
 }
 
-// t's rows [first, first + count), or t where one row stands for all or there is none.
+// t's rows [first, first + count); t itself if it has one row for all, or is undefined.
 at::Tensor rows_or_all(const at::Tensor& t, int64_t first, int64_t count) {
   return t.defined() && t.size(0) > 1 ? t.narrow(0, first, count) : t;
 }

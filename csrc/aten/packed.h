@@ -7,7 +7,8 @@
 
 namespace torchquant {
 
-// The packed weight of an out_features x in_features layer. Its shape says N (to 16) and K (to 64), not more.
+// The packed weight of an out_features x in_features layer. Its shape gives N up to a multiple of 16 and K up to a multiple of
+// 64; nothing else can be checked without waiting for the device.
 inline void check_packed_rows(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
   check_features(op, packed, n, k);
   const PackedShape shape = packed_shape(PackedFormat::kInt8Rows, n, k);
@@ -34,7 +35,7 @@ inline at::Tensor weights_of(const at::Tensor& packed, int64_t n, int64_t k) {
   return packed.narrow(0, 0, n).narrow(1, 0, k);
 }
 
-// All of the layout but the weights themselves, which are in their place already.
+// Writes everything but the weights themselves, which are in their place already.
 inline void complete_packed(const at::Tensor& packed, int64_t n, int64_t k) {
   if (k < packed.size(1)) packed.narrow(0, 0, n).narrow(1, k, packed.size(1) - k).zero_();
   packed.narrow(0, n, packed.size(0) - n).zero_();

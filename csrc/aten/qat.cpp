@@ -1,4 +1,4 @@
-// quantize_rows, quantize_pack, mm_fake_quantized, and qat_linear where no gradient is asked for.
+// quantize_rows, quantize_pack, mm_fake_quantized, and qat_linear without gradients.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -38,7 +38,7 @@ QuantizedRows quantize_rows(const at::Tensor& input, const OptTensor& scale, con
     TORCH_CHECK_VALUE(zero_point->numel() == 1, op, ": zero_point must hold one value, got ", describe(*zero_point));
     zero = zero_point->reshape({1, 1});
   }
-  const at::Tensor given = scale->reshape({1, 1}).clamp_min(kLeastScale);  // a learned one may get there
+  const at::Tensor given = scale->reshape({1, 1}).clamp_min(kLeastScale);  // a learned scale may become smaller
   if (input.size(-1) == 0) return empty_rows(input, given, zero);
   const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   const RowParams p = static_params(x, given, zero);
@@ -105,7 +105,7 @@ TORCHQUANT_ATEN_KERNELS(m) {
   m.impl<ops::mm_fake_quantized>(&mm_fake_quantized);
 }
 
-// Each library's own operators inside: Triton kernels registered for torchquant's run in its layer.
+// Each library's layer calls its own operators, so that torchquant's uses the Triton kernels that are registered for it.
 TORCHQUANT_ATEN_KERNEL_ON_CUDA(ops::qat_linear, &qat::qat_linear_forward<Library::kTorchquant>)
 TORCHQUANT_ATEN_KERNEL_AS_ATEN(ops::qat_linear, &qat::qat_linear_forward<Library::kTorchquantAten>)
 

@@ -1,7 +1,7 @@
-// What runs on CUDA tensors without a compiler for them: the operators composed of ATen's. Nothing in this folder
-// depends on the device, so the same functions are registered twice: for torchquant on CUDA, and as torchquant_aten for
-// every device, where the tests compare them with the CPU's kernels and where faster kernels (torchquant/triton) leave
-// what they do not cover.
+// The operators composed of ATen's: they run on CUDA tensors without a CUDA compiler. Nothing in this folder depends on
+// the device, so the same functions are registered twice: for torchquant on CUDA, and as torchquant_aten for every device.
+// Tests compare torchquant_aten with the CPU's kernels, and faster kernels (torchquant/triton) leave to it what they do
+// not cover.
 //
 // Rules of this folder: no value is read on the host (.item(), nonzero, comparisons in C++), so values inside tensors
 // are trusted; every tensor of a call must be on the input's device; a result depends on no order of additions but the
@@ -18,8 +18,8 @@
 
 namespace torchquant {
 
-// Registers functions so that the ATen operators inside run below autograd and autocast. Autograd would record them, one
-// by one, where the operator itself has no gradient and is looked through; autocast would round a product's operands.
+// Registers functions so that the ATen operators inside run below autograd and autocast. Autograd would record them
+// one by one where it looks through an operator without gradients; autocast would round a product's operands.
 class AtenKernels {
  public:
   explicit AtenKernels(torch::Library& library) : library_(library) {}

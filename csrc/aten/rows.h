@@ -1,5 +1,5 @@
-// Float rows -> int8, each with its own parameters: dynamic ones from the row's range, or given ones with a flag for
-// rows that hold NaN. Section 2 and 6 of the numerics: a row that must give NaN has scale NaN.
+// Float rows -> int8. The parameters are dynamic, from each row's range, or given, with a flag for rows that hold NaN.
+// A row that must give NaN has scale NaN (numerics, sections 2 and 6).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -27,7 +27,7 @@ inline at::Tensor as_matrix(const at::Tensor& t) {
   return t.reshape({k == 0 ? 0 : t.numel() / k, k});
 }
 
-// From the range of each row of x [M, K], K >= 1: dynamic_params of csrc/kernels/affine.inc.
+// Parameters from the range of each row of x [M, K], K >= 1: dynamic_params of csrc/kernels/affine.inc.
 inline RowParams dynamic_params(const at::Tensor& x, int64_t qmin, int64_t qmax, bool symmetric) {
   const auto range = at::aminmax(x, /*dim=*/-1, /*keepdim=*/true);  // NaN where the row holds one
   at::Tensor least = std::get<0>(range).to(at::kFloat), greatest = std::get<1>(range).to(at::kFloat);
@@ -46,7 +46,7 @@ inline RowParams dynamic_params(const at::Tensor& x, int64_t qmin, int64_t qmax,
     least = least.clamp_max(0.0);
     greatest = greatest.clamp_min(0.0);
     const double steps = static_cast<double>(qmax - qmin);
-    const at::Tensor extent = greatest - least;  // beyond the largest number: half of both
+    const at::Tensor extent = greatest - least;  // infinite if it exceeds the largest number: then half of both
     const at::Tensor halves = divide(greatest * 0.5 - least * 0.5, steps) * 2.0;
     p.scale = finish(at::where(extent.isinf(), halves, divide(extent, steps)));
     const at::Tensor zero = at::rsub(at::true_divide(least, p.scale), static_cast<double>(qmin)).round_();
@@ -58,13 +58,13 @@ inline RowParams dynamic_params(const at::Tensor& x, int64_t qmin, int64_t qmax,
 
 // scale float32 [1, 1] for all rows; zero int32 [1, 1], or undefined for 0.
 inline RowParams static_params(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero) {
-  const at::Tensor has_nan = x.amax(-1, /*keepdim=*/true).isnan();  // a maximum keeps NaN, and needs no [M, K] of flags
+  const at::Tensor has_nan = x.amax(-1, /*keepdim=*/true).isnan();  // a maximum propagates NaN without [M, K] flags
   return {scale.expand({x.size(0), 1}).masked_fill(has_nan, std::numeric_limits<double>::quiet_NaN()),
           torchquant::reciprocal(scale), zero};
 }
 
-// q [M, K] = clamp(rint(x * inverse) + zero, qmin, qmax). Adding before the clamp is as good: it rounds monotonically, and
-// is exact where the sum is within the limits.
+// q [M, K] = clamp(rint(x * inverse) + zero, qmin, qmax). The sum is taken before the clamp, with the same result: adding
+// rounds monotonically and is exact where the sum is within the limits.
 inline void quantize_into(const at::Tensor& q, const at::Tensor& x, const RowParams& p, int64_t qmin, int64_t qmax) {
   const at::Tensor zero = p.zero.defined() ? p.zero.to(at::kFloat) : p.zero;
   in_blocks<4>({x, q, p.inverse, zero}, [&](const std::array<at::Tensor, 4>& part) {
@@ -109,7 +109,7 @@ inline QuantizedRows empty_rows(const at::Tensor& input, const at::Tensor& scale
 inline at::Tensor row_sums(const at::Tensor& q) {
   const at::Tensor sums = at::empty({q.size(0), 1}, q.options().dtype(at::kInt));
   const int64_t rows = q.size(0), height = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, q.size(1)));
-  for (int64_t first = 0; first < rows; first += height) {  // the sum first makes int32 of its operand
+  for (int64_t first = 0; first < rows; first += height) {  // sum() first converts its operand to int32
     const int64_t count = std::min(height, rows - first);
     sums.narrow(0, first, count).copy_(q.narrow(0, first, count).sum(-1, /*keepdim=*/true, at::kInt));
   }

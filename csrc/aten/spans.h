@@ -15,7 +15,7 @@ namespace torchquant {
 struct Parts {
   std::vector<int64_t> shape;        // of the elements
   std::vector<int64_t> scale_shape;  // of one value for each scale, broadcastable to it
-  std::vector<int64_t> within;       // the dimensions of what shares a scale
+  std::vector<int64_t> within;       // the dimensions along which elements share a scale
   int64_t group = 0, missing = 0;    // groups: their size, and how many elements the last one of each row lacks
 
   at::Tensor elements(const at::Tensor& t) const { return t.contiguous().view(shape); }
@@ -27,14 +27,14 @@ struct Parts {
     return v.expand({shape[0], scale_shape[1], group}).reshape({shape[0], -1}).narrow(1, 0, shape[1]);
   }
 
-  // Elements so that those that share a scale lie along `within`; missing ones are `padding`.
+  // Elements in the shape in which those along `within` share a scale; missing ones are `padding`.
   at::Tensor gathered(const at::Tensor& t, double padding) const {
     if (missing == 0) return t;
     return at::constant_pad_nd(t, {0, missing}, padding).view({shape[0], scale_shape[1], group});
   }
 };
 
-// Checks as make_spans does. For tensors with elements.
+// Checks what make_spans checks. The result is for tensors with elements.
 inline Parts make_parts(const char* op, const at::Tensor& input, const at::Tensor& scale, std::optional<int64_t> axis,
                         std::optional<int64_t> group_size) {
   const tq_spans spans = make_spans(op, input, scale, axis, group_size);

@@ -1,4 +1,4 @@
-// Derivatives of the activation functions, of operators that have derivatives themselves.
+// Derivatives of the activation functions, composed of operators that have derivatives themselves.
 #pragma once
 
 #include <ATen/ATen.h>

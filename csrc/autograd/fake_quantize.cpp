@@ -1,6 +1,5 @@
-// Gradients of fake quantization, straight through the rounding. fake_quantize keeps one bit an element for them and
-// nothing else; a learned step needs its float input. The other operators of training have no gradients and say so.
-
+// Gradients of fake quantization, straight through the rounding. fake_quantize saves one bit per element for them and
+// nothing else; a learned step needs its float input. csrc/boxed covers the operators of this family without gradients.
 #include <optional>
 
 #include "autograd/function.h"
@@ -41,7 +40,7 @@ struct FakeQuantize {
   }
 };
 
-// The integer that stands for 0, as the kernel computes it.
+// The integer that represents 0, computed as in the kernel.
 at::Tensor zero_point_of(const at::Tensor& offset, const at::Tensor& scale, int64_t qmin, int64_t qmax) {
   const at::Tensor zero = at::round(-offset / scale.clamp_min(0x1p-126));
   return at::nan_to_num(zero, 0.0).clamp(qmin, qmax).to(at::kInt);

@@ -63,8 +63,8 @@ inline bool inside_transforms() {
 // Gradient has forward(ctx, arguments...) and backward(ctx, grads); apply(arguments...) records one for the other.
 //
 // torch refuses functions written in C++ inside torch.func.grad and vjp, because it cannot see whether they compute with
-// operators alone, which is all that a transform can follow. Those in this folder do, so the check that torch makes before
-// it calls forward does not get to see the transforms.
+// operators alone, which is all that a transform can follow. Those in this folder do, so the transforms are hidden from
+// the check that torch makes before it calls forward.
 template <class Gradient>
 struct Differentiable : torch::autograd::Function<Differentiable<Gradient>> {
   template <class... Arguments>

@@ -1,6 +1,5 @@
 // Gradients of the linears: to the input (straight through the quantizer, so that adapters below a quantized layer
 // train) and to a float bias; the integer weight has none. Only what autograd asks for is computed.
-
 #include "autograd/activations.h"
 #include "common/checks.h"
 #include "common/arithmetic.h"
@@ -11,7 +10,7 @@
 namespace torchquant {
 namespace {
 
-// The weight as the float values it stands for, fp32 [N, K].
+// The values that the weight's integers represent, fp32 [N, K].
 at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& weight_zero_point,
                         int64_t n, const c10::SymInt& k) {
   at::Tensor w = ops::unpack_weight::call_symbolic(packed, n, k).to(at::kFloat);
@@ -19,7 +18,7 @@ at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale
   return w * weight_scale.reshape({-1, 1});
 }
 
-// Autograd numbers the tensor arguments that are there, so the bias's number depends on the optional ones before it.
+// Autograd numbers the tensors that are present, so the bias's number depends on the optional tensors before it.
 bool bias_wants_gradient(AutogradContext* ctx) {
   const int64_t edge = ctx->saved_data["bias_edge"].toInt();
   return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
@@ -149,7 +148,7 @@ at::Tensor linear_static_autograd(const at::Tensor& input, const at::Tensor& inp
                                              input_qmin, input_qmax);
 }
 
-// With gradients it is what it stands for: the layers one by one.
+// With gradients, the layers are called one by one.
 std::vector<at::Tensor> linear_dynamic_split_autograd(const at::Tensor& input, const at::Tensor& packed,
                                                       const at::Tensor& weight_scale,
                                                       const OptTensor& weight_zero_point, const OptTensor& bias,

@@ -1,6 +1,5 @@
 // Gradients of rms_norm and layer_norm, in fp32: LayerNorm's by ATen's own backward, RMSNorm's by its formula, written in
 // operators that have gradients themselves.
-
 #include <optional>
 
 #include "autograd/function.h"
@@ -15,7 +14,7 @@ Variable to_type_of(const at::Tensor& grad, const at::Tensor& t) {
   return grad.defined() && t.defined() ? grad.to(t.scalar_type()) : Variable();
 }
 
-// Autograd numbers the tensor arguments that are there.
+// Autograd numbers the tensors that are present.
 struct Edges {
   int64_t next = 0;
   int64_t operator()(const OptTensor& t) { return present(t) ? next++ : -1; }

@@ -2,14 +2,14 @@
 //
 // Forward is quantize_pack, quantize_rows and linear_static: the operators of the converted layer, so its bits. Saved
 // for backward are the int8 activations with a scale per row and one bit per element where a gradient stops (relu's
-// output, values beyond a static range). The float weight is a parameter and there anyway; its integers are computed
-// again, which costs one pass over it, a hundredth of the products that follow. A float input is saved only where its
-// step is learned, whose gradient depends on the values before rounding.
+// output, values beyond a static range). The float weight is a parameter and in memory anyway; its integers are
+// computed again, which costs one pass over it, a hundredth of the products that follow. A float input is saved only if
+// its step is learned, because that gradient depends on the values before rounding.
 //
-// Backward, with Xq, Wq the values that the integers stand for (straight-through estimator, Bengio et al., 2013):
+// Backward, with Xq, Wq the values that the integers represent (straight-through estimator, Bengio et al., 2013):
 //   g      = grad where output > 0           (relu)
-//   grad_x = g Wq, where x lies in its range (dynamic: everywhere)
-//   grad_w = g^T Xq, where w lies in its range (a range from the channel itself: everywhere)
+//   grad_x = g Wq, where x is in its range (dynamic: everywhere)
+//   grad_w = g^T Xq, where w is in its range (a range from the channel itself: everywhere)
 //   learned scales: LSQ (Esser et al., 2020), from grad_x and grad_w.
 #include <ATen/autocast_mode.h>
 
@@ -63,7 +63,7 @@ struct QatLinear {
         input_learns ? input : Variable(),
         scale.value_or(Variable()),
     });
-    // Autograd numbers the tensor arguments that are there.
+    // Autograd numbers the tensors that are present.
     int64_t edge = 2;
     const auto number = [&](const char* name, const OptTensor& t) {
       ctx->saved_data[name] = present(t) ? edge++ : int64_t{-1};

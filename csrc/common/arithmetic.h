@@ -1,5 +1,4 @@
-// fp32 operations with their roundings where the specification has them, in ATen: torchquant/functional/_arithmetic.py
-// in C++. An ATen operation is a kernel of its own, so nothing is contracted across two of them. What to avoid: addcmul
+// fp32 operations in ATen with the roundings of the specification: torchquant/functional/_arithmetic.py in C++. An ATen operation is a kernel of its own, so nothing is contracted across two of them. What to avoid: addcmul
 // and lerp (contracted inside), and division by a number or by a tensor on the CPU without dimensions, which CUDA turns
 // into a multiplication by the rounded reciprocal.
 #pragma once
@@ -26,7 +25,7 @@ inline at::Tensor fmaf(const at::Tensor& a, const at::Tensor& b, const at::Tenso
   const at::Tensor part = total - product;  // two-sum (Knuth): error is exactly (product + addend) - total
   const at::Tensor error = (product - (total - part)) + (addend - part);
   const at::Tensor bits = total.view(at::kLong);
-  const at::Tensor inexact = (error > 0).logical_or(error < 0);  // infinities and NaN have a NaN error: as they are
+  const at::Tensor inexact = (error > 0).logical_or(error < 0);  // infinities and NaN have a NaN error and stay
   const at::Tensor to_odd = inexact.logical_and(bits.bitwise_and(1) == 0);
   const at::Tensor step = ((error > 0) == (total > 0)).to(at::kLong) * 2 - 1;  // away from zero, or towards it
   return at::where(to_odd, bits + step, bits).view(at::kDouble).to(at::kFloat);

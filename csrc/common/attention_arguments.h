@@ -1,4 +1,4 @@
-// What attention checks, on every device, and its mask as the kernels read it.
+// The checks of attention on every device, and its mask in the form that the kernels read.
 #pragma once
 
 #include <ATen/ExpandUtils.h>

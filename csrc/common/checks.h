@@ -1,4 +1,4 @@
-// What every operator checks, in one wording: "op: argument must be ..., got ...; remedy".
+// The checks that operators share, in one wording: "op: argument must be ..., got ...; remedy".
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -103,7 +103,7 @@ inline void check_byte_range(const char* op, at::ScalarType dtype, int64_t qmin,
                     most, " for ", dtype_name(dtype), ", got ", qmin, " and ", qmax);
 }
 
-// A range with a positive end, as symmetric quantization wants it. own_symmetric: scales come from the data and there is
+// A range with a positive end, which symmetric quantization needs. own_symmetric: scales come from the data and there is
 // no zero point, so the integers reach down to -qmax.
 inline void check_signed_range(const char* op, int64_t qmin, int64_t qmax, bool own_symmetric = false) {
   TORCH_CHECK_VALUE(-128 <= qmin && qmin < qmax && qmax <= 127 && qmin <= 0 && qmax >= 1, op,
@@ -164,7 +164,7 @@ inline void check_features(const char* op, const at::Tensor& packed, int64_t n, 
                    describe(packed));
 }
 
-// The packed weight of an out_features x in_features layer; the tiles say themselves what they were made for.
+// The packed weight of an out_features x in_features layer; the tiles record the sizes that they were made for.
 inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, int64_t k) {
   check_features(op, packed, n, k);
   const PackedShape shape = packed_shape(PackedFormat::kInt8Tiles, n, k);
@@ -180,7 +180,7 @@ inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, in
                     "); pack the weight again with pack_weight");
 }
 
-// linear_dynamic_split: what the members' own checks cannot see, because they are given parts of these tensors.
+// linear_dynamic_split: what the checks of its members cannot see, because these receive parts of the tensors.
 inline void check_members(const char* op, const at::Tensor& input, const at::Tensor& packed,
                           const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
                           const std::optional<at::Tensor>& bias, at::IntArrayRef out_features, size_t activations) {
@@ -222,7 +222,7 @@ inline void check_product_inputs(const char* op, int64_t k) {
                     " for sums that fit int32, got ", k, "; split the input along its last dimension and add in int64");
 }
 
-// A linear's bias; whether it is an integer one.
+// Checks a linear's bias and returns whether it is an integer one.
 inline bool check_bias(const char* op, const at::Tensor& bias, bool integer_allowed, int64_t n) {
   const bool integer = integer_allowed && bias.scalar_type() == at::kInt;
   TORCH_CHECK_TYPE(integer || !integer_allowed || bias.scalar_type() == at::kFloat, op,
@@ -256,7 +256,7 @@ inline void check_input_parameter(const char* op, const char* name, const at::Te
                     ", got ", describe(t), " for input ", describe(input));
 }
 
-// linear_static's output: float, or integer exactly where there is a scale for it.
+// linear_static's output: an integer type with output_scale, a float type without.
 inline void check_linear_output(const char* op, at::ScalarType dtype, const std::optional<at::Tensor>& scale,
                                 int64_t zero_point, int64_t qmin, int64_t qmax) {
   const bool to_int = scale && scale->defined(), int_dtype = dtype == at::kChar || dtype == at::kByte;

@@ -30,7 +30,7 @@ struct Settings {
   at::ScalarType output_dtype;
 };
 
-// A learned step may end up too small between two training steps; never an error inside one.
+// Between two training steps a learned step may become too small, which must not raise in the next one.
 inline at::Tensor usable_scale(const at::Tensor& scale) { return scale.detach().clamp_min(kLeastScale); }
 
 // Unsigned integers beyond int8, 0 .. 255, are stored 128 lower: the differences to the zero point are the same.
@@ -122,7 +122,7 @@ inline Settings settings(int64_t input_qmin, int64_t input_qmax, bool input_symm
           weight_grad_factor, output_dtype};
 }
 
-// library: whose linear layer it is, torchquant's with whatever kernels it has on the device or torchquant_aten's.
+// library: the one whose operators are called, torchquant with the device's own kernels or torchquant_aten.
 template <Library library>
 at::Tensor qat_linear_forward(const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
                               const OptTensor& input_scale, const OptTensor& input_zero_point,

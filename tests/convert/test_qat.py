@@ -344,7 +344,7 @@ def with_nan() -> nn.Module:
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: Subclass(64, 64), "Subclass (subclass of nn.Linear)"),
-    "nan": (with_nan, "its weight holds NaN or infinity; check the checkpoint that it came from"),
+    "nan": (with_nan, "its weight holds NaN or infinity; check the checkpoint"),
     "meta": (
         lambda: nn.Linear(64, 64, device="meta"),
         "on the meta device, without values; load its weights first",

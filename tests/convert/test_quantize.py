@@ -253,7 +253,7 @@ UNQUANTIZABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward": (with_forward, "forward replaced on the instance"),
     "nan": (
         with_nan,
-        "its weight holds NaN or infinity; check the checkpoint that it came from",
+        "its weight holds NaN or infinity; check the checkpoint",
     ),
     "meta": (
         lambda: nn.Linear(64, 64, device="meta"),

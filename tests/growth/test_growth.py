@@ -1,6 +1,6 @@
 """A new kind of layer, a new configuration and a new weight format, without an edit in the package.
 
-This file makes up all three, as another package would: a linear layer with one factor for all its
+This file defines all three, as another package would: a linear layer with one factor for all its
 outputs (``Scaled``), activations that are clipped before each token's range is taken (``Clipped``),
 and a weight format of two integers in a byte (``Nibbles``). Every verb, file and report then works
 on them.
@@ -43,7 +43,7 @@ CONFIG = QuantizationConfig(Weights(bits=4), Clipped(bound=2.0))
 
 
 class Nibbles(WeightFormat):
-    """Integers of 4 bits: canonical as two in a byte, packed column by column."""
+    """Integers of 4 bits; the canonical form has two in a byte, the packed form is by columns."""
 
     name = "nibbles"
 
@@ -84,7 +84,7 @@ class Scaled(nn.Module):
 
 
 def computed(x: Tensor, q: Tensor, scale: Tensor, factor: float, config: Clipped) -> Tensor:
-    """What a quantized and a trained layer compute."""
+    """The computation of the quantized and of the trained layer."""
     clipped = x.clamp(-config.bound, config.bound)
     return factor * functional.linear_dynamic(clipped, q, scale, symmetric=config.symmetric)
 
@@ -197,7 +197,7 @@ SCALED = Kind(
     weight_shape=lambda module: (module.outputs, module.inputs),
 )
 
-# ---------------------------------------------------------------- everything works on them
+# ---------------------------------------------------------------- verbs, files, reports
 
 
 class Model(nn.Module):
@@ -279,7 +279,7 @@ def test_train_convert_verify() -> None:
     assert [row.action for row in report.layers] == ["converted"] * 3 + ["skipped"]
     result = torchquant.verify(trained, model, [X, -X])
     assert result.exact and [row.name for row in result.layers] == ["first", "middle", "last"]
-    with torch.no_grad():  # a bit of one weight: verify sees it
+    with torch.no_grad():  # verify detects one changed bit of a weight
         model.last.packed[0, 0] ^= 1
     assert not torchquant.verify(trained, model, [X]).exact
 

@@ -167,4 +167,4 @@ def test_the_supported_releases_are_stated_once() -> None:
     assert "torch>=" not in (ROOT / "setup.py").read_text()
     project = (ROOT / "pyproject.toml").read_text()
     assert "torch>=" not in project.partition("[project.optional-dependencies]")[0]
-    assert "(2.11 to 2.15)" in (ROOT / "README.md").read_text()
+    assert "PyTorch 2.11 to 2.15" in (ROOT / "README.md").read_text()

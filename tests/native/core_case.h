@@ -67,6 +67,7 @@ struct Trial {
   Memory& outputs;
   bool real_threads;
   Place place = Place::kHeap;
+  int64_t divided = 0;  // parallel loops that the core has asked for
 
   void begin() {
     place = draw.pick({Place::kBeforeHole, Place::kBehindHole, Place::kHeap});
@@ -88,6 +89,7 @@ void on_every_path(Trial& trial, uint64_t seed, const Call& call) {
     Threads threads(seed + static_cast<uint64_t>(isa), trial.real_threads);
     trial.outputs.begin(trial.place);
     call(threads.get(), std::string(tq_isa_name(isa)) + ", divided");
+    trial.divided += threads.calls();
   }
   CHECK(tq_set_active_isa(before) == TQ_OK, "the instruction set cannot be set back");
 }

@@ -91,11 +91,33 @@ inline void check_core_linear(Case& c, Trial& trial, const Expected& e, uint64_t
   });
 }
 
+// A weight that is large enough for several threads, packed from either order, and unpacked.
+inline void check_core_pack(Trial& trial) {
+  trial.begin();
+  Draw& draw = trial.draw;
+  const int64_t n = 1 + draw.below(1000), k = 1 + draw.below(1500);
+  const bool by_columns = draw.one_in(2);
+  Random random(draw.seed());
+  auto* weight = trial.inputs.take<int8_t>(n * k);
+  for (int64_t i = 0; i < n * k; ++i) weight[i] = static_cast<int8_t>(random.next());
+  const auto at = [&](int64_t row, int64_t column) { return by_columns ? column * n + row : row * k + column; };
+  on_every_path(trial, draw.seed(), [&](const tq_parallel* parallel, const std::string& name) {
+    auto* packed = trial.outputs.take<int8_t>(tq_tiles(n) * tq_tile_bytes(k));
+    auto* back = trial.outputs.take<int8_t>(n * k);
+    CHECK(tq_pack_weight(weight, at(1, 0), at(0, 1), n, k, packed, parallel) == TQ_OK, "%s", name.c_str());
+    CHECK(tq_unpack_weight(packed, n, k, back, parallel) == TQ_OK, "%s", name.c_str());
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t column = 0; column < k; ++column)
+        CHECK(back[row * k + column] == weight[at(row, column)], "%s: weight [%ld, %ld] of %ld x %ld", name.c_str(),
+              long(row), long(column), long(n), long(k));
+  });
+}
+
 // A float weight, quantized and packed in one step: the same bytes as quantized by row and then packed.
 inline void check_core_quantize_pack(Trial& trial) {
   trial.begin();
   Draw& draw = trial.draw;
-  const int64_t n = draw_size(draw, 70), k = draw_size(draw, 200), stride = k + draw.below(3);
+  const int64_t n = draw_size(draw, 400), k = draw_size(draw, 300), stride = k + draw.below(3);
   const tq_type type = trial.float_type();
   const auto mode = draw.pick({TQ_STATIC, TQ_SYMMETRIC, TQ_ASYMMETRIC});
   const bool narrow_range = draw.one_in(2);

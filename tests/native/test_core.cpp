@@ -28,6 +28,7 @@ void check_linear(Trial& trial) {
 
 constexpr Kind kKinds[] = {
     {"linear", 60, check_linear},
+    {"pack", 20, check_core_pack},
     {"quantize_pack", 60, check_core_quantize_pack},
     {"affine", 150, check_core_affine},
     {"activation", 150, check_core_activation},
@@ -71,13 +72,16 @@ int main(int argc, char** argv) {
   int64_t cases = 0;
   for (const Kind& kind : kKinds) {
     const int64_t count = std::max<int64_t>(1, kind.cases * times / (real_threads ? 10 : 1));
+    int64_t divided = 0;
     for (int64_t i = 0; i < count; ++i) {
       std::array<uint8_t, 96> bytes;
       for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next());
       Draw draw(bytes.data(), bytes.size());
       Trial trial{draw, inputs, outputs, real_threads};
       kind.check(trial);
+      divided += trial.divided;
     }
+    CHECK(divided > 0, "%s: no case was large enough for a second thread", kind.name);
     counts += (counts.empty() ? "" : ", ") + std::to_string(count) + " " + kind.name;
     cases += count;
   }

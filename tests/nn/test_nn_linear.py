@@ -413,12 +413,12 @@ def old_weight_norm() -> nn.Linear:
         (
             lambda: with_value(float("nan")),
             ValueError,
-            "its weight holds NaN or infinity; check the checkpoint that it came from",
+            "its weight holds NaN or infinity; check the checkpoint",
         ),
         (
             lambda: with_value(float("-inf")),
             ValueError,
-            "its weight holds NaN or infinity; check the checkpoint that it came from",
+            "its weight holds NaN or infinity; check the checkpoint",
         ),
         (
             lambda: nn.Linear(64, 32, device="meta"),

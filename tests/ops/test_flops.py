@@ -110,8 +110,10 @@ def test_a_quantized_model_counts_as_the_float_one() -> None:
 
 
 SCRIPT = """
+import importlib.util
 import sys
 {first}
+importlib.util.find_spec("torch.utils.flop_counter")  # looking for it is not importing it
 {second}
 counter = sys.modules["torch.utils.flop_counter"]
 import torch

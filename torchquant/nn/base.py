@@ -361,7 +361,13 @@ AUTOCAST_DEVICES = frozenset(
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype of autocast if autocast is on for the device of ``input``, otherwise None."""
+    """The dtype of autocast if autocast is on for the device of ``input``, otherwise None.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     autocast_dtype(torch.ones(1))
+        torch.bfloat16
+    """
     if not isinstance(input, Tensor):
         return None
     device = input.device.type

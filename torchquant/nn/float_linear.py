@@ -66,7 +66,7 @@ def value_refusal(module: nn.Module) -> str | None:
         return f"weight of shape {list(weight.shape)}"
     least, greatest = torch.aminmax(weight)  # allocates no tensor of the weight's size
     if not (torch.isfinite(least) and torch.isfinite(greatest)):
-        return "its weight holds NaN or infinity; check the checkpoint that it came from"
+        return "its weight holds NaN or infinity; check the checkpoint"
     return None
 
 

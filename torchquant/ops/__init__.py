@@ -1,9 +1,14 @@
-"""One Python wrapper per C++ operator, each followed by its fake kernel: a file per family.
+"""One Python wrapper per C++ operator, followed by its fake kernel, in a file per family.
 
 A wrapper adds names, defaults and documentation to ``torch.ops.torchquant.<name>``; the checks and
-the arithmetic are in C++. A fake kernel computes shape and dtype only: `torch.compile` and
+the arithmetic are in C++. A fake kernel computes shape and dtype only. `torch.compile` and
 `torch.export` trace through it, so the operators stay opaque and keep their bits. The arithmetic
-every operator promises is written out in plain torch in :mod:`torchquant.functional`.
+that every operator promises is written in plain torch in :mod:`torchquant.functional`, in a
+function with the operator's name and arguments.
+
+A new operator needs, in Python: wrapper and fake kernel in its family's file here, its
+specification in the file of the same name in torchquant/functional, and its calls in
+tests/cases.py. Tests fail for what is missing.
 """
 
 from __future__ import annotations

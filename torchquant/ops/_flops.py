@@ -14,8 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -104,15 +103,14 @@ def _shapes_only(formula: Callable[..., int]) -> Callable[..., int]:
 
 
 class _WhenImported(MetaPathFinder):
-    """Lets Python find torch's counter as usual, and registers the formulas once it is loaded."""
+    """Finds torch's counter as Python does, and registers the formulas once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec
@@ -129,6 +127,7 @@ class _ThenRegister(Loader):
         self.loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _WhenImported)]
         register(module)
 
 

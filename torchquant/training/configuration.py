@@ -1,4 +1,4 @@
-"""How a model is trained for quantization: parts for ranges that are observed or learned."""
+"""Configurations of quantization-aware training, with parts for observed and learned ranges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LearnedWeights(Part):
-    """Weights with a learned step per output channel (LSQ); symmetric, with all levels.
+    """Weights with a learned step per output channel (LSQ); symmetric, with all integers.
 
     Args:
         bits: 2 to 8.
@@ -44,7 +44,7 @@ class LearnedWeights(Part):
         ((-128, 127), (-2, 1))
     """
 
-    symmetric: ClassVar[bool] = True  # LSQ's weights have no zero point
+    symmetric: ClassVar[bool] = True  # weights of LSQ have no zero point
     bits: int = 8
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class LearnedWeights(Part):
         return quant_range(self.bits)
 
     def deployed(self) -> Weights:
-        """The weights of the converted layer, which keep all levels."""
+        """The weights of the converted layer, which use all integers."""
         return Weights(self.bits, narrow_range=False if self.bits == 8 else None)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class ObservedActivations(Activations):
 
     Args:
         bits: 2 to 8.
-        symmetric: no zero point.
+        symmetric: if True, activations have no zero point.
         averaging_constant: weight of the newest batch in the moving average; in (0, 1].
 
     Raises:
@@ -104,16 +104,16 @@ class ObservedActivations(Activations):
 
 @dataclass(frozen=True)
 class LearnedActivations(Activations):
-    """One learned step for the activations (LSQ, LSQ+); all levels are used.
+    """One learned step for the activations (LSQ, LSQ+), which use all integers.
 
     Args:
         bits: 2 to 8.
-        zero_point: "none": symmetric around 0; "unsigned": all levels on the positive side, for
-            activations that are never negative (behind a ReLU); "learned": an offset is learned
-            next to the step (LSQ+) and becomes an integer zero point.
+        zero_point: "none": symmetric around 0; "unsigned": all integers are for positive values,
+            for activations that are never negative (after a ReLU); "learned": an offset is learned
+            in addition to the step (LSQ+) and becomes an integer zero point.
 
     Raises:
-        ValueError: bits is not an integer from 2 to 8, or zero_point is another word.
+        ValueError: bits is not an integer from 2 to 8, or zero_point is not one of these values.
 
     Source: Esser et al. (2020); Bhalgat et al., "LSQ+", 2020.
 
@@ -139,7 +139,7 @@ class LearnedActivations(Activations):
         return quant_range(self.bits, signed=self.zero_point != "unsigned")
 
     def deployed(self) -> Static:
-        """The activations of the converted layer: signed integers, with all levels."""
+        """The activations of the converted layer, which use all signed integers."""
         symmetric = self.zero_point == "none"
         narrow = False if symmetric and self.bits == 8 else None
         return Static(self.bits, symmetric, narrow)
@@ -150,21 +150,22 @@ class LearnedActivations(Activations):
 
 @dataclass(frozen=True)
 class TrainingConfig(Part):
-    """How a layer is trained: parts for weights and activations, and what the verb does with them.
+    """The training of a layer: parts for weights and activations, and options.
 
     Args:
-        weights: :class:`torchquant.configs.Weights` (each channel's own range at each step) or
-            :class:`LearnedWeights`.
-        activations: :class:`torchquant.configs.Dynamic` (each token's own range),
-            :class:`ObservedActivations` or :class:`LearnedActivations`.
-        edge_bits: bits for weights and activations of the first and the last layer; None: as in all
-            other layers. LSQ keeps these layers at 8. At 8 bits their weights take each channel's
-            own range, also where ``weights`` are learned: LSQ's first step is six times as coarse.
-        simulate: compute with the float values of the integers instead of the integer kernel, for
-            comparison. Results then differ from the deployed ones by fp32 rounding.
+        weights: a :class:`torchquant.configs.Weights`, with scales from the range of each channel
+            at each step, or a :class:`LearnedWeights`.
+        activations: a :class:`torchquant.configs.Dynamic`, with a scale from the range of each
+            token, an :class:`ObservedActivations` or a :class:`LearnedActivations`.
+        edge_bits: bits for weights and activations of the first and the last layer; None: the same
+            as in other layers. The LSQ paper uses 8 bits for these layers. At 8 bits, their weights
+            have scales from the range of each channel even if ``weights`` are learned, because the
+            initial step of LSQ is six times as coarse.
+        simulate: if True, multiply dequantized floats instead of integers, for comparison. Results
+            then differ from those of the deployed layer by fp32 rounding.
 
     Raises:
-        TypeError: a part is of another type, or simulate is not a bool.
+        TypeError: weights or activations is not one of these parts, or simulate is not a bool.
         ValueError: edge_bits is not an integer from 2 to 8.
 
     Example:
@@ -194,17 +195,17 @@ class TrainingConfig(Part):
 
     @property
     def learned(self) -> bool:
-        """Whether steps are parameters that an optimizer moves."""
+        """True if steps are parameters, which an optimizer updates."""
         return isinstance(self.weights, LearnedWeights) or isinstance(
             self.activations, LearnedActivations
         )
 
     def deployed(self) -> QuantizationConfig:
-        """The configuration of the layers that :func:`torchquant.convert_` makes."""
+        """The configuration of the layers that :func:`torchquant.convert_` creates."""
         return QuantizationConfig(self.weights.deployed(), self.activations.deployed())
 
     def inner(self) -> TrainingConfig:
-        """The configuration of the layers between the first and the last one."""
+        """The configuration of the layers between the first and the last layer."""
         return replace(self, edge_bits=None)
 
     def edge(self) -> TrainingConfig:
@@ -212,7 +213,7 @@ class TrainingConfig(Part):
         if self.edge_bits is None:
             return self
         weights = self.weights.with_bits(self.edge_bits)
-        # LSQ's first step, 2 mean|w| / sqrt(Qp), is six times a channel's own at 8 bits.
+        # At 8 bits, the initial step of LSQ, 2 mean|w| / sqrt(Qp), is six times the channel's.
         if isinstance(weights, LearnedWeights) and self.edge_bits == MAX_BITS:
             weights = Weights(self.edge_bits)
         activations = self.activations.with_bits(self.edge_bits)
@@ -233,36 +234,38 @@ def QATConfig(
     edge_bits: int | None = None,
     simulate: bool = False,
 ) -> TrainingConfig:
-    """How a model is trained for quantization, in flags; :class:`TrainingConfig` has the parts.
+    """Create a :class:`TrainingConfig` from options.
 
-    Weights have one scale per output channel: from the channel's own range at each step, or a
-    learned step (LSQ, Esser et al., ICLR 2020). Activations are quantized per token with the range
-    of the token, or (``activations="static"``) with one scale: a moving average of observed ranges,
+    Weights have one scale per output channel: from the range of the channel at each step, or a
+    learned step (LSQ, Esser et al., ICLR 2020). Dynamic activations have one scale per token, from
+    the range of the token. Static activations have one scale: a moving average of observed ranges,
     or a learned step.
 
     Args:
-        weight_bits, activation_bits: 2 to 8.
-        activations: "dynamic" (per token) or "static".
-        learned_weights: learn the weights' steps.
-        learned_activations: learn the activations' step. Static activations only: the scale of a
-            token's own range is computed, there is nothing to learn.
-        learned_offset: learn an offset next to the step (LSQ+, Bhalgat et al., 2020); it becomes an
-            integer zero point.
-        weight_symmetric: weights without zero point.
-        activation_symmetric: observed or per-token activations without zero point. Next to a
-            learned step there is a zero point where ``learned_offset`` is set or
-            ``activation_signed`` is not.
-        activation_signed: False for learned steps of activations that are never negative (behind
-            a ReLU): all levels for the positive side.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        activations: "dynamic" or "static".
+        learned_weights: if True, the steps of weights are learned.
+        learned_activations: if True, the step of activations is learned; requires static
+            activations, because dynamic scales are computed from each token.
+        learned_offset: if True, an offset is learned in addition to the step of activations (LSQ+,
+            Bhalgat et al., 2020); it becomes an integer zero point.
+        weight_symmetric: if True, weights have no zero point.
+        activation_symmetric: if True, dynamic or observed activations have no zero point. For
+            learned steps, ``learned_offset`` and ``activation_signed`` decide.
+        activation_signed: False is for learned steps of activations that are never negative (after
+            a ReLU): all integers are then for positive values.
         averaging_constant: weight of the newest batch in the moving average of observed ranges.
-        edge_bits, simulate: see :class:`TrainingConfig`.
+        edge_bits: bits of the first and the last layer; see :class:`TrainingConfig`.
+        simulate: multiply dequantized floats; see :class:`TrainingConfig`.
 
     Returns:
         The configuration in parts.
 
     Raises:
-        TypeError: an option is of the wrong type.
-        ValueError: an option is out of its range, or two options exclude each other.
+        TypeError: a flag is not a bool, or averaging_constant is not a number.
+        ValueError: bits or averaging_constant is out of its range, activations is not one of the
+            two strings, or two options exclude each other.
 
     Example:
         >>> QATConfig(weight_bits=4, learned_weights=True).deployed().weights.range
@@ -307,7 +310,7 @@ def QATConfig(
     if not activation_signed and not learned_activations:
         raise ValueError(
             f"{who}: activation_signed must be True unless learned_activations is, got False; "
-            "observed ranges find their zero point themselves"
+            "observed ranges determine their zero point"
         )
     part: Activations
     if activations == "dynamic":
@@ -324,11 +327,13 @@ def QATConfig(
 
 
 def training_config(who: str, config: TrainingConfig | QuantizationConfig | None) -> TrainingConfig:
-    """How to train for a configuration to deploy; a TrainingConfig itself; the default for None.
+    """Return the training for a configuration to deploy; a TrainingConfig is returned unchanged.
+
+    None is the default configuration.
 
     Raises:
-        TypeError: config is another value; ``who`` starts the message.
-        ValueError: no training without learned steps ends in this configuration.
+        TypeError: config is not a configuration; the message starts with ``who``.
+        ValueError: config has a range of activations that needs learned steps.
 
     Example:
         >>> from torchquant import Int8StaticActivationInt8WeightConfig
