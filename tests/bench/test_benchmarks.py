@@ -149,7 +149,7 @@ def test_without_ours_there_is_a_table_but_no_ratio() -> None:
 def test_another_way_of_using_torchquant_is_no_peer() -> None:
     result = _result(4, torchquant=[10], fp32=[40])
     result.add("torchquant-bf16-in", {"module": 1e-6})
-    result.beside = frozenset({"torchquant-bf16-in"})
+    result.uncompared = frozenset({"torchquant-bf16-in"})
     assert result.best_peer() == "fp32"
 
 

@@ -34,7 +34,7 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def used_scale(s):
-    """The step that a learned step stands for: at least 2^-126; NaN is kept."""
+    """The effective scale of a learned step: at least 2^-126; NaN is kept."""
     return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
 
 
