@@ -154,7 +154,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def save_checkpoint(model: DigitsTransformer, path: Path) -> None:
-    """Write the weights in fp32, the sizes of the model beside them."""
+    """Write the weights in fp32, and the sizes of the model."""
     metadata = {CONFIG_KEY: json.dumps(model.config)}
     # save_file() would make a file that only its owner may read, and it ships in a package.
     path.write_bytes(safetensors.torch.save(model.state_dict(), metadata))

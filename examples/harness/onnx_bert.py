@@ -34,7 +34,7 @@ def export(model: nn.Module, heads: int, width: int, folder: Path) -> None:
     BiasGelu take 4.0 and 2.0 ms per layer of MiniLM (int8, one thread, batch 8, onnxruntime 1.31),
     their parts 0.5 and 1.1.
 
-    The optimizer knows attention in the form that the older of torch's exporters gives to a model
+    The optimizer recognizes attention in the form that torch's older exporter gives to a model
     with `attn_implementation="eager"`; then every layer's attention becomes one node, and int8 with
     it. int8 is `quantize_dynamic` with signed weights and one scale per channel: unsigned weights
     are half as fast, one scale per tensor is as fast and less accurate.

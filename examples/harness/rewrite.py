@@ -1,7 +1,7 @@
 """Changes to a model that `quantize_` does not make, because they concern the code between layers.
 
-Each is one function of the model and changes it in place. They know transformers' models by what
-these have in common (the names of a block's children), not by class.
+Each is one function of the model and changes it in place. They recognize transformers' models by
+the names of a block's children, not by class.
 """
 
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"

@@ -136,7 +136,7 @@ def compile_all(capability: int) -> list[dict]:
 
     def shapes(config: Any) -> dict[str, int]:
         return {
-            "GROUP": config.group,
+            "BAND": config.band,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,

@@ -149,9 +149,9 @@ def test_linear_dynamic_split(scale_and_zero: bool) -> None:
 # ---------------------------------------------------------------- configurations
 
 SMALL = {
-    "pointer": gemm_configs.Config("pointer", 16, 32, 32, warps=4, stages=2, group=2, subtiles=2),
+    "pointer": gemm_configs.Config("pointer", 16, 32, 32, warps=4, stages=2, band=2, subtiles=2),
     "split": gemm_configs.Config("pointer", 32, 16, 64, warps=4, stages=2, split=3),
-    "tma": gemm_configs.Config("tma", 32, 32, 64, warps=4, stages=2, group=2),
+    "tma": gemm_configs.Config("tma", 32, 32, 64, warps=4, stages=2, band=2),
     "tma_in_two_parts": gemm_configs.Config("tma", 32, 64, 32, warps=4, stages=2, subtiles=2),
     "tma_in_four_parts": gemm_configs.Config("tma", 16, 64, 32, warps=4, stages=2, subtiles=4),
 }

@@ -73,7 +73,7 @@ def test_help_of_a_command(command):
 
 def test_console_script_is_installed():
     script = shutil.which("torchquant", path=os.path.dirname(sys.executable))
-    assert script, "torchquant is not beside the interpreter; pip install -e ."
+    assert script, "torchquant is not next to the interpreter; pip install -e ."
 
 
 @pytest.mark.parametrize(

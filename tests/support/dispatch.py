@@ -15,7 +15,7 @@ NAMES = ("linear_dynamic", "positive", PROBE)
 
 
 class OnDevice:
-    """Stands for a tensor: all that the dispatch asks of one."""
+    """Replaces a tensor: has only what the dispatcher uses."""
 
     def __init__(self, index):
         self.index = index
@@ -25,7 +25,7 @@ class OnDevice:
 
 
 class Aten:
-    """Stands for a fallback operator; counts its calls."""
+    """Replaces an operator of the fallback; counts its calls."""
 
     def __init__(self, name):
         self._schema = getattr(torch.ops.torchquant, name).default._schema

@@ -32,14 +32,14 @@ def on_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def no_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Measuring would compile every configuration for every shape here; files go elsewhere."""
+    """No measuring, which would compile every configuration for every shape; another folder."""
     monkeypatch.setenv("TORCHQUANT_AUTOTUNE", "0")
     monkeypatch.setenv("TORCHQUANT_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has called nothing yet: no device or operator has been judged."""
+    """The state of a process before its first call: no device or operator has been checked."""
     dispatcher = cuda.paths._dispatcher
     for name in ("_sound", "_device_reasons", "_operator_reasons", "_said"):
         monkeypatch.setattr(dispatcher, name, type(getattr(dispatcher, name))())

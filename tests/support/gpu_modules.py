@@ -15,7 +15,7 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 @pytest.fixture
 def no_waiting() -> Any:
-    """A context in which whatever makes the host wait for the device raises."""
+    """A context in which every operation that makes the host wait for the device raises."""
 
     class Context:
         def __enter__(self) -> None:

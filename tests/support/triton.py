@@ -80,6 +80,6 @@ def to_device(*tensors: Tensor | None) -> list[Any]:
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor whose elements nobody has written: NaN, or an unlikely integer."""
+    """A tensor of values that no kernel writes: NaN, or an unlikely integer."""
     value = float("nan") if dtype.is_floating_point else {1: 85, 4: 0x55AA55AA}[dtype.itemsize]
     return torch.full(shape, value, dtype=dtype, device=DEVICE)

@@ -1,4 +1,4 @@
-"""A Triton kernel compiled without a GPU, and facts about what came out.
+"""A Triton kernel compiled without a GPU, and facts about the result.
 
 For a process where ``TRITON_INTERPRET`` is not set: elsewhere kernels may be the interpreter's.
 """

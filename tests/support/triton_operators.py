@@ -1,4 +1,4 @@
-"""Operators on Triton's kernels in tests: how to call them, what to expect, awkward arguments.
+"""Calls of operators on Triton's kernels for tests, with the expected results and odd arguments.
 
 Import :mod:`support.triton` (or this module) before anything of torchquant.triton.
 """
@@ -33,7 +33,7 @@ ZERO_POINTS = ("none", "integer", "one_integer", "far_integer", "real", "one_rea
 
 @pytest.fixture
 def small_tiles_and_poisoned_memory(monkeypatch):
-    """Small tensors take several programs; what torch.empty returns holds NaN or great integers."""
+    """Small tensors need several programs; torch.empty returns NaN or large integers."""
     monkeypatch.setattr(tiles, "TILE", 512)
     monkeypatch.setattr(norms, "LEAST_PROGRAMS", 2)
     monkeypatch.setattr(norms, "CACHED_BYTES", 2**12)
@@ -73,7 +73,7 @@ def check(name, *args, **kwargs):
 
 
 def awkward(*shape, seed=0, dtype=torch.float32, share=0.1):
-    """Values around the ends of every range, and all odd ones."""
+    """Values near the ends of every range, and all special values."""
     x = floats(*shape, seed=seed)
     return sprinkle(x, SPECIAL + EXTREME + NOT_FINITE, seed, share).to(dtype)
 
@@ -86,7 +86,7 @@ def layouts_of_scales(shape):
 
 
 def scales_of(x, layout, seed=0):
-    """Ordinary steps and, now and then, the least and a huge one."""
+    """Ordinary scales, and sometimes the least scale, a huge scale or NaN."""
     _, shape = tiles.spans_of(x.shape, layout.get("axis"), layout.get("group_size"))
     s = torch.rand(shape, generator=generator(seed)) * 0.3 + 1e-3
     pick = torch.randint(0, 40, shape, generator=generator(seed + 1))
@@ -117,7 +117,7 @@ seeds = st.integers(0, 10_000)
 
 
 def call(name: str, *args: object) -> object:
-    """The Triton operator on ``DEVICE``; what it allocates holds poison."""
+    """The Triton operator on ``DEVICE``, with poison in the memory that it allocates."""
     empty = torch.empty
 
     def poisoned_empty(*size: object, dtype: torch.dtype, device: object = None) -> Tensor:

@@ -162,8 +162,8 @@ def _throughput_panels(figure: Any, run: Run, layers: list[str], rows: int, colu
 
 
 def _throughput(axes: Any, results: list[ShapeResult], peak_gops: float | None) -> None:
-    beside = {name for result in results for name in result.beside}
-    peers = sorted({name for result in results for name in result.blocks} - {OURS} - beside)
+    uncompared = {name for result in results for name in result.uncompared}
+    peers = sorted({name for result in results for name in result.blocks} - {OURS} - uncompared)
     for index, peer in enumerate(peers):
         points = [(result.shape.m, gops) for result in results if (gops := result.gops(peer))]
         axes.plot(

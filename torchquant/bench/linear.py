@@ -138,7 +138,7 @@ class Bench:
         self.about: dict[str, dict[str, str]] = {}
         self.missing: dict[str, str] = {}
         self.workers: dict[str, Worker] = {}
-        self.beside = frozenset(
+        self.uncompared = frozenset(
             label for label, e in entries.items() if SUITES[e.suite][e.peer].ours
         )
 
@@ -203,7 +203,7 @@ class Bench:
         failures: dict[str, str],
         time_is_up: Callable[[], bool],
     ) -> ShapeResult:
-        result = ShapeResult(shape, failures=failures, beside=self.beside)
+        result = ShapeResult(shape, failures=failures, uncompared=self.uncompared)
         active = self._screen(result, workers)
         for index in range(self.options.rounds):
             if index >= LEAST_ROUNDS and time_is_up():
@@ -256,7 +256,7 @@ class Bench:
 
     def _stays(self, name: str) -> bool:
         """True for peers that are measured in all rounds: those of torchquant."""
-        return self.all_to_the_end or self.entries[name].peer == OURS or name in self.beside
+        return self.all_to_the_end or self.entries[name].peer == OURS or name in self.uncompared
 
 
 def run_linear(

@@ -30,7 +30,9 @@ class ShapeResult:
     blocks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     limit: Limit | None = None
-    beside: frozenset[str] = frozenset()  # other ways of using torchquant, which are not compared
+    uncompared: frozenset[str] = (
+        frozenset()
+    )  # other ways of using torchquant, which are not compared
 
     def add(self, peer: str, seconds: dict[str, float]) -> None:
         """Add one block's times, by way of calling."""
@@ -56,7 +58,7 @@ class ShapeResult:
         others = {
             name: self.seconds(name) or 0.0
             for name in self.blocks
-            if name != OURS and name not in self.beside and name not in without
+            if name != OURS and name not in self.uncompared and name not in without
         }
         return min(others, key=lambda name: others[name]) if others else None
 

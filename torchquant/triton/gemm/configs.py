@@ -6,7 +6,7 @@ tma
     For large products on Hopper and later. There are as many programs as multiprocessors, and each
     computes one output tile after the other. The tensor memory accelerator loads both operands into
     ``stages`` buffers; the loads of the next tile start during the epilogue of the current one.
-    Tiles are ordered in groups of ``group`` tile rows, so that programs which run at the same time
+    Tiles are ordered in bands of ``band`` tile rows, so that programs which run at the same time
     share operands in the L2 cache. The output is written in ``subtiles`` parts, which leaves shared
     memory for more stages.
 pointer
@@ -38,7 +38,7 @@ class Config:
     block_k: int
     warps: int
     stages: int
-    group: int = 8
+    band: int = 8
     split: int = 1
     subtiles: int = 1
 
@@ -152,7 +152,7 @@ def candidates(problem: Problem, device: Device | None = None) -> list[Config]:
     if problem.m <= 64:
         block_m = max(16, next_power_of_2(problem.m))
         for block_n, block_k, warps, stages in _FEW_ROWS:
-            config = Config("pointer", block_m, block_n, block_k, warps, stages, group=1)
+            config = Config("pointer", block_m, block_n, block_k, warps, stages, band=1)
             found += _splits(config, problem, device)
     else:
         if device.capability[0] >= 9 and problem.loads_by_tma:

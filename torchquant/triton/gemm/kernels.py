@@ -123,12 +123,12 @@ def _parts(acc, SUBTILES: tl.constexpr):
 
 
 @triton.jit
-def _tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: tiles go down GROUP tile rows, then to the next column."""
-    per_group = GROUP * tiles_n
-    first = tile // per_group * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = tile % per_group
+def _tile_at(tile, tiles_m, tiles_n, BAND: tl.constexpr):
+    """Row and column of a tile: tiles go down BAND tile rows, then to the next column."""
+    per_band = BAND * tiles_n
+    first = tile // per_band * BAND
+    height = tl.minimum(tiles_m - first, BAND)
+    within = tile % per_band
     return first + within % height, within // height
 
 
@@ -150,13 +150,13 @@ def pointer_kernel(
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     SUBTILES: tl.constexpr,
-    GROUP: tl.constexpr,
+    BAND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Compute one output tile; with SPLIT > 1, share program_id(1) of K, to out[program_id(1)]."""
-    tile_m, tile_n = _tile_at(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+    tile_m, tile_n = _tile_at(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -243,7 +243,7 @@ def tma_kernel(
     qmax,
     OUT_DESC: tl.constexpr,
     SUBTILES: tl.constexpr,
-    GROUP: tl.constexpr,
+    BAND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -255,7 +255,7 @@ def tma_kernel(
     PART: tl.constexpr = BLOCK_N // SUBTILES
     programs = tl.num_programs(0)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
-        tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, BAND)
         first_row = tile_m * BLOCK_M
         first_column = tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)

@@ -60,7 +60,7 @@ def run(problem: Problem, config: Config) -> None:
     )
     after = (epilogue, p.output_zero_point, p.output_qmin, p.output_qmax)
     blocks = {
-        "GROUP": c.group,
+        "BAND": c.band,
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BLOCK_K": c.block_k,

@@ -34,7 +34,7 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def used_scale(s):
-    """The step that a learned step stands for: at least 2^-126; NaN is kept."""
+    """The effective scale of a learned step: at least 2^-126; NaN is kept."""
     return tl.where(s < _LEAST_SCALE, _LEAST_SCALE, s)
 
 
@@ -52,7 +52,7 @@ def least_rounding_to(integer):
 
 
 @triton.jit
-def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def bit_mask(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool ``[ROWS, COLUMNS]`` as uint8 ``[ROWS, COLUMNS / 8]``; the first of 8 is the lowest
     bit.
     """
@@ -126,7 +126,7 @@ def fake_quantize_kernel(
         at, there = bytes_of_tile(
             down, across, count, length, row, per_row, channels, run, TAIL, ROWS, COLUMNS
         )
-        tl.store(bits + at, packed(flags, ROWS, COLUMNS), mask=there)
+        tl.store(bits + at, bit_mask(flags, ROWS, COLUMNS), mask=there)
 
 
 @triton.jit
@@ -323,7 +323,7 @@ def positive_kernel(x, bits, numel, BYTES: tl.constexpr):
     v = tl.load(x + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)[None, :]
     flags = tl.reshape(v > 0.0, (1, BYTES * 8))
-    tl.store(bits + at, packed(flags, 1, BYTES * 8), mask=at * 8 < numel)
+    tl.store(bits + at, bit_mask(flags, 1, BYTES * 8), mask=at * 8 < numel)
 
 
 @triton.jit
