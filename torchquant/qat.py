@@ -13,6 +13,6 @@ __all__ = [
     "freeze_",
     "observe_",
     "prepare_qat_",
-    "train_",
     "to_float_",
+    "train_",
 ]

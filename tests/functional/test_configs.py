@@ -40,7 +40,7 @@ def test_a_configuration_is_a_value(config: QuantizationConfig) -> None:
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert len({config, copy.deepcopy(config)}) == 1
-    assert eval(repr(config), vars(configs)) == config
+    assert eval(repr(config), {**vars(configs), "PerAxis": torchquant.PerAxis}) == config
     with pytest.raises(FrozenInstanceError):
         config.weights = Weights()  # type: ignore[misc]
 
