@@ -8,11 +8,11 @@
  * torch.
  *
  * - Arguments are not checked again: an argument outside its stated range is a programming error.
- * - Threads are the caller's: tq_parallel is two callbacks. Null stands for one thread. No result depends on how the
- *   work is divided.
+ * - Threads are the caller's: tq_parallel is two callbacks, a null pointer means one thread. No result depends on
+ *   how the work is divided.
  * - A function returns TQ_OK, or TQ_OUT_OF_MEMORY where scratch memory could not be allocated; results are then
  *   undefined.
- * - A pointer that may be null says so. Sizes may be 0.
+ * - A pointer may be null only where its comment mentions null. Sizes may be 0.
  * - What each number means and how it is rounded: torchquant/functional, the specification, under the same names.
  */
 #ifndef TORCHQUANT_CORE_H
@@ -227,7 +227,7 @@ tq_status tq_positive(const void* x, tq_type type, int64_t elements, uint8_t* bi
 tq_status tq_mask(const void* x, tq_type type, int64_t elements, const uint8_t* bits, void* out,
                   const tq_parallel* parallel);
 
-/* With a learned scale and a learned offset (null: none): zero_point = clamp(rint(-offset / scale), qmin, qmax).
+/* With a learned scale and a learned offset (null: no offset): zero_point = clamp(rint(-offset / scale), qmin, qmax).
  * Scales below 2^-126 are used as 2^-126. scales.zero_point and scales.real_zero are not read. */
 tq_status tq_fake_quantize_learned(const void* x, tq_type type, void* out, const tq_spans* spans,
                                    const tq_scales* scales, const float* offset, const tq_parallel* parallel);
@@ -245,8 +245,8 @@ typedef struct tq_learned_backward_call {
 tq_status tq_fake_quantize_learned_backward(const tq_learned_backward_call* call, const tq_spans* spans,
                                             const tq_scales* scales, const tq_parallel* parallel);
 
-/* The least and the greatest finite element for each of `scales` scales (infinity, -infinity: none), and how many
- * elements are not finite. */
+/* The least and the greatest finite element for each of `scales` scales (infinity and -infinity where there is no such
+ * element), and how many elements are not finite. */
 tq_status tq_minmax(const void* x, tq_type type, const tq_spans* spans, int64_t scales, float* least, float* greatest,
                     int64_t* nonfinite, const tq_parallel* parallel);
 

@@ -19,7 +19,7 @@ namespace {
 
 bool is_dense(const at::Tensor& t) { return t.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false(); }
 
-// Uninitialised, with torch's rule for elementwise results: the input's strides where it is dense, else their order.
+// Uninitialised, with torch's rule for elementwise results: the input's strides where it is dense, otherwise their order.
 at::Tensor empty_elementwise(const at::Tensor& input, at::ScalarType dtype) {
   const auto options = input.options().dtype(dtype);
   if (input.is_contiguous()) return empty_output(input.sizes(), options);

@@ -65,7 +65,7 @@ def test_compiles_every_source_and_watches_every_header(setup_file: dict[str, An
     files = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*") if p.is_file()}
     compiled = {name for name in files if name.endswith(".cpp")}
     assert set(extension.sources) == compiled
-    assert set(extension.depends) == files - compiled
+    assert set(extension.depends) == files  # sources too: a translation unit includes several
 
 
 def test_prerequisites_are_there(setup_file: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ const T* filled(Memory& memory, int64_t count, const Make& make) {
 
 inline void fill_weight(Case& c, Memory& memory, Random& random, Draw& draw) {
   Linear& l = c.l;
-  const int64_t kind = draw.below(4);  // all bytes; none of -128; the ends; one -128 somewhere
+  const int64_t kind = draw.below(4);  // all bytes; no -128; only -128 and 127; one -128 somewhere
   c.weight.resize(static_cast<size_t>(l.n * l.k));
   for (int8_t& w : c.weight) {
     w = static_cast<int8_t>(random.next());

@@ -1,5 +1,5 @@
 // Memory in which one byte too far is a crash: a buffer ends exactly at an unmapped page, or begins right behind one,
-// or (under AddressSanitizer, which knows the heap's every byte) lies on the heap.
+// or (under AddressSanitizer, which checks every byte of the heap) is on the heap.
 #pragma once
 
 #include <sys/mman.h>
