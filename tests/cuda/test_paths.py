@@ -1,27 +1,12 @@
-"""Layers and training over what a GPU runs: existing tests, in a process of their own."""
+"""Layers and training over the kernels of a GPU: existing tests, in a process of their own.
+
+The fallback runs all tests of `FILES`, except those with the marker ``cpu_only``. Triton runs the
+tests with the marker ``triton_path``.
+"""
 
 import pytest
 from support.paths import run_tests
 
-# What these tests are about a path does not have: values that a CPU kernel reads and refuses, the
-# tiles' knowledge of their shape, instruction sets. And what takes long and says nothing about it.
-NOT_OF_A_PATH = (
-    "refus",
-    "errors",
-    "wrong",
-    "bad_input",
-    "pack_weight",
-    "isa",
-    "instruction_set",
-    "thread",
-    "memory",
-    "compile",
-    "export",
-    "process",
-    "wait",
-    "opcheck",
-    "absurd",
-)
 FAKE_QUANTIZE = (
     "ops/test_fake_quantize_calls.py",
     "ops/test_fake_quantize_gradients.py",
@@ -38,6 +23,7 @@ FILES = {
         *FAKE_QUANTIZE,
         "training/test_observed_quantizer.py",
         "training/test_lsq.py",
+        "training/test_learned_errors.py",
         "training/test_learned_steps.py",
         "training/test_pact.py",
     ),
@@ -72,13 +58,11 @@ FILES = {
 
 @pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
 def test_existing_tests_over_the_fallback(files: tuple[str, ...]) -> None:
-    result = run_tests("aten", files, f"not ({' or '.join(NOT_OF_A_PATH)})")
+    result = run_tests("aten", files)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-def test_learned_steps_over_triton() -> None:
-    """A selection: without a GPU Triton's interpreter runs it, slowly."""
+def test_existing_tests_over_triton() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    select = "(learned or mask) and not (refus or compile)"
-    result = run_tests("triton", FAKE_QUANTIZE, select)
+    result = run_tests("triton", FAKE_QUANTIZE, "triton_path")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

@@ -257,6 +257,7 @@ def test_autocast_decides_the_output_dtype(dtype: torch.dtype, autocast_dtype: t
             assert layer(x).dtype == dtype
 
 
+@pytest.mark.cpu_only("a path has no instruction sets")
 def test_every_instruction_set_runs_the_same_layer(isa: str) -> None:
     layer, x = layer_of(ASYMMETRIC), floats(5, 64)
     assert_same_bits(layer(x), expected_output(layer, x))

@@ -36,6 +36,9 @@ SHAPES = (
 )
 
 
+reads_values = pytest.mark.cpu_only("only the CPU's kernels read these values and refuse them")
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ZERO_POINTS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -53,6 +56,7 @@ def test_any_scale_that_broadcasts(shape, kind, layout):
     assert_same_bits(FakeQuantize.apply(x.detach(), s, z, -8, 7), y.detach())
 
 
+@pytest.mark.triton_path
 def test_zero_point_and_scale_broadcast_against_each_other():
     s, z = torch.tensor([0.1]), torch.arange(-2, 3, dtype=torch.int32).reshape(5, 1, 1)
     expected = FakeQuantize.apply(X, s.expand(5, 1, 1), z, -8, 7)
@@ -63,6 +67,7 @@ def test_zero_point_and_scale_broadcast_against_each_other():
     assert_same_bits(FakeQuantize.apply(X, wide, one, -8, 7), FakeQuantize.apply(X, 0.1, 2, -8, 7))
 
 
+@pytest.mark.triton_path
 def test_groups_along_the_last_axis():
     x = floats(6, 70).requires_grad_()
     s = torch.rand(6, 3, generator=generator(1)) * 0.1 + 0.01
@@ -73,6 +78,7 @@ def test_groups_along_the_last_axis():
     assert torch.equal(x.grad, functional.in_range(x.detach(), s, **kwargs).float())
 
 
+@pytest.mark.triton_path
 def test_empty_and_scalar_tensors():
     for shape in ((), (0,), (3, 0), (0, 4)):
         x = torch.ones(shape, requires_grad=True)
@@ -140,15 +146,17 @@ def test_under_autocast_the_input_keeps_its_type():
             ValueError,
             "FakeQuantize: scale must be finite and at least 2^-126, got nan",
         ),
-        (
+        pytest.param(
             lambda x: FakeQuantize.apply(x, torch.tensor([[0.1], [-0.1]]), 0, -8, 7),
             ValueError,
             "fake_quantize: scale must be finite and at least 2^-126, got -0.1",
+            marks=reads_values,
         ),
-        (
+        pytest.param(
             lambda x: FakeQuantize.apply(x, torch.tensor([INF]), 0, -8, 7),
             ValueError,
             "fake_quantize: scale must be finite and at least 2^-126, got inf",
+            marks=reads_values,
         ),
         (
             lambda x: FakeQuantize.apply(x, torch.ones(1).double(), 0, -8, 7),
@@ -240,12 +248,13 @@ def test_under_autocast_the_input_keeps_its_type():
             "fake_quantize_learned_backward: grad must have input's shape [2, 3], "
             "got float32 [1, 3]",
         ),
-        (
+        pytest.param(
             lambda x: ops.fake_quantize_learned_backward(
                 x, x, torch.ones(1), torch.tensor([8]).int(), qmin=-8, qmax=7
             ),
             ValueError,
             "fake_quantize_learned_backward: zero_point must be from -8 to 7, got 8",
+            marks=reads_values,
         ),
         (
             lambda x: torch.ops.torchquant.minmax(x, 2),

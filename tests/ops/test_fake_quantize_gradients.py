@@ -29,6 +29,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torchquant import FakeQuantize, functional, ops
 
 
+@pytest.mark.triton_path
 @settings(deadline=None, max_examples=80)
 @given(
     st.lists(st.integers(0, 7), max_size=3),
@@ -67,6 +68,7 @@ def test_a_long_sum_is_accurate():
     assert abs(got.double() - want) <= 2.0**-22 * (1 << 21) ** 0.5 * 30
 
 
+@pytest.mark.triton_path
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_what_is_not_finite_gets_no_gradient(value):
     x = torch.tensor([0.1, value, 0.3], requires_grad=True)
@@ -128,6 +130,7 @@ def test_straight_through_is_the_gradient_of_the_surrogate():
         assert_same_bits(got, want.float())
 
 
+@pytest.mark.triton_path
 @pytest.mark.parametrize("limits", LEARNED, ids=str)
 def test_learned_gradients_are_those_of_the_surrogate(limits):
     """Also with respect to the scale while the offset stays: LSQ+'s coordinates."""
@@ -156,6 +159,7 @@ def test_learned_gradients_are_those_of_the_surrogate(limits):
         torch.testing.assert_close(ours.double(), exact * 0.25, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.triton_path
 def test_mask_gradient_is_linear_and_has_gradients_of_gradients():
     bits = functional.pack_bits(torch.rand(3, 7, generator=generator(0)) < 0.5)
     grad = torch.randn(3, 7, generator=generator(1)).requires_grad_()
@@ -164,6 +168,7 @@ def test_mask_gradient_is_linear_and_has_gradients_of_gradients():
     assert gradgradcheck(lambda g: ops.mask_gradient(g, bits) * g, (grad,), **loose)
 
 
+@pytest.mark.triton_path
 def test_gradients_of_gradients():
     x = torch.linspace(-2, 2, 9).requires_grad_()
     for call in (
@@ -176,6 +181,7 @@ def test_gradients_of_gradients():
         assert torch.equal(second, 2 * mask.float())
 
 
+@pytest.mark.triton_path
 def test_gradients_of_learned_gradients_are_refused():
     x, step = torch.ones(3, requires_grad=True), torch.tensor([0.5], requires_grad=True)
     y = ops.fake_quantize_learned(x, step).sum()
@@ -183,6 +189,7 @@ def test_gradients_of_learned_gradients_are_refused():
         torch.autograd.grad(y, (x, step), create_graph=True)
 
 
+@pytest.mark.triton_path
 def test_only_what_is_asked_for_gets_a_gradient():
     x, step, offset = torch.ones(3), torch.tensor([0.5], requires_grad=True), torch.zeros(1)
     ops.fake_quantize_learned(x, step, offset).sum().backward()
@@ -223,6 +230,7 @@ def saved_bytes(call):
     return sum(sizes)
 
 
+@pytest.mark.triton_path
 def test_one_bit_an_element_is_kept():
     x = torch.randn(100, 33, requires_grad=True)
     expected = (3300 + 7) // 8

@@ -34,6 +34,7 @@ from torchquant import FakeQuantize, functional, ops
 from torchquant.scheme import PerAxis, PerGroup, PerTensor, PerToken
 
 
+@pytest.mark.triton_path
 def test_bits_are_packed_from_the_lowest_on():
     mask = torch.tensor([[True, False, False, True, True], [False, False, False, False, True]])
     assert functional.pack_bits(mask).tolist() == [0b00011001, 0b10]
@@ -46,6 +47,7 @@ def test_bits_are_packed_from_the_lowest_on():
         functional.unpack_bits(torch.zeros(1, dtype=torch.uint8), (9,))
 
 
+@pytest.mark.triton_path
 def test_in_range_looks_at_the_rounded_value():
     s = torch.tensor([0.5])
     x = torch.tensor([-2.25, -2.26, 1.75, 1.76, 0.0, NAN, INF, -INF])
@@ -54,6 +56,7 @@ def test_in_range_looks_at_the_rounded_value():
     assert functional.in_range(x, s, 4, qmin=0, qmax=7).tolist() == expected
 
 
+@pytest.mark.triton_path
 def test_learned_offset_deploys_as_an_integer():
     """The same bits as fake_quantize with the integer that learned_zero_point gives."""
     x, s = floats(9, 40), scales((9,))
@@ -68,6 +71,7 @@ def test_learned_offset_deploys_as_an_integer():
         )
 
 
+@pytest.mark.triton_path
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, -INF, 2.0**-127])
 def test_a_step_at_or_below_zero_is_used_as_the_least(value):
     x, least = floats(3, 20), torch.tensor([2.0**-126])
@@ -79,6 +83,7 @@ def test_a_step_at_or_below_zero_is_used_as_the_least(value):
         assert_same_bits(got, want)
 
 
+@pytest.mark.triton_path
 def test_a_diverged_step_or_offset_stays_visible():
     x, nan, one = floats(3, 20), torch.tensor([NAN]), torch.ones(1)
     for step, offset in ((nan, None), (nan, one), (one, nan)):
@@ -214,6 +219,7 @@ def test_values_and_gradients_are_torchs(limits, dtype):
         assert torch.equal(got, want)
 
 
+@pytest.mark.triton_path
 def test_learned_values_are_those_of_torchs_learnable_op():
     s = torch.rand(24, generator=generator(1)) * 0.2 + 0.01
     x = ordinary((24, 333), torch.float32, s)

@@ -1,10 +1,11 @@
-"""Runs existing tests over what a GPU would run, on the CPU.
+"""Runs existing tests on the CPU over the kernels of a GPU.
 
-In a process of its own the CPU's kernels of ``torchquant::X`` are replaced by those of a path: the
-fallback in ATen (``torchquant_aten::X``) or, over it, the Triton kernels. Layers, quantization
-aware training and the verbs then run on it as they are.
+In a process of its own, the kernels of a path replace the CPU's kernels of ``torchquant::X``: the
+fallback in ATen (``torchquant_aten::X``) or, on top of it, the Triton kernels. Layers, quantization
+aware training and the verbs then run on that path without changes.
 
-It is a pytest plugin: ``TORCHQUANT_TEST_PATH=aten pytest -p support.paths tests``.
+The module is a pytest plugin: ``TORCHQUANT_TEST_PATH=aten pytest -p support.paths tests``. A test
+with the marker ``cpu_only`` does not run on a path.
 """
 
 import importlib
@@ -74,11 +75,11 @@ def replace_cpu_kernels(path: str) -> Library:
 
 
 def run_tests(
-    path: str, files: Iterable[str], select: str = "", timeout: float = 600
+    path: str, files: Iterable[str], marker: str = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """pytest over ``path`` in a fresh process: files in tests, and which of theirs (``-k``)."""
+    """pytest over ``path`` in a fresh process: files below tests, or their tests of a marker."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "support.paths", "--no-header"]
-    command += ["-k", select] if select else []
+    command += ["-m", " and ".join(filter(None, (marker, "not slow", "not cpu_only")))]
     folder = str(ROOT / "tests")
     search = os.pathsep.join(filter(None, (str(ROOT), folder, os.environ.get("PYTHONPATH"))))
     return subprocess.run(
