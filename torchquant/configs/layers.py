@@ -161,6 +161,7 @@ class QuantizationConfig(Part):
             :class:`Activations`.
 
     Example:
+        >>> from torchquant.configs import IntxActivationIntxWeightConfig
         >>> QuantizationConfig(Weights(bits=4)) == IntxActivationIntxWeightConfig(4)
         True
     """
@@ -183,6 +184,7 @@ def check_config(who: str, config: QuantizationConfig | None) -> QuantizationCon
         TypeError: config is not a :class:`QuantizationConfig`; the message starts with ``who``.
 
     Example:
+        >>> from torchquant.configs import Int8DynamicActivationInt8WeightConfig
         >>> check_config("quantize_", None) == Int8DynamicActivationInt8WeightConfig()
         True
     """

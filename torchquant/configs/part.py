@@ -22,6 +22,7 @@ class Part:
         TypeError: a subclass is defined with the name of another part.
 
     Example:
+        >>> from torchquant.configs import Weights
         >>> Weights(bits=4).with_bits(2)
         Weights(bits=2, symmetric=True, narrow_range=None, granularity=PerAxis(axis=0))
     """
@@ -50,6 +51,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """Convert a configuration or a part to JSON values; the key ``type`` is the name of its class.
 
     Example:
+        >>> from torchquant.configs import Dynamic
         >>> config_to_dict(Dynamic(symmetric=True))
         {'type': 'Dynamic', 'bits': 8, 'symmetric': True}
     """
@@ -68,6 +70,7 @@ def config_from_dict(values: dict[str, Any]) -> Any:
         ValueError: no class has the name, or a value is missing, superfluous or not valid.
 
     Example:
+        >>> from torchquant.configs import QuantizationConfig
         >>> config_from_dict(config_to_dict(QuantizationConfig())) == QuantizationConfig()
         True
     """
