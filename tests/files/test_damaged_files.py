@@ -50,12 +50,12 @@ def test_an_edited_byte_anywhere(path: Path, mask: int) -> None:
         content[position] ^= mask
         try:
             with unchanged(model):
-                load(path, model)
+                try:
+                    load(path, model)
+                except ValueError:
+                    continue  # unchanged() checks the model on the way out
                 accepted.append(position)
-                raise ValueError  # skip the checks below, because the model was changed
-        except ValueError:
-            pass
-        except AssertionError:
+        except AssertionError:  # the model was loaded, so it did change
             assert position in accepted
             assert_same_state(model, saved)
             model = other_small()
