@@ -1,8 +1,10 @@
 """Fixtures and settings of all tests."""
 
+import hashlib
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +33,13 @@ if find_spec("torchvision") is not None:
 # variable at its import, and torch.compile may import Triton before a test of the kernels does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Compiled graphs in Inductor's cache call our operators with the schemas of their time. A cache of
+# its own for each build of the library keeps a changed schema from meeting old graphs.
+library = Path(importlib.import_module("torchquant._C").__file__ or "").read_bytes()
+digest = hashlib.sha256(library).hexdigest()[:16]
+cache = Path(tempfile.gettempdir()) / f"torchquant-inductor-{digest}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 # The same examples on every run: a failure in CI is a failure here. No deadline: machines differ.
 settings.register_profile("torchquant", derandomize=True, deadline=None)
