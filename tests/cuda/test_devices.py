@@ -179,9 +179,7 @@ def test_quantized_where_the_float_layer_is(static: bool) -> None:
     with torch.no_grad(), pretended_cuda() as cuda:
         linear.to(cuda)
         assert linear_module.value_refusal(linear) is None
-        layer = QuantizedLinear._from_tensors(
-            linear.weight, linear.bias, config, "none", None, scale, None
-        )
+        layer = QuantizedLinear.from_tensors(linear.weight, linear.bias, config, input_scale=scale)
         assert {t.device for t in (*layer.parameters(), *layer.buffers())} == {CUDA}
         output = layer(on_cuda(x))
         layer.to("cpu")
