@@ -22,7 +22,7 @@ import torchquant
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("examples/*.py")), *sorted(ROOT.glob("benchmarks/bench_*.py"))]
-SCRIPT_SECONDS = 300
+SCRIPT_SECONDS = 600
 DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 USER_COMMAND = "pip install . && torchquant demo"
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
