@@ -19,6 +19,8 @@ from torchquant.nn import FusedActivation, QuantizedLinear
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_in_a_sequential(name: str, dtype: torch.dtype) -> None:
+    # Fixed weights: with 3 % of random ones, tanh moves an integer of the next layer by 1.
+    torch.manual_seed(0)
     model = nn.Sequential(linear(), KNOWN[name](), linear()).to(dtype).eval()
     keys = set(model.state_dict())
     report = assert_fused(model, floats(9, 64).to(dtype), tolerance=8 * torch.finfo(dtype).eps)
