@@ -76,6 +76,15 @@ struct Trial {
   tq_type float_type() { return draw.pick({TQ_F32, TQ_BF16, TQ_F16}); }
 };
 
+// Rows and columns of a matrix; one in three has enough elements for a second thread.
+struct MatrixSize {
+  int64_t rows, columns;
+};
+inline MatrixSize draw_matrix(Draw& draw) {
+  if (draw.one_in(3)) return {120 + draw.below(200), 150 + draw.below(200)};
+  return {draw_size(draw, 100), draw_size(draw, 400)};
+}
+
 // call(parallel, name) for every usable instruction set, alone and with the work divided; each call with fresh outputs.
 template <class Call>
 void on_every_path(Trial& trial, uint64_t seed, const Call& call) {

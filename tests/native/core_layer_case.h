@@ -13,7 +13,7 @@ inline void check_core_activation(Trial& trial) {
   const bool by_row = draw.one_in(2), gated = draw.one_in(3);
   tq_activation_call call{};
   call.rows = by_row ? draw_size(draw, 60) : 1;
-  call.length = draw_size(draw, by_row ? 300 : 40000);
+  call.length = !by_row && draw.one_in(3) ? 9000 + draw.below(20000) : draw_size(draw, 300);
   call.x_stride = call.length + (by_row ? draw.below(5) : 0);
   call.up_stride = call.length + (by_row ? draw.below(5) : 0);
   call.x_type = trial.float_type();
@@ -63,8 +63,9 @@ inline void check_core_norm(Trial& trial) {
   Draw& draw = trial.draw;
   Norm norm;
   torchquant::NormArgs& g = norm.args;
-  norm.m = draw_size(draw, 60);
-  g.k = draw_size(draw, 400);
+  const MatrixSize size = draw_matrix(draw);
+  norm.m = size.rows;
+  g.k = size.columns;
   tq_norm_call call{};
   const tq_type type = trial.float_type();
   call.weight_type = trial.float_type();

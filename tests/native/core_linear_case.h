@@ -117,7 +117,8 @@ inline void check_core_pack(Trial& trial) {
 inline void check_core_quantize_pack(Trial& trial) {
   trial.begin();
   Draw& draw = trial.draw;
-  const int64_t n = draw_size(draw, 400), k = draw_size(draw, 300), stride = k + draw.below(3);
+  const MatrixSize size = draw_matrix(draw);
+  const int64_t n = size.rows, k = size.columns, stride = k + draw.below(3);
   const tq_type type = trial.float_type();
   const auto mode = draw.pick({TQ_STATIC, TQ_SYMMETRIC, TQ_ASYMMETRIC});
   const bool narrow_range = draw.one_in(2);

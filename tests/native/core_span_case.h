@@ -23,7 +23,7 @@ inline Granularity draw_granularity(Draw& draw) {
   Granularity g{};
   const int64_t kind = draw.below(4);
   if (kind == 0) {
-    const int64_t n = draw_size(draw, 6000) * draw.pick<int64_t>({1, 1, 7});
+    const int64_t n = draw.one_in(3) ? 17000 + draw.below(20000) : draw_size(draw, 6000);
     g = {tq_spans_per_tensor(n), 1, 1, n, 0, n, 1, "per tensor"};
   } else if (kind == 3) {
     const int64_t rows = draw_size(draw, 40), row = draw_size(draw, 300), size = 1 + draw.below(row + 3);
@@ -282,7 +282,8 @@ inline void check_core_minmax(Trial& trial) {
 inline void check_core_fake_quantize_rows(Trial& trial) {
   trial.begin();
   Draw& draw = trial.draw;
-  const int64_t m = draw_size(draw, 300), k = draw_size(draw, 300), stride = k + draw.below(3);
+  const MatrixSize size = draw_matrix(draw);
+  const int64_t m = size.rows, k = size.columns, stride = k + draw.below(3);
   const bool has_zero = draw.one_in(2);
   Random random(draw.seed());
   const tq_rows rows = {random_elements(trial.inputs, random, (m - 1) * stride + k, TQ_F32, 2), TQ_F32, m, k, stride};

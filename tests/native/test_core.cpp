@@ -18,7 +18,8 @@ struct Kind {
 };
 
 void check_linear(Trial& trial) {
-  Case c = draw_case(trial.draw, trial.inputs);
+  const Shape large{40 + trial.draw.below(60), 60 + trial.draw.below(60), 200 + trial.draw.below(300)};
+  Case c = draw_case(trial.draw, trial.inputs, trial.draw.one_in(2) ? &large : nullptr);
   trial.place = c.place;
   Expected expected = expected_of(c);
   Scratch scratch;
@@ -71,9 +72,9 @@ int main(int argc, char** argv) {
   std::string counts;
   int64_t cases = 0;
   for (const Kind& kind : kKinds) {
-    const int64_t count = std::max<int64_t>(1, kind.cases * times / (real_threads ? 10 : 1));
-    int64_t divided = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    const int64_t wanted = std::max<int64_t>(1, kind.cases * times / (real_threads ? 4 : 1));
+    int64_t count = 0, divided = 0;  // more cases than wanted only until one has been divided
+    for (; count < wanted || (divided == 0 && count < 20 * wanted); ++count) {
       std::array<uint8_t, 96> bytes;
       for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next());
       Draw draw(bytes.data(), bytes.size());
