@@ -208,6 +208,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
+@pytest.mark.cpu_only("starts processes, which do not run on the path")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_stays_below_the_float_model_and_its_largest_layer() -> None:
     command = [sys.executable, "-c", MEMORY_SCRIPT]

@@ -250,6 +250,7 @@ def test_exported_for_evaluation(name: str) -> None:
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.cpu_only("starts processes, which do not run on the path")
 def test_two_processes_train_as_one() -> None:
     batches = [torch.randn(8, 8, generator=generator(seed)) * (1 + seed) for seed in range(6)]
     first = initial_steps(lsq_net(), batches[0])
