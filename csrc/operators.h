@@ -1,4 +1,4 @@
-// One handle per operator: its name and its C++ type, for everybody who calls or implements it. The schemas and what
+// One handle per operator: its name and its C++ type, for callers and implementations. The schemas and what
 // the arguments mean are in ops.cpp, in the same order; torch compares both when an operator is called for the first time.
 //
 //   ops::rms_norm::call(input, weight, eps, false)                 through the dispatcher: autograd, tracing and all

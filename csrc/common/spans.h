@@ -40,7 +40,7 @@ inline tq_spans make_spans(const char* op, const at::Tensor& input, const at::Te
     const int64_t row = input.size(-1);
     const int64_t groups = ceil_div(row, std::max<int64_t>(1, std::min(*group_size, row)));  // no sum that overflows
     std::vector<int64_t> want(input.sizes().begin(), input.sizes().end());
-    // Rows without elements have no groups; as tokens (a group each) they have a scale all the same.
+    // Rows without elements have no groups. As tokens, each row is one group and has a scale.
     const bool tokens = row == 0 && scale.dim() == input.dim() && scale.size(-1) == 1;
     want.back() = tokens ? 1 : groups;
     TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef(want), op, ": scale must have shape ", at::IntArrayRef(want),

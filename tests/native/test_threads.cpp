@@ -1,5 +1,5 @@
 // Kernels called from many threads at once: each with its own rows and panel on one shared weight, while another thread
-// switches the active instruction set. For ThreadSanitizer; the results are checked all the same.
+// switches the active instruction set. For ThreadSanitizer; the results are checked too.
 #include <array>
 #include <atomic>
 #include <thread>

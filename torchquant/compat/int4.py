@@ -30,7 +30,7 @@ def quantize_to_int4(
 ) -> Int4Result:
     """Quantize to the 16 levels -8..7.
 
-    "minmax" maps the least value to -8 and the greatest to 7; values that are all the same have no
+    "minmax" maps the least value to -8 and the greatest to 7; equal values have no
     range and are quantized by "absmax". "absmax" maps the largest magnitude to 7 or -7 with zero
     point 0. The zero point is an integer that may be outside -8..7, because the range need not
     contain 0.
