@@ -278,9 +278,11 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_guarded(what: str, allocator: Path) -> subprocess.CompletedProcess[str]:
+    tests = str(Path(__file__).parents[1])  # where the process finds the folder support
+    search = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, __file__, what],
-        env={**os.environ, "LD_PRELOAD": str(allocator)},
+        env={**os.environ, "PYTHONPATH": search, "LD_PRELOAD": str(allocator)},
         capture_output=True,
         text=True,
         timeout=300,
