@@ -27,6 +27,7 @@ from torchquant.functional.activations import (
     relu,
     sigmoid,
     silu,
+    squared_relu,
     tanh,
 )
 from torchquant.functional.affine import dequantize, quantize, quantize_per_token
@@ -102,6 +103,7 @@ __all__ = [
     "shift_bias",
     "sigmoid",
     "silu",
+    "squared_relu",
     "tanh",
     "unpack_bits",
 ]
