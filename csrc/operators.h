@@ -99,7 +99,6 @@ TORCHQUANT_OPERATOR(linear_static, Tensor(const Tensor&, const Tensor&, const Op
 
 // activations
 TORCHQUANT_OPERATOR(activation, Tensor(const Tensor&, std::string_view, OptScalarType));
-TORCHQUANT_OPERATOR(squared_relu, Tensor(const Tensor&));
 TORCHQUANT_OPERATOR(gated_activation, Tensor(const Tensor&, const Tensor&, std::string_view));
 
 // norms

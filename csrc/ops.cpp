@@ -46,7 +46,6 @@ void define_operators(torch::Library& m) {
   // ---- activations
   // Elementwise, in the epilogue's arithmetic; dtype: input's unless given. gated: activation(gate) * up.
   m.def("activation(Tensor input, str activation, ScalarType? dtype=None) -> Tensor");
-  m.def("squared_relu(Tensor input) -> Tensor");
   m.def("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
 
   // ---- norms

@@ -248,12 +248,6 @@ def activation(o: Operands) -> Samples:
 
 
 @generator
-def squared_relu(o: Operands) -> Samples:
-    yield sample("plain", input=o.x)
-    yield sample("gradient", "input", input=o.x)
-
-
-@generator
 def gated_activation(o: Operands) -> Samples:
     gate, up = o.x[:, : o.shape.inputs // 2], o.x[:, -(o.shape.inputs // 2) :]
     yield sample("plain", gate=o.x, up=o.x.flip(0), activation="silu")

@@ -140,13 +140,7 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
   return (y * up.to(at::kFloat)).to(gate.scalar_type());
 }
 
-at::Tensor squared_relu(const at::Tensor& input) {
-  check_float("squared_relu", "input", input);
-  return input.to(at::kFloat).clamp_min(0).square().to(input.scalar_type());
-}
-
 TORCHQUANT_ATEN_KERNELS(m) {
-  m.impl<ops::squared_relu>(&squared_relu);
   m.impl<ops::activation>(&activation);
   m.impl<ops::gated_activation>(&gated_activation);
 }

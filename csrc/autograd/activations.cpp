@@ -45,23 +45,6 @@ struct GatedActivation {
   }
 };
 
-struct SquaredRelu {
-  static Variable forward(AutogradContext* ctx, const Variable& input) {
-    ctx->save_for_backward({input});
-    return ops::squared_relu::call_below_autograd(input);
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const at::Tensor input = ctx->get_saved_variables()[0];
-    return {(grads[0].to(at::kFloat) * input.to(at::kFloat).clamp_min(0) * 2).to(input.scalar_type())};
-  }
-};
-
-at::Tensor squared_relu_autograd(const at::Tensor& input) {
-  if (follows(ops::squared_relu::name, input)) return Differentiable<SquaredRelu>::apply(input);
-  return ops::squared_relu::call_below_autograd(input);
-}
-
 at::Tensor activation_autograd(const at::Tensor& input, std::string_view activation,
                                std::optional<at::ScalarType> dtype) {
   if (follows(ops::activation::name, input)) return Differentiable<ActivationFunction>::apply(input, activation, dtype);
@@ -75,7 +58,6 @@ at::Tensor gated_activation_autograd(const at::Tensor& gate, const at::Tensor& u
 }
 
 TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  ops::squared_relu::implement(m, &squared_relu_autograd);
   ops::activation::implement(m, &activation_autograd);
   ops::gated_activation::implement(m, &gated_activation_autograd);
 }

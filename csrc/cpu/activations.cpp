@@ -92,13 +92,7 @@ at::Tensor gated_activation(const at::Tensor& gate, const at::Tensor& up, std::s
   return out;
 }
 
-at::Tensor squared_relu(const at::Tensor& input) {
-  check_float("squared_relu", "input", input);
-  return input.to(at::kFloat).clamp_min(0).square().to(input.scalar_type());
-}
-
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
-  ops::squared_relu::implement(m, &squared_relu);
   ops::activation::implement(m, &activation);
   ops::gated_activation::implement(m, &gated_activation);
 }

@@ -27,7 +27,6 @@ from torchquant.functional.activations import (
     relu,
     sigmoid,
     silu,
-    squared_relu,
     tanh,
 )
 from torchquant.functional.affine import dequantize, quantize, quantize_per_token
@@ -103,7 +102,6 @@ __all__ = [
     "shift_bias",
     "sigmoid",
     "silu",
-    "squared_relu",
     "tanh",
     "unpack_bits",
 ]

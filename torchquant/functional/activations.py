@@ -320,20 +320,6 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
     return ACTIVATIONS[activation](input.to(torch.float32)).to(target)
 
 
-def squared_relu(input: Tensor) -> Tensor:
-    """``relu(input)^2`` in float32, rounded once to input's dtype.
-
-    Raises:
-        TypeError: input is not of a float type.
-
-    Example:
-        >>> squared_relu(torch.tensor([-1.0, 3.0]))
-        tensor([0., 9.])
-    """
-    require_dtype("squared_relu", "input", input, FLOAT_DTYPES)
-    return input.to(torch.float32).clamp(min=0).square().to(input.dtype)
-
-
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up``: the middle of a gated feed-forward layer.
 

@@ -14,7 +14,7 @@ tests/cases.py. Tests fail for what is missing.
 from __future__ import annotations
 
 from torchquant.ops import _flops  # noqa: F401  (FLOPs of the operators)
-from torchquant.ops.activations import activation, gated_activation, squared_relu
+from torchquant.ops.activations import activation, gated_activation
 from torchquant.ops.affine import dequantize, quantize, quantize_per_token
 from torchquant.ops.attention import attention
 from torchquant.ops.fake_quantize import (
@@ -67,6 +67,5 @@ __all__ = [
     "quantize_rows",
     "quantized_linear",
     "rms_norm",
-    "squared_relu",
     "unpack_weight",
 ]

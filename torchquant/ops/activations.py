@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchquant.ops._register import fake
 
-__all__ = ["activation", "gated_activation", "squared_relu"]
+__all__ = ["activation", "gated_activation"]
 
 
 def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -40,30 +40,6 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
 @fake("activation")
 def _(input: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(input, dtype=dtype)
-
-
-def squared_relu(input: Tensor) -> Tensor:
-    """Compute ``relu(input)^2`` in float32, rounded once.
-
-    Args:
-        input: float32, bfloat16 or float16 of any shape.
-
-    Returns:
-        A tensor of input's shape and dtype.
-
-    Raises:
-        TypeError: ``input`` is not float32, bfloat16 or float16.
-
-    Example:
-        >>> squared_relu(torch.tensor([-1.0, 3.0]))
-        tensor([0., 9.])
-    """
-    return torch.ops.torchquant.squared_relu.default(input)  # type: ignore[no-any-return]
-
-
-@fake("squared_relu")
-def _(input: Tensor) -> Tensor:
-    return torch.empty_like(input)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
