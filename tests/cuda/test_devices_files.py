@@ -113,7 +113,7 @@ def test_a_prepared_model_in_its_first_stage_is_refused(monkeypatch: pytest.Monk
     prepare_qat_(first)
     second = copy.deepcopy(first)
     second.up.enable_quantization(False)
-    with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"first stage \(up\)"):
+    with pretended_cuda() as cuda, pytest.raises(ValueError, match=r"stage 'observe' \(up\)"):
         verify(first, second.to(cuda), [floats(3, 64)])
 
 
