@@ -18,7 +18,6 @@
 namespace torchquant {
 
 const KernelTable& scalar_kernels();
-const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avxvnni_kernels();
 const KernelTable& avx512vnni_kernels();
@@ -90,7 +89,6 @@ struct Row {
 // One row for each instruction set, in ascending priority.
 constexpr Row kIsas[] = {
     {"scalar", needs_nothing, scalar_kernels},
-    {"portable", needs_nothing, portable_kernels},
     {"avx2", TQ_ON_X86(needs_avx2, avx2_kernels)},
     {"avx_vnni", TQ_ON_X86(needs_avx_vnni, avxvnni_kernels)},
     {"avx512_vnni", TQ_ON_X86(needs_avx512_vnni, avx512vnni_kernels)},
