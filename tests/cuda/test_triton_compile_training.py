@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, pytest.param(100, marks=pytest.mark.slow))  # as in test_triton_compile
 PER_THREAD = 16  # elements
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # accesses of 16 bytes that they take
 TILES = {
