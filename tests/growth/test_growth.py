@@ -284,6 +284,22 @@ def test_train_convert_verify() -> None:
     assert not torchquant.verify(trained, model, [X]).exact
 
 
+@pytest.mark.parametrize("prepare", [False, True], ids=["quantize", "prepare_qat"])
+def test_an_activation_that_a_kind_cannot_compute_stays(prepare: bool) -> None:
+    """Layers of the new kind do not apply ``activation``, so no verb may fuse one into them."""
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(Scaled(33, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()).eval()
+
+    changed, layer = model(), QuantizedScaled.from_float(model()[0])
+    verb = torchquant.prepare_qat_ if prepare else torchquant.quantize_
+    report = verb(changed, CONFIG)
+    assert type(changed[1]) is nn.ReLU and changed[0].activation == "none"
+    assert [fusion.layers for fusion in report.fusions if fusion.action == "fused"] == [("2",)]
+    assert_same_bits(changed[:2](X).detach(), layer(X).relu())
+
+
 def test_to_float() -> None:
     model = quantized()
     before = model(X)

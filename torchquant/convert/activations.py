@@ -236,21 +236,28 @@ def _drop_dependent(search: _Search) -> None:
 def _fuse(search: _Search, activation: nn.Module) -> None:
     pairs, name = _behind(search, activation), search.name_of(activation)
     assert name is not None
+    if not all(name in _quantized(pair).fused_activations for pair in pairs):
+        for pair in pairs:
+            pair.problem = f"the layer cannot compute {name}"
+        return
     if not all(_agree(pair, activation, name) for pair in pairs):
         for pair in pairs:
             pair.problem = "the fused layer gave different values on random rows"
         return
     absorb(activation, name, search.owners)
     for pair in pairs:
-        assert isinstance(pair.layer, QuantizedModule)
-        pair.layer.activation = name
+        _quantized(pair).activation = name
+
+
+def _quantized(pair: _Pair) -> QuantizedModule:
+    assert isinstance(pair.layer, QuantizedModule)
+    return pair.layer
 
 
 @torch.no_grad()
 def _agree(pair: _Pair, activation: nn.Module, name: str) -> bool:
     """True if the fused layer computes the same values as the two modules, except for rounding."""
-    layer, eps = pair.layer, torch.finfo(pair.dtype).eps
-    assert isinstance(layer, QuantizedModule)
+    layer, eps = _quantized(pair), torch.finfo(pair.dtype).eps
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.device("cpu"):
         rows = layer.probe(_TEST_ROWS, generator)

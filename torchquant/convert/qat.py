@@ -108,7 +108,8 @@ def prepare_qat_(
     flow = Dataflow(model, [step.module for step in plan])
     edges, edge_notes = _edges(flow, model, plan, config)
     owners = owners_by_module(model)
-    relus, fusions = find_relus(flow, [step.module for step in steps], owners)
+    fusing = [step.module for step in steps if "relu" in _trained(step.kind).fused_activations]
+    relus, fusions = find_relus(flow, fusing, owners)
     inner = _Edge(config.inner())
     new_layers = {
         id(step.module): _prepared(step, edges.get(id(step.module), inner).config) for step in steps
@@ -290,9 +291,13 @@ def _layer(step: Step) -> TrainedModule:
     return step.module
 
 
+def _trained(kind: Kind) -> type[TrainedModule]:
+    assert kind.trained is not None  # other kinds are skipped
+    return kind.trained
+
+
 def _prepared(step: Step, config: TrainingConfig) -> TrainedModule:
-    assert step.kind.trained is not None
-    new: TrainedModule = step.kind.trained.from_float(step.module, config)
+    new: TrainedModule = _trained(step.kind).from_float(step.module, config)
     for part in new.modules():
         if isinstance(part, LayerPart):
             part.set_layer_name(step.name)

@@ -154,7 +154,8 @@ def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[Fusion
     only = [layer for layer, _ in layers]
     flow = Dataflow(model, only)
     if fusion.activations:
-        yield from fuse_activations(flow, layers, owners_by_module(model))
+        able = [(layer, dtype) for layer, dtype in layers if layer.fused_activations]
+        yield from fuse_activations(flow, able, owners_by_module(model))
     if fusion.projections:
         yield from group_projections(flow, only, owners_by_module(model))
 

@@ -55,6 +55,9 @@ class QuantizedModule(nn.Module):
     config: QuantizationConfig
     activation: str = "none"
     weight_format: ClassVar[WeightFormat] = INT8
+    # The activation functions that ``forward`` applies if ``activation`` names them; verbs fuse
+    # only these.
+    fused_activations: ClassVar[tuple[str, ...]] = ()
     # The class that computes several layers of this kind on one input in one call, or None. Its
     # obstacle(members) returns the reason why members cannot be grouped; join() adds a member.
     group_type: ClassVar[Any] = None
@@ -291,6 +294,7 @@ class TrainedModule(nn.Module):
     config: TrainingConfig
     activation: str = "none"
     simulate: bool = False
+    fused_activations: ClassVar[tuple[str, ...]] = ()  # as in QuantizedModule
 
     def init_training(self, config: TrainingConfig, activation: str, device: torch.device) -> None:
         """Set the attributes that all kinds share, and enable quantization."""

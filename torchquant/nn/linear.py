@@ -70,6 +70,7 @@ class QuantizedLinear(QuantizedModule):
     input_zero_point: Tensor | None
     bias: nn.Parameter | None
     stored: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "bias", "activation")
+    fused_activations: ClassVar[tuple[str, ...]] = tuple(functional.ACTIVATIONS)
     group_type: ClassVar[Any] = ProjectionGroup
     _group: ProjectionGroup | None
 

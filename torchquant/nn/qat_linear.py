@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class QATLinear(TrainedModule):
     bias: nn.Parameter | None
     input_quantizer: ObservedQuantizer | LSQQuantizer | None
     weight_quantizer: LSQQuantizer | None
+    fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
 
     def __init__(
         self,
