@@ -6,7 +6,7 @@ where the tensors go.
 
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
-in older versions the fused multiply-add (it rounds twice).
+in older versions the fused multiply-add (it rounds twice). Triton 3.6 also needs help with NumPy 2.4.
 """
 
 import importlib
@@ -59,6 +59,14 @@ def _patch_interpreter() -> None:
         a, b, c = (torch.from_numpy(np.array(operand)) for operand in operands)
         return interpreter.TensorHandle(fmaf(a, b, c).numpy(), z.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        """NumPy 2.4 refuses int() of an array of one element, which Triton 3.6 calls."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_fma = create_fma
