@@ -6,7 +6,8 @@ where the tensors go.
 
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
-in older versions the fused multiply-add (it rounds twice). Triton 3.6 also needs help with NumPy 2.4.
+in older versions the fused multiply-add (it rounds twice). Another replacement lets Triton 3.6 run
+with NumPy 2.4.
 """
 
 import importlib
