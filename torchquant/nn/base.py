@@ -21,6 +21,7 @@ from torchquant.configs import QuantizationConfig, config_from_dict, config_to_d
 from torchquant.nn.weight import INT8, WeightFormat
 from torchquant.ops._arguments import wait_for_copy
 from torchquant.training.configuration import TrainingConfig
+from torchquant.training.state import keeping_dtype
 
 Canonical = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -154,10 +155,7 @@ class QuantizedModule(nn.Module):
     # The state dict holds the canonical form of the weight, the buffer the packed form.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
+        keep_dtype = keeping_dtype(fn)
         packed = self.packed
         self._buffers["packed"] = None
         try:

@@ -16,6 +16,16 @@ from torch import Tensor, nn
 from torchquant.ops._arguments import wait_for_copy
 
 
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, the argument of ``nn.Module._apply``, without its change of dtype."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return keep
+
+
 class Float32State(nn.Module):
     """A module whose float32 parameters and buffers stay float32.
 
@@ -24,12 +34,8 @@ class Float32State(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         before = dict(self._buffers)
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtype(fn), recurse)
         for name, buffer in before.items():
             if buffer is not None and (moved := self._buffers[name]) is not None:
                 wait_for_copy(buffer, moved)
