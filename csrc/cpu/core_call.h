@@ -9,14 +9,19 @@
 
 #include "common/checks.h"
 #include "core/torchquant_core.h"
+#include "cpu/fork.h"
 #include "cpu/rows.h"
 
 namespace torchquant {
 
-inline int64_t torch_threads(void* /*context*/) { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+inline int64_t torch_threads(void* /*context*/) {
+  if (just_forked.load(std::memory_order_relaxed)) threads_after_fork();
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 inline void run_on_torch_threads(void* /*context*/, int64_t begin, int64_t end, int64_t grain, tq_body body,
                                  void* argument) {
+  if (just_forked.load(std::memory_order_relaxed)) threads_after_fork();
   at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(argument, first, last); });
 }
 
