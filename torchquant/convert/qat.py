@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.configs import QuantizationConfig
-from torchquant.convert.activations import absorb, find_relus
+from torchquant.convert.activations import fuse_activations
 from torchquant.convert.plan import (
     FilterFn,
     Step,
@@ -30,8 +30,8 @@ from torchquant.convert.plan import (
     plan_layers,
 )
 from torchquant.convert.projections import group_projections
-from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import owners_by_module, tensor_bytes
+from torchquant.graph.modules import tensor_bytes
+from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
@@ -105,11 +105,7 @@ def prepare_qat_(
     if strict:
         check_strict("prepare_qat_", plan)
     steps = [step for step in plan if step.skip is None]
-    flow = Dataflow(model, [step.module for step in plan])
-    edges, edge_notes = _edges(flow, model, plan, config)
-    owners = owners_by_module(model)
-    fusing = [step.module for step in steps if "relu" in _trained(step.kind).fused_activations]
-    relus, fusions = find_relus(flow, fusing, owners)
+    edges, edge_notes = _edges(model, plan, config)
     inner = _Edge(config.inner())
     new_layers = {
         id(step.module): _prepared(step, edges.get(id(step.module), inner).config) for step in steps
@@ -120,10 +116,8 @@ def prepare_qat_(
         edge = edges.get(id(step.module))
         new = new_layers.get(id(step.module))
         rows.append(step.replaced(new, "prepared", edge.remark if edge else ""))
-    for relu, linears in relus:
-        for linear in linears:
-            new_layers[id(linear)].activation = "relu"
-        absorb(relu, "relu", owners)
+    names = {id(module): name for name, module in model.named_modules()}
+    fusions = fuse_activations(model, new_layers.values(), names, only=("relu",))
     notes = (*_notes(plan, config), *edge_notes)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, tuple(fusions), "prepared"
@@ -177,7 +171,10 @@ def convert_(model: nn.Module) -> QuantizationReport:
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         new = new_layers.get(id(step.module))
+        fused = step.module._fuses_activation if new is not None else False
         rows.append(step.replaced(new, "converted", "untied" if step.tied else ""))
+        if new is not None:
+            new.fuse_activation(bool(fused))
     fusions = tuple(_together(model, list(new_layers.values())))
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, fusions, "converted"
@@ -217,13 +214,13 @@ def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) 
 
 
 def _edges(
-    flow: Dataflow, model: nn.Module, plan: list[Step], config: TrainingConfig
+    model: nn.Module, plan: list[Step], config: TrainingConfig
 ) -> tuple[dict[int, _Edge], list[str]]:
     """The configurations of the first and the last layer, by id, and notes on these layers."""
     if config.edge_bits is None or not plan:
         return {}, []
     modules = [step.module for step in plan]
-    order, problem = flow.in_order(model, modules)
+    order, problem = in_order(model, modules)
     if not order:
         order, problem = modules, problem or "no forward calls the layers"
     edge = config.edge()
@@ -312,8 +309,8 @@ def _converted(step: Step) -> QuantizedModule:
 
 
 def _together(model: nn.Module, layers: Iterable[QuantizedModule]) -> Iterator[FusionReport]:
-    layers = list(layers)
-    yield from group_projections(Dataflow(model, layers), layers, owners_by_module(model))
+    names = {id(module): name for name, module in model.named_modules()}
+    yield from group_projections(model, layers, names)
 
 
 __all__ = ["convert_", "prepare_qat_"]

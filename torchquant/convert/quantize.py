@@ -19,8 +19,7 @@ from torchquant.convert.plan import (
     plan_layers,
 )
 from torchquant.convert.projections import group_projections
-from torchquant.graph.dataflow import Dataflow
-from torchquant.graph.modules import owners_by_module, tensor_bytes
+from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
@@ -145,19 +144,15 @@ def _carry_out(step: Step, config: QuantizationConfig) -> LayerReport:
 
 def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[FusionReport]:
     layers = [
-        (step.module, step.dtype)
+        step.module
         for step in plan
         if step.skip is None and isinstance(step.module, QuantizedModule)
     ]
-    if not layers or not (fusion.activations or fusion.projections):
-        return
-    only = [layer for layer, _ in layers]
-    flow = Dataflow(model, only)
-    if fusion.activations:
-        able = [(layer, dtype) for layer, dtype in layers if layer.fused_activations]
-        yield from fuse_activations(flow, able, owners_by_module(model))
-    if fusion.projections:
-        yield from group_projections(flow, only, owners_by_module(model))
+    names = {id(module): name for name, module in model.named_modules()}
+    if layers and fusion.activations:
+        yield from fuse_activations(model, layers, names)
+    if layers and fusion.projections:
+        yield from group_projections(model, layers, names)
 
 
 def _notes(plan: list[Step]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from torchquant.convert.plan import check_model, find_layers
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.replaced_activation import restore_activation_
 from torchquant.report import QuantizationReport
 
 
@@ -16,7 +17,7 @@ def to_float_(model: nn.Module) -> QuantizationReport:
 
     The float layer of a :class:`torchquant.nn.QATLinear` has the same parameter objects. The float
     layer of a :class:`torchquant.nn.QuantizedLinear` has the values that the integers represent.
-    Activation modules that had become part of a layer are restored.
+    Activation modules are restored.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -64,6 +65,8 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     for place in places:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
+    for module in model.modules():
+        restore_activation_(module)
     notes = () if steps else ("The model has no prepared or quantized layers; none was restored.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from torchquant.convert.activations import fuse_again
 from torchquant.convert.projections import group_again
 from torchquant.files.fit import check_fit, current_tensors, refusing
 from torchquant.files.format import read
-from torchquant.files.places import activation_places, new_layers
+from torchquant.files.places import activation_places, checked_activations, new_layers
 from torchquant.files.ties import as_tied
 from torchquant.files.undo import undoing
 from torchquant.graph.modules import owners_by_module, replace_module
@@ -74,10 +75,12 @@ def load(
         for place, other in activation_places(header.get("absorbed", {}), model):
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
+        activations = checked_activations(header.get("activations", {}), model)
         current = current_tensors(model)
         check_fit(state, current)
         ready = as_tied(state, current, header["layers"], target)
         model.load_state_dict(ready, strict=True, assign=True)
+    fuse_again(model, activations)
     group_again(model, header.get("projections", []))
     _warn_of_missing_buffers(model)
     return model

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant.convert.activations import function_of
 from torchquant.files.entries import current_entry, layer_entry
 from torchquant.files.fit import Misfit
 from torchquant.graph.recognize import activation_of
@@ -87,6 +88,23 @@ def activation_places(
         if isinstance(old, FusedActivation) and name not in absorbed:
             places[id(old)] = (old, old.original)
     return list(places.values())
+
+
+def checked_activations(stored: Any, model: nn.Module) -> set[str]:
+    """The names of the activations that the file has replaced.
+
+    Raises:
+        Misfit: the model does not have an activation of the file.
+    """
+    if not isinstance(stored, Mapping):
+        raise Misfit(f"activations must be a table, got {type(stored).__name__}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, function in stored.items():
+        module = modules.get(name)
+        if module is None or function_of(module) != function:
+            kind = "nothing" if module is None else type(module).__name__
+            raise Misfit(f"an activation {function!r} at {name!r} in the file, {kind} in the model")
+    return set(stored)
 
 
 def _new_layer(name: str, entry: dict[str, Any], kind: Kind, old: nn.Module) -> QuantizedModule:

@@ -16,6 +16,7 @@ from torchquant.files.format import FORMAT, KEY, digest
 from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.replaced_activation import ReplacedActivation
 from torchquant.version import __version__
 
 
@@ -60,12 +61,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, FusedActivation)
     }
+    activations = {
+        name: module.function
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ReplacedActivation)
+    }
     projections = groups_of(model)
     header = {
         "format": FORMAT,
         "torchquant": __version__,
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),
+        **({"activations": activations} if activations else {}),
         **({"projections": projections} if projections else {}),
         "aliases": aliases,
     }

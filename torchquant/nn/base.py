@@ -62,6 +62,10 @@ class QuantizedModule(nn.Module):
     # The class that computes several layers of this kind on one input in one call, or None. Its
     # obstacle(members) returns the reason why members cannot be grouped; join() adds a member.
     group_type: ClassVar[Any] = None
+    # Whether the layer may apply the activation module after it, if nobody can notice
+    # (torchquant.nn.call_guard); whether the layer has to look at its caller at all.
+    _fuses_activation: bool = False
+    _guarded: bool = False
     # The group of this layer, and the layer's index in the group.
     _group: Any = None
     _group_index: int = 0
@@ -148,6 +152,11 @@ class QuantizedModule(nn.Module):
             )
         values = {name: entry[name] for name in cls.stored}
         return cls(**values, config=config_from_dict(entry["config"]), device="meta")
+
+    def fuse_activation(self, enabled: bool) -> None:
+        """Apply the activation module after the layer in calls where nobody can notice it."""
+        self._fuses_activation = enabled
+        self._guarded = enabled or self._group is not None
 
     def weight_replaced(self) -> None:
         """Called after ``packed`` was replaced by another tensor; does nothing by default."""
@@ -292,7 +301,10 @@ class TrainedModule(nn.Module):
     config: TrainingConfig
     activation: str = "none"
     simulate: bool = False
-    fused_activations: ClassVar[tuple[str, ...]] = ()  # as in QuantizedModule
+    # As in QuantizedModule.
+    fused_activations: ClassVar[tuple[str, ...]] = ()
+    _fuses_activation: bool = False
+    _guarded: bool = False
 
     def init_training(self, config: TrainingConfig, activation: str, device: torch.device) -> None:
         """Set the attributes that all kinds share, and enable quantization."""
@@ -325,6 +337,10 @@ class TrainedModule(nn.Module):
     def device(self) -> torch.device:
         """The device of the layer."""
         return self.weight.device
+
+    def fuse_activation(self, enabled: bool) -> None:
+        """Apply the activation module after the layer in calls where nobody can notice it."""
+        self._fuses_activation = self._guarded = enabled
 
     def enable_quantization(self, enabled: bool = True) -> Any:
         """Compute with integers if ``enabled``, otherwise in float; return self.

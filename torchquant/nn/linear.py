@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,14 @@ from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig, Static, check_config
 from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.base import Canonical, QuantizedModule, autocast_dtype
+from torchquant.nn.call_guard import CALLER, activation_after, call_at
 from torchquant.nn.float_linear import refusal, value_refusal
 from torchquant.nn.projections import ProjectionGroup
+from torchquant.nn.replaced_activation import mark
 from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
+_frame = sys._getframe
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 
 
@@ -268,31 +272,47 @@ class QuantizedLinear(QuantizedModule):
             ValueError: the last dimension of input is not in_features, or input is on another
                 device than the layer.
         """
-        if self._static:
-            return self._static_forward(input)
+        activation, place = self.activation, None
         # Bypassing nn.Module.__getattr__ and torch.ops saves 4 us in each call.
         kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))
         if kernels and not _is_dynamo_compiling():
-            if self._group is not None:
-                shared = self._group.output(self._group_index, input)
-                if shared is not None:
-                    return shared
-            buffers = self._buffers
-            try:
-                return _fast_linear_dynamic(  # type: ignore[no-any-return]
-                    input,
-                    buffers["packed"],
-                    buffers["weight_scale"],
-                    buffers["weight_zero_point"],
-                    self._parameters["bias"],
-                    self.out_features,
-                    self._activation_symmetric,
-                    self.activation,
-                    self._activation_bits,
-                )
-            except (ValueError, IndexError):
-                self._check_input(input)  # raises with the argument names of a layer
-                raise
+            if self._guarded:
+                try:
+                    frame = _frame(CALLER)
+                except ValueError:  # the call stack is shallower
+                    call = None
+                else:
+                    call = call_at(frame)
+                if call is not None:
+                    if self._group is not None:
+                        shared = self._group.output(self._group_index, input, frame, call)
+                        if shared is not None:
+                            return shared
+                    if activation == "none" and self._fuses_activation:
+                        place = activation_after(self, frame, call)
+                        if place is not None:
+                            activation = place.function
+            if not self._static:
+                buffers = self._buffers
+                try:
+                    output: Tensor = _fast_linear_dynamic(
+                        input,
+                        buffers["packed"],
+                        buffers["weight_scale"],
+                        buffers["weight_zero_point"],
+                        self._parameters["bias"],
+                        self.out_features,
+                        self._activation_symmetric,
+                        activation,
+                        self._activation_bits,
+                    )
+                except (ValueError, IndexError):
+                    self._check_input(input)  # raises with the argument names of a layer
+                    raise
+                return output if place is None else mark(output, place)
+        if self._static:
+            output = self._static_forward(input, activation)
+            return output if place is None else mark(output, place)
         self._check_input(input)
         return ops.linear_dynamic(
             input,
@@ -302,12 +322,12 @@ class QuantizedLinear(QuantizedModule):
             self.bias,
             out_features=self.out_features,
             symmetric=self._activation_symmetric,
-            activation=self.activation,
+            activation=activation,
             output_dtype=autocast_dtype(input),
             activation_bits=self._activation_bits,
         )
 
-    def _static_forward(self, input: Tensor) -> Tensor:
+    def _static_forward(self, input: Tensor, activation: str) -> Tensor:
         self._check_input(input)
         assert self.input_scale is not None
         qmin, qmax = self.config.activations.range
@@ -320,7 +340,7 @@ class QuantizedLinear(QuantizedModule):
             self.weight_zero_point,
             self.bias,
             out_features=self.out_features,
-            activation=self.activation,
+            activation=activation,
             output_dtype=autocast_dtype(input) or input.dtype,
             input_qmin=qmin,
             input_qmax=qmax,

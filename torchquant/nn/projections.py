@@ -7,26 +7,25 @@ the outputs of the other layers until they are called.
 
 Results are exact in every call for these reasons:
 
-- A group is formed only from a trace of the forward (:mod:`torchquant.convert.projections`). The
-  trace proves that the layers are called in one order, and that no code between the first and the
-  last call can change the tensor in place or change torch's modes.
-- A layer uses the group only if the traced code calls it (the code object of the calling frame is
-  compared). If a hook, a wrapper or other code calls it, the layer computes its own output.
-- An output is kept for one tensor object, in one thread, and for the next layer in the order.
+- The first layer computes the other outputs only if the function that calls it goes on, without a
+  branch, to the calls of the other layers with the same variable, and nothing in between can change
+  the tensor (:mod:`torchquant.nn.call_guard`).
+- A layer uses a kept output only in that frame and at that instruction, for the same tensor object
+  with the same version. Hooks and wrappers add frames, so a layer with hooks computes its own.
 - The first layer checks that every member still has the weights from which the group was formed.
 
-Rejected: comparing the version counter of the tensor (inference mode has none, and changes through
-``.data`` do not count); comparing bytes with a copy (for long inputs this costs a third of the
-gain); rewriting the forward (the code belongs to the user).
+Rejected: the version of the tensor alone (inference mode has none, and changes through ``.data`` do
+not count); comparing bytes with a copy (for long inputs this costs a third of the gain); rewriting
+the forward (the code belongs to the user); traces of the forward (they run user code, and a forward
+may take another path later).
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from types import CodeType
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -34,13 +33,14 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
+from torchquant.graph.call_sites import Call
+from torchquant.nn.call_guard import activation_after
+from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
 _library = load()
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
 
-# output() <- QuantizedLinear.forward <- _call_impl <- _wrapped_call_impl <- caller of the layer
-_CALLER = 4
 # A group dissolves after this number of calls whose outputs were not used (cross-attention).
 _PATIENCE = 3
 _split = _library.linear_dynamic_split
@@ -53,6 +53,7 @@ class Member(Protocol):
     out_features: int
     config: QuantizationConfig
     activation: str
+    _fuses_activation: bool
     packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
@@ -62,15 +63,26 @@ class Member(Protocol):
 class _Kept:
     """Outputs that the first member computed for the members after it."""
 
-    __slots__ = ("input", "next", "outputs", "stream")
+    __slots__ = ("calls", "frame", "input", "next", "outputs", "places", "stream", "version")
 
-    def __init__(self, input: Tensor, outputs: list[Any]) -> None:
+    def __init__(
+        self, input: Tensor, outputs: list[Any], frame: FrameType, call: Call, places: list[Any]
+    ) -> None:
         self.outputs = outputs
+        self.places = places
         self.next = 1
+        self.frame = id(frame)  # the frame itself would keep its variables alive
+        self.calls = call.chain
+        self.version = _version_of(input)
         self.stream = _stream_of(input)
         # Once the input is deleted, no member can use the outputs. The callback must not refer to
         # self: that cycle would keep the outputs in memory until the garbage collector runs.
         self.input = weakref.ref(input, lambda reference: outputs.clear())
+
+
+def _version_of(input: Tensor) -> int:
+    """The number of changes in place; tensors of inference mode do not count them."""
+    return -1 if input.is_inference() else input._version
 
 
 def _stream_of(input: Tensor) -> Any:
@@ -90,11 +102,10 @@ class ProjectionGroup:
     in a model that was pickled, each layer is computed separately.
 
     Args:
-        codes: the code object that calls each member, in the order of the calls. Members are added
-            with :meth:`join`.
+        size: the number of members, which :meth:`join` adds in the order of their calls.
 
     Example:
-        >>> group = ProjectionGroup([])
+        >>> group = ProjectionGroup(2)
         >>> group.active
         False
     """
@@ -104,9 +115,8 @@ class ProjectionGroup:
     weight_zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, codes: Sequence[CodeType]) -> None:
-        self.codes = tuple(codes)
-        self.members: list[weakref.ref[Member] | None] = [None] * len(self.codes)
+    def __init__(self, size: int) -> None:
+        self.members: list[weakref.ref[Member] | None] = [None] * size
         self.active = False
         self._misses = 0
         self._slot = _Slot()
@@ -150,7 +160,7 @@ class ProjectionGroup:
 
     def _form_if_complete(self) -> None:
         present = [layer for ref in self.members if ref is not None and (layer := ref())]
-        if len(present) == len(self.codes) and self.obstacle(present) is None:
+        if len(present) == len(self.members) and self.obstacle(present) is None:
             self._form(present)
 
     def _stop(self) -> None:
@@ -165,32 +175,43 @@ class ProjectionGroup:
             member = None if reference is None else reference()
             if member is not None and member.__dict__.get("_group") is self:
                 member.__dict__["_group"] = None
+                member.__dict__["_guarded"] = member._fuses_activation
 
-    def output(self, index: int, input: Tensor) -> Tensor | None:
-        """The output of a member, or None if it must compute its own; called by its forward."""
-        try:
-            if sys._getframe(_CALLER).f_code is not self.codes[index]:
-                return None
-        except ValueError:  # the call stack is shallower than expected
-            return None
+    def output(self, index: int, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
+        """The output of a member, or None if it must compute its own; called by its forward.
+
+        Args:
+            index: the member's place in the order of the calls.
+            input: the input of the member.
+            frame: the frame that calls the member.
+            call: the call that the frame executes.
+        """
         if index == 0:
-            return self._lead(input)
+            return self._lead(input, frame, call)
         kept = self._slot.kept
-        if kept is None or kept.next != index or kept.input() is not input:
+        if (
+            kept is None
+            or kept.next != index
+            or kept.frame != id(frame)
+            or kept.calls[index] is not call
+            or kept.input() is not input
+            or kept.version != _version_of(input)
+        ):
             return None
         if kept.stream is not None and kept.stream != _stream_of(input):
             return None
         output: Tensor = kept.outputs[index]
+        place = kept.places[index]
         kept.outputs[index] = None
         index += 1
-        if index < len(self.codes):
+        if index < len(self.members):
             kept.next = index
         else:
             self._slot.kept = None
             self._misses = 0
-        return output
+        return output if place is None else mark(output, place)
 
-    def _lead(self, input: Tensor) -> Tensor | None:
+    def _lead(self, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         if self._slot.kept is not None:
             self._slot.kept = None
             self._misses += 1
@@ -198,6 +219,7 @@ class ProjectionGroup:
                 self.dissolve()
         if (
             not self.active
+            or len(call.chain) < len(self.members)
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(self._device_type)
             or _peek_functorch() is not None
@@ -205,6 +227,9 @@ class ProjectionGroup:
             or not self._intact()
         ):
             return None
+        places, activations = self._places(frame, call)
+        if call.passes_follow and places[0] is None:
+            return None  # other code runs between the calls
         try:
             outputs: list[Any] = _split(
                 input,
@@ -214,14 +239,29 @@ class ProjectionGroup:
                 self.bias,
                 self._out_features,
                 self._symmetric,
-                self._activations,
+                activations,
             )
         except (ValueError, TypeError, IndexError):
             return None  # the layer itself raises the error about the input
-        self._slot.kept = _Kept(input, outputs)
+        self._slot.kept = _Kept(input, outputs, frame, call, places)
         output: Tensor = outputs[0]
         outputs[0] = None
-        return output
+        return output if places[0] is None else mark(output, places[0])
+
+    def _places(self, frame: FrameType, call: Call) -> tuple[list[Any], list[str]]:
+        """For each member: the activation module after it, or None; and the function to apply."""
+        if not self._guards_activations:
+            return self._no_places, self._activations
+        places: list[Any] = []
+        activations = []
+        for reference, site, own in zip(self.members, call.chain, self._activations, strict=False):
+            member: Any = None if reference is None else reference()
+            place = None
+            if own == "none" and site.follow is not None and member is not None:
+                place = activation_after(member, frame, site)
+            places.append(place)
+            activations.append(own if place is None else place.function)
+        return places, activations
 
     def _intact(self) -> bool:
         """True if every member still has the tensors from which the group was formed."""
@@ -246,6 +286,8 @@ class ProjectionGroup:
         self._out_features = [member.out_features for member in members]
         self._symmetric = members[0].config.activations.symmetric
         self._activations = [member.activation for member in members]
+        self._guards_activations = any(member._fuses_activation for member in members)
+        self._no_places = [None] * len(members)
         self._device_type = members[0].packed.device.type
         self._rows = (members[0].in_features,)  # in_features, which the GPU layout does not store
         self.packed = torch.cat([member.packed for member in members])
@@ -277,12 +319,15 @@ class ProjectionGroup:
             tensors = (member.packed, member.weight_scale, member.weight_zero_point, member.bias)
             self._parts.append((state, member.activation, *tensors, 4 * first))
             state["_group"], state["_group_index"] = self, index
+            state["_guarded"] = True
             at, first = at + size, first + member.out_features
         self.active = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:
-        copy = memo[id(self)] = ProjectionGroup(self.codes)  # the copies of the members join it
+        copy = memo[id(self)] = ProjectionGroup(
+            len(self.members)
+        )  # the copies of the members join it
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # code cannot be pickled
+        return type(None), ()  # a copy of one member has no group

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.nn.base import TrainedModule, autocast_dtype
+from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_linear import refusal
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis, PerToken
 from torchquant.training.configuration import (
@@ -25,6 +27,7 @@ from torchquant.training.learned_steps import LSQQuantizer
 from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _ACTIVATIONS = ("none", "relu")
 _ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
 
@@ -195,11 +198,19 @@ class QATLinear(TrainedModule):
                 has been observed or learned.
         """
         self._check_input(input)
+        place = None
+        if self._guarded and self.activation == "none" and type(input) is Tensor:
+            place = None if _is_dynamo_compiling() else activation_after_call(self)
+        if place is None:
+            return self._compute(input, self.activation)
+        return mark(self._compute(input, place.function), place)
+
+    def _compute(self, input: Tensor, activation: str) -> Tensor:
         if not self._quantizing:
             self._observe(input)
-            return self._activate(nn.functional.linear(input, self.weight, self.bias))
+            return _activate(nn.functional.linear(input, self.weight, self.bias), activation)
         if self.simulate or not has_kernels(self.weight):
-            return self._simulated(input)
+            return self._simulated(input, activation)
         scale = zero_point = offset = weight_scale = None
         input_factor = weight_factor = 0.0
         input_qmin, input_qmax = self._input_range
@@ -230,13 +241,13 @@ class QATLinear(TrainedModule):
             weight_qmin=weight_qmin,
             weight_qmax=weight_qmax,
             weight_symmetric=self.config.weights.symmetric,
-            activation=self.activation,
+            activation=activation,
             input_grad_factor=input_factor,
             weight_grad_factor=weight_factor,
             output_dtype=autocast_dtype(input),
         )
 
-    def _simulated(self, input: Tensor) -> Tensor:
+    def _simulated(self, input: Tensor, activation: str) -> Tensor:
         """The forward with dequantized floats and torch's own matrix product."""
         quantizer = self.input_quantizer
         if quantizer is not None:
@@ -247,7 +258,7 @@ class QATLinear(TrainedModule):
             weight = self.weight_quantizer(self.weight)
         else:
             weight = _StraightThrough.apply(self.weight, self._fake_quantized_weight())
-        return self._activate(nn.functional.linear(x, weight, self.bias))
+        return _activate(nn.functional.linear(x, weight, self.bias), activation)
 
     @torch.no_grad()
     def _fake_quantized_rows(self, input: Tensor) -> Tensor:
@@ -283,9 +294,6 @@ class QATLinear(TrainedModule):
             quantizer.prepare(input)
         elif quantizer._observing:
             quantizer.observe(input)
-
-    def _activate(self, output: Tensor) -> Tensor:
-        return torch.relu(output) if self.activation == "relu" else output
 
     def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
         if self.input_quantizer is None:
@@ -330,6 +338,10 @@ def _check_config(who: str, config: TrainingConfig | QuantizationConfig | None) 
     if reason is not None:
         raise ValueError(f"{who}: config must fit a linear layer, got {config}: {reason}")
     return config
+
+
+def _activate(output: Tensor, activation: str) -> Tensor:
+    return torch.relu(output) if activation == "relu" else output
 
 
 class _StraightThrough(torch.autograd.Function):

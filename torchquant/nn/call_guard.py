@@ -1,0 +1,150 @@
+"""The call of a layer, as it happens: may the layer compute more than its own output?
+
+A layer may apply the activation that follows it, and compute the outputs of the layers after it
+that read the same tensor, only if nobody can notice. In each call the layer looks at the function
+that calls it. The bytecode around the call (:mod:`torchquant.graph.call_sites`) says what happens to the
+result next; the modules that the calling object holds at this moment say which modules these are. The layer computes its own output alone in every other situation: another method or place calls
+it, it or its neighbour has hooks, the result is used twice, a neighbour was replaced, a mode of
+torch watches the operators.
+
+There is no earlier proof that could become wrong later, and no user code runs to find out.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchquant.graph.call_sites import Call, call_sites
+from torchquant.nn.replaced_activation import ReplacedActivation
+
+# forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, so a
+# layer with hooks does not find its caller here.
+CALLER = 3
+
+_SEQUENTIAL = nn.Sequential.forward.__code__
+_KNOWN_SEQUENTIAL = _SEQUENTIAL.co_varnames == ("self", "input", "module")
+_MAX_SITES = 20_000
+_F_LOCALS_IS_A_COPY = sys.version_info < (3, 13)
+
+_module_getattr = nn.Module.__getattr__
+_object_getattribute: Any = object.__getattribute__
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# By (id of the code, offset). An entry holds its code, so that an id cannot be used again.
+_sites: dict[tuple[int, int], tuple[CodeType, Call | None]] = {}
+
+
+def call_at(frame: FrameType) -> Call | None:
+    """The call that a frame executes, if its surroundings permit to compute more; or None."""
+    code = frame.f_code
+    found = _sites.get((id(code), frame.f_lasti))
+    if found is None or found[0] is not code:
+        found = _learn(code, frame.f_lasti)
+    call = found[1]
+    if call is None or _function_modes() or _dispatch_modes():
+        return None
+    return call
+
+
+def _learn(code: CodeType, offset: int) -> tuple[CodeType, Call | None]:
+    if len(_sites) >= _MAX_SITES:  # functions that are made again and again
+        _sites.clear()
+    call: Call | None
+    if code is _SEQUENTIAL:
+        call = Call(code, "self", offset, offset + 1, follow=()) if _KNOWN_SEQUENTIAL else None
+    else:
+        call = call_sites(code).at(offset)
+        if call is not None and call.follow is None and not call.chain and not call.in_chain:
+            call = None
+    entry = _sites[(id(code), offset)] = (code, call)
+    return entry
+
+
+def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> ReplacedActivation | None:
+    """The activation module that receives the output of ``layer``, and nothing else does; or None.
+
+    Args:
+        layer: the layer that is called.
+        frame: the frame of the caller.
+        call: the call that the frame executes.
+    """
+    if call.follow is None:
+        return None
+    variables = frame.f_locals
+    owner = variables.get(call.owner)
+    if _F_LOCALS_IS_A_COPY and sys.gettrace() is None:
+        variables.clear()  # the copy would keep tensors alive until the caller returns
+    try:
+        if call.code is _SEQUENTIAL:
+            place = _next_in(owner, layer)
+        elif module_at(owner, call.path) is layer:
+            place = module_at(owner, call.follow)
+        else:
+            return None
+        if not isinstance(place, ReplacedActivation):
+            return None
+        state = place.__dict__
+        if (
+            state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+            or place._compiled_call_impl is not None
+        ):
+            return None
+    except (AttributeError, KeyError):  # the owner is no ordinary module
+        return None
+    return place
+
+
+def activation_after_call(layer: nn.Module) -> ReplacedActivation | None:
+    """:func:`activation_after` for the call in which a layer's forward calls this function."""
+    try:
+        frame = sys._getframe(CALLER + 1)
+    except ValueError:  # the call stack is shallower
+        return None
+    call = call_at(frame)
+    return None if call is None else activation_after(layer, frame, call)
+
+
+def module_at(owner: Any, path: tuple[str, ...]) -> Any:
+    """The module that ``owner.a.b`` yields for the path ("a", "b"), or None if that is uncertain.
+
+    No code of the owner's class runs. The result is None if a class computes attributes itself.
+    """
+    for name in path:
+        cls = type(owner)
+        if (
+            cls.__getattr__ is not _module_getattr
+            or cls.__getattribute__ is not _object_getattribute
+            or hasattr(cls, name)
+            or name in owner.__dict__
+        ):
+            return None
+        owner = owner.__dict__["_modules"].get(name)
+    return owner
+
+
+def _next_in(sequential: Any, layer: nn.Module) -> Any:
+    """The module after ``layer`` in a Sequential, or None if that is not always the same one."""
+    if type(sequential).__iter__ is not nn.Sequential.__iter__:
+        return None
+    following: Any = None
+    modules = list(sequential.__dict__["_modules"].values())
+    for index, module in enumerate(modules):
+        if module is layer:
+            after = modules[index + 1] if index + 1 < len(modules) else None
+            if after is None or (following is not None and after is not following):
+                return None
+            following = after
+    return following
+
+
+__all__ = ["CALLER", "activation_after", "activation_after_call", "call_at", "module_at"]

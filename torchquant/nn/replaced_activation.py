@@ -1,0 +1,115 @@
+"""Activation modules that use the library's operators: the same objects, with a subclass as class.
+
+:func:`replace_activation_` changes the class of a module to a subclass of its own class. The module
+stays the same object with the same name, attributes, hooks and ``isinstance`` results. Its forward
+uses one operator of the library where the module's own function is known, and the forward of its
+own class everywhere else.
+
+A layer before the activation may have applied the function already. In that case, and only then,
+the layer marks its output, and the forward returns the marked tensor as it is
+(:mod:`torchquant.nn.call_guard` says when a layer may do that).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant import ops
+from torchquant._extension import load
+
+_fast_activation = load().activation
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_DEVICES = frozenset(("cpu", "cuda"))
+
+
+class ReplacedActivation(nn.Module):
+    """Mix-in of the classes that :func:`replace_activation_` makes; it has no instances.
+
+    Attributes:
+        original_class: the class that the module had before.
+        function: the function that the module computes, a name in ``functional.ACTIVATIONS``.
+    """
+
+    original_class: ClassVar[type[nn.Module]]
+    function: str
+    _uses_operator: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the values of the module's own class; other rounding is possible."""
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            input = args[0]
+            if not _is_dynamo_compiling():
+                if input.__dict__.pop("_activated_for", None) is self:
+                    return input
+                if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
+                    return _fast_activation(input, self.function)
+            elif self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
+                return ops.activation(input, self.function)
+        return self.original_class.forward(self, *args, **kwargs)
+
+    def _get_name(self) -> str:
+        return f"{self.original_class.__name__}[torchquant]"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        own = getattr(super(), "__getstate__", None)
+        state = self.__dict__.copy() if own is None else own()
+        return _rebuilt, (self.original_class,), state
+
+
+def mark(output: Tensor, place: ReplacedActivation) -> Tensor:
+    """Say that ``output`` holds the values of ``place`` already; ``place`` returns it as it is."""
+    output._activated_for = place  # type: ignore[attr-defined]
+    return output
+
+
+def replace_activation_(module: nn.Module, function: str) -> None:
+    """Let a module compute its function with the library's operator.
+
+    Args:
+        module: a module that computes ``function``; its class changes to a subclass.
+        function: a name in ``functional.ACTIVATIONS``.
+
+    Raises:
+        TypeError: the class of the module cannot be changed.
+
+    Example:
+        >>> module = nn.GELU()
+        >>> replace_activation_(module, "gelu")
+        >>> module, isinstance(module, nn.GELU), module(torch.zeros(1))
+        (GELU[torchquant](approximate='none'), True, tensor([0.]))
+        >>> restore_activation_(module)
+        >>> module
+        GELU(approximate='none')
+    """
+    cls: Any = type(module)
+    module.__class__ = _replacement(cls)
+    # ReLU is exact in torch, and a module that works in place must keep doing so.
+    exact = function == "relu" or bool(getattr(module, "inplace", False))
+    module.__dict__.update(function=function, _uses_operator=not exact)
+
+
+def restore_activation_(module: nn.Module) -> None:
+    """Undo :func:`replace_activation_`; other modules stay unchanged."""
+    if isinstance(module, ReplacedActivation):
+        del module.__dict__["function"], module.__dict__["_uses_operator"]
+        module.__class__ = module.original_class  # type: ignore[assignment]
+
+
+@functools.cache
+def _replacement(cls: Any) -> Any:
+    body = {"original_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (ReplacedActivation, cls), body)
+
+
+def _rebuilt(cls: Any) -> Any:
+    """An empty module; called by pickle and copy, which set its state."""
+    replacement = _replacement(cls)
+    return replacement.__new__(replacement)
+
+
+__all__ = ["ReplacedActivation", "mark", "replace_activation_", "restore_activation_"]
