@@ -15,6 +15,7 @@ from support.layers import CONFIGS, assert_same_state, layer_of
 from support.pretend import CUDA, Pretended, pretended_cuda, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchquant.graph.trace import forward_traces
 
 import torchquant.convert.activations as fuse_activations
 import torchquant.nn.linear as linear_module
@@ -24,7 +25,6 @@ from torchquant import (
     ops,
     quantize_,
 )
-from torchquant.graph.trace import forward_traces
 from torchquant.nn import LayerNorm, QuantizedLinear, RMSNorm
 from torchquant.ops._arguments import packed_shape
 

@@ -50,7 +50,7 @@ def fuse_activations(
         layer = wanted.get(id(found.module))
         if layer is None:
             continue
-        key = (id(layer), id(found.follow))
+        key = (id(layer), id(found.receiver))
         if key in rows and rows[key].action == "fused":
             continue
         row = _row(layer, found, names, only)
@@ -85,19 +85,20 @@ def _row(
 ) -> FusionReport | None:
     place = (names.get(id(layer), "?"),)
     caller = f"{type(found.caller).__name__}.{found.method}"
-    if found.follow is None:
+    if found.receiver is None:
         functions = _RELU_FUNCTIONS if only == ("relu",) else _FUNCTIONS
         if found.function in functions:
             example = "nn.ReLU" if only == ("relu",) else "such as nn.GELU"
             reason = f"{caller} calls {found.function} itself; a module ({example}) could be fused"
             return FusionReport("activation", place, "", "not fused", reason)
         return None
-    function = function_of(found.follow)
-    if function is None and type(found.follow).__module__ != "torch.nn.modules.activation":
+    follow = found.receiver
+    function = function_of(follow)
+    if function is None and type(follow).__module__ != "torch.nn.modules.activation":
         return None
-    kind = type(found.follow).__name__ if function is None else function
-    what = f"{names.get(id(found.follow), '?')} ({kind})"
-    problem = None
+    kind = type(follow).__name__ if function is None else function
+    what = f"{names.get(id(follow), '?')} ({kind})"
+    problem = found.obstacle
     if function is None:
         problem = f"a layer cannot compute {kind}"
     elif layer.activation != "none":
@@ -106,9 +107,8 @@ def _row(
         problem = "only ReLU can be fused during training"
     elif function not in layer.fused_activations:
         problem = f"the layer cannot compute {function}"
-    else:
-        problem = _replaced(found.follow, function)
-    if problem is not None:
+    problem = problem or _replaced(follow, function) or ""
+    if problem:
         return FusionReport("activation", place, what, "not fused", problem)
     layer.fuse_activation(True)
     return FusionReport("activation", place, what, "fused", "")
@@ -124,9 +124,9 @@ def function_of(module: nn.Module) -> str | None:
     return module.function if isinstance(module, ReplacedActivation) else activation_of(module)
 
 
-def _replaced(module: nn.Module, function: str) -> str | None:
+def _replaced(module: nn.Module, function: str | None) -> str | None:
     """Replace an activation; returns the reason why its class cannot be changed, or None."""
-    if isinstance(module, ReplacedActivation):
+    if isinstance(module, ReplacedActivation) or function is None:
         return None
     try:
         replace_activation_(module, function)

@@ -15,7 +15,7 @@ from types import CodeType
 
 from torch import nn
 
-from torchquant.graph.call_sites import Call, CallSites
+from torchquant.graph.call_sites import Call, CallSites, Item, Path
 from torchquant.graph.functions import codes_of
 
 
@@ -29,6 +29,7 @@ class Neighbours:
         module: the module that is called.
         follow: the module that alone receives the result, or None.
         obstacle: why ``follow`` is None although a module receives the result; or empty.
+        receiver: the module that receives the result, alone or not; or None.
         function: the name of a function that receives the result, or empty.
         chain: the modules that are called on the same variable, ``module`` first; or empty.
     """
@@ -38,6 +39,7 @@ class Neighbours:
     module: nn.Module
     follow: nn.Module | None = None
     obstacle: str = ""
+    receiver: nn.Module | None = None
     function: str = ""
     chain: tuple[nn.Module, ...] = ()
 
@@ -56,7 +58,7 @@ def neighbours(model: nn.Module) -> Iterator[Neighbours]:
         if type(caller).forward is nn.Sequential.forward:
             children = [child for child in caller._modules.values() if child is not None]
             for module, after in itertools.pairwise(children):
-                yield Neighbours(caller, "forward", module, after)
+                yield Neighbours(caller, "forward", module, after, receiver=after)
             continue
         for method, code in codes_of(caller):
             for call in _calls(code):
@@ -98,12 +100,14 @@ def _found(caller: nn.Module, method: str, call: Call) -> Neighbours | None:
         module,
         None if call.follow is None else _module_at(caller, call.follow),
         call.obstacle,
+        _module_at(caller, call.receiver) if call.receiver else None,
         call.function,
         tuple(m for m in chain if m is not None) if all(m is not None for m in chain) else (),
     )
 
 
-def _module_at(module: nn.Module | None, path: tuple[str, ...]) -> nn.Module | None:
-    for name in path:
-        module = None if module is None else module._modules.get(name)
+def _module_at(module: nn.Module | None, path: Path) -> nn.Module | None:
+    for step in path:
+        if module is not None:
+            module = module._modules.get(str(step.key) if isinstance(step, Item) else step)
     return module

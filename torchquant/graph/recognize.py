@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchquant.graph.purity import is_pure
+
 _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -35,14 +37,17 @@ _EDGES = (0.0, 1e-30, 1e-10, 1e-4, 40.0, 87.0, 100.0, 1e3, 1e4, 1e38)
 def activation_of(module: nn.Module) -> str | None:
     """The name of the activation that a module computes, or None if it computes no known one.
 
-    A copy of the module is run; the module itself does not change. Modules with parameters or
-    buffers are not recognised.
+    A copy of the module is run, if its forward only computes
+    (:func:`torchquant.graph.purity.is_pure`); the module itself does not change. Modules with
+    parameters or buffers are not recognised.
 
     Example:
         >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU()), activation_of(nn.Dropout())
         ('silu', None, None)
     """
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    if type(module).__module__ != "torch.nn.modules.activation" and not is_pure(module):
         return None
     try:
         with (

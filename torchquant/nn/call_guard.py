@@ -2,8 +2,9 @@
 
 A layer may apply the activation that follows it, and compute the outputs of the layers after it
 that read the same tensor, only if nobody can notice. In each call the layer looks at the function
-that calls it. The bytecode around the call (:mod:`torchquant.graph.call_sites`) says what happens to the
-result next; the modules that the calling object holds at this moment say which modules these are. The layer computes its own output alone in every other situation: another method or place calls
+that calls it. The bytecode around the call (:mod:`torchquant.graph.call_sites`) says what happens
+to the result next. The modules that the calling object holds at this moment say which modules these
+are. The layer computes its own output alone in every other situation: another method or place calls
 it, it or its neighbour has hooks, the result is used twice, a neighbour was replaced, a mode of
 torch watches the operators.
 
@@ -13,13 +14,18 @@ There is no earlier proof that could become wrong later, and no user code runs t
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchquant.graph.call_sites import Call, call_sites
+from torchquant.graph.call_sites import Call, Item, Path, call_sites
+from torchquant.graph.modules import has_hooks
+from torchquant.graph.purity import is_pure
+from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.replaced_activation import ReplacedActivation
 
 # forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, so a
@@ -28,6 +34,7 @@ CALLER = 3
 
 _SEQUENTIAL = nn.Sequential.forward.__code__
 _KNOWN_SEQUENTIAL = _SEQUENTIAL.co_varnames == ("self", "input", "module")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MAX_SITES = 20_000
 _F_LOCALS_IS_A_COPY = sys.version_info < (3, 13)
 
@@ -38,6 +45,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # By (id of the code, offset). An entry holds its code, so that an id cannot be used again.
 _sites: dict[tuple[int, int], tuple[CodeType, Call | None]] = {}
+# By id: the module, its class, and whether its forward only computes.
+_quiet: dict[int, tuple[weakref.ref[nn.Module], type, bool]] = {}
 
 
 def call_at(frame: FrameType) -> Call | None:
@@ -76,10 +85,7 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
     """
     if call.follow is None:
         return None
-    variables = frame.f_locals
-    owner = variables.get(call.owner)
-    if _F_LOCALS_IS_A_COPY and sys.gettrace() is None:
-        variables.clear()  # the copy would keep tensors alive until the caller returns
+    owner = _owner_of(frame, call)
     try:
         if call.code is _SEQUENTIAL:
             place = _next_in(owner, layer)
@@ -88,6 +94,8 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
         else:
             return None
         if not isinstance(place, ReplacedActivation):
+            return None
+        if call.earlier and not all(is_quiet(module_at(owner, path)) for path in call.earlier):
             return None
         state = place.__dict__
         if (
@@ -114,21 +122,58 @@ def activation_after_call(layer: nn.Module) -> ReplacedActivation | None:
     return None if call is None else activation_after(layer, frame, call)
 
 
-def module_at(owner: Any, path: tuple[str, ...]) -> Any:
+def is_quiet(module: Any) -> bool:
+    """True if a call of the module only computes its result: no hooks, no effects."""
+    known = _quiet.get(id(module))
+    if known is None or known[0]() is not module or known[1] is not type(module):
+        if not isinstance(module, nn.Module):
+            return False
+        ours = isinstance(module, (QuantizedModule, TrainedModule, ReplacedActivation))
+        known = (weakref.ref(module), type(module), ours or is_pure(module))
+        if len(_quiet) >= _MAX_SITES:
+            _quiet.clear()
+        _quiet[id(module)] = known
+    return known[2] and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def modules_at(frame: FrameType, call: Call, paths: Iterable[Path]) -> list[Any]:
+    """The modules at some paths from the owner of a call; None for a path that is uncertain."""
+    owner = _owner_of(frame, call)
+    try:
+        return [module_at(owner, path) for path in paths]
+    except (AttributeError, KeyError):  # the owner is no ordinary module
+        return [None]
+
+
+def _owner_of(frame: FrameType, call: Call) -> Any:
+    variables = frame.f_locals
+    owner = variables.get(call.owner)
+    if _F_LOCALS_IS_A_COPY and sys.gettrace() is None:
+        variables.clear()  # the copy would keep tensors alive until the caller returns
+    return owner
+
+
+def module_at(owner: Any, path: Path) -> Any:
     """The module that ``owner.a.b`` yields for the path ("a", "b"), or None if that is uncertain.
 
     No code of the owner's class runs. The result is None if a class computes attributes itself.
     """
-    for name in path:
+    for step in path:
         cls = type(owner)
+        if isinstance(step, Item):
+            key = step.key
+            if cls not in _CONTAINERS or (isinstance(key, int) and key < 0):
+                return None
+            owner = owner._modules.get(str(key))
+            continue
         if (
             cls.__getattr__ is not _module_getattr
             or cls.__getattribute__ is not _object_getattribute
-            or hasattr(cls, name)
-            or name in owner.__dict__
+            or hasattr(cls, step)
+            or step in owner.__dict__
         ):
             return None
-        owner = owner.__dict__["_modules"].get(name)
+        owner = owner.__dict__["_modules"].get(step)
     return owner
 
 
@@ -147,4 +192,12 @@ def _next_in(sequential: Any, layer: nn.Module) -> Any:
     return following
 
 
-__all__ = ["CALLER", "activation_after", "activation_after_call", "call_at", "module_at"]
+__all__ = [
+    "CALLER",
+    "activation_after",
+    "activation_after_call",
+    "call_at",
+    "is_quiet",
+    "module_at",
+    "modules_at",
+]

@@ -34,7 +34,7 @@ from torch import Tensor
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.graph.call_sites import Call
-from torchquant.nn.call_guard import activation_after
+from torchquant.nn.call_guard import activation_after, is_quiet, modules_at
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -228,8 +228,8 @@ class ProjectionGroup:
         ):
             return None
         places, activations = self._places(frame, call)
-        if call.passes_follow and places[0] is None:
-            return None  # other code runs between the calls
+        if call.between and not self._only_computes(frame, call, places[0]):
+            return None
         try:
             outputs: list[Any] = _split(
                 input,
@@ -247,6 +247,11 @@ class ProjectionGroup:
         output: Tensor = outputs[0]
         outputs[0] = None
         return output if places[0] is None else mark(output, places[0])
+
+    def _only_computes(self, frame: FrameType, call: Call, place: Any) -> bool:
+        """True if the modules that are called between the members only compute their results."""
+        paths = [path for path in call.between if place is None or path != call.follow]
+        return not paths or all(map(is_quiet, modules_at(frame, call, paths)))
 
     def _places(self, frame: FrameType, call: Call) -> tuple[list[Any], list[str]]:
         """For each member: the activation module after it, or None; and the function to apply."""

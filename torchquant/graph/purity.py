@@ -1,0 +1,173 @@
+"""Can a module's forward do anything but compute its result? Answered without running it.
+
+Recognising a module by its values means to run it. A forward that writes a file, counts its calls
+or keeps a tensor must not be run behind the user's back, and two layers must not be computed
+together if such a forward runs between them. A forward is pure here if its bytecode reads the
+module's attributes, calls functions of torch and methods of tensors that do not work in place, and
+stores nothing but variables. Everything that this module does not recognise counts as impure.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import math
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+_STORES = frozenset(("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF"))
+_OTHER = frozenset(
+    (
+        *("DELETE_ATTR", "DELETE_SUBSCR", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_DEREF"),
+        *("IMPORT_NAME", "IMPORT_FROM", "YIELD_VALUE", "YIELD_FROM", "SEND", "GET_AWAITABLE"),
+        *("LOAD_DEREF", "LOAD_CLASSDEREF", "MAKE_FUNCTION", "LOAD_BUILD_CLASS", "SETUP_WITH"),
+        *("BEFORE_WITH", "LOAD_SPECIAL", "LOAD_NAME", "LOAD_SUPER_ATTR"),
+    )
+)
+_BUILTINS = frozenset(
+    (
+        *("len", "range", "int", "float", "bool", "isinstance", "tuple", "list", "max", "min"),
+        *("abs", "str", "enumerate", "zip", "sum", "any", "all", "slice", "type", "round"),
+        *("ValueError", "TypeError", "RuntimeError", "AssertionError", "NotImplementedError"),
+    )
+)
+# Modules whose functions only compute; torch's functions that change state are excluded by name.
+_MODULES = ("torch", "torch.nn.functional", "torch.nn", "torch.special", "torch.linalg", "math")
+_CHANGES_STATE = (
+    "save",
+    "load",
+    "set_",
+    "manual_seed",
+    "seed",
+    "use_",
+    "compile",
+    "enable",
+    "init",
+)
+_MAX_DEPTH = 4
+
+
+def is_pure(module: nn.Module) -> bool:
+    """True if the module's forward surely does nothing but compute its result.
+
+    Modules of ``torch.nn`` are pure except those that keep statistics or work in place.
+
+    Example:
+        >>> class Counting(nn.Module):
+        ...     def forward(self, x):
+        ...         self.calls = 1
+        ...         return x
+        >>> is_pure(nn.GELU()), is_pure(Counting())
+        (True, False)
+    """
+    cls = type(module)
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if cls.__module__.startswith("torch.nn.modules."):
+        quiet = not module._buffers and not getattr(module, "inplace", False)
+        return quiet and all(map(is_pure, module.children()))
+    return _is_pure_function(cls.forward, module, 0)
+
+
+def _is_pure_function(function: Any, module: nn.Module, depth: int) -> bool:
+    if isinstance(function, MethodType):
+        if function.__self__ is not module:
+            return False
+        function = function.__func__
+    if not isinstance(function, FunctionType) or depth > _MAX_DEPTH:
+        return False
+    if str(function.__module__).startswith("torch."):
+        return True
+    if function.__closure__ or getattr(function, "__wrapped__", None) is not None:
+        return False
+    return _is_pure_code(function.__code__, function.__globals__, module, depth)
+
+
+def _is_pure_code(code: CodeType, variables: dict[str, Any], module: nn.Module, depth: int) -> bool:
+    if not code.co_argcount:
+        return False
+    owner = code.co_varnames[0]
+    previous: Any = None
+    value: Any = None  # what the last instructions loaded, if it is known
+    for instruction in dis.get_instructions(code):
+        name, argument = instruction.opname, instruction.argval
+        if name in _STORES or name in _OTHER or name.startswith("INPLACE_"):
+            return False
+        if (
+            name == "BINARY_OP"
+            and instruction.argrepr.endswith("=")
+            and (instruction.argrepr not in ("==", "<=", ">=", "!="))
+        ):
+            return False
+        if (
+            name in ("KW_NAMES", "LOAD_CONST")
+            and isinstance(argument, tuple)
+            and ("out" in argument or "inplace" in argument)
+        ):
+            return False
+        if name == "LOAD_GLOBAL":
+            missing = argument not in variables
+            value = getattr(builtins, argument, None) if missing else variables[argument]
+            if missing and argument not in _BUILTINS:
+                return False
+            if not missing and not _is_known(value, module, depth):
+                return False
+        elif name.startswith("LOAD_FAST"):
+            last = argument[-1] if isinstance(argument, tuple) else argument
+            value = module if last == owner else None
+        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+            if argument.endswith("_") and not argument.endswith("__"):
+                return False
+            value = _attribute(value, argument)
+            if value is _UNKNOWN or not _is_known(value, module, depth):
+                return False
+        elif name not in ("PUSH_NULL", "CACHE", "PRECALL", "EXTENDED_ARG", "RESUME"):
+            value = None
+        previous = name
+    return previous is not None
+
+
+_UNKNOWN = object()
+
+
+def _attribute(base: Any, name: str) -> Any:
+    """The attribute of a torch module, a torch namespace, or None for an attribute of a tensor."""
+    if base is None:
+        return None
+    if isinstance(base, nn.Module):
+        in_class = getattr(type(base), name, None)
+        if isinstance(in_class, property) or type(base).__getattr__ is not nn.Module.__getattr__:
+            return _UNKNOWN
+        return getattr(base, name, _UNKNOWN)
+    if isinstance(base, ModuleType):
+        if any(name.startswith(word) for word in _CHANGES_STATE):
+            return _UNKNOWN
+        return getattr(base, name, _UNKNOWN)
+    return None
+
+
+def _is_known(value: Any, module: nn.Module, depth: int) -> bool:
+    """True if reading or calling the value has no effects."""
+    if value is None or isinstance(value, (int, float, str, tuple, torch.Tensor, torch.dtype)):
+        return True
+    if isinstance(value, ModuleType):
+        return value.__name__ in _MODULES
+    if isinstance(value, BuiltinFunctionType):
+        owner = getattr(value, "__module__", None) or ""
+        return value.__module__ in ("math", None) or owner.startswith("torch")
+    if isinstance(value, functools.partial):
+        return "inplace" not in value.keywords and _is_known(value.func, module, depth)
+    if isinstance(value, (FunctionType, MethodType)):
+        return _is_pure_function(value, module, depth + 1)
+    if isinstance(value, nn.Module):
+        return value is module or (depth < _MAX_DEPTH and not value._modules and is_pure(value))
+    if isinstance(value, type):
+        return value in (torch.Tensor, float, int, bool, tuple, list) or value is math
+    return type(value).__module__.startswith("torch")
+
+
+__all__ = ["is_pure"]
