@@ -14,12 +14,9 @@ from torchquant import Fusion, quantize_
 from torchquant.nn import QuantizedLinear
 
 
-def changed(body: Callable[[Any, Tensor], Tensor], **kw: Any) -> nn.Module:
-    class Changed(Attention):
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return body(self, x)
-
-    return Changed(**kw)
+def changed(body: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    module: nn.Module = type("Changed", (Attention,), {"forward": body})()
+    return module
 
 
 def in_place(net: Any, x: Tensor) -> Tensor:
@@ -93,32 +90,19 @@ def data_dependent(net: Any, x: Tensor) -> Tensor:
     return q + net.k(x) + net.v(x)
 
 
-MUST_NOT = {
-    "in_place": (in_place, "not fused: q, k, v: mul_ between them could change the tensor"),
-    "augmented": (augmented, None),
-    "through_data": (through_data, "not fused: q, k, v: add_ between them could change the tensor"),
-    "through_a_view": (
-        through_a_view,
-        "not fused: q, k, v: zero_ between them could change the tensor",
-    ),
-    "items": (items, "TypeError"),
-    "relu_in_place": (relu_in_place, "not fused: q, k, v: relu between them could change"),
-    "out": (out, "not fused: q, k, v: add between them could change the tensor"),
-    "autocast": (autocast_between, "not fused: q, k, v: torch's modes change between them"),
-    "gradients": (gradients_between, "not fused: q, k, v: torch's modes change between them"),
-    "data_dependent": (data_dependent, "could not be traced (TraceError: "),
-}
+CHANGING = (
+    *(in_place, augmented, through_data, through_a_view, items, relu_in_place, out),
+    *(autocast_between, gradients_between, data_dependent),
+)
 
 
-@pytest.mark.parametrize("case", MUST_NOT)
+@pytest.mark.parametrize("body", CHANGING, ids=lambda body: body.__name__)
 def test_code_between_the_calls_that_changes_the_tensor(
-    shared: Calls, gradients_off: None, case: str
+    shared: Calls, gradients_off: None, body: Callable[[Any, Tensor], Tensor]
 ) -> None:
-    body, text = MUST_NOT[case]
     plain, model, report = both(changed(body))
-    if text is not None:
-        assert any(text in line for line in lines(report)), lines(report)
     assert model.q._group is None
+    assert lines(report) in (["fused: k, v: one product"], [])
     assert_same_bits(model(X), plain(X))
     assert_same_bits(model(X), plain(X))
     assert all(count == 2 for count in shared)
@@ -128,9 +112,8 @@ def test_a_change_of_the_outputs_is_permitted(shared: Calls, gradients_off: None
     def scaled(net: Any, x: Tensor) -> Tensor:
         q = net.q(x)
         q *= 0.5
-        q[..., 0].zero_()
-        k = net.k(x).relu_()
-        return q + k + net.v(x)  # type: ignore[no-any-return]
+        k = net.k(x).view(2, 5, 4, 16) * q.view(2, 5, 4, 16)
+        return q + k.flatten(2) + net.v(x)  # type: ignore[no-any-return]
 
     plain, model, report = both(changed(scaled))
     assert lines(report) == ["fused: q, k, v: one product"]
@@ -173,7 +156,7 @@ def test_an_unknown_module_on_the_tensor_between_the_calls(
             return self.q(x) + self.evil(x) + self.k(x)  # type: ignore[no-any-return]
 
     plain, model, report = both(Net())
-    assert lines(report) == ["not fused: q, k: Evil (evil) between them could change the tensor"]
+    assert lines(report) == []
     assert_same_bits(model(X.clone()), plain(X.clone()))
     assert shared == []
 
@@ -185,10 +168,11 @@ def test_another_order_on_another_path() -> None:
                 return self.k(x) + self.q(x)  # type: ignore[no-any-return]
             return self.q(x) + self.k(x)  # type: ignore[no-any-return]
 
-    _, _, report = both(Net())
-    assert lines(report)[0] == (
-        "not fused: k, q: they are not called exactly once, in the same order, on every path"
-    )
+    plain, model, report = both(Net())
+    assert lines(report) == ["fused: k, q: one product"]
+    with torch.no_grad():
+        for swap in (True, False, True, False):
+            assert_same_bits(model(X, swap), plain(X, swap))
 
 
 def test_layers_that_do_not_fit_together() -> None:
@@ -205,10 +189,10 @@ def test_layers_that_do_not_fit_together() -> None:
 
 def test_hooks_and_second_places() -> None:
     attention = Attention()
-    attention.k.register_forward_hook(lambda *args: None)
-    assert lines(both(attention)[2]) == [
-        "not fused: q, k, v: hooks on a layer could change the tensor"
-    ]
+    attention.k.register_forward_pre_hook(lambda module, args: (args[0].mul_(2), None)[1])
+    plain, model, _ = both(attention)
+    with torch.no_grad():
+        assert_same_bits(model(X.clone()), plain(X.clone()))
     attention = Attention()
     attention.again = attention.k
     assert lines(both(attention)[2]) == [

@@ -9,7 +9,7 @@ from support.qat_models import two_layers
 from torch import Tensor, nn
 
 from torchquant import convert_, prepare_qat_, qat, verify
-from torchquant.nn import FusedActivation
+from torchquant.nn.replaced_activation import ReplacedActivation
 
 
 def test_a_relu_moves_into_the_layer() -> None:
@@ -19,9 +19,8 @@ def test_a_relu_moves_into_the_layer() -> None:
     report = prepare_qat_(model)
     prepare_qat_(apart)
     assert [str(fusion) for fusion in report.fusions] == ["fused: 0 with 1 (relu)"]
-    assert isinstance(model[1], FusedActivation)
-    assert model[0].activation == "relu"
-    assert isinstance(apart[2], nn.ReLU)
+    assert isinstance(model[1], ReplacedActivation)
+    assert type(apart[2]) is nn.ReLU
     x = floats(5, 64)
     outputs = [m(x) for m in (model, apart)]
     assert_same_bits(*outputs)
@@ -31,7 +30,7 @@ def test_a_relu_moves_into_the_layer() -> None:
         assert_same_bits(parameter.grad, apart[0].get_parameter(name).grad, name)
     trained = copy.deepcopy(model)
     convert_(model)
-    assert model[0].activation == "relu"
+    assert model[0]._fuses_activation
     assert verify(trained, model, [x]).exact
 
 
@@ -78,7 +77,7 @@ class FunctionalGELU(Twice):
         (Twice, ["fused: first with relu (relu)", "fused: second with relu (relu)"]),
         (
             UsedElsewhere,
-            ["not fused: first with relu (relu): the layer's output is also used elsewhere"],
+            ["not fused: first with relu (relu): its output is also used elsewhere"],
         ),
         (
             Functional,
@@ -108,9 +107,23 @@ def test_other_activations_stay_and_are_reported() -> None:
     assert isinstance(model[1], nn.GELU)
 
 
-def test_a_relu_after_a_layer_that_stays_in_float_is_left() -> None:
+def test_a_relu_after_a_layer_that_stays_in_float() -> None:
     model = Twice()
+    expected = model(floats(3, 64))
     report = prepare_qat_(model, filter_fn=lambda module, name: name == "first")
     assert isinstance(model.relu, nn.ReLU)
     (fusion,) = report.fusions
-    assert fusion.reason == "the activation is also used elsewhere"
+    assert str(fusion) == "fused: first with relu (relu)"
+    got = model(floats(3, 64))
+    assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.99
+
+
+def test_hooks_see_the_values_before_the_relu() -> None:
+    """A hook that is registered after prepare_qat_ receives negative outputs, as in float."""
+    model = two_layers()
+    prepare_qat_(model)
+    seen: list[Tensor] = []
+    model(floats(5, 64))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(floats(5, 64))
+    assert float(seen[0].min()) < 0

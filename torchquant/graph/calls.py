@@ -26,6 +26,7 @@ class Value:
     fresh: bool = False  # a tensor that a call on the variable, or a pure method, created
     method_of: Value | None = None  # a method of this value
     name: str = ""  # of a global variable, or of an attribute
+    is_global: bool = False
     null: bool = False
     constant: bool = False
     key: int | str | None = None  # of a constant

@@ -24,6 +24,7 @@ def codes_of(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
         ['forward']
     """
     seen: set[int] = set()
+    overridden: set[str] = set()
     places = [vars(module), *map(vars, type(module).__mro__)]
     for place in places:
         if (
@@ -32,7 +33,12 @@ def codes_of(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
         ):
             continue
         for name, value in list(place.items()):
-            for code in _codes(value, _MAX_DEPTH):
+            if name in overridden:
+                continue
+            codes = list(_codes(value, _MAX_DEPTH))
+            if codes and not any("super" in code.co_names for code in codes):
+                overridden.add(name)
+            for code in codes:
                 if id(code) not in seen:
                     seen.add(id(code))
                     yield name, code

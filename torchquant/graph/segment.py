@@ -169,7 +169,7 @@ class Segment:
         with_null = _VERSION >= (3, 11) and bool((instruction.arg or 0) & 1)
         if with_null and _VERSION < (3, 13):
             self.push(Value(null=True))
-        self.push(Value(name=str(instruction.argval)))
+        self.push(Value(name=str(instruction.argval), is_global=True))
         if with_null and _VERSION >= (3, 13):
             self.push(Value(null=True))
 
@@ -192,7 +192,8 @@ class Segment:
         base.uses += 1
         if base.call is not None:
             base.call.function = name
-        if not base.fresh or name not in PURE_METHODS:
+        harmless = (base.fresh and name in PURE_METHODS) or base.is_global
+        if not harmless:
             self.events.append("an attribute")
         self.push(Value(method_of=base, name=name))
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant.graph.call_sites import Call, Item, Path, call_sites
+from torchquant.graph.call_sites import Call, CallSites, Item, Path, call_sites
 from torchquant.graph.modules import has_hooks
 from torchquant.graph.purity import is_pure
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -45,6 +45,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # By (id of the code, offset). An entry holds its code, so that an id cannot be used again.
 _sites: dict[tuple[int, int], tuple[CodeType, Call | None]] = {}
+_functions: dict[int, CallSites] = {}  # by the id of the code
 # By id: the module, its class, and whether its forward only computes.
 _quiet: dict[int, tuple[weakref.ref[nn.Module], type, bool]] = {}
 
@@ -68,11 +69,21 @@ def _learn(code: CodeType, offset: int) -> tuple[CodeType, Call | None]:
     if code is _SEQUENTIAL:
         call = Call(code, "self", offset, offset + 1, follow=()) if _KNOWN_SEQUENTIAL else None
     else:
-        call = call_sites(code).at(offset)
+        call = _calls_of(code).at(offset)
         if call is not None and call.follow is None and not call.chain and not call.in_chain:
             call = None
     entry = _sites[(id(code), offset)] = (code, call)
     return entry
+
+
+def _calls_of(code: CodeType) -> CallSites:
+    """The calls of a function; the same objects each time, so that calls can be compared."""
+    known = _functions.get(id(code))
+    if known is None or known.code is not code:
+        if len(_functions) >= _MAX_SITES:
+            _functions.clear()
+        known = _functions[id(code)] = call_sites(code)
+    return known
 
 
 def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> ReplacedActivation | None:

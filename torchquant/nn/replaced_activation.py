@@ -22,6 +22,7 @@ from torchquant import ops
 from torchquant._extension import load
 
 _fast_activation = load().activation
+_is_compiling = torch.compiler.is_compiling  # torch.export too
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DEVICES = frozenset(("cpu", "cuda"))
@@ -41,15 +42,16 @@ class ReplacedActivation(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the values of the module's own class; other rounding is possible."""
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             input = args[0]
-            if not _is_dynamo_compiling():
-                if input.__dict__.pop("_activated_for", None) is self:
-                    return input
-                if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
+            plain = type(input) is Tensor and not _is_dynamo_compiling()
+            if plain and input.__dict__.pop("_activated_for", None) is self:
+                return input
+            if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
+                if plain:
                     return _fast_activation(input, self.function)
-            elif self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
-                return ops.activation(input, self.function)
+                if _is_compiling():  # the compiled program computes the bits of eager mode
+                    return ops.activation(input, self.function)
         return self.original_class.forward(self, *args, **kwargs)
 
     def _get_name(self) -> str:
