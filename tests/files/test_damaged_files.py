@@ -121,8 +121,10 @@ def deeply_nested() -> dict[str, Any]:
             setting("format", 4),
             "has format 4, but this torchquant reads formats 1 to 3; install a newer torchquant",
         ),
-        (setting("format", 1), DAMAGED),  # format 1 has no "absorbed"
+        (setting("format", 1), DAMAGED),  # format 1 has no "activations"
         (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 3"),
+        (setting("activations", None), DAMAGED),
+        (setting("activations", ["1"]), DAMAGED),
         (setting("absorbed", None), DAMAGED),
         (setting("absorbed", ["1"]), DAMAGED),
         (setting("absorbed", "1"), DAMAGED),
@@ -170,8 +172,8 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
     "edit",
     [
         lambda header, tensors: header["layers"]["0"].update(activation="gelu"),
-        lambda header, tensors: header["absorbed"].update({"1": "gelu"}),
-        lambda header, tensors: header.pop("absorbed"),
+        lambda header, tensors: header["activations"].update({"1": "gelu"}),
+        lambda header, tensors: header.pop("activations"),
         lambda header, tensors: header["layers"]["0"]["config"]["weights"].update(bits=4),
         lambda header, tensors: header["aliases"].update({"0.weight_scale": "0.bias"}),
         lambda header, tensors: header.update(torchquant="9.9"),
@@ -184,8 +186,8 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
     ],
     ids=[
         "activation",
-        "absorbed",
-        "not_absorbed",
+        "activations",
+        "no_activations",
         "config",
         "alias",
         "version",

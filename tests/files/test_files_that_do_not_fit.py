@@ -89,6 +89,12 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
             setting("absorbed", {"": "relu"}),
             "a fused activation 'relu' at '' in the file, Sequential in the model",
         ),
+        (
+            setting("activations", {"1": "gelu"}),
+            "an activation 'gelu' at '1' in the file, ReLU in the model",
+        ),
+        (setting("activations", {"1": []}), "an activation [] at '1' in the file, ReLU in the mo"),
+        (setting("activations", {"9": "relu"}), "activation 'relu' at '9' in the file, nothing in"),
         (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.weight_scale"),
     ],
 )

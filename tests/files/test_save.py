@@ -25,7 +25,7 @@ def test_the_format(path: Path, fused: bool) -> None:
     assert len(bytes.fromhex(sha256)) == 32
     assert header == {
         "format": 3,
-        **({"absorbed": {"1": "relu"}} if fused else {}),
+        **({"activations": {"1": "relu"}} if fused else {}),
         "torchquant": torchquant.__version__,
         "layers": {
             "0": {
@@ -34,7 +34,7 @@ def test_the_format(path: Path, fused: bool) -> None:
                 "in_features": 64,
                 "out_features": 64,
                 "bias": True,
-                "activation": "relu" if fused else "none",
+                "activation": "none",
                 "config": {
                     "type": "QuantizationConfig",
                     "weights": {

@@ -7,21 +7,22 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
                               "in_features": 384, "out_features": 1536, "bias": true,
                               "activation": "none",
                               "config": {"type": "QuantizationConfig", "weights": {...}, ...}}},
-     "absorbed": {"encoder.1": "gelu"},
+     "activations": {"encoder.1": "gelu"},
      "projections": [["attention.q", "attention.k", "attention.v"]],
      "aliases": {"head.weight": "embedding.weight"},
      "sha256": "..."}
 
 ``layers`` has an entry for each quantized layer: its kind (:mod:`torchquant.nn.kinds`), the format
 of its weight (:mod:`torchquant.nn.weight`), the arguments of its constructor, and its configuration
-in parts (:mod:`torchquant.configs`). ``absorbed`` maps the name of each activation module that
-became part of the preceding layer to the name of its function; these modules are identities.
+in parts (:mod:`torchquant.configs`). ``activations`` maps the name of each activation module that
+uses the library's operator to the name of its function. ``absorbed``, which older versions wrote,
+does so for modules that became part of the preceding layer for good; they are identities.
 ``projections`` lists the layers that are computed together, in the order of their calls; a reader
 MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
-``absorbed`` and ``projections`` are absent if they would be empty. A reader MUST refuse
-a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1 and 2.
+``activations``, ``absorbed`` and ``projections`` are absent if they would be empty. A reader MUST
+refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1 and 2.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
     if not (
         isinstance(header.get("layers"), dict)
         and isinstance(header.get("absorbed", {}), dict)
+        and isinstance(header.get("activations", {}), dict)
         and _is_list_of_lists_of_names(header.get("projections", []))
-        and (header["format"] > 1 or not header.keys() & {"absorbed", "projections"})
+        and (header["format"] > 1 or not header.keys() & {"absorbed", "activations", "projections"})
         and isinstance(header.get("sha256"), str)
         and isinstance(aliases, dict)
         and all(isinstance(source, str) and source in tensors for source in aliases.values())
