@@ -77,8 +77,7 @@ def test_a_module_that_differs_in_training_is_not_recognized() -> None:
 
 
 def test_recognition_does_not_change_the_module() -> None:
-    seen: list[Tensor] = []
-    module = Of(lambda x: (seen.append(x), F.relu(x))[1]).eval()
+    module = Of(lambda x: F.relu(x)).eval()
     torch.manual_seed(3)
     state = torch.get_rng_state()
     with torch.inference_mode():
@@ -86,3 +85,9 @@ def test_recognition_does_not_change_the_module() -> None:
         assert activation_of(Of(lambda x: F.relu(x) + torch.rand(()))) is None
     assert torch.equal(torch.get_rng_state(), state)
     assert not module.training
+
+
+def test_a_function_with_effects_is_not_run() -> None:
+    seen: list[Tensor] = []
+    assert activation_of(Of(lambda x: (seen.append(x), F.relu(x))[1])) is None
+    assert seen == []

@@ -22,7 +22,8 @@ MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the ten
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
 ``activations``, ``absorbed`` and ``projections`` are absent if they would be empty. A reader MUST
-refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1 and 2.
+refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1
+and 2.
 """
 
 from __future__ import annotations

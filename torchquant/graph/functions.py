@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 _MAX_DEPTH = 4  # decorators around a function
@@ -23,6 +24,8 @@ def codes_of(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
         >>> [name for name, _ in codes_of(Net())]
         ['forward']
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     seen: set[int] = set()
     overridden: set[str] = set()
     places = [vars(module), *map(vars, type(module).__mro__)]
@@ -51,6 +54,8 @@ def forward_codes(module: nn.Module) -> list[CodeType]:
         >>> [code.co_name for code in forward_codes(nn.ReLU())]
         ['forward']
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     return list(_codes(module.__dict__.get("forward", type(module).forward), _MAX_DEPTH))
 
 

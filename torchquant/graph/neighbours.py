@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
+import torch
 from torch import nn
 
 from torchquant.graph.call_sites import Call, CallSites, Item, Path
@@ -53,7 +54,7 @@ def neighbours(model: nn.Module) -> Iterator[Neighbours]:
         [(Linear(in_features=4, out_features=4, bias=True), ReLU())]
     """
     for caller in model.modules():
-        if not caller._modules:
+        if not caller._modules or isinstance(caller, torch.jit.ScriptModule):
             continue
         if type(caller).forward is nn.Sequential.forward:
             children = [child for child in caller._modules.values() if child is not None]

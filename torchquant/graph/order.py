@@ -61,6 +61,8 @@ def in_order(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[list[nn.Mod
             visit(child)
 
     visit(model)
+    if is_container(model):
+        problems.append(f"{type(model).__name__} has no forward")
     return order, problems[0] if problems else None
 
 

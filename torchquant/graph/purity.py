@@ -12,8 +12,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-import math
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -51,10 +50,14 @@ _CHANGES_STATE = (
 _MAX_DEPTH = 4
 
 
-def is_pure(module: nn.Module) -> bool:
+def is_pure(module: nn.Module, *, in_place: bool = False) -> bool:
     """True if the module's forward surely does nothing but compute its result.
 
     Modules of ``torch.nn`` are pure except those that keep statistics or work in place.
+
+    Args:
+        module: the module; it is not run.
+        in_place: whether methods of tensors may work in place, which is harmless in a copy.
 
     Example:
         >>> class Counting(nn.Module):
@@ -68,70 +71,93 @@ def is_pure(module: nn.Module) -> bool:
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return False
     if cls.__module__.startswith("torch.nn.modules."):
-        quiet = not module._buffers and not getattr(module, "inplace", False)
-        return quiet and all(map(is_pure, module.children()))
-    return _is_pure_function(cls.forward, module, 0)
-
-
-def _is_pure_function(function: Any, module: nn.Module, depth: int) -> bool:
-    if isinstance(function, MethodType):
-        if function.__self__ is not module:
-            return False
-        function = function.__func__
-    if not isinstance(function, FunctionType) or depth > _MAX_DEPTH:
-        return False
-    if str(function.__module__).startswith("torch."):
+        quiet = not module._buffers and (in_place or not getattr(module, "inplace", False))
+        return quiet and all(is_pure(child, in_place=in_place) for child in module.children())
+    if cls.__module__.startswith("torchquant.nn."):
         return True
-    if function.__closure__ or getattr(function, "__wrapped__", None) is not None:
-        return False
-    return _is_pure_code(function.__code__, function.__globals__, module, depth)
-
-
-def _is_pure_code(code: CodeType, variables: dict[str, Any], module: nn.Module, depth: int) -> bool:
-    if not code.co_argcount:
-        return False
-    owner = code.co_varnames[0]
-    previous: Any = None
-    value: Any = None  # what the last instructions loaded, if it is known
-    for instruction in dis.get_instructions(code):
-        name, argument = instruction.opname, instruction.argval
-        if name in _STORES or name in _OTHER or name.startswith("INPLACE_"):
-            return False
-        if (
-            name == "BINARY_OP"
-            and instruction.argrepr.endswith("=")
-            and (instruction.argrepr not in ("==", "<=", ">=", "!="))
-        ):
-            return False
-        if (
-            name in ("KW_NAMES", "LOAD_CONST")
-            and isinstance(argument, tuple)
-            and ("out" in argument or "inplace" in argument)
-        ):
-            return False
-        if name == "LOAD_GLOBAL":
-            missing = argument not in variables
-            value = getattr(builtins, argument, None) if missing else variables[argument]
-            if missing and argument not in _BUILTINS:
-                return False
-            if not missing and not _is_known(value, module, depth):
-                return False
-        elif name.startswith("LOAD_FAST"):
-            last = argument[-1] if isinstance(argument, tuple) else argument
-            value = module if last == owner else None
-        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
-            if argument.endswith("_") and not argument.endswith("__"):
-                return False
-            value = _attribute(value, argument)
-            if value is _UNKNOWN or not _is_known(value, module, depth):
-                return False
-        elif name not in ("PUSH_NULL", "CACHE", "PRECALL", "EXTENDED_ARG", "RESUME"):
-            value = None
-        previous = name
-    return previous is not None
+    return _Reader(module, in_place).is_pure(cls.forward, 0)
 
 
 _UNKNOWN = object()
+
+
+class _Reader:
+    """Reads the functions that a module's forward calls."""
+
+    def __init__(self, module: nn.Module, in_place: bool) -> None:
+        self.module = module
+        self.in_place = in_place
+
+    def is_pure(self, function: Any, depth: int, *, bound: bool = True) -> bool:
+        """True if a function, or a method of the module if ``bound``, only computes."""
+        if isinstance(function, MethodType):
+            if function.__self__ is not self.module:
+                return False
+            function, bound = function.__func__, True
+        if not isinstance(function, FunctionType) or depth > _MAX_DEPTH:
+            return False
+        if str(function.__module__).startswith("torch."):
+            return True
+        if function.__closure__ or getattr(function, "__wrapped__", None) is not None:
+            return False
+        return self._is_pure_code(function, depth, bound)
+
+    def _is_pure_code(self, function: FunctionType, depth: int, bound: bool) -> bool:
+        code, variables = function.__code__, function.__globals__
+        owner = code.co_varnames[0] if bound and code.co_argcount else None
+        value: Any = None  # what the last instructions loaded, if it is known
+        for instruction in dis.get_instructions(code):
+            name, argument = instruction.opname, instruction.argval
+            if not _is_harmless(instruction):
+                return False
+            if name == "LOAD_GLOBAL":
+                missing = argument not in variables
+                value = getattr(builtins, argument, None) if missing else variables[argument]
+                if argument not in _BUILTINS if missing else not self._is_known(value, depth):
+                    return False
+            elif name.startswith("LOAD_FAST"):
+                last = argument[-1] if isinstance(argument, tuple) else argument
+                value = self.module if last == owner else None
+            elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+                if argument.endswith("_") and not argument.endswith("__") and not self.in_place:
+                    return False
+                value = _attribute(value, argument)
+                if value is _UNKNOWN or not self._is_known(value, depth):
+                    return False
+            elif name not in ("PUSH_NULL", "CACHE", "PRECALL", "EXTENDED_ARG", "RESUME"):
+                value = None
+        return True
+
+    def _is_known(self, value: Any, depth: int) -> bool:
+        """True if reading or calling the value has no effects."""
+        if value is None or isinstance(value, (int, float, str, tuple, torch.Tensor, torch.dtype)):
+            return True
+        if isinstance(value, ModuleType):
+            return value.__name__ in _MODULES
+        if isinstance(value, BuiltinFunctionType):
+            owner = getattr(value, "__module__", None) or ""
+            return value.__module__ in ("math", None) or owner.startswith("torch")
+        if isinstance(value, functools.partial):
+            return "inplace" not in value.keywords and self._is_known(value.func, depth)
+        if isinstance(value, (FunctionType, MethodType)):
+            return self.is_pure(value, depth + 1, bound=False)
+        if isinstance(value, nn.Module):
+            leaf = not value._modules and is_pure(value, in_place=self.in_place)
+            return value is self.module or leaf
+        if isinstance(value, type):
+            return value in (torch.Tensor, float, int, bool, tuple, list)
+        return type(value).__module__.startswith("torch")
+
+
+def _is_harmless(instruction: dis.Instruction) -> bool:
+    """False if the instruction stores something, or names an argument that asks for it."""
+    name, argument, text = instruction.opname, instruction.argval, instruction.argrepr
+    if name in _STORES or name in _OTHER or name.startswith("INPLACE_"):
+        return False
+    if name == "BINARY_OP" and text.endswith("=") and text not in ("==", "<=", ">=", "!="):
+        return False
+    names = argument if name in ("KW_NAMES", "LOAD_CONST") else ()
+    return not (isinstance(names, tuple) and ("out" in names or "inplace" in names))
 
 
 def _attribute(base: Any, name: str) -> Any:
@@ -148,26 +174,6 @@ def _attribute(base: Any, name: str) -> Any:
             return _UNKNOWN
         return getattr(base, name, _UNKNOWN)
     return None
-
-
-def _is_known(value: Any, module: nn.Module, depth: int) -> bool:
-    """True if reading or calling the value has no effects."""
-    if value is None or isinstance(value, (int, float, str, tuple, torch.Tensor, torch.dtype)):
-        return True
-    if isinstance(value, ModuleType):
-        return value.__name__ in _MODULES
-    if isinstance(value, BuiltinFunctionType):
-        owner = getattr(value, "__module__", None) or ""
-        return value.__module__ in ("math", None) or owner.startswith("torch")
-    if isinstance(value, functools.partial):
-        return "inplace" not in value.keywords and _is_known(value.func, module, depth)
-    if isinstance(value, (FunctionType, MethodType)):
-        return _is_pure_function(value, module, depth + 1)
-    if isinstance(value, nn.Module):
-        return value is module or (depth < _MAX_DEPTH and not value._modules and is_pure(value))
-    if isinstance(value, type):
-        return value in (torch.Tensor, float, int, bool, tuple, list) or value is math
-    return type(value).__module__.startswith("torch")
 
 
 __all__ = ["is_pure"]
