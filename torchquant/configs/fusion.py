@@ -11,11 +11,13 @@ from torchquant.configs.part import require_booleans
 class Fusion:
     """What :func:`torchquant.quantize_` may compute together with the quantized layers.
 
-    With the defaults, the results of a model change only by rounding.
+    Values that code can see change by rounding only: layers compute more than their own output
+    only in calls where nobody can notice it (:mod:`torchquant.nn.call_guard`).
 
     Args:
-        activations: if True, an activation module after a layer becomes part of the layer, which
-            computes it while the sums are in registers. Results change by rounding: the library's
+        activations: if True, an activation module after a layer uses the library's operator, and
+            the layer applies the function itself, while the sums are in registers, where its output
+            goes into the activation and nowhere else. Results change by rounding: the library's
             polynomials replace those of torch (:mod:`torchquant.functional.activations` states
             their errors), and a bfloat16 or float16 model rounds once less, because the values
             between the two modules stay in float32.

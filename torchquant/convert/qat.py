@@ -52,9 +52,9 @@ def prepare_qat_(
 
     Every ``nn.Linear`` becomes a :class:`torchquant.nn.QATLinear` with the same parameters, hooks
     and training mode. Its forward is the computation of the converted layer, bit for bit. The
-    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A ReLU
-    module moves into the layer if it alone uses the layer's output. Training then stores neither
-    the layer's output nor the ReLU's output for the backward pass.
+    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A layer
+    applies the ReLU module after it in calls where the module alone receives the layer's output.
+    Training then stores neither the layer's output nor the ReLU's output for the backward pass.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare
     layers with different numbers of bits.

@@ -60,9 +60,7 @@ def quantize_(
             small to benefit.
         strict: if True, raise before anything is changed if a selected layer cannot be quantized.
         fusion: what to compute together with the quantized layers; None is
-            :class:`torchquant.Fusion` with its defaults, which change results only by rounding. A
-            :class:`torchquant.nn.FusedActivation` takes the place of an activation module that
-            became part of the preceding layer.
+            :class:`torchquant.Fusion` with its defaults, which change results only by rounding.
 
     Returns:
         A report; ``print`` it for a table.

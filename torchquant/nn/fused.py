@@ -8,8 +8,9 @@ from torch import nn
 class FusedActivation(nn.Identity):
     """An identity in place of an activation that became part of the preceding quantized layer.
 
-    :func:`torchquant.quantize_` inserts it, so that the surrounding forward does not have to
-    change. It has no state, so the keys of a state dict do not change either.
+    :func:`torchquant.load` inserts it for files that say so (formats up to 3), so that the
+    surrounding forward does not have to change. It has no state, so the keys of a state dict do not
+    change either. :func:`torchquant.quantize_` leaves activations in their places.
 
     Args:
         activation: the function that the layer computes, a name in ``functional.ACTIVATIONS``.
