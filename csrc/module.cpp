@@ -4,6 +4,7 @@
 #include "bench/call_cost.h"
 #include "bench/peak.h"
 #include "boxed/complete.h"
+#include "caller.h"
 #include "fast_call.h"
 #include "isa.h"
 #include "formats/int8_tiles.h"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     torchquant::set_active_isa(*isa);
   });
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), torchquant::caller_methods) != 0) throw pybind11::error_already_set();
   m.def("cpu_name", &torchquant::cpu_name);
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("peak_names", &torchquant::bench::peak_names);

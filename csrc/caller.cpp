@@ -1,0 +1,239 @@
+#include "caller.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <frameobject.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <unordered_map>
+#include <utility>
+
+namespace torchquant {
+namespace {
+
+using Object = THPObjectPtr;
+
+// What the functions compare with; set_up gives the values, which live as long as the process.
+struct Known {
+  PyObject* call_impl = nullptr;  // the code of nn.Module._call_impl
+  PyObject* wrapped_call_impl = nullptr;
+  PyObject* module_getattr = nullptr;
+  PyObject* object_getattribute = nullptr;
+  PyObject* containers = nullptr;  // a tuple of classes
+} known;
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+struct Names {
+  PyObject* getattr = interned("__getattr__");
+  PyObject* getattribute = interned("__getattribute__");
+  PyObject* modules = interned("_modules");
+};
+
+const Names& names() {
+  static const Names values;
+  return values;
+}
+
+// A call in a function: its code and the offset of the instruction. The table holds the code, so that its address cannot
+// be used again.
+struct SiteHash {
+  size_t operator()(const std::pair<PyObject*, int>& site) const {
+    return std::hash<void*>()(site.first) * 31 + static_cast<size_t>(site.second);
+  }
+};
+std::unordered_map<std::pair<PyObject*, int>, PyObject*, SiteHash> sites;
+constexpr size_t kMostSites = 20000;  // functions that are made again and again
+
+int offset_of(PyFrameObject* frame) {
+#if PY_VERSION_HEX >= 0x030B0000
+  return PyFrame_GetLasti(frame);
+#else
+  return frame->f_lasti * 2;
+#endif
+}
+
+bool runs(PyFrameObject* frame, PyObject* code) {
+  Object own(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+  return own.get() == code;
+}
+
+PyFrameObject* back(PyFrameObject* frame) { return PyFrame_GetBack(frame); }
+
+// True if Python code sees the values that functions return: a debugger, a profiler in Python, a mode of torch.
+bool is_watched(const PyThreadState* state) {
+  return state->c_tracefunc || (state->c_profileobj && PyCallable_Check(state->c_profileobj)) ||
+         at::impl::PythonTorchFunctionTLS::stack_len() || c10::impl::TorchDispatchModeTLS::stack_len();
+}
+
+PyObject* set_up(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "set_up: expected 5 arguments, got %zd", count);
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(arguments[i]);
+  known = {arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]};
+  Py_RETURN_NONE;
+}
+
+PyObject* remember(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "remember: expected 3 arguments, got %zd", count);
+  const long offset = PyLong_AsLong(arguments[1]);
+  if (offset == -1 && PyErr_Occurred()) return nullptr;
+  if (sites.size() >= kMostSites) {
+    auto old = std::move(sites);
+    sites.clear();
+    for (auto& [site, call] : old) {
+      Py_DECREF(site.first);
+      Py_DECREF(call);
+    }
+  }
+  PyObject*& entry = sites[{arguments[0], static_cast<int>(offset)}];
+  if (!entry) Py_INCREF(arguments[0]);
+  PyObject* const before = entry;
+  entry = Py_NewRef(arguments[2]);
+  Py_XDECREF(before);
+  Py_RETURN_NONE;
+}
+
+// The calling frame of the module whose forward calls this function, and what is known of the call: None if other code
+// than torch's runs between the two, if somebody watches, or if nothing can be fused; the frame alone if the call is new.
+PyObject* caller(PyObject* /*self*/, PyObject* /*none*/) {
+  PyFrameObject* const forward = PyEval_GetFrame();  // borrowed
+  if (!forward || is_watched(PyThreadState_Get())) Py_RETURN_NONE;
+  Object first(reinterpret_cast<PyObject*>(back(forward)));
+  if (!first || !runs(reinterpret_cast<PyFrameObject*>(first.get()), known.call_impl)) Py_RETURN_NONE;
+  Object second(reinterpret_cast<PyObject*>(back(reinterpret_cast<PyFrameObject*>(first.get()))));
+  if (!second || !runs(reinterpret_cast<PyFrameObject*>(second.get()), known.wrapped_call_impl)) Py_RETURN_NONE;
+  Object frame(reinterpret_cast<PyObject*>(back(reinterpret_cast<PyFrameObject*>(second.get()))));
+  if (!frame) Py_RETURN_NONE;
+  auto* const of = reinterpret_cast<PyFrameObject*>(frame.get());
+  Object code(reinterpret_cast<PyObject*>(PyFrame_GetCode(of)));
+  const auto found = sites.find({code.get(), offset_of(of)});
+  if (found == sites.end()) return frame.release();
+  if (found->second == Py_None) Py_RETURN_NONE;
+  return PyTuple_Pack(2, frame.get(), found->second);
+}
+
+#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030C0000
+// Python 3.11 has no function that reads one variable; these are the first fields of its frames.
+struct InterpreterFrame {
+  PyObject *function, *globals, *builtins, *locals, *code;
+  PyFrameObject* frame_object;
+  InterpreterFrame* previous;
+  void* instruction;
+  int stack_top;
+  bool is_entry;
+  char owner;
+  PyObject* variables[1];
+};
+struct Frame {
+  PyObject_HEAD PyFrameObject* back;
+  InterpreterFrame* inner;
+};
+#endif
+
+// The value of a parameter or variable of a function by its index, or None.
+PyObject* local(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyFrame_Check(arguments[0]))
+    return PyErr_Format(PyExc_TypeError, "local: expected a frame and an index");
+  const Py_ssize_t index = PyLong_AsSsize_t(arguments[1]);
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  auto* const frame = reinterpret_cast<PyFrameObject*>(arguments[0]);
+  Object code(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+  if (index < 0 || index >= reinterpret_cast<PyCodeObject*>(code.get())->co_nlocals) Py_RETURN_NONE;
+  PyObject* value = nullptr;
+#if PY_VERSION_HEX >= 0x030C0000
+  Object variables(PyCode_GetVarnames(reinterpret_cast<PyCodeObject*>(code.get())));
+  if (!variables) return nullptr;
+  value = PyFrame_GetVar(frame, PyTuple_GET_ITEM(variables.get(), index));
+  if (!value) {  // it has no value
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  return value;
+#elif PY_VERSION_HEX >= 0x030B0000
+  value = reinterpret_cast<Frame*>(frame)->inner->variables[index];
+#else
+  value = frame->f_localsplus[index];
+#endif
+  return Py_NewRef(value ? value : Py_None);
+}
+
+// The attribute of an object, or null without an error.
+Object attribute(PyObject* object, PyObject* name) {
+  PyObject* value = nullptr;
+#if PY_VERSION_HEX >= 0x030D0000
+  if (PyObject_GetOptionalAttr(object, name, &value) < 0) PyErr_Clear();
+#else
+  if (_PyObject_LookupAttr(object, name, &value) < 0) PyErr_Clear();
+#endif
+  return Object(value);
+}
+
+// The element of a container such as a ModuleList at the key of an Item.
+PyObject* element(PyObject* module, PyObject* item, PyObject* modules) {
+  const int is_container = PySequence_Contains(known.containers, reinterpret_cast<PyObject*>(Py_TYPE(module)));
+  if (is_container < 0) PyErr_Clear();
+  if (is_container <= 0 || PyTuple_GET_SIZE(item) != 1) return nullptr;
+  PyObject* const key = PyTuple_GET_ITEM(item, 0);
+  if (PyLong_Check(key)) {
+    const long index = PyLong_AsLong(key);
+    if (index < 0) {
+      PyErr_Clear();
+      return nullptr;
+    }
+  }
+  Object name(PyObject_Str(key));
+  return name ? PyDict_GetItemWithError(modules, name.get()) : nullptr;
+}
+
+// The module that `owner.a.b` yields for the path ("a", "b"), or None if that is uncertain. No code of a class runs.
+PyObject* module_at(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(arguments[1]))
+    return PyErr_Format(PyExc_TypeError, "module_at: expected an object and a tuple");
+  const Names& name_of = names();
+  PyObject* module = arguments[0];  // borrowed: its parents hold it
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); ++i) {
+    PyObject* const step = PyTuple_GET_ITEM(arguments[1], i);
+    auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+    if (attribute(type, name_of.getattr).get() != known.module_getattr ||
+        attribute(type, name_of.getattribute).get() != known.object_getattribute)
+      Py_RETURN_NONE;
+    Object fields(PyObject_GenericGetDict(module, nullptr));
+    PyObject* const modules = fields ? PyDict_GetItemWithError(fields.get(), name_of.modules) : nullptr;
+    if (!modules || !PyDict_Check(modules)) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    if (PyTuple_Check(step)) {
+      module = element(module, step, modules);
+    } else {
+      if (attribute(type, step).get() || PyDict_Contains(fields.get(), step) != 0) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+      }
+      module = PyDict_GetItemWithError(modules, step);
+    }
+    if (!module) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+  }
+  return Py_NewRef(module);
+}
+
+template <class Function>
+PyCFunction as_method(Function function) {  // through void*: the field is the signature of all kinds of methods
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace
+
+PyMethodDef caller_methods[] = {
+    {"set_up_caller", as_method(&set_up), METH_FASTCALL, nullptr},
+    {"remember_call", as_method(&remember), METH_FASTCALL, nullptr},
+    {"caller", as_method(&caller), METH_NOARGS, nullptr},
+    {"local", as_method(&local), METH_FASTCALL, nullptr},
+    {"module_at", as_method(&module_at), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace torchquant
