@@ -48,7 +48,7 @@ def activation_of(module: nn.Module) -> str | None:
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     if type(module).__module__ != "torch.nn.modules.activation" and not is_pure(
-        module, in_place=True
+        module, in_place=True, fixed=True
     ):
         return None
     try:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.graph.call_sites import Call
-from torchquant.nn.call_guard import activation_after, is_quiet, modules_at
+from torchquant.nn.call_guard import follower, is_quiet, module_at, owner_of, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -177,6 +177,10 @@ class ProjectionGroup:
                 member.__dict__["_group"] = None
                 member.__dict__["_guarded"] = member._fuses_activation
 
+    def forget(self) -> None:
+        """Drop kept outputs: a member was called in a way that does not use the group."""
+        self._slot.kept = None
+
     def output(self, index: int, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         """The output of a member, or None if it must compute its own; called by its forward.
 
@@ -227,8 +231,11 @@ class ProjectionGroup:
             or not self._intact()
         ):
             return None
-        places, activations = self._places(frame, call)
-        if call.between and not self._only_computes(frame, call, places[0]):
+        owner = owner_of(frame, call)
+        if not reads_run_no_code(owner, call.reads):
+            return None
+        places, activations = self._places(owner, call)
+        if call.between and not self._only_computes(owner, call, places[0]):
             return None
         try:
             outputs: list[Any] = _split(
@@ -248,12 +255,12 @@ class ProjectionGroup:
         outputs[0] = None
         return output if places[0] is None else mark(output, places[0])
 
-    def _only_computes(self, frame: FrameType, call: Call, place: Any) -> bool:
+    def _only_computes(self, owner: Any, call: Call, place: Any) -> bool:
         """True if the modules that are called between the members only compute their results."""
         paths = [path for path in call.between if place is None or path != call.follow]
-        return not paths or all(map(is_quiet, modules_at(frame, call, paths)))
+        return all(is_quiet(module_at(owner, path)) for path in paths)
 
-    def _places(self, frame: FrameType, call: Call) -> tuple[list[Any], list[str]]:
+    def _places(self, owner: Any, call: Call) -> tuple[list[Any], list[str]]:
         """For each member: the activation module after it, or None; and the function to apply."""
         if not self._guards_activations:
             return self._no_places, self._activations
@@ -263,7 +270,7 @@ class ProjectionGroup:
             member: Any = None if reference is None else reference()
             place = None
             if own == "none" and site.follow is not None and member is not None:
-                place = activation_after(member, frame, site)
+                place = follower(member, owner, site)
             places.append(place)
             activations.append(own if place is None else place.function)
         return places, activations
