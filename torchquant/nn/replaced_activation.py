@@ -44,6 +44,8 @@ class ReplacedActivation(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the values of the module's own class; other rounding is possible."""
+        if not isinstance(self, ReplacedActivation):  # a bound method that outlived the replacement
+            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             input = args[0]
             plain = type(input) is Tensor and not _is_dynamo_compiling()
@@ -65,12 +67,12 @@ class ReplacedActivation(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the module computes with its own class if an option changes."""
         super().__setattr__(name, value)
-        if name != "training" and not name.startswith("_"):
+        if name not in ("training", "forward") and not name.startswith("_"):
             restore_activation_(self)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        if not name.startswith("_"):
+        if name != "forward" and not name.startswith("_"):
             restore_activation_(self)
 
     def _get_name(self) -> str:
