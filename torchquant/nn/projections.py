@@ -33,7 +33,7 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.graph.call_sites import Call
+from torchquant.graph.call_sites import Call, Item
 from torchquant.nn.call_guard import follower, is_quiet, module_at, owner_of, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
@@ -63,12 +63,21 @@ class Member(Protocol):
 class _Kept:
     """Outputs that the first member computed for the members after it."""
 
-    __slots__ = ("calls", "frame", "input", "next", "outputs", "places", "stream", "version")
+    __slots__ = (
+        *("calls", "frame", "input", "leader", "next", "outputs", "places", "stream", "version"),
+    )
 
     def __init__(
-        self, input: Tensor, outputs: list[Any], frame: FrameType, call: Call, places: list[Any]
+        self,
+        input: Tensor,
+        outputs: list[Any],
+        frame: FrameType,
+        call: Call,
+        places: list[Any],
+        leader: tuple[weakref.ref[torch.nn.Module], str],
     ) -> None:
         self.outputs = outputs
+        self.leader = leader  # where the first member is: a module, and a name in it
         self.places = places
         self.next = 1
         self.frame = id(frame)  # the frame itself would keep its variables alive
@@ -200,6 +209,7 @@ class ProjectionGroup:
             or kept.calls[index] is not call
             or kept.input() is not input
             or kept.version != _version_of(input)
+            or not self._leads(kept)
         ):
             return None
         if kept.stream is not None and kept.stream != _stream_of(input):
@@ -214,6 +224,14 @@ class ProjectionGroup:
             self._slot.kept = None
             self._misses = 0
         return output if place is None else mark(output, place)
+
+    def _leads(self, kept: _Kept) -> bool:
+        """True if the first member is still in its place: it led in this call of the function."""
+        first = self.members[0]
+        parent: Any = kept.leader[0]()
+        if parent is None or first is None:
+            return False
+        return parent._modules.get(kept.leader[1]) is first()
 
     def _lead(self, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         if self._slot.kept is not None:
@@ -234,6 +252,9 @@ class ProjectionGroup:
         owner = owner_of(frame, call)
         if not reads_run_no_code(owner, call.reads):
             return None
+        leader = self._leader(owner, call)
+        if leader is None:
+            return None
         places, activations = self._places(owner, call)
         if call.between and not self._only_computes(owner, call, places[0]):
             return None
@@ -250,10 +271,19 @@ class ProjectionGroup:
             )
         except (ValueError, TypeError, IndexError):
             return None  # the layer itself raises the error about the input
-        self._slot.kept = _Kept(input, outputs, frame, call, places)
+        self._slot.kept = _Kept(input, outputs, frame, call, places, leader)
         output: Tensor = outputs[0]
         outputs[0] = None
         return output if places[0] is None else mark(output, places[0])
+
+    def _leader(self, owner: Any, call: Call) -> tuple[weakref.ref[torch.nn.Module], str] | None:
+        """The module that holds the first member, and its name there; None if that is uncertain."""
+        first = self.members[0]
+        parent = module_at(owner, call.path[:-1])
+        if first is None or module_at(parent, call.path[-1:]) is not first():
+            return None
+        name = call.path[-1]
+        return weakref.ref(parent), str(name.key) if isinstance(name, Item) else name
 
     def _only_computes(self, owner: Any, call: Call, place: Any) -> bool:
         """True if the modules that are called between the members only compute their results."""
