@@ -192,9 +192,10 @@ class SharedLayers(Situation):
         self.b = nn.Sequential(fc, nn.Tanh(), out)
         self.c = nn.Sequential(fc, out)
         self.d = nn.Sequential(fc, nn.GELU(), fc, nn.Tanh(), fc)
+        self.e = nn.Sequential(fc, nn.GELU(), fc, nn.Tanh())
 
     def use(self) -> Any:
-        return self.a(X), self.b(X), self.c(X), self.d(X)
+        return self.a(X), self.b(X), self.c(X), self.d(X), self.e(X)
 
 
 class ChangedSequential(Situation):

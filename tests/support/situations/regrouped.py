@@ -137,6 +137,28 @@ class RetriedInside(Projected):
         return self(X.clone())
 
 
+class RetriedWithHook(Projected):
+    """An error between the layers; then the first one has a hook, and the tensor other values."""
+
+    def before(self) -> None:
+        self.shape = (3, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(2):
+            try:
+                q = self.q(x).view(self.shape)
+                k = self.k(x)
+                return q, k
+            except RuntimeError:
+                x.data.add_(1.0)
+                self.shape = tuple(X.shape)
+                self.q.register_forward_hook(lambda *args: None)
+        return None
+
+    def use(self) -> Any:
+        return self(X.clone())
+
+
 class RecursionBetween(Projected):
     def forward(self, x: Tensor, depth: int = 1) -> Any:
         q = self.q(x)
