@@ -14,9 +14,8 @@ def test_activations_of_torch_are_recognized(name: str) -> None:
     assert activation_of(KNOWN[name]()) == name
 
 
-SQRT_HALF = 0.5**0.5
 SAME = {
-    "gelu by erf": ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x * SQRT_HALF))),
+    "gelu by erf": ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x * 0.5**0.5))),
     "gelu_new": (
         "gelu_tanh",
         lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x * x * x))),

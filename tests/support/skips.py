@@ -26,6 +26,7 @@ FORCED = {
         r"needs 8 GiB of free memory, .*",
     ),
     "system": (
+        r"there is no Python 3\.\d+",
         r"reads /proc(/self/maps)?",
         r"uses (libgomp|Linux's mmap, mprotect and LD_PRELOAD)",
         r"no fork on this system",

@@ -20,7 +20,12 @@ from types import CodeType
 from torchquant.graph.calls import Call, Item, Path
 from torchquant.graph.segment import ENDS, Segment, Step, is_known
 
-_LOOKS_AT_VARIABLES = frozenset(("locals", "vars", "eval", "exec", "_getframe", "currentframe"))
+_LOOKS_AT_VARIABLES = frozenset(
+    (
+        *("locals", "vars", "eval", "exec", "_getframe", "currentframe"),
+        *("breakpoint", "set_trace"),  # debuggers
+    )
+)
 
 
 class CallSites:

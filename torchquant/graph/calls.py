@@ -52,6 +52,7 @@ class Call:
             without code in between that could change the tensor; empty if there is only this call.
         in_chain: True if the call belongs to the chain of an earlier call.
         between: the paths of modules that are called between these calls, on results of the calls.
+        reads: the paths that the function reads between these calls.
         function: the name of a function, not a module, that receives the result; or empty.
         code: the function that makes the call.
         owner: the name of the variable from which paths start.
@@ -69,6 +70,7 @@ class Call:
     chain: tuple[Call, ...] = ()
     in_chain: bool = False
     between: tuple[Path, ...] = ()
+    reads: tuple[Path, ...] = ()
     function: str = ""
     argument: Value | None = None
     result: Value = field(default_factory=Value)

@@ -50,7 +50,7 @@ _CHANGES_STATE = (
 _MAX_DEPTH = 4
 
 
-def is_pure(module: nn.Module, *, in_place: bool = False) -> bool:
+def is_pure(module: nn.Module, *, in_place: bool = False, fixed: bool = False) -> bool:
     """True if the module's forward surely does nothing but compute its result.
 
     Modules of ``torch.nn`` are pure except those that keep statistics or work in place.
@@ -58,6 +58,9 @@ def is_pure(module: nn.Module, *, in_place: bool = False) -> bool:
     Args:
         module: the module; it is not run.
         in_place: whether methods of tensors may work in place, which is harmless in a copy.
+        fixed: whether the result may depend only on the input, on constants and on attributes of
+            the module itself, and not on tensors, submodules, attributes of the class or variables
+            outside of the function, which can change without the module.
 
     Example:
         >>> class Counting(nn.Module):
@@ -71,22 +74,33 @@ def is_pure(module: nn.Module, *, in_place: bool = False) -> bool:
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return False
     if cls.__module__.startswith("torch.nn.modules."):
+        if fixed and module._modules:
+            return False
         quiet = not module._buffers and (in_place or not getattr(module, "inplace", False))
         return quiet and all(is_pure(child, in_place=in_place) for child in module.children())
     if cls.__module__.startswith("torchquant.nn."):
         return True
-    return _Reader(module, in_place).is_pure(cls.forward, 0)
+    return _Reader(module, in_place, fixed).is_pure(cls.forward, 0)
 
 
 _UNKNOWN = object()
+_DATA = (int, float, str, tuple, torch.Tensor)
+
+
+def _can_change(module: nn.Module, name: str, value: Any) -> bool:
+    """True if an attribute's value can change without an assignment to it."""
+    if isinstance(value, (nn.Module, torch.Tensor)):
+        return True
+    return name not in module.__dict__ and not callable(value)
 
 
 class _Reader:
     """Reads the functions that a module's forward calls."""
 
-    def __init__(self, module: nn.Module, in_place: bool) -> None:
+    def __init__(self, module: nn.Module, in_place: bool, fixed: bool) -> None:
         self.module = module
         self.in_place = in_place
+        self.fixed = fixed
 
     def is_pure(self, function: Any, depth: int, *, bound: bool = True) -> bool:
         """True if a function, or a method of the module if ``bound``, only computes."""
@@ -115,14 +129,18 @@ class _Reader:
                 value = getattr(builtins, argument, None) if missing else variables[argument]
                 if argument not in _BUILTINS if missing else not self._is_known(value, depth):
                     return False
+                if self.fixed and isinstance(value, _DATA):
+                    return False
             elif name.startswith("LOAD_FAST"):
                 last = argument[-1] if isinstance(argument, tuple) else argument
                 value = self.module if last == owner else None
             elif name in ("LOAD_ATTR", "LOAD_METHOD"):
                 if argument.endswith("_") and not argument.endswith("__") and not self.in_place:
                     return False
-                value = _attribute(value, argument)
+                base, value = value, _attribute(value, argument)
                 if value is _UNKNOWN or not self._is_known(value, depth):
+                    return False
+                if self.fixed and base is self.module and _can_change(base, argument, value):
                     return False
             elif name not in ("PUSH_NULL", "CACHE", "PRECALL", "EXTENDED_ARG", "RESUME"):
                 value = None
@@ -166,7 +184,8 @@ def _attribute(base: Any, name: str) -> Any:
         return None
     if isinstance(base, nn.Module):
         in_class = getattr(type(base), name, None)
-        if isinstance(in_class, property) or type(base).__getattr__ is not nn.Module.__getattr__:
+        computed = hasattr(type(in_class), "__get__") and not isinstance(in_class, FunctionType)
+        if computed or type(base).__getattr__ is not nn.Module.__getattr__:
             return _UNKNOWN
         return getattr(base, name, _UNKNOWN)
     if isinstance(base, ModuleType):

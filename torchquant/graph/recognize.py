@@ -45,10 +45,12 @@ def activation_of(module: nn.Module) -> str | None:
         >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU()), activation_of(nn.Dropout())
         ('silu', None, None)
     """
+    if "forward" in module.__dict__:
+        return None
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     if type(module).__module__ != "torch.nn.modules.activation" and not is_pure(
-        module, in_place=True
+        module, in_place=True, fixed=True
     ):
         return None
     try:
@@ -60,7 +62,8 @@ def activation_of(module: nn.Module) -> str | None:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            grid, own = _grid(), copy.deepcopy(module)
+            # Neither a copy of the hooks nor a call of them: both would run user code.
+            grid, own = _grid(), copy.copy(module)
             for name, reference in _REFERENCES.items():
                 if _computes(own, name, reference, grid):
                     return name
@@ -95,14 +98,14 @@ def _computes(
         for dtype in (torch.bfloat16, torch.float16):
             if not _close_in(dtype, module, reference, grid):
                 return False
-        nan: Tensor = module(torch.full_like(grid[:1], torch.nan))
+        nan: Tensor = module.forward(torch.full_like(grid[:1], torch.nan))
         if not nan.isnan().all():
             return False
     return True
 
 
 def _close(module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    got = module(x.clone())
+    got = module.forward(x.clone())
     if type(got) is not Tensor or got.dtype != torch.float32 or got.shape != x.shape:
         return False
     if name == "relu":
@@ -114,7 +117,7 @@ def _close(module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], 
 def _same_gradient(module: nn.Module, reference: Callable[[Tensor], Tensor], grid: Tensor) -> bool:
     inside = grid[(grid.abs() <= 30) & (grid != 0)]  # the subgradient at 0 is a convention; skip it
     gradients = []
-    for function, dtype in ((module, torch.float32), (reference, torch.float64)):
+    for function, dtype in ((module.forward, torch.float32), (reference, torch.float64)):
         x = inside.to(dtype).requires_grad_()
         y = function(x * 1)  # not a leaf: the function may work in place
         if not y.requires_grad:
@@ -128,7 +131,7 @@ def _close_in(
 ) -> bool:
     x = grid[(grid.abs() <= 30).all(1)].to(dtype)
     try:
-        got = module(x.clone())
+        got = module.forward(x.clone())
     except (RuntimeError, TypeError):  # it does not take this dtype, so no model passes it
         return True
     if got.dtype != dtype:

@@ -21,6 +21,13 @@ PURE_METHODS = frozenset(
         *("repeat_interleave", "movedim", "swapaxes", "view_as", "reshape_as", "expand_as"),
     )
 )
+# Of these, the methods whose arguments may be tensors; a tensor's class may run code of its own.
+_METHODS_OF_TWO = frozenset(
+    (
+        *("to", "type_as", "mul", "add", "sub", "div", "repeat_interleave"),
+        *("view_as", "reshape_as", "expand_as"),
+    )
+)
 _IGNORED = frozenset(
     (
         "RESUME",
@@ -76,7 +83,8 @@ class Segment:
         for step in self.steps:
             last, self.end = step.instruction.opname, step.end
             self.step(step.instruction)
-        returns = last in ENDS
+        # A handler of exceptions may read the variables after a call that is in a try statement.
+        returns = last in ENDS and not getattr(self.code, "co_exceptiontable", b"")
         for call in self.calls:
             self._find_follow(call, returns)
         for call in self.calls:
@@ -275,6 +283,8 @@ class Segment:
                 argument.call.function = target.name
         base = target.method_of
         pure = base is not None and base.fresh and target.name in PURE_METHODS
+        if target.name in _METHODS_OF_TWO:
+            pure = pure and all(a.fresh or a.constant or a.path for a in arguments)
         if not pure:  # a pure method is no event
             self.events.append("a call")
         self.push(Value(fresh=pure))
@@ -344,5 +354,8 @@ class Segment:
                 break
         if len(chain) > 1:
             call.chain, call.between = tuple(chain), tuple(between)
+            last = chain[-1].event
+            reads = [path for at, path in self.reads if call.event < at <= last]
+            call.reads = tuple(dict.fromkeys(reads))
             for later in chain[1:]:
                 later.in_chain = True

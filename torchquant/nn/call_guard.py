@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,18 +28,23 @@ from torchquant.graph.purity import is_pure
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.replaced_activation import ReplacedActivation
 
-# forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, so a
-# layer with hooks does not find its caller here.
-CALLER = 3
+# forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, and a
+# wrapper is another function, so a layer with hooks or wrappers does not find its caller.
+_CALL_IMPL = nn.Module._call_impl.__code__
+_WRAPPED_CALL_IMPL = nn.Module._wrapped_call_impl.__code__
+_call_of_module: Any = nn.Module.__call__
 
 _SEQUENTIAL = nn.Sequential.forward.__code__
 _KNOWN_SEQUENTIAL = _SEQUENTIAL.co_varnames == ("self", "input", "module")
+# Types whose operators and methods are no user code.
+_PLAIN_DATA = (int, float, bool, str, tuple, type(None), torch.Size, torch.Tensor, nn.Parameter)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MAX_SITES = 20_000
 _F_LOCALS_IS_A_COPY = sys.version_info < (3, 13)
 
 _module_getattr = nn.Module.__getattr__
 _object_getattribute: Any = object.__getattribute__
+_trace_function, _profile_function = sys.gettrace, sys.getprofile
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -57,9 +62,17 @@ def call_at(frame: FrameType) -> Call | None:
     if found is None or found[0] is not code:
         found = _learn(code, frame.f_lasti)
     call = found[1]
-    if call is None or _function_modes() or _dispatch_modes():
+    if call is None or _function_modes() or _dispatch_modes() or _watched():
         return None
     return call
+
+
+def _watched() -> bool:
+    """True if a Python function sees the values that functions return: a debugger, a profiler."""
+    if _trace_function() is not None:
+        return True
+    profiler = _profile_function()
+    return isinstance(profiler, (FunctionType, MethodType))  # others see times only
 
 
 def _learn(code: CodeType, offset: int) -> tuple[CodeType, Call | None]:
@@ -86,6 +99,20 @@ def _calls_of(code: CodeType) -> CallSites:
     return known
 
 
+def calling_frame(first: FrameType) -> FrameType | None:
+    """The frame that calls a module, or None if other code than torch's runs between the two.
+
+    Args:
+        first: the frame that calls the module's forward.
+    """
+    if first.f_code is not _CALL_IMPL:
+        return None
+    second = first.f_back
+    if second is None or second.f_code is not _WRAPPED_CALL_IMPL:
+        return None
+    return second.f_back
+
+
 def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> ReplacedActivation | None:
     """The activation module that receives the output of ``layer``, and nothing else does; or None.
 
@@ -96,7 +123,15 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
     """
     if call.follow is None:
         return None
-    owner = _owner_of(frame, call)
+    if call.code is _SEQUENTIAL and frame.f_locals.get("module") is not layer:
+        return None  # the module that is called uses the forward of the layer
+    return follower(layer, owner_of(frame, call), call)
+
+
+def follower(layer: nn.Module, owner: Any, call: Call) -> ReplacedActivation | None:
+    """:func:`activation_after` for a call whose owner is known."""
+    if call.follow is None:
+        return None
     try:
         if call.code is _SEQUENTIAL:
             place = _next_in(owner, layer)
@@ -116,6 +151,7 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
             or state["_backward_pre_hooks"]
             or "forward" in state
             or place._compiled_call_impl is not None
+            or place.is_patched()
         ):
             return None
     except (AttributeError, KeyError):  # the owner is no ordinary module
@@ -126,11 +162,11 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
 def activation_after_call(layer: nn.Module) -> ReplacedActivation | None:
     """:func:`activation_after` for the call in which a layer's forward calls this function."""
     try:
-        frame = sys._getframe(CALLER + 1)
+        frame = calling_frame(sys._getframe(2))
     except ValueError:  # the call stack is shallower
         return None
-    call = call_at(frame)
-    return None if call is None else activation_after(layer, frame, call)
+    call = None if frame is None else call_at(frame)
+    return None if frame is None or call is None else activation_after(layer, frame, call)
 
 
 def is_quiet(module: Any) -> bool:
@@ -147,19 +183,42 @@ def is_quiet(module: Any) -> bool:
     return known[2] and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def modules_at(frame: FrameType, call: Call, paths: Iterable[Path]) -> list[Any]:
-    """The modules at some paths from the owner of a call; None for a path that is uncertain."""
-    owner = _owner_of(frame, call)
+def reads_run_no_code(owner: Any, paths: Iterable[Path]) -> bool:
+    """True if reading some paths from the owner of a call, and using the values, runs no user code.
+
+    A property, a ``__getattr__`` or an operator of a class may change a tensor.
+    """
     try:
-        return [module_at(owner, path) for path in paths]
+        return all(_is_plain(owner, path) for path in paths)
     except (AttributeError, KeyError):  # the owner is no ordinary module
-        return [None]
+        return False
 
 
-def _owner_of(frame: FrameType, call: Call) -> Any:
+def _is_plain(owner: Any, path: Path) -> bool:
+    module = module_at(owner, path)
+    if isinstance(module, nn.Module):
+        return True
+    for step in path[:-1]:
+        owner = module_at(owner, (step,))
+    name = path[-1]
+    cls = type(owner)
+    if isinstance(name, Item) or cls.__getattribute__ is not _object_getattribute:
+        return False
+    places = [owner.__dict__, *map(vars, cls.__mro__)]
+    if name in owner.__dict__ and not any(name in place for place in places[1:]):
+        return type(owner.__dict__[name]) in _PLAIN_DATA
+    if name not in owner.__dict__ and hasattr(cls, name):  # a constant of the class
+        found = next((place[name] for place in places if name in place), None)
+        return type(found) in _PLAIN_DATA
+    tensor = owner._parameters.get(name, owner._buffers.get(name))
+    return cls.__getattr__ is _module_getattr and type(tensor) in _PLAIN_DATA
+
+
+def owner_of(frame: FrameType, call: Call) -> Any:
+    """The object that the first parameter of the calling function holds."""
     variables = frame.f_locals
     owner = variables.get(call.owner)
-    if _F_LOCALS_IS_A_COPY and sys.gettrace() is None:
+    if _F_LOCALS_IS_A_COPY:
         variables.clear()  # the copy would keep tensors alive until the caller returns
     return owner
 
@@ -204,11 +263,13 @@ def _next_in(sequential: Any, layer: nn.Module) -> Any:
 
 
 __all__ = [
-    "CALLER",
     "activation_after",
     "activation_after_call",
     "call_at",
+    "calling_frame",
+    "follower",
     "is_quiet",
     "module_at",
-    "modules_at",
+    "owner_of",
+    "reads_run_no_code",
 ]

@@ -13,7 +13,7 @@ from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig, Static, check_config
 from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.base import Canonical, QuantizedModule, autocast_dtype
-from torchquant.nn.call_guard import CALLER, activation_after, call_at
+from torchquant.nn.call_guard import activation_after, call_at, calling_frame
 from torchquant.nn.float_linear import refusal, value_refusal
 from torchquant.nn.projections import ProjectionGroup
 from torchquant.nn.replaced_activation import mark
@@ -278,12 +278,11 @@ class QuantizedLinear(QuantizedModule):
         if kernels and not _is_dynamo_compiling():
             if self._guarded:
                 try:
-                    frame = _frame(CALLER)
+                    frame = calling_frame(_frame(1))
                 except ValueError:  # the call stack is shallower
-                    call = None
-                else:
-                    call = call_at(frame)
-                if call is not None:
+                    frame = None
+                call = None if frame is None else call_at(frame)
+                if frame is not None and call is not None:
                     if self._group is not None:
                         shared = self._group.output(self._group_index, input, frame, call)
                         if shared is not None:
@@ -292,6 +291,8 @@ class QuantizedLinear(QuantizedModule):
                         place = activation_after(self, frame, call)
                         if place is not None:
                             activation = place.function
+                elif self._group is not None:
+                    self._group.forget()
             if not self._static:
                 buffers = self._buffers
                 try:

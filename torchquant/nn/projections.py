@@ -33,8 +33,8 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.graph.call_sites import Call
-from torchquant.nn.call_guard import activation_after, is_quiet, modules_at
+from torchquant.graph.call_sites import Call, Item
+from torchquant.nn.call_guard import follower, is_quiet, module_at, owner_of, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -63,12 +63,21 @@ class Member(Protocol):
 class _Kept:
     """Outputs that the first member computed for the members after it."""
 
-    __slots__ = ("calls", "frame", "input", "next", "outputs", "places", "stream", "version")
+    __slots__ = (
+        *("calls", "frame", "input", "leader", "next", "outputs", "places", "stream", "version"),
+    )
 
     def __init__(
-        self, input: Tensor, outputs: list[Any], frame: FrameType, call: Call, places: list[Any]
+        self,
+        input: Tensor,
+        outputs: list[Any],
+        frame: FrameType,
+        call: Call,
+        places: list[Any],
+        leader: tuple[weakref.ref[torch.nn.Module], str],
     ) -> None:
         self.outputs = outputs
+        self.leader = leader  # where the first member is: a module, and a name in it
         self.places = places
         self.next = 1
         self.frame = id(frame)  # the frame itself would keep its variables alive
@@ -177,6 +186,10 @@ class ProjectionGroup:
                 member.__dict__["_group"] = None
                 member.__dict__["_guarded"] = member._fuses_activation
 
+    def forget(self) -> None:
+        """Drop kept outputs: a member was called in a way that does not use the group."""
+        self._slot.kept = None
+
     def output(self, index: int, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         """The output of a member, or None if it must compute its own; called by its forward.
 
@@ -196,6 +209,7 @@ class ProjectionGroup:
             or kept.calls[index] is not call
             or kept.input() is not input
             or kept.version != _version_of(input)
+            or not self._leads(kept)
         ):
             return None
         if kept.stream is not None and kept.stream != _stream_of(input):
@@ -210,6 +224,14 @@ class ProjectionGroup:
             self._slot.kept = None
             self._misses = 0
         return output if place is None else mark(output, place)
+
+    def _leads(self, kept: _Kept) -> bool:
+        """True if the first member is still in its place: it led in this call of the function."""
+        first = self.members[0]
+        parent: Any = kept.leader[0]()
+        if parent is None or first is None:
+            return False
+        return parent._modules.get(kept.leader[1]) is first()
 
     def _lead(self, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         if self._slot.kept is not None:
@@ -227,8 +249,14 @@ class ProjectionGroup:
             or not self._intact()
         ):
             return None
-        places, activations = self._places(frame, call)
-        if call.between and not self._only_computes(frame, call, places[0]):
+        owner = owner_of(frame, call)
+        if not reads_run_no_code(owner, call.reads):
+            return None
+        leader = self._leader(owner, call)
+        if leader is None:
+            return None
+        places, activations = self._places(owner, call)
+        if call.between and not self._only_computes(owner, call, places[0]):
             return None
         try:
             outputs: list[Any] = _split(
@@ -243,17 +271,26 @@ class ProjectionGroup:
             )
         except (ValueError, TypeError, IndexError):
             return None  # the layer itself raises the error about the input
-        self._slot.kept = _Kept(input, outputs, frame, call, places)
+        self._slot.kept = _Kept(input, outputs, frame, call, places, leader)
         output: Tensor = outputs[0]
         outputs[0] = None
         return output if places[0] is None else mark(output, places[0])
 
-    def _only_computes(self, frame: FrameType, call: Call, place: Any) -> bool:
+    def _leader(self, owner: Any, call: Call) -> tuple[weakref.ref[torch.nn.Module], str] | None:
+        """The module that holds the first member, and its name there; None if that is uncertain."""
+        first = self.members[0]
+        parent = module_at(owner, call.path[:-1])
+        if first is None or module_at(parent, call.path[-1:]) is not first():
+            return None
+        name = call.path[-1]
+        return weakref.ref(parent), str(name.key) if isinstance(name, Item) else name
+
+    def _only_computes(self, owner: Any, call: Call, place: Any) -> bool:
         """True if the modules that are called between the members only compute their results."""
         paths = [path for path in call.between if place is None or path != call.follow]
-        return not paths or all(map(is_quiet, modules_at(frame, call, paths)))
+        return all(is_quiet(module_at(owner, path)) for path in paths)
 
-    def _places(self, frame: FrameType, call: Call) -> tuple[list[Any], list[str]]:
+    def _places(self, owner: Any, call: Call) -> tuple[list[Any], list[str]]:
         """For each member: the activation module after it, or None; and the function to apply."""
         if not self._guards_activations:
             return self._no_places, self._activations
@@ -263,7 +300,7 @@ class ProjectionGroup:
             member: Any = None if reference is None else reference()
             place = None
             if own == "none" and site.follow is not None and member is not None:
-                place = activation_after(member, frame, site)
+                place = follower(member, owner, site)
             places.append(place)
             activations.append(own if place is None else place.function)
         return places, activations

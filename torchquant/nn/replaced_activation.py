@@ -33,26 +33,47 @@ class ReplacedActivation(nn.Module):
 
     Attributes:
         original_class: the class that the module had before.
+        original_forward: the forward of that class when the module was replaced.
         function: the function that the module computes, a name in ``functional.ACTIVATIONS``.
     """
 
     original_class: ClassVar[type[nn.Module]]
+    original_forward: ClassVar[Any]
     function: str
     _uses_operator: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the values of the module's own class; other rounding is possible."""
+        if not isinstance(self, ReplacedActivation):  # a bound method that outlived the replacement
+            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             input = args[0]
             plain = type(input) is Tensor and not _is_dynamo_compiling()
             if plain and input.__dict__.pop("_activated_for", None) is self:
                 return input
             if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
-                if plain:
+                if plain and not self.is_patched():
                     return _fast_activation(input, self.function)
                 if _is_compiling():  # the compiled program computes the bits of eager mode
                     return ops.activation(input, self.function)
         return self.original_class.forward(self, *args, **kwargs)
+
+    def is_patched(self) -> bool:
+        """True if somebody replaced the forward or the call of the module's own class."""
+        cls: Any = type(self)
+        own = cls.original_class
+        return own.forward is not cls.original_forward or own.__call__ is not nn.Module.__call__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the module computes with its own class if an option changes."""
+        super().__setattr__(name, value)
+        if name not in ("training", "forward") and not name.startswith("_"):
+            restore_activation_(self)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name != "forward" and not name.startswith("_"):
+            restore_activation_(self)
 
     def _get_name(self) -> str:
         return f"{self.original_class.__name__}[torchquant]"
@@ -98,13 +119,19 @@ def replace_activation_(module: nn.Module, function: str) -> None:
 def restore_activation_(module: nn.Module) -> None:
     """Undo :func:`replace_activation_`; other modules stay unchanged."""
     if isinstance(module, ReplacedActivation):
-        del module.__dict__["function"], module.__dict__["_uses_operator"]
+        for name in ("function", "_uses_operator"):
+            module.__dict__.pop(name, None)
         module.__class__ = module.original_class  # type: ignore[assignment]
 
 
 @functools.cache
 def _replacement(cls: Any) -> Any:
-    body = {"original_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body = {
+        "original_class": cls,
+        "original_forward": cls.forward,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
     return type(cls)(cls.__name__, (ReplacedActivation, cls), body)
 
 
