@@ -20,6 +20,7 @@ struct Known {
   PyObject* module_getattr = nullptr;
   PyObject* object_getattribute = nullptr;
   PyObject* containers = nullptr;  // a tuple of classes
+  PyObject* learn = nullptr;       // finds what surrounds a call: learn(code, offset)
 } known;
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
@@ -67,38 +68,50 @@ bool is_watched(const PyThreadState* state) {
 }
 
 PyObject* set_up(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 5) return PyErr_Format(PyExc_TypeError, "set_up: expected 5 arguments, got %zd", count);
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "set_up: expected 6 arguments, got %zd", count);
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(arguments[i]);
-  known = {arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]};
+  known = {arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
   Py_RETURN_NONE;
 }
 
-PyObject* remember(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "remember: expected 3 arguments, got %zd", count);
-  const long offset = PyLong_AsLong(arguments[1]);
-  if (offset == -1 && PyErr_Occurred()) return nullptr;
-  if (sites.size() >= kMostSites) {
-    auto old = std::move(sites);
-    sites.clear();
-    for (auto& [site, call] : old) {
-      Py_DECREF(site.first);
-      Py_DECREF(call);
-    }
+void forget() {
+  auto old = std::move(sites);
+  sites.clear();
+  for (auto& [site, call] : old) {
+    Py_DECREF(site.first);
+    Py_DECREF(call);
   }
-  PyObject*& entry = sites[{arguments[0], static_cast<int>(offset)}];
-  if (!entry) Py_INCREF(arguments[0]);
-  PyObject* const before = entry;
-  entry = Py_NewRef(arguments[2]);
-  Py_XDECREF(before);
+}
+
+PyObject* forget_calls(PyObject* /*self*/, PyObject* /*none*/) {
+  forget();
   Py_RETURN_NONE;
+}
+
+// What surrounds a call that is not in the table yet; a new reference.
+PyObject* learned(PyObject* code, int offset) {
+  Object at(PyLong_FromLong(offset));
+  PyObject* const call = at ? PyObject_CallFunctionObjArgs(known.learn, code, at.get(), nullptr) : nullptr;
+  if (!call) return nullptr;
+  if (sites.size() >= kMostSites) forget();
+  const auto [place, is_new] = sites.insert({{code, offset}, call});
+  if (is_new) {
+    Py_INCREF(code);
+    Py_INCREF(call);
+  }
+  return call;
 }
 
 // The calling frame of the module whose forward calls this function, and what is known of the call: None if other code
-// than torch's runs between the two, if somebody watches, or if nothing can be fused; the frame alone if the call is new.
-PyObject* caller(PyObject* /*self*/, PyObject* /*none*/) {
-  PyFrameObject* const forward = PyEval_GetFrame();  // borrowed
-  if (!forward || is_watched(PyThreadState_Get())) Py_RETURN_NONE;
-  Object first(reinterpret_cast<PyObject*>(back(forward)));
+// than torch's runs between the two, if somebody watches, or if nothing can be fused.
+PyObject* caller(PyObject* /*self*/, PyObject* skip) {
+  PyFrameObject* const here = PyEval_GetFrame();  // borrowed
+  long frames = PyLong_AsLong(skip);
+  if (frames == -1 && PyErr_Occurred()) return nullptr;
+  if (!here || is_watched(PyThreadState_Get())) Py_RETURN_NONE;
+  Object first(reinterpret_cast<PyObject*>(back(here)));
+  for (; frames > 0 && first; --frames)
+    first = Object(reinterpret_cast<PyObject*>(back(reinterpret_cast<PyFrameObject*>(first.get()))));
   if (!first || !runs(reinterpret_cast<PyFrameObject*>(first.get()), known.call_impl)) Py_RETURN_NONE;
   Object second(reinterpret_cast<PyObject*>(back(reinterpret_cast<PyFrameObject*>(first.get()))));
   if (!second || !runs(reinterpret_cast<PyFrameObject*>(second.get()), known.wrapped_call_impl)) Py_RETURN_NONE;
@@ -106,10 +119,12 @@ PyObject* caller(PyObject* /*self*/, PyObject* /*none*/) {
   if (!frame) Py_RETURN_NONE;
   auto* const of = reinterpret_cast<PyFrameObject*>(frame.get());
   Object code(reinterpret_cast<PyObject*>(PyFrame_GetCode(of)));
-  const auto found = sites.find({code.get(), offset_of(of)});
-  if (found == sites.end()) return frame.release();
-  if (found->second == Py_None) Py_RETURN_NONE;
-  return PyTuple_Pack(2, frame.get(), found->second);
+  const int offset = offset_of(of);
+  const auto found = sites.find({code.get(), offset});
+  Object call(found == sites.end() ? learned(code.get(), offset) : Py_NewRef(found->second));
+  if (!call) return nullptr;
+  if (call.get() == Py_None) Py_RETURN_NONE;
+  return PyTuple_Pack(2, frame.get(), call.get());
 }
 
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030C0000
@@ -229,8 +244,8 @@ PyCFunction as_method(Function function) {  // through void*: the field is the s
 
 PyMethodDef caller_methods[] = {
     {"set_up_caller", as_method(&set_up), METH_FASTCALL, nullptr},
-    {"remember_call", as_method(&remember), METH_FASTCALL, nullptr},
-    {"caller", as_method(&caller), METH_NOARGS, nullptr},
+    {"forget_calls", as_method(&forget_calls), METH_NOARGS, nullptr},
+    {"caller", as_method(&caller), METH_O, nullptr},
     {"local", as_method(&local), METH_FASTCALL, nullptr},
     {"module_at", as_method(&module_at), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

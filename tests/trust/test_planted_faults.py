@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.situations import ALL, Projected, Situation, X, check, check_trained, make
+from support.situations import ALL, Projected, Situation, X, check, check_trained, in_python, make
 
 from torchquant import quantize_
+from torchquant._extension import load
 from torchquant.graph import neighbours
-from torchquant.nn import call_guard
+from torchquant.nn import call_guard, caller
 from torchquant.nn.projections import ProjectionGroup
 
 for name in ("paths", "functions", "kept", "later", "swapped", "projected", "regrouped", "running"):
@@ -24,6 +25,7 @@ for name in ("paths", "functions", "kept", "later", "swapped", "projected", "reg
 KINDS = {kind.__name__: kind for kind in ALL}
 
 GUARD, GROUP = "torchquant.nn.call_guard", "torchquant.nn.projections:ProjectionGroup"
+CALLER = "torchquant.nn.caller"  # in Python; csrc/caller.cpp does the same
 SEGMENT, REPLACED = (
     "torchquant.graph.segment:Segment",
     "torchquant.nn.replaced_activation:ReplacedActivation",
@@ -135,7 +137,7 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     ),
     "the layer is what a Sequential calls": (
         f"{GUARD}:activation_after",
-        'frame.f_locals.get("module") is not layer',
+        "local(frame, 2) is not layer",
         "False",
         ("ForwardOfAnother",),
     ),
@@ -152,14 +154,14 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("ReversedSequential",),
     ),
     "classes that compute attributes": (
-        f"{GUARD}:module_at",
-        "cls.__getattr__ is not _module_getattr",
+        f"{CALLER}:module_at",
+        "cls.__getattr__ is not MODULE_GETATTR",
         "False",
         ("GetattrOverridden",),
     ),
     "classes that compute every attribute": (
-        f"{GUARD}:module_at",
-        "cls.__getattribute__ is not _object_getattribute",
+        f"{CALLER}:module_at",
+        "cls.__getattribute__ is not OBJECT_GETATTRIBUTE",
         "False",
         ("GetattributeOverridden",),
     ),
@@ -170,25 +172,25 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("EarlierModuleSwaps",),
     ),
     "wrappers of calls": (
-        f"{GUARD}:calling_frame",
-        "first.f_code is not _CALL_IMPL",
+        f"{CALLER}:calling_frame",
+        "first.f_code is not CALL_IMPL",
         "False",
         ("PatchedCall",),
     ),
     "debuggers": (
-        f"{GUARD}:_watched",
+        f"{CALLER}:_watched",
         "if _trace_function() is not None:",
         "if False:",
         ("Debugger",),
     ),
     "profilers": (
-        f"{GUARD}:_watched",
+        f"{CALLER}:_watched",
         "return isinstance(profiler, (FunctionType, MethodType))",
         "return False",
         ("Profiler",),
     ),
     "modes": (
-        f"{GUARD}:call_at",
+        f"{CALLER}:call_at",
         "or _dispatch_modes()",
         "",
         ("DispatchMode",),
@@ -233,14 +235,16 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 def forget_what_is_known() -> None:
-    call_guard._sites.clear()
-    call_guard._functions.clear()
+    caller.forget()
+    load().forget_calls()
     call_guard._quiet.clear()
     neighbours._known_calls.cache_clear()
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The guard reads frames in Python, where a fault can be planted."""
+    in_python(monkeypatch)
     forget_what_is_known()
     yield
     forget_what_is_known()

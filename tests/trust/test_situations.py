@@ -3,7 +3,7 @@
 import importlib
 
 import pytest
-from support.situations import ALL, Situation, check, check_trained
+from support.situations import ALL, Situation, check, check_trained, in_python
 
 FILES = (*("paths", "functions", "kept", "later", "swapped", "projected", "regrouped", "running"),)
 for name in FILES:
@@ -18,6 +18,14 @@ TRAINED = [case for case in CASES if case.values[0].trains]
 @pytest.mark.parametrize(("kind", "mode"), CASES)
 def test_quantized(kind: type[Situation], mode: str) -> None:
     check(kind, mode)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_quantized_with_frames_read_in_python(
+    kind: type[Situation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_python(monkeypatch)
+    check(kind, kind.modes[-1])
 
 
 @pytest.mark.parametrize(("kind", "mode"), TRAINED)

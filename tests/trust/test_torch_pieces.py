@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from torchquant.nn import call_guard
+from torchquant.nn import caller
 
-WHERE = "torchquant/nn/call_guard.py relies on it"
+WHERE = "torchquant/nn/caller.py and csrc/caller.cpp rely on it"
 
 
 class Spy(nn.Module):
@@ -24,7 +24,7 @@ class Spy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frame: Any = sys._getframe(1)
         self.names = []
-        self.found = call_guard.calling_frame(frame)
+        self.found = caller.calling_frame(frame)
         while frame is not None and len(self.names) < 6:
             self.names.append(frame.f_code.co_name)
             frame = frame.f_back

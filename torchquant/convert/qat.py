@@ -52,8 +52,8 @@ def prepare_qat_(
 
     Every ``nn.Linear`` becomes a :class:`torchquant.nn.QATLinear` with the same parameters, hooks
     and training mode. Its forward is the computation of the converted layer, bit for bit. The
-    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A layer
-    applies the ReLU module after it in calls where the module alone receives the layer's output.
+    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A
+    layer applies the ReLU module after it in calls where that module alone receives its output.
     Training then stores neither the layer's output nor the ReLU's output for the backward pass.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare

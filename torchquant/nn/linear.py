@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +12,13 @@ from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig, Static, check_config
 from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
 from torchquant.nn.base import Canonical, QuantizedModule, autocast_dtype
-from torchquant.nn.call_guard import activation_after, call_at, calling_frame
+from torchquant.nn.call_guard import activation_after, caller
 from torchquant.nn.float_linear import refusal, value_refusal
 from torchquant.nn.projections import ProjectionGroup
 from torchquant.nn.replaced_activation import mark
 from torchquant.scheme import PerAxis
 
 _fast_linear_dynamic = load().linear_dynamic
-_frame = sys._getframe
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 
 
@@ -277,12 +275,9 @@ class QuantizedLinear(QuantizedModule):
         kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))
         if kernels and not _is_dynamo_compiling():
             if self._guarded:
-                try:
-                    frame = calling_frame(_frame(1))
-                except ValueError:  # the call stack is shallower
-                    frame = None
-                call = None if frame is None else call_at(frame)
-                if frame is not None and call is not None:
+                found = caller(0)
+                if found is not None:
+                    frame, call = found
                     if self._group is not None:
                         shared = self._group.output(self._group_index, input, frame, call)
                         if shared is not None:

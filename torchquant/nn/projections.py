@@ -34,7 +34,7 @@ from torch import Tensor
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.graph.call_sites import Call, Item
-from torchquant.nn.call_guard import follower, is_quiet, module_at, owner_of, reads_run_no_code
+from torchquant.nn.call_guard import follower, is_quiet, local, module_at, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -249,7 +249,7 @@ class ProjectionGroup:
             or not self._intact()
         ):
             return None
-        owner = owner_of(frame, call)
+        owner = local(frame, 0)
         if not reads_run_no_code(owner, call.reads):
             return None
         leader = self._leader(owner, call)

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from support import assert_same_bits
 from torchquant import Fusion, prepare_qat_, quantize_
+from torchquant.nn import call_guard, caller, linear, projections
 
 WIDTH = 64
 # Large enough for GELU to differ clearly from the identity.
@@ -100,6 +102,14 @@ def make(kind: type[Situation], relu: bool = False) -> Situation:
 def no_activations_fused() -> Iterator[None]:
     with mock.patch("torchquant.convert.qat.fuse_activations", lambda *a, **k: []):
         yield
+
+
+def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read frames and modules with torchquant.nn.caller in place of csrc/caller.cpp."""
+    for module in (call_guard, linear, projections):
+        for name in ("caller", "local", "module_at"):
+            if name in vars(module):
+                monkeypatch.setattr(module, name, getattr(caller, name))
 
 
 def used(model: Situation, mode: str = "no_grad") -> list[Tensor]:
