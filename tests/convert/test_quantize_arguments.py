@@ -103,9 +103,10 @@ def test_a_filter_fn_that_raises_does_not_change_the_model() -> None:
             f"call it: {Config.__name__}()",
         ),
         (
-            (nn.Sequential(), None, ["head"]),
+            (nn.Sequential(), None, [3]),
             TypeError,
-            "quantize_: filter_fn must be a function of (module, name), got ['head']",
+            "quantize_: filter_fn must be a function of (module, name), a name pattern such as "
+            "'encoder.*', or a list of patterns, got [3]",
         ),
     ],
     ids=["linear", "quantized", "dict", "text", "class", "list"],

@@ -74,7 +74,7 @@ def _result(line: RowLine) -> str:
     return f"{line.items[0].action}{count}{reason}"
 
 
-NAME = Column("name", _name, folds=30)
+NAME = Column("name", _name, folds=48)
 KIND = Column("class", _kind, drops=1)
 RESULT = Column("result", _result, folds=24)
 

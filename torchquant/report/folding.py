@@ -208,7 +208,7 @@ def fold(lines: Iterable[str]) -> Iterator[str]:
         >>> list(fold(["fused: blocks.0.up", "fused: blocks.1.up", "mean(x^2) of 2 values"]))
         ['fused: blocks.{0,1}.up (2 times)', 'mean(x^2) of 2 values']
     """
-    names = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+    names = re.compile(r"(?:\w+\.)+[A-Za-z_]\w*|[A-Za-z_]\w*(?:\.\w+)+")
 
     def found(line: str) -> list[str]:
         return names.findall(line)

@@ -193,9 +193,9 @@ class QuantizationReport(Report):
         return (
             replace(NAME, title="layer"),
             Column("weight", _shape, right=True, drops=3),
-            Column("before", _before, right=True, drops=2),
+            Column("before", _before, right=True, drops=1),
             Column("after", _after, right=True, joins=" -> "),
-            Column("share", share, right=True, drops=1),
+            Column("share", share, right=True, drops=2),
             RESULT,
         )
 
@@ -205,7 +205,8 @@ class QuantizationReport(Report):
         lines = super(QuantizationReport, rest).lines()
         if norms:
             names = norms[0].name if len(norms) == 1 else f"{len(norms)} norms"
-            lines.append(Line((names,), ("norms",), norms))
+            kinds = ", ".join(dict.fromkeys(norm.kind for norm in norms))
+            lines.append(Line((names,), (kinds,), norms))
         return lines
 
     def further_lines(self) -> Iterator[str]:

@@ -1,0 +1,143 @@
+"""References to modules from plain Python objects: lists, dictionaries, bound methods, functions.
+
+``nn.Module`` registers only the modules that are attributes. ``self.again = [self.fc]`` holds the
+same layer a second time; when a verb replaces the layer, the list has to be changed as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEPTH = 4  # of lists in lists, and of attributes of attributes
+_BASE = frozenset(vars(nn.Module()))
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, Tensor)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A reference to a module.
+
+    Attributes:
+        name: where it is: ``encoder.again[0]``.
+        module: the module.
+        container: the list or dictionary that has it, or None if it cannot be replaced there.
+        key: index or key in the container.
+    """
+
+    name: str
+    module: nn.Module
+    container: Any = None
+    key: Any = None
+
+    def replace(self, new: nn.Module) -> bool:
+        """Put ``new`` in the module's place; False if this is impossible."""
+        if self.container is None:
+            return False
+        value = _swapped(self.container[self.key], self.module, new)
+        if value is None:
+            return False
+        self.container[self.key] = value
+        return True
+
+
+def held_modules(model: nn.Module) -> dict[int, list[Held]]:
+    """The references from plain Python objects to modules, by the module's id.
+
+    Modules that are registered nowhere in the model are included. No code of the user runs: only
+    ``__dict__`` and the items of Python's own containers are read.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> model.again = [model[0]]
+        >>> [held.name for held in held_modules(model)[id(model[0])]]
+        ['again[0]']
+    """
+    found: dict[int, list[Held]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        values = vars(module)
+        for attribute, value in [*values.items()]:
+            if attribute in _BASE or isinstance(value, _PLAIN):
+                continue
+            where = f"{name}.{attribute}" if name else attribute
+            for held in _visit(value, where, values, attribute, seen, _DEPTH):
+                if held.module is not module:  # not a method of its own
+                    found.setdefault(id(held.module), []).append(held)
+    return found
+
+
+def _visit(
+    value: Any, where: str, container: Any, key: Any, seen: set[int], depth: int
+) -> Iterator[Held]:
+    if isinstance(value, nn.Module):
+        yield Held(where, value, container, key)
+        return
+    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        yield Held(where, value.__self__, container, key)
+        return
+    if isinstance(value, _PLAIN) or depth == 0 or id(value) in seen:
+        return
+    seen.add(id(value))
+    for text, item, inside, at in _parts(value, container, key):
+        yield from _visit(item, f"{where}{text}", inside, at, seen, depth - 1)
+
+
+def _parts(value: Any, container: Any, key: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    """What an object holds: a text for its name, the item, and where it can be replaced."""
+    inside: Any
+    if isinstance(value, dict):
+        inside = value if type(value) in (dict, OrderedDict, defaultdict) else None
+        yield from ((f"[{at!r}]", item, inside, at) for at, item in [*dict.items(value)])
+    elif isinstance(value, (list, deque)):
+        inside = value if type(value) in (list, deque) else None
+        items = [*(list.__iter__(value) if isinstance(value, list) else deque.__iter__(value))]
+        yield from ((f"[{place}]", item, inside, place) for place, item in enumerate(items))
+    elif isinstance(value, tuple):  # replaced as a whole, where its container is known
+        inside = container if type(value) is tuple else None
+        items = [*tuple.__iter__(value)]
+        yield from ((f"[{place}]", item, inside, key) for place, item in enumerate(items))
+    elif type(value) in (set, frozenset):
+        yield from (("", item, None, None) for item in [*value])
+    elif isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        yield from (("", item, None, None) for item in parts)
+    elif isinstance(value, types.FunctionType):
+        held = (*_cells(value), *(value.__defaults__ or ()))
+        yield from (("", item, None, None) for item in held)
+    else:
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            yield from ((f".{at}", item, None, None) for at, item in [*attributes.items()])
+
+
+def _cells(function: types.FunctionType) -> Iterator[Any]:
+    """The values of a function's free variables."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # the variable has no value yet
+            yield cell.cell_contents
+
+
+def _swapped(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """``value`` with ``new`` in place of ``old``, or None if it holds ``old`` in another way."""
+    if value is old:
+        return new
+    if isinstance(value, types.MethodType) and value.__self__ is old:
+        name = value.__name__
+        same = getattr(type(old), name, None) is value.__func__
+        return getattr(new, name, None) if same else None
+    if type(value) is tuple:
+        parts = [_swapped(item, old, new) for item in value]
+        kept = [item if part is None else part for item, part in zip(value, parts, strict=True)]
+        return None if all(part is None for part in parts) else tuple(kept)
+    return None
+
+
+__all__ = ["Held", "held_modules"]

@@ -1,0 +1,52 @@
+"""A progress bar for work that takes longer than two seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+
+Item = TypeVar("Item")
+
+_PATIENCE = 2.0  # seconds without a bar
+
+
+def track(items: Iterable[Item], text: str, shown: bool | None = None) -> Iterator[Item]:
+    """Iterate over items, with a progress bar if that takes longer than two seconds.
+
+    The bar is written to standard error and disappears at the end. Short work costs one reading of
+    the clock per item.
+
+    Args:
+        items: what to work on.
+        text: what the work is, for example "quantize_".
+        shown: None shows the bar in a terminal and in a notebook, after two seconds. True shows it
+            at once, wherever standard error goes. False never shows it.
+
+    Example:
+        >>> list(track([1, 2, 3], "count"))
+        [1, 2, 3]
+    """
+    items = items if isinstance(items, Sequence) else [*items]
+    console = None if shown is False else Console(stderr=True, force_terminal=shown)
+    if console is None or not (shown or console.is_terminal or console.is_jupyter):
+        yield from items
+        return
+    start, done = time.monotonic(), 0
+    while done < len(items) and not shown and time.monotonic() - start < _PATIENCE:
+        yield items[done]
+        done += 1
+    if done == len(items):
+        return
+    from rich.progress import Progress  # takes time to import, and short work does without it
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(text, total=len(items), completed=done)
+        for item in items[done:]:
+            yield item
+            bar.advance(task)
+
+
+__all__ = ["track"]
