@@ -197,7 +197,13 @@ def account_of(model: nn.Module, layers: Sequence[nn.Module]) -> Account:
 
 
 def library_notes(others: Iterable[Other]) -> list[str]:
-    """A note for each way in which another library has quantized modules."""
+    """A note for each way in which another library has quantized modules.
+
+    Example:
+        >>> from torch.ao.nn.quantized import dynamic
+        >>> library_notes(account_of(nn.Sequential(dynamic.Linear(4, 4)), []).others)
+        ['Already quantized by torch.ao (Linear), left unchanged: 0.']
+    """
     found: dict[str, list[str]] = {}
     for other in others:
         if other.library is not None:
@@ -208,4 +214,4 @@ def library_notes(others: Iterable[Other]) -> list[str]:
     ]
 
 
-__all__ = ["Account", "Other", "account_of", "library_notes"]
+__all__ = ["account_of", "library_notes"]

@@ -33,7 +33,7 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
         >>> _ = model[0].requires_grad_(False)
-        >>> adapter_reasons(model, model)[id(model[1])].partition(",")[0]
+        >>> adapter_reasons(model, model)[id(model[1])].partition(";")[0]
         'is being trained (requires_grad) while the other layers are frozen'
     """
     reasons: dict[int, str] = {}

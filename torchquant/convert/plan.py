@@ -26,7 +26,8 @@ from torchquant.graph.modules import (
 )
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
-from torchquant.report import Action, LayerReport
+from torchquant.report import LayerReport
+from torchquant.report.quantization import Action
 
 Reason = Callable[["Step"], str | None]
 Classes = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -195,7 +196,8 @@ def plan_layers(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-        >>> everything = Selection(Filter("", None), {None: "int8"})
+        >>> from torchquant.convert.selection import selection
+        >>> everything = selection("quantize_", None, "int8", str)
         >>> steps = plan_layers(model, everything, lambda step: None, lambda step: None)
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to benefit')]

@@ -93,7 +93,7 @@ def prepare_qat_(
         fused: 0 with 1 (relu)
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> print(convert_(model).summary().partition(";")[0])
-        2 converted, 0 skipped
+        2 converted (100 % of parameters), 0 skipped
     """
     check_model(
         "prepare_qat_",

@@ -4,7 +4,6 @@ from torchquant.report.base import Report, RowReport
 from torchquant.report.folding import fold, fold_items
 from torchquant.report.quantization import (
     NORMS,
-    Action,
     FusionReport,
     LayerReport,
     QuantizationReport,
@@ -13,7 +12,6 @@ from torchquant.report.words import human_bytes, percent, size_change
 
 __all__ = [
     "NORMS",
-    "Action",
     "FusionReport",
     "LayerReport",
     "QuantizationReport",

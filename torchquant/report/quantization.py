@@ -110,9 +110,9 @@ class QuantizationReport(Report):
         >>> model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 200, bias=False))
         >>> report = torchquant.quantize_(model)
         >>> report["1"].action, report["0"].family, report["0"].parameters
-        ('quantized', 'embedding', 6400)
+        ('quantized', 'embeddings', 6400)
         >>> print(report.summary().rpartition(";")[0])
-        1 quantized (67 % of parameters), 0 skipped; 33 % stay in float: embedding 33 %
+        1 quantized (67 % of parameters), 0 skipped; 33 % stay in float: embeddings 33 %
     """
 
     layers: tuple[LayerReport, ...]
