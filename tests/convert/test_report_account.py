@@ -68,7 +68,9 @@ def tied_linears() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "classifier": Classifier,
     "language_model": LanguageModel,
-    "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv1d(2, 2, 1)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv1d(2, 2, 1)
+    ),
     "recurrent": lambda: nn.ModuleList([nn.LSTM(8, 16, 2), nn.GRU(8, 8), nn.LSTMCell(8, 8)]),
     "embeddings": lambda: nn.ModuleList([nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)]),
     "experts": lambda: nn.Sequential(nn.Linear(64, 64), Experts()),
@@ -100,9 +102,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def elements(model: nn.Module) -> dict[object, int]:
     """The number of elements of each distinct parameter."""
-    return {
-        memory_key(p): p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p)
-    }
+    return {memory_key(p): p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p)}
 
 
 def in_float(model: nn.Module) -> set[object]:

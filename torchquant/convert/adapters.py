@@ -11,6 +11,7 @@ from functools import reduce
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchquant.nn.kinds import weight_shape
 
@@ -41,7 +42,7 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     for layer in layers:
         elements = _elements(layer)
         total += elements
-        if _trains(layer):
+        if _weight_trains(layer):
             trained[id(layer)] = elements
     if sum(trained.values()) <= _MOST_TRAINED * total:
         text = f"is being trained (requires_grad) while the other layers are frozen; {_REMEDY}"
@@ -53,8 +54,13 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     return reasons
 
 
-def _trains(layer: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in layer.parameters())
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _weight_trains(layer: nn.Module) -> bool:
+    """True if a weight requires a gradient; a bias alone says nothing about its layer."""
+    return any(p.requires_grad and not is_lazy(p) and p.dim() > 1 for p in layer.parameters())
 
 
 def _elements(layer: nn.Module) -> int:

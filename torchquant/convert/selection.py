@@ -8,6 +8,7 @@ different configurations.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 FilterFn = Callable[[nn.Module, str], bool] | str | Sequence[str]
+_BLOCK = re.compile(r"(?<![^.])\d+(?![^.])")
 Named = tuple[nn.Module, list[str]]  # a module and its names in the model
 Config = TypeVar("Config")
 
@@ -233,7 +235,9 @@ def _unmatched(argument: str, pattern: str, names: set[str], containers: Iterabl
     text = f"the pattern {pattern!r} of {argument} matches no module with parameters"
     if pattern in containers:
         return f"{text}; the layers inside {pattern} are {pattern + '.*'!r}"
-    near = difflib.get_close_matches(pattern, names, 1)
+    # A pattern with a wildcard is compared with the names of blocks without their numbers.
+    known = {_BLOCK.sub("*", name) for name in names} if "*" in pattern else names
+    near = difflib.get_close_matches(pattern, known, 1)
     return f"{text}; did you mean {near[0]!r}?" if near else text
 
 

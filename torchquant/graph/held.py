@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_DEPTH = 4  # of lists in lists, and of attributes of attributes
+_DEPTH = 3  # of attributes of attributes
+_CONTAINERS = (dict, list, deque, tuple, set, frozenset)
 _BASE = frozenset(vars(nn.Module()))
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, Tensor)
 
@@ -65,7 +66,7 @@ def held_modules(model: nn.Module) -> dict[int, list[Held]]:
     for name, module in model.named_modules():
         values = vars(module)
         for attribute, value in [*values.items()]:
-            if attribute in _BASE or isinstance(value, _PLAIN):
+            if attribute in _BASE or _is(value, _PLAIN):
                 continue
             where = f"{name}.{attribute}" if name else attribute
             for held in _visit(value, where, values, attribute, seen, _DEPTH):
@@ -77,45 +78,59 @@ def held_modules(model: nn.Module) -> dict[int, list[Held]]:
 def _visit(
     value: Any, where: str, container: Any, key: Any, seen: set[int], depth: int
 ) -> Iterator[Held]:
-    if isinstance(value, nn.Module):
+    if _is(value, nn.Module):
         yield Held(where, value, container, key)
         return
-    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-        yield Held(where, value.__self__, container, key)
+    if _is(value, types.MethodType):
+        if _is(value.__self__, nn.Module):
+            yield Held(where, value.__self__, container, key)
         return
-    if isinstance(value, _PLAIN) or depth == 0 or id(value) in seen:
+    if _is(value, _PLAIN) or depth == 0 or id(value) in seen:
         return
     seen.add(id(value))
+    deeper = depth if _is(value, _CONTAINERS) else depth - 1
     for text, item, inside, at in _parts(value, container, key):
-        yield from _visit(item, f"{where}{text}", inside, at, seen, depth - 1)
+        if not _is(item, _PLAIN):
+            yield from _visit(item, f"{where}{text}", inside, at, seen, deeper)
 
 
-def _parts(value: Any, container: Any, key: Any) -> Iterator[tuple[str, Any, Any, Any]]:
-    """What an object holds: a text for its name, the item, and where it can be replaced."""
+def _parts(value: Any, container: Any, key: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """What an object holds: its place there, the item, and where the item can be replaced."""
     inside: Any
-    if isinstance(value, dict):
+    if _is(value, dict):
         inside = value if type(value) in (dict, OrderedDict, defaultdict) else None
-        yield from ((f"[{at!r}]", item, inside, at) for at, item in [*dict.items(value)])
-    elif isinstance(value, (list, deque)):
+        yield from ((_place(at), item, inside, at) for at, item in [*dict.items(value)])
+    elif _is(value, (list, deque)):
         inside = value if type(value) in (list, deque) else None
-        items = [*(list.__iter__(value) if isinstance(value, list) else deque.__iter__(value))]
-        yield from ((f"[{place}]", item, inside, place) for place, item in enumerate(items))
-    elif isinstance(value, tuple):  # replaced as a whole, where its container is known
+        items = [*(list.__iter__(value) if _is(value, list) else deque.__iter__(value))]
+        yield from ((_place(at), item, inside, at) for at, item in enumerate(items))
+    elif _is(value, tuple):  # replaced as a whole, where its container is known
         inside = container if type(value) is tuple else None
         items = [*tuple.__iter__(value)]
-        yield from ((f"[{place}]", item, inside, key) for place, item in enumerate(items))
+        yield from ((_place(at), item, inside, key) for at, item in enumerate(items))
     elif type(value) in (set, frozenset):
         yield from (("", item, None, None) for item in [*value])
-    elif isinstance(value, functools.partial):
+    elif _is(value, functools.partial):
         parts = (value.func, *value.args, *value.keywords.values())
         yield from (("", item, None, None) for item in parts)
-    elif isinstance(value, types.FunctionType):
+    elif _is(value, types.FunctionType):
         held = (*_cells(value), *(value.__defaults__ or ()))
         yield from (("", item, None, None) for item in held)
     else:
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict:
-            yield from ((f".{at}", item, None, None) for at, item in [*attributes.items()])
+        with suppress(AttributeError):
+            attributes = object.__getattribute__(value, "__dict__")
+            if type(attributes) is dict:
+                yield from ((f".{at}", item, None, None) for at, item in [*attributes.items()])
+
+
+def _place(key: Any) -> str:
+    """An index or key as text; a key of the user's own class is not asked for its text."""
+    return f"[{key!r}]" if type(key) in (int, str) else f"[{type(key).__name__}]"
+
+
+def _is(value: Any, types: Any) -> bool:
+    """Like isinstance, which would read ``value.__class__`` and so may run code of the user."""
+    return issubclass(type(value), types)
 
 
 def _cells(function: types.FunctionType) -> Iterator[Any]:
@@ -129,7 +144,7 @@ def _swapped(value: Any, old: nn.Module, new: nn.Module) -> Any:
     """``value`` with ``new`` in place of ``old``, or None if it holds ``old`` in another way."""
     if value is old:
         return new
-    if isinstance(value, types.MethodType) and value.__self__ is old:
+    if _is(value, types.MethodType) and value.__self__ is old:
         name = value.__name__
         same = getattr(type(old), name, None) is value.__func__
         return getattr(new, name, None) if same else None
