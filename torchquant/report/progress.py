@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from time import monotonic
 from typing import TypeVar
 
 from rich.console import Console
@@ -34,8 +34,8 @@ def track(items: Iterable[Item], text: str, shown: bool | None = None) -> Iterat
     if console is None or not (shown or console.is_terminal or console.is_jupyter):
         yield from items
         return
-    start, done = time.monotonic(), 0
-    while done < len(items) and not shown and time.monotonic() - start < _PATIENCE:
+    start, done = monotonic(), 0
+    while done < len(items) and not shown and monotonic() - start < _PATIENCE:
         yield items[done]
         done += 1
     if done == len(items):
