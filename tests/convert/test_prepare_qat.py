@@ -182,7 +182,9 @@ def test_a_tied_head_is_trained_tied_and_converted_untied() -> None:
         "body": "converted",
         "head": "converted: untied from embedding.weight",
     }
-    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
+    assert report.notes == (
+        "Has its own integer copy of a shared weight, which training does not change: head.",
+    )
     assert torch.equal(model.embedding.weight, trained.embedding.weight)
     assert verify(trained, model, [tokens()]).exact
 

@@ -106,7 +106,9 @@ def test_a_tied_head_is_untied_and_reported() -> None:
         "body": "quantized",
         "head": "quantized: untied from embedding.weight",
     }
-    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
+    assert report.notes == (
+        "Has its own integer copy of a shared weight, which training does not change: head.",
+    )
     assert model.embedding.weight is weight
     assert torch.equal(weight, values)
     assert model(torch.arange(5)).shape == (5, 100)

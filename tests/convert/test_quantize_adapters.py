@@ -110,10 +110,17 @@ def test_other_models_are_quantized_as_a_whole(freeze: Callable[[nn.Module], Any
 
 
 def test_a_quantized_base_counts_as_frozen() -> None:
-    model = nn.Sequential(nn.Linear(256, 256))
+    model = nn.Sequential(nn.Linear(256, 256).requires_grad_(False))
     quantize_(model)
     model.add_module("adapter", nn.Linear(256, 16))
     assert outcome(quantize_(model))["adapter"] == TRAINED
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_can_be_quantized_in_several_calls(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(256, 256, bias=bias), nn.Linear(256, 16, bias=bias))
+    quantize_(model, filter_fn="0")
+    assert outcome(quantize_(model))["1"] == "quantized"
 
 
 class Net(nn.Module):

@@ -83,7 +83,7 @@ def test_html() -> None:
     report = quantize_(model, filter_fn=["<b>*", "typo"])
     texts = Cells(report._repr_html_()).texts
     assert texts[:6] == ["layer", "weight", "before", "after", "share", "result"]
-    assert texts[6:12] == ["<b>&amp;", "64 x 64", "16.25 KiB", "5.00 KiB", "99 %", "quantized"]
+    assert texts[6:12] == ["<b>&amp;", "64 x 64", "16.25 KiB", "5.00 KiB", ">99 %", "quantized"]
     assert report.summary() in texts
     assert set(report.notes) <= set(texts)
 

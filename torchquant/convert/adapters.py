@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchquant.nn.base import QuantizedModule
 from torchquant.nn.kinds import weight_shape
 
 # Adapters are small. With more trained weights than this share, the model itself is being trained,
@@ -25,7 +26,9 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     """The reasons to leave layers that are adapters, by id.
 
     peft's layers name their adapters in ``adapter_layer_names``. Any other layer is an adapter if
-    its weight requires a gradient, and the weights of three quarters of all layers are frozen.
+    its weight requires a gradient, and three quarters of all weights are frozen. A quantized layer
+    counts as frozen if its bias is; without a bias it does not count, because its integers never
+    require a gradient.
 
     Args:
         model: the model.
@@ -40,6 +43,8 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     reasons: dict[int, str] = {}
     trained, total = {}, 0
     for layer in layers:
+        if isinstance(layer, QuantizedModule) and (_trains(layer) or not [*layer.parameters()]):
+            continue
         elements = _elements(layer)
         total += elements
         if _weight_trains(layer):

@@ -59,9 +59,12 @@ def untied_note(names: Iterable[str]) -> str:
 
     Example:
         >>> untied_note(["head"])
-        'No longer shares its weight; has its own integer copy: head.'
+        'Has its own integer copy of a shared weight, which training does not change: head.'
     """
-    return f"No longer shares its weight; has its own integer copy: {', '.join(names)}."
+    return (
+        "Has its own integer copy of a shared weight, which training does not change: "
+        f"{', '.join(names)}."
+    )
 
 
 def no_layers(done: str) -> str:

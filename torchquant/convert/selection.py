@@ -8,6 +8,7 @@ different configurations.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Filter:
         self.function: Callable[[nn.Module, str], Any] | None = None
         self.patterns: tuple[str, ...] = ()
         if callable(filter_fn):
+            _check_signature(who, filter_fn)
             self.function = filter_fn
         elif filter_fn is not None:
             self.patterns = _checked_patterns(who, filter_fn)
@@ -202,6 +204,20 @@ def selection(
         chosen,
         {pattern: None if value is None else check(value) for pattern, value in config.items()},
     )
+
+
+def _check_signature(who: str, function: Callable[..., Any]) -> None:
+    """Raise a TypeError if a function cannot be called with a module and a name."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(None, "")
+    except TypeError:
+        raise TypeError(
+            f"{who}: filter_fn must be a function of (module, name), got one of {signature}"
+        ) from None
 
 
 def _checked_patterns(who: str, filter_fn: Any) -> tuple[str, ...]:

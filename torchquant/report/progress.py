@@ -30,21 +30,20 @@ def track(items: Iterable[Item], text: str, shown: bool | None = None) -> Iterat
         [1, 2, 3]
     """
     items = items if isinstance(items, Sequence) else [*items]
-    console = None if shown is False else Console(stderr=True, force_terminal=shown)
-    if console is None or not (shown or console.is_terminal or console.is_jupyter):
-        yield from items
-        return
     start, done = monotonic(), 0
-    while done < len(items) and not shown and monotonic() - start < _PATIENCE:
+    while done < len(items) and not shown and (shown is False or monotonic() - start < _PATIENCE):
         yield items[done]
         done += 1
-    if done == len(items):
+    rest = items[done:]
+    console = Console(stderr=True, force_terminal=shown)
+    if not rest or not (shown or console.is_terminal or console.is_jupyter):
+        yield from rest
         return
     from rich.progress import Progress  # takes time to import, and short work does without it
 
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(text, total=len(items), completed=done)
-        for item in items[done:]:
+        for item in rest:
             yield item
             bar.advance(task)
 
