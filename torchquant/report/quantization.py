@@ -54,7 +54,8 @@ class LayerReport(RowReport):
         return self.action == "float" or (self.action == "skipped" and not self.already)
 
     def key(self) -> Any:
-        return self.kind, self.action, self.shape, self.family, self.already
+        shape = () if self.action == "float" else self.shape
+        return self.kind, self.action, shape, self.family, self.already
 
 
 @dataclass(frozen=True)

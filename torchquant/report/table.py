@@ -51,6 +51,7 @@ def table_or_lines(
         yield from _two_lines(lines, columns)
         return
     kept = _fitting(lines, columns, width)
+    fits = _total(lines, kept) <= width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in kept:
         table.add_column(
@@ -58,6 +59,7 @@ def table_or_lines(
             justify="right" if column.right else "left",
             overflow="fold",
             no_wrap=not column.folds,
+            min_width=_needs(lines, column) if fits else None,
         )
     for line in lines:
         table.add_row(*(Text(column.cell(line)) for column in kept), style=_style(line))
@@ -67,12 +69,17 @@ def table_or_lines(
 def _fitting(lines: Sequence[Any], columns: Sequence[Column], width: int) -> list[Column]:
     """The columns without those that leave no room for readable names and reasons."""
     kept = [column for column in columns if any(column.cell(line) for line in lines)]
-    while sum(_needs(lines, column) + _PADDING for column in kept) > width + _PADDING:
+    while _total(lines, kept) > width:
         last = max(kept, key=lambda column: column.drops)
         if not last.drops:
             break
         kept.remove(last)
     return kept
+
+
+def _total(lines: Sequence[Any], columns: Sequence[Column]) -> int:
+    """The width of a table whose names and reasons are readable."""
+    return sum(_needs(lines, column) + _PADDING for column in columns)
 
 
 def _needs(lines: Sequence[Any], column: Column) -> int:
