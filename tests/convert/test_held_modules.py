@@ -69,10 +69,19 @@ def test_what_cannot_be_replaced_is_noted(hold: Any) -> None:
     model = Holder(hold, lambda held, x: x)
     (note, *_) = quantize_(model).notes
     assert note.startswith(
-        "Still computes with the float layer, because a Python object that is no module holds it: "
+        "Still computes with the old layer, because a Python object that is no module holds it: "
         "held"
     )
     assert "(fc)" in note
+
+
+def test_to_float_notes_what_it_cannot_replace() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_(model)
+    layer = model[0]
+    model.call = lambda x: layer(x)
+    (note,) = to_float_(model).notes
+    assert note.startswith("Still computes with the old layer") and note.endswith(": call (0).")
 
 
 def test_a_layer_that_stays_in_float_needs_no_note() -> None:
@@ -125,3 +134,21 @@ def test_containers_of_any_depth() -> None:
     model.deep = [[[[[[[[model[0]]]]]]]]]
     assert quantize_(model).notes == ()
     assert model.deep[0][0][0][0][0][0][0][0] is model[0]
+
+
+def test_objects_of_the_library_are_left_alone() -> None:
+    """Layers that are computed together know each other; that is no second use."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) @ self.k(x).transpose(-1, -2)
+
+    model = Attention().eval()
+    report = quantize_(model)
+    assert report.fusions
+    assert held_modules(model) == {}
+    assert to_float_(model).notes == ()

@@ -124,7 +124,7 @@ def in_float(model: nn.Module) -> set[object]:
 
 def check(report: QuantizationReport, before: dict[object, int], model: nn.Module) -> None:
     assert report.parameters == sum(before.values())
-    floating = sum(row.parameters for row in report if row.stays_float)  # type: ignore[attr-defined]
+    floating = sum(row.parameters for row in report if row.stays_float)
     still = in_float(model)
     assert floating == sum(count for key, count in before.items() if key in still)
     assert floating == sum(report.float_families.values())
@@ -177,7 +177,7 @@ ROWS = {
 def test_the_row_of_a_module_without_an_integer_path(name: str) -> None:
     where, family, reason = ROWS[name]
     row = quantize_(MODELS[name]())[where]
-    assert (row.action, row.family, row.reason) == ("float", family, reason)  # type: ignore[attr-defined]
+    assert (row.action, row.family, row.reason) == ("float", family, reason)
 
 
 def test_experts_are_in_the_summary() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.convert.account import Account
+from torchquant.convert.account import Account, library_notes
 from torchquant.convert.plan import Step
 from torchquant.convert.selection import Selection
 from torchquant.graph.held import held_modules
@@ -78,22 +78,32 @@ def no_layers(done: str) -> str:
     return f"The model has no {names} layers; there was nothing to {done}."
 
 
-def plan_notes(model: nn.Module, steps: Sequence[Step], done: str) -> Iterator[str]:
+def kept_notes(steps: Iterable[Step]) -> Iterator[str]:
+    """A note on the references to old layers that could not be replaced."""
+    kept = [f"{place} ({step.name})" for step in steps for place in step.kept]
+    if kept:
+        yield (
+            "Still computes with the old layer, because a Python object that is no module holds "
+            f"it: {', '.join(kept)}."
+        )
+
+
+def plan_notes(
+    model: nn.Module, steps: Sequence[Step], account: Account, done: str
+) -> Iterator[str]:
     """Notes on a model whose layers were replaced according to a plan.
 
     Args:
         model: the model.
         steps: the steps, after they were carried out.
+        account: the account of the model.
         done: the verb to name, for example "quantize".
     """
-    if not steps:
+    libraries = library_notes(account.others)
+    yield from libraries
+    if not steps and not libraries:
         yield no_layers(done)
-    kept = [f"{place} ({step.name})" for step in steps for place in step.kept]
-    if kept:
-        yield (
-            "Still computes with the float layer, because a Python object that is no module holds "
-            f"it: {', '.join(kept)}."
-        )
+    yield from kept_notes(steps)
     registered = {id(module) for module in model.modules()}
     hidden = [
         held.name

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.configs import QuantizationConfig
-from torchquant.convert.account import account_of, library_notes
+from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, find_layers, plan_layers
@@ -125,8 +125,8 @@ def prepare_qat_(
     names = {id(module): name for name, module in model.named_modules()}
     fusions = fuse_activations(model, new_layers.values(), names, only=("relu",))
     layers, others = account.filled(rows)
-    first_notes = (*sentences(problems), *library_notes(account.others))
-    notes = (*first_notes, *plan_notes(model, plan, "prepare"), *_notes(plan), *edge_notes)
+    general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
+    notes = (*general, *_notes(plan), *edge_notes)
     return QuantizationReport(
         layers, bytes_before, tensor_bytes(model), notes, tuple(fusions), "prepared", others
     )
@@ -186,7 +186,7 @@ def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationR
         rows.append(step.replaced(new, "converted", step.untied))
         if new is not None:
             new.fuse_activation(bool(fused))
-    notes += plan_notes(model, plan, "convert")
+    notes += plan_notes(model, plan, account, "convert")
     fusions = tuple(_together(model, list(new_layers.values())))
     layers, others = account.filled(rows)
     return QuantizationReport(

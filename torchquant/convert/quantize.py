@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
-from torchquant.convert.account import Account, account_of, library_notes
+from torchquant.convert.account import Account, account_of
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
@@ -214,8 +214,7 @@ def _notes(
     model: nn.Module, plan: list[Step], account: Account, problems: list[str]
 ) -> Iterator[str]:
     yield from sentences(problems)
-    yield from library_notes(account.others)
-    yield from plan_notes(model, plan, "quantize")
+    yield from plan_notes(model, plan, account, "quantize")
     untied = [step.name for step in plan if step.tied and not step.skip]
     if untied:
         yield untied_note(untied)

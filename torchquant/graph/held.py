@@ -64,6 +64,8 @@ def held_modules(model: nn.Module) -> dict[int, list[Held]]:
     found: dict[int, list[Held]] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
+        if _is_ours(type(module)):
+            continue
         values = vars(module)
         for attribute, value in [*values.items()]:
             if attribute in _BASE or _is(value, _PLAIN):
@@ -87,6 +89,8 @@ def _visit(
         return
     if _is(value, _PLAIN) or depth == 0 or id(value) in seen:
         return
+    if _is_ours(value if _is(value, types.FunctionType) else type(value)):
+        return  # an object of this library, which follows its layers by itself
     seen.add(id(value))
     deeper = depth if _is(value, _CONTAINERS) else depth - 1
     for text, item, inside, at in _parts(value, container, key):
@@ -121,6 +125,11 @@ def _parts(value: Any, container: Any, key: Any) -> Iterator[tuple[Any, Any, Any
             attributes = object.__getattribute__(value, "__dict__")
             if type(attributes) is dict:
                 yield from ((f".{at}", item, None, None) for at, item in [*attributes.items()])
+
+
+def _is_ours(thing: type | types.FunctionType) -> bool:
+    """True for classes and functions of this library."""
+    return str(thing.__module__).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _place(key: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchquant.report.base import NAME, RESULT, Report, RowLine, RowReport
 from torchquant.report.folding import Line, fold_items
@@ -128,6 +128,12 @@ class QuantizationReport(Report):
     def rows(self) -> tuple[LayerReport, ...]:  # type: ignore[override]
         """All rows: ``layers`` and ``others``."""
         return self.layers + self.others
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[LayerReport]: ...
+
+        def __getitem__(self, name: str) -> LayerReport: ...
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
