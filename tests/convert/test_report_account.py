@@ -180,6 +180,14 @@ def test_the_row_of_a_module_without_an_integer_path(name: str) -> None:
     assert (row.action, row.family, row.reason) == ("float", family, reason)
 
 
+def test_a_parametrized_module_has_one_row() -> None:
+    model = MODELS["parametrized"]()
+    elements_of_conv = sum(p.numel() for p in model[1].parameters())
+    report = quantize_(model)
+    assert [row.name for row in report] == ["0", "2", "1"]
+    assert report["1"].parameters == elements_of_conv == 8 * 8 * 3 + 8 + 8
+
+
 def test_experts_are_in_the_summary() -> None:
     model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64), Experts(), nn.LayerNorm(64))
     summary = quantize_(model).summary()

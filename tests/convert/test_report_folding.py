@@ -84,6 +84,12 @@ def test_fusions_in_a_sequential_keep_their_numbers() -> None:
     assert str(report).splitlines()[1:] == ["fused: {0,2,4} with {1,3,5} (relu) (3 times)"]
 
 
+def test_a_name_with_two_linked_numbers_is_not_folded() -> None:
+    pairs = [(f"a.{i}", f"b.{i}.{i}") for i in (0, 1)]
+    lines = fold_items(pairs, lambda pair: pair)
+    assert [line.names for line in lines] == pairs, "b.{0,1}.{0,1} would stand for four names"
+
+
 def test_fold_of_lines() -> None:
     lines = [f"left: blocks.{i}.norm (Norm): 2 of 3 differ" for i in range(3)]
     assert list(fold([*lines, "head"])) == [

@@ -51,7 +51,9 @@ def test_float_modules_of_torch_ao() -> None:
         torch.ao.quantization.QuantWrapper(nn.Linear(64, 64)),
         LinearReLU(nn.Linear(64, 64), nn.ReLU()),
     )
-    assert set(outcome(quantize_(model)).values()) == {"quantized"}
+    report = quantize_(model)
+    assert set(outcome(report).values()) == {"quantized"}
+    assert report.others == ()
 
 
 @pytest.mark.filterwarnings("ignore")
