@@ -4,7 +4,7 @@ Example:
     >>> import torch, torchquant
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256))
     >>> print(torchquant.quantize_(model).summary())
-    1 quantized, 0 skipped; model 257.00 KiB -> 68.00 KiB (3.78x smaller)
+    1 quantized (100 % of parameters), 0 skipped; model 257.00 KiB -> 68.00 KiB (3.78x smaller)
 
 - :func:`quantize_` replaces the linear layers of a model by int8 layers, in place;
   :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention.
@@ -39,7 +39,7 @@ from torchquant.files.save import save
 from torchquant.integrations.transformers.attention import replace_attention_
 from torchquant.nn import QATLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
-from torchquant.report import FusionReport, LayerReport, QuantizationReport
+from torchquant.report import FusionReport, LayerReport, QuantizationReport, Report, RowReport
 from torchquant.scheme import (
     Granularity,
     PerAxis,
@@ -92,6 +92,8 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationReport",
     "QuantizedLinear",
+    "Report",
+    "RowReport",
     "Static",
     "TrainingConfig",
     "VerifyReport",

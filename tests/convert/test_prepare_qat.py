@@ -178,8 +178,13 @@ def test_a_tied_head_is_trained_tied_and_converted_untied() -> None:
     assert model.head.weight is model.embedding.weight
     trained = copy.deepcopy(model)
     report = convert_(model)
-    assert outcome(report) == {"body": "converted", "head": "converted: untied"}
-    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
+    assert outcome(report) == {
+        "body": "converted",
+        "head": "converted: untied from embedding.weight",
+    }
+    assert report.notes == (
+        "Has its own integer copy of a shared weight, which training does not change: head.",
+    )
     assert torch.equal(model.embedding.weight, trained.embedding.weight)
     assert verify(trained, model, [tokens()]).exact
 
@@ -331,9 +336,10 @@ def test_an_error_halfway_does_not_change_the_model(monkeypatch: pytest.MonkeyPa
             "ranges give the default, and QATConfig(learned_activations=True) the other",
         ),
         (
-            (nn.Sequential(), None, ["head"]),
+            (nn.Sequential(), None, [3]),
             TypeError,
-            "prepare_qat_: filter_fn must be a function of (module, name), got ['head']",
+            "prepare_qat_: filter_fn must be a function of (module, name), a name pattern such as "
+            "'encoder.*', or a list of patterns, got [3]",
         ),
     ],
     ids=["linear", "prepared", "dict", "text", "narrow", "list"],
@@ -355,4 +361,4 @@ def test_a_model_without_linear_layers() -> None:
 def test_learned_steps_are_announced() -> None:
     report = prepare_qat_(Classifier(), CONFIGS["w4a4_learned"])
     assert "create the optimizer now" in report.notes[0]
-    assert "4 prepared, 1 skipped; model" in str(report)
+    assert "4 prepared (89 % of parameters), 1 skipped; 11 % stay in float: " in report.summary()

@@ -102,8 +102,13 @@ def test_a_tied_head_is_untied_and_reported() -> None:
     weight = model.embedding.weight
     values = weight.detach().clone()
     report = quantize_(model)
-    assert outcome(report) == {"body": "quantized", "head": "quantized: untied"}
-    assert report.notes == ("No longer shares its weight; has its own integer copy: head.",)
+    assert outcome(report) == {
+        "body": "quantized",
+        "head": "quantized: untied from embedding.weight",
+    }
+    assert report.notes == (
+        "Has its own integer copy of a shared weight, which training does not change: head.",
+    )
     assert model.embedding.weight is weight
     assert torch.equal(weight, values)
     assert model(torch.arange(5)).shape == (5, 100)
@@ -113,16 +118,27 @@ def test_a_tie_by_memory_alone() -> None:
     model = nn.ModuleDict({"head": nn.Linear(64, 100, bias=False)})
     model["embedding"] = nn.Embedding(100, 64, _weight=model["head"].weight)
     assert model["embedding"].weight is not model["head"].weight
-    report = quantize_(model)
-    assert outcome(report) == {"head": "quantized: untied"}
-    assert report.bytes_before == 100 * 64 * 4
+    before = 100 * 64 * 4
+    report = quantize_(model)  # an integer copy beside the embedding would only add memory
+    assert outcome(report) == {
+        "head": "skipped: shares its weight with embedding.weight; an integer copy would make the "
+        "model larger than in float"
+    }
+    assert report.bytes_after == report.bytes_before == before
+    report = quantize_(model, filter_fn="head", strict=True)
+    assert outcome(report) == {"head": "quantized: untied from embedding.weight"}
+    assert report.bytes_before == before
+    assert report.summary().endswith("x larger)")
 
 
 def test_two_linears_that_share_a_weight() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
     report = quantize_(model)
-    assert outcome(report) == {"0": "quantized: untied", "1": "quantized: untied"}
+    assert outcome(report) == {
+        "0": "quantized: untied from 1.weight",
+        "1": "quantized: untied from 0.weight",
+    }
     assert torch.equal(model[0].qweight, model[1].qweight)
     assert not torch.equal(model[0].bias, model[1].bias)
     # Before: one float weight and two biases. After: two of each.

@@ -103,12 +103,18 @@ def test_a_filter_fn_that_raises_does_not_change_the_model() -> None:
             f"call it: {Config.__name__}()",
         ),
         (
-            (nn.Sequential(), None, ["head"]),
+            (nn.Sequential(), None, [3]),
             TypeError,
-            "quantize_: filter_fn must be a function of (module, name), got ['head']",
+            "quantize_: filter_fn must be a function of (module, name), a name pattern such as "
+            "'encoder.*', or a list of patterns, got [3]",
+        ),
+        (
+            (nn.Sequential(), None, lambda module: True),
+            TypeError,
+            "quantize_: filter_fn must be a function of (module, name), got one of (module)",
         ),
     ],
-    ids=["linear", "quantized", "dict", "text", "class", "list"],
+    ids=["linear", "quantized", "dict", "text", "class", "list", "lambda"],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as raised:

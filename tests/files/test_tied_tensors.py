@@ -70,7 +70,7 @@ def test_a_file_that_contradicts_a_tie_is_refused(path: Path) -> None:
 
 def test_an_untied_head(path: Path) -> None:
     model = trained()
-    assert quantize_(model).layers[-1].reason == "untied"
+    assert quantize_(model).layers[-1].reason == "untied from embedding.weight"
     save(model, path)
     other = load(path, LanguageModel().eval())
     assert isinstance(other.head, QuantizedLinear)

@@ -56,7 +56,7 @@ class NormsReport:
         >>> names = [f"blocks.{index}.norm" for index in range(6)]
         >>> print(NormsReport(tuple(NormReport(name, "LayerNorm", "replaced") for name in names)))
         6 of 6 norms replaced
-        replaced: blocks.*.norm (LayerNorm) (6 times)
+        replaced: blocks.{0..5}.norm (LayerNorm) (6 times)
     """
 
     norms: tuple[NormReport, ...]

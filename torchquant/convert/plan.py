@@ -6,14 +6,18 @@ unchanged.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchquant.convert.account import Other
+from torchquant.convert.adapters import adapter_reasons
+from torchquant.convert.families import other_library
+from torchquant.convert.selection import Selection
+from torchquant.graph.held import Held, held_modules
 from torchquant.graph.modules import (
     memory_key,
     owners_by_module,
@@ -21,13 +25,12 @@ from torchquant.graph.modules import (
     tensor_bytes,
 )
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.kinds import Kind, kind_of, kinds, weight_shape
-from torchquant.report import Action, LayerReport
+from torchquant.nn.kinds import Kind, kind_of, weight_shape
+from torchquant.report import LayerReport
+from torchquant.report.quantization import Action
 
-FilterFn = Callable[[nn.Module, str], bool]
-Reason = Callable[[Any], str | None]
+Reason = Callable[["Step"], str | None]
 Classes = type[nn.Module] | tuple[type[nn.Module], ...]
-Refusal = Callable[[nn.Module, Kind], str | None]
 
 
 @dataclass
@@ -47,7 +50,13 @@ class Step:
     asked: bool = False
     refusal: str | None = None  # the reason why it cannot be changed
     leave: str | None = None  # the reason why it should not be changed, although it could
+    config: Any = None  # what the verb makes of it
+    pattern: str | None = None  # the key under which config was given
     tied: bool = False
+    tied_to: list[str] = field(default_factory=list)  # other parameters with the weight's memory
+    bias_tied_to: list[str] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)  # references from plain Python objects
+    kept: list[str] = field(default_factory=list)  # those that still hold the old layer
     dtype: torch.dtype = torch.float32  # of the float weight
 
     @property
@@ -56,22 +65,35 @@ class Step:
         return self.names[0]
 
     @property
+    def already(self) -> bool:
+        """True if the layer was quantized or prepared before the verb."""
+        return isinstance(self.module, (QuantizedModule, TrainedModule))
+
+    @property
     def skip(self) -> str | None:
         """The reason why the layer stays unchanged, or None if it will be changed."""
         return self.leave or self.refusal
 
+    @property
+    def untied(self) -> str:
+        """The remark on a layer that does not share its weight any more; empty if it never did."""
+        return f"untied from {', '.join(self.tied_to)}" if self.tied else ""
+
     def remark(self, done: str = "") -> str:
         """The remark for the report; ``done`` is the remark on a layer that was changed."""
         parts = [self.skip or done]
+        if not self.skip and self.bias_tied_to:
+            parts.append(f"bias tied to {', '.join(self.bias_tied_to)}")
+        if not self.skip and self.pattern is not None:
+            parts.append(f"as {self.pattern!r}")
         if len(self.names) > 1:
             parts.append(f"also at {', '.join(self.names[1:])}")
         return "; ".join(part for part in parts if part)
 
     def skipped(self) -> LayerReport:
         """The row of the report for a layer that stays unchanged."""
-        kind, size = type(self.module).__name__, tensor_bytes(self.module)
-        shape = weight_shape(self.module)
-        return LayerReport(self.name, kind, "skipped", self.remark(), shape, size, size)
+        size = tensor_bytes(self.module)
+        return self._row(self.module, "skipped", self.remark(), size, size, self.already)
 
     def replaced(self, new: nn.Module | None, action: Action, remark: str = "") -> LayerReport:
         """Replace the layer by ``new``, or leave it if ``new`` is None; return the report's row."""
@@ -79,10 +101,31 @@ class Step:
             return self.skipped()
         old, before = self.module, tensor_bytes(self.module)
         replace_module(self.owners, old, new)
+        self.kept = [held.name for held in self.held if not held.replace(new)]
+        self.held = []  # they would keep the old layer in memory
         self.module = new
-        shape, after = weight_shape(new), tensor_bytes(new)
-        kind = type(old).__name__
-        return LayerReport(self.name, kind, action, self.remark(remark), shape, before, after)
+        return self._row(old, action, self.remark(remark), before, tensor_bytes(new))
+
+    def _row(
+        self,
+        old: nn.Module,
+        action: Action,
+        remark: str,
+        before: int,
+        after: int,
+        already: bool = False,
+    ) -> LayerReport:
+        return LayerReport(
+            self.name,
+            type(old).__name__,
+            action,
+            remark,
+            weight_shape(self.module),
+            before,
+            after,
+            family=self.kind.name,
+            already=already or other_library(self.module) is not None,
+        )
 
 
 def check_model(
@@ -137,51 +180,52 @@ def check_model(
         )
 
 
-def check_filter(who: str, filter_fn: FilterFn | None) -> None:
-    """Raise if ``filter_fn`` cannot be called.
-
-    Raises:
-        TypeError: filter_fn is neither None nor callable; the message starts with ``who``.
-
-    Example:
-        >>> check_filter("quantize_", lambda module, name: name != "head")
-    """
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"{who}: filter_fn must be a function of (module, name), got {filter_fn!r}")
-
-
 def plan_layers(
-    model: nn.Module, filter_fn: FilterFn | None, done: Reason, refusal: Refusal
+    model: nn.Module, selection: Selection[Any], done: Reason, refusal: Reason
 ) -> list[Step]:
     """Return a step for each layer of a model that belongs to a kind, in the order of the modules.
 
     Args:
         model: the model that contains the layers.
-        filter_fn: called with each float layer and each of its names; returns True for layers to
-            change.
-        done: takes a quantized or trained layer; returns the reason why it stays unchanged, or
-            None.
-        refusal: takes a float layer and its kind; returns the reason why it cannot be changed, or
+        selection: which float layers to change, and their configurations. A function is called
+            with each layer and each of its names.
+        done: takes the step of a quantized or trained layer; returns the reason why it stays
+            unchanged, or None.
+        refusal: takes the step of a float layer; returns the reason why it cannot be changed, or
             None.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-        >>> steps = plan_layers(model, None, lambda module: None, lambda module, kind: None)
+        >>> from torchquant.convert.selection import selection
+        >>> everything = selection("quantize_", None, "int8", str)
+        >>> steps = plan_layers(model, everything, lambda step: None, lambda step: None)
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to benefit')]
     """
     read = _read_elsewhere(model)
     steps = find_layers(model)
-    for step in steps:
+    adapters = adapter_reasons(model, (step.module for step in steps))
+    pairs = [(step.module, step.names) for step in steps]
+    marked = [id(step.module) in adapters for step in steps]
+    named = selection.filter.selects_only(marked, pairs) if any(marked) else set()
+    for place, step in enumerate(steps):
         module, kind = step.module, step.kind
-        if isinstance(module, (QuantizedModule, TrainedModule)):
-            step.leave = done(module)
+        if step.already:
+            step.leave = done(step)
             continue
-        step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
-        step.refusal = read.get(id(module)) or refusal(module, kind)
+        step.asked = selection.filter.selects(module, step.names)
         if not step.asked:
             step.leave = "filter_fn"
-        elif filter_fn is None and not step.refusal and kind.too_small(module):
+            continue
+        step.pattern, step.config, step.leave = selection.config_of(step.names)
+        if step.leave:
+            step.asked = False
+            continue
+        in_particular = selection.filter.chooses or selection.named_in_full(step.names)
+        step.refusal = other_library(module) or read.get(id(module)) or refusal(step)
+        if marked[place] and place not in named and not selection.named_in_full(step.names):
+            step.leave = adapters[id(module)]
+        elif not in_particular and not step.refusal and kind.too_small(module):
             step.leave = "too small to benefit"
     return steps
 
@@ -199,41 +243,69 @@ def find_layers(model: nn.Module, classes: Classes = nn.Module) -> list[Step]:
         >>> [step.names for step in find_layers(nn.Sequential(linear, linear))]
         [['0', '1']]
     """
-    owners = owners_by_module(model)
-    uses = Counter(
-        memory_key(p)
-        for module in model.modules()
-        for p in module._parameters.values()
-        if p is not None
-    )
+    owners, held = owners_by_module(model), held_modules(model)
+    uses: dict[Hashable, list[str]] = {}
     layers: dict[int, Step] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                uses.setdefault(memory_key(parameter), []).append(f"{name}.{key}".lstrip("."))
     for name, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
         if kind is not None and isinstance(module, classes):
-            step = Step([], module, kind, owners.get(id(module), []))
+            places = held.get(id(module), [])
+            step = Step([], module, kind, owners.get(id(module), []), held=places)
             layers.setdefault(id(module), step).names.append(name)
     for step in layers.values():
-        weight = step.module._parameters.get("weight")
-        step.tied = weight is not None and uses[memory_key(weight)] > 1
+        step.tied_to = _others(step, "weight", uses)
+        step.bias_tied_to = _others(step, "bias", uses)
+        step.tied = bool(step.tied_to)
     return list(layers.values())
 
 
-def check_strict(who: str, steps: Iterable[Step]) -> None:
-    """Raise if a layer that was selected cannot be changed.
+def _others(step: Step, name: str, uses: dict[Hashable, list[str]]) -> list[str]:
+    """Names of the other parameters that share the memory of a layer's parameter."""
+    parameter = step.module._parameters.get(name)
+    if parameter is None:
+        return []
+    own = f"{step.name}.{name}".lstrip(".")
+    return [use for use in uses[memory_key(parameter)] if use != own]
+
+
+def check_strict(
+    who: str,
+    steps: Iterable[Step],
+    others: Iterable[Other] = (),
+    problems: Sequence[str] = (),
+) -> None:
+    """Raise if something that was asked for cannot be done.
+
+    Args:
+        who: the name of the verb, with which the message starts.
+        steps: the layers of a kind.
+        others: the modules of other kinds.
+        problems: what the arguments of the verb ask for and no module has.
 
     Raises:
-        ValueError: such layers exist; the message names the layers and the reasons.
+        ValueError: there is such a thing; the message names the layers and the reasons.
 
     Example:
         >>> check_strict("quantize_", [])
     """
-    refused = [step for step in steps if step.asked and step.refusal]
+    refused = [f"{step.name}: {step.refusal}" for step in steps if step.asked and step.refusal]
+    refused += [
+        f"{other.name}: {other.reason}" for other in others if other.asked and not other.is_norm
+    ]
     if refused:
-        listing = "; ".join(f"{step.name}: {step.refusal}" for step in refused)
         raise ValueError(
             f"{who}: with strict=True every selected layer must be quantizable, got "
-            f"{len(refused)} that cannot be quantized ({listing}); exclude them with filter_fn, or "
-            "pass strict=False to leave them in float"
+            f"{len(refused)} that cannot be quantized ({'; '.join(refused)}); exclude them with "
+            "filter_fn, or pass strict=False to leave them in float"
+        )
+    if problems:
+        raise ValueError(
+            f"{who}: with strict=True the arguments must select layers of the model, but "
+            f"{'; '.join(problems)}; correct them, or pass strict=False"
         )
 
 
@@ -248,14 +320,3 @@ def _read_elsewhere(model: nn.Module) -> dict[int, str]:
                 linear = getattr(module, name, None)
                 layers[id(linear)] = "nn.TransformerEncoderLayer's fast path reads its weight"
     return layers
-
-
-def no_layers(done: str) -> str:
-    """The note for a model without layers of any kind; ``done`` is the verb to name.
-
-    Example:
-        >>> no_layers("quantize")
-        'The model has no linear layers; there was nothing to quantize.'
-    """
-    names = " or ".join(kind.name for kind in kinds())
-    return f"The model has no {names} layers; there was nothing to {done}."

@@ -11,42 +11,41 @@ The stages of training are in :mod:`torchquant.convert.stages`, the conversion b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from torchquant.configs import QuantizationConfig
+from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
-from torchquant.convert.plan import (
-    FilterFn,
-    Step,
-    check_filter,
-    check_model,
-    check_strict,
-    find_layers,
-    no_layers,
-    plan_layers,
-)
+from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
+from torchquant.convert.plan import Step, check_model, check_strict, find_layers, plan_layers
 from torchquant.convert.projections import group_projections
+from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
 from torchquant.report import FusionReport, QuantizationReport
+from torchquant.report.progress import track
 from torchquant.training.configuration import TrainingConfig, training_config
 from torchquant.training.layer_part import LayerPart
+
+AnyConfig = QuantizationConfig | TrainingConfig
 
 _IN_PLACE = "which cannot be replaced in place; use"
 
 
 def prepare_qat_(
     model: nn.Module,
-    config: QuantizationConfig | TrainingConfig | None = None,
+    config: AnyConfig | Mapping[str, AnyConfig | None] | None = None,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
+    *,
+    progress: bool | None = None,
 ) -> QuantizationReport:
     """Prepare a model's linear layers for quantization-aware training, in place.
 
@@ -65,20 +64,24 @@ def prepare_qat_(
         config: the configuration of the converted model, such as
             :func:`torchquant.Int8DynamicActivationInt8WeightConfig` (used for None) or
             :func:`torchquant.Int8StaticActivationInt8WeightConfig`; or a
-            :func:`torchquant.QATConfig`, which adds the options of training.
-        filter_fn: called with each linear-like layer and each of its names; returns True for layers
-            to prepare, including small ones. None selects all layers except those that are too
-            small to benefit.
-        strict: if True, raise before anything is changed if a selected layer cannot be prepared.
+            :func:`torchquant.QATConfig`, which adds the options of training. A dictionary gives
+            layers different configurations, by name or pattern, as in :func:`quantize_`.
+        filter_fn: selects the layers to prepare, including small ones: a function of
+            ``(module, name)``, a name pattern or a list of patterns, as in :func:`quantize_`. None
+            selects all layers except those that are too small to benefit.
+        strict: if True, raise before anything is changed if something that was asked for cannot be
+            done, as in :func:`quantize_`. False reports it.
+        progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
+            after two seconds.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
         TypeError: model is not a module or is scripted, config is not a configuration, or filter_fn
-            is not callable.
-        ValueError: model is a bare linear layer; no layer can be trained for config; or, with
-            ``strict``, a selected layer cannot be prepared.
+            is neither callable nor patterns.
+        ValueError: model is a bare linear layer; no layer can be trained for config; a pattern is
+            empty; or, with ``strict``, something that was asked for cannot be done.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
@@ -90,7 +93,7 @@ def prepare_qat_(
         fused: 0 with 1 (relu)
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> print(convert_(model).summary().partition(";")[0])
-        2 converted, 0 skipped
+        2 converted (100 % of parameters), 0 skipped
     """
     check_model(
         "prepare_qat_",
@@ -99,17 +102,20 @@ def prepare_qat_(
         quantized=f"{_IN_PLACE} its to_float() and then torchquant.nn.{{trained}}.from_float",
         floating=f"{_IN_PLACE} torchquant.nn.{{trained}}.from_float({{kind}}, config)",
     )
-    check_filter("prepare_qat_", filter_fn)
-    config = training_config("prepare_qat_", config)
-    plan = _plan(model, config, filter_fn)
+    chosen = selection(
+        "prepare_qat_", filter_fn, config, lambda value: training_config("prepare_qat_", value)
+    )
+    plan = _plan(model, chosen)
+    account = account_of(model, [step.module for step in plan])
+    problems = asked_problems(model, plan, account, chosen)
     if strict:
-        check_strict("prepare_qat_", plan)
+        check_strict("prepare_qat_", plan, account.others, problems)
     steps = [step for step in plan if step.skip is None]
-    edges, edge_notes = _edges(model, plan, config)
-    inner = _Edge(config.inner())
-    new_layers = {
-        id(step.module): _prepared(step, edges.get(id(step.module), inner).config) for step in steps
-    }
+    edges, edge_notes = _edges(model, plan)
+    new_layers: dict[int, TrainedModule] = {}
+    for step in track(steps, "prepare_qat_", progress):
+        edge = edges.get(id(step.module))
+        new_layers[id(step.module)] = _prepared(step, edge.config if edge else step.config.inner())
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
@@ -118,13 +124,15 @@ def prepare_qat_(
         rows.append(step.replaced(new, "prepared", edge.remark if edge else ""))
     names = {id(module): name for name, module in model.named_modules()}
     fusions = fuse_activations(model, new_layers.values(), names, only=("relu",))
-    notes = (*_notes(plan, config), *edge_notes)
+    layers, others = account.filled(rows)
+    general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
+    notes = (*general, *_notes(plan), *edge_notes)
     return QuantizationReport(
-        tuple(rows), bytes_before, tensor_bytes(model), notes, tuple(fusions), "prepared"
+        layers, bytes_before, tensor_bytes(model), notes, tuple(fusions), "prepared", others
     )
 
 
-def convert_(model: nn.Module) -> QuantizationReport:
+def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationReport:
     """Convert a prepared model into the quantized model to deploy, in place.
 
     Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` with
@@ -135,6 +143,8 @@ def convert_(model: nn.Module) -> QuantizationReport:
     Args:
         model: a model that :func:`prepare_qat_` prepared. A bare ``QATLinear`` cannot be replaced
             in place: use its ``to_quantized()``.
+        progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
+            after two seconds.
 
     Returns:
         A report; ``print`` it for a table.
@@ -165,19 +175,22 @@ def convert_(model: nn.Module) -> QuantizationReport:
             step.leave = "already quantized"
         elif not isinstance(step.module, TrainedModule):
             step.leave = "not prepared"
-    new_layers = {id(step.module): _converted(step) for step in steps}
-    notes = tuple(_conversion_notes(steps))
+    account = account_of(model, [step.module for step in plan])
+    new_layers = {id(step.module): _converted(step) for step in track(steps, "convert_", progress)}
+    notes = [*_conversion_notes(steps)]
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         new = new_layers.get(id(step.module))
         fused = step.module._fuses_activation if new is not None else False
-        rows.append(step.replaced(new, "converted", "untied" if step.tied else ""))
+        rows.append(step.replaced(new, "converted", step.untied))
         if new is not None:
             new.fuse_activation(bool(fused))
+    notes += plan_notes(model, plan, account, "convert")
     fusions = tuple(_together(model, list(new_layers.values())))
+    layers, others = account.filled(rows)
     return QuantizationReport(
-        tuple(rows), bytes_before, tensor_bytes(model), notes, fusions, "converted"
+        layers, bytes_before, tensor_bytes(model), tuple(notes), fusions, "converted", others
     )
 
 
@@ -192,14 +205,17 @@ class _Edge:
     remark: str = ""
 
 
-def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) -> list[Step]:
-    def done(module: Any) -> str | None:
+def _plan(model: nn.Module, chosen: Selection[TrainingConfig]) -> list[Step]:
+    def done(step: Step) -> str | None:
+        module: Any = step.module
         if isinstance(module, QuantizedModule):
             return "already quantized; to_float_(model) makes it trainable again"
-        other = "" if module.config == config else ", with another configuration"
+        config = chosen.config_of(step.names)[1]
+        other = "" if config is None or module.config == config else ", with another configuration"
         return f"already prepared{other}"
 
-    def refusal(module: nn.Module, kind: Kind) -> str | None:
+    def refusal(step: Step) -> str | None:
+        module, kind, config = step.module, step.kind, step.config
         if kind.trained is None:
             return f"{kind.name} layers cannot be trained for quantization"
         refused = kind.refusal(module) or kind.trained.config_refusal(config)
@@ -210,27 +226,26 @@ def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) 
             return None  # the simulation runs on any device
         return kind.value_refusal(module)
 
-    return plan_layers(model, filter_fn, done, refusal)
+    return plan_layers(model, chosen, done, refusal)
 
 
-def _edges(
-    model: nn.Module, plan: list[Step], config: TrainingConfig
-) -> tuple[dict[int, _Edge], list[str]]:
+def _edges(model: nn.Module, plan: list[Step]) -> tuple[dict[int, _Edge], list[str]]:
     """The configurations of the first and the last layer, by id, and notes on these layers."""
-    if config.edge_bits is None or not plan:
+    if not any(step.config is not None and step.config.edge_bits is not None for step in plan):
         return {}, []
     modules = [step.module for step in plan]
     order, problem = in_order(model, modules)
     if not order:
         order, problem = modules, problem or "no forward calls the layers"
-    edge = config.edge()
     remarks: dict[int, list[str]] = {}
     for place, module in (("first", order[0]), ("last", order[-1])):
         remarks.setdefault(id(module), []).append(place)
-    edges = {
-        key: _Edge(edge, f"{' and '.join(places)} layer, {config.edge_bits} bits")
-        for key, places in remarks.items()
-    }
+    edges = {}
+    for step in plan:
+        config, places = step.config, remarks.get(id(step.module))
+        if places and config is not None and config.edge_bits is not None:
+            remark = f"{' and '.join(places)} layer, {config.edge_bits} bits"
+            edges[id(step.module)] = _Edge(config.edge(), remark)
     notes = [
         f"{step.name} is the model's {' and '.join(remarks[id(step.module)])} {step.kind.name} "
         f"layer but is left unchanged: {step.skip}."
@@ -245,17 +260,15 @@ def _edges(
     return edges, notes
 
 
-def _notes(plan: list[Step], config: TrainingConfig) -> Iterator[str]:
+def _notes(plan: list[Step]) -> Iterator[str]:
     steps = [step for step in plan if step.skip is None]
-    if not plan:
-        yield no_layers("prepare")
     tied = [step.name for step in steps if step.tied]
     if tied:
         yield (
             "Shares its weight with another module during training, and gets its own integers in "
             f"convert_: {', '.join(tied)}."
         )
-    if steps and config.learned:
+    if any(step.config.learned for step in steps):
         yield (
             "Learned steps are new parameters: create the optimizer now, with "
             "torchquant.parameter_groups(model, weight_decay)."
@@ -277,7 +290,7 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
         )
     untied = [step.name for step in steps if step.tied]
     if untied:
-        yield f"No longer shares its weight; has its own integer copy: {', '.join(untied)}."
+        yield untied_note(untied)
 
 
 # ---------------------------------------------------------------- the new layers

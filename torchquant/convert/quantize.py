@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
+from torchquant.convert.account import Account, account_of
 from torchquant.convert.activations import fuse_activations
-from torchquant.convert.plan import (
-    FilterFn,
-    Step,
-    check_filter,
-    check_model,
-    check_strict,
-    no_layers,
-    plan_layers,
-)
+from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
+from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.projections import group_projections
+from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.kinds import Kind
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
+from torchquant.report.progress import track
 from torchquant.training.configuration import TrainingConfig
 
 
 def quantize_(
     model: nn.Module,
-    config: QuantizationConfig | None = None,
+    config: QuantizationConfig | Mapping[str, QuantizationConfig | None] | None = None,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     *,
     fusion: Fusion | None = None,
+    progress: bool | None = None,
 ) -> QuantizationReport:
     """Quantize a model's linear layers, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks. Linear
-    layers that stay in float are reported with the reason: subclasses of ``nn.Linear``, weights
-    computed from other tensors, layers whose weight is read by another module
-    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``), layers too small to benefit. Layers
-    that are already quantized are reported and left unchanged. A weight that is shared with an
-    embedding is untied: the layer gets its own int8 copy. Modules of other kinds (convolutions,
-    embeddings, recurrent layers) stay in float and do not appear in the report.
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks. Every
+    parameter of the model is in one row of the report. Linear layers that stay in float have a
+    reason: subclasses of ``nn.Linear``, weights computed from other tensors, layers whose weight is
+    read by another module (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``), adapters
+    that are being trained, layers too small to benefit. Layers that are already quantized are left
+    unchanged. Modules of other kinds (convolutions, embeddings, recurrent layers, experts in one
+    parameter, norms) stay in float and are in the report's ``others``.
+
+    A weight that is shared with an embedding is untied: the layer gets its own int8 copy. If the
+    model would then be larger than in float, the layer stays in float, unless filter_fn selects it.
 
     The model may be on the CPU or on CUDA devices; each new layer is on the device of the old one.
 
@@ -54,22 +53,33 @@ def quantize_(
         model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
             use :meth:`torchquant.nn.QuantizedLinear.from_float`.
         config: the configuration of the quantized layers; None is
-            :func:`torchquant.Int8DynamicActivationInt8WeightConfig`.
-        filter_fn: called with each linear-like layer and each of its names; returns True for layers
-            to quantize, including small ones. None selects all layers except those that are too
-            small to benefit.
-        strict: if True, raise before anything is changed if a selected layer cannot be quantized.
+            :func:`torchquant.Int8DynamicActivationInt8WeightConfig`. A dictionary gives layers
+            different configurations: its keys are names or patterns such as ``"encoder.*"``, its
+            values configurations, or None to leave layers in float. The first key that matches
+            decides; layers that no key matches stay in float.
+        filter_fn: selects the layers to quantize, including small ones: a function that is called
+            with each linear-like layer and each of its names, a name pattern such as
+            ``"encoder.*.q_proj"``, or a list of patterns, in which ``"!head"`` excludes. None
+            selects all layers except those that are too small to benefit; so does a list of
+            exclusions, for the other layers. A function is also called with the model itself, with
+            the name "", and with modules of other kinds, if there are any: one that selects a
+            convolution and not the model itself asks for that convolution.
+        strict: if True, raise before anything is changed if something that was asked for cannot be
+            done: a selected layer cannot be quantized, filter_fn selects a module of another kind
+            or no layer at all, or a pattern matches nothing. False reports it.
         fusion: what to compute together with the quantized layers; None is
             :class:`torchquant.Fusion` with its defaults, which change results only by rounding.
+        progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
+            after two seconds.
 
     Returns:
         A report; ``print`` it for a table.
 
     Raises:
         TypeError: model is not a module or is scripted, config is not a configuration, filter_fn is
-            not callable, or fusion is not a :class:`torchquant.Fusion`.
-        ValueError: model is a bare linear layer; config has static activations; or, with
-            ``strict``, a selected layer cannot be quantized.
+            neither callable nor patterns, or fusion is not a :class:`torchquant.Fusion`.
+        ValueError: model is a bare linear layer; config has static activations; a pattern is empty;
+            or, with ``strict``, something that was asked for cannot be done.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -78,6 +88,9 @@ def quantize_(
         [('0', 'quantized', ''), ('2', 'skipped', 'too small to benefit')]
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
+        >>> model = nn.ModuleDict({"body": nn.Linear(64, 64), "head": nn.Linear(64, 64)})
+        >>> quantize_(model, filter_fn="!head")["head"].reason
+        'filter_fn'
     """
     check_model(
         "quantize_",
@@ -89,16 +102,21 @@ def quantize_(
             "torchquant.nn.{quantized}.from_float({kind}, config)"
         ),
     )
-    check_filter("quantize_", filter_fn)
-    config = _check_config(config)
+    chosen = selection("quantize_", filter_fn, config, _check_config)
     fusion = check_fusion("quantize_", fusion)
-    plan = _plan(model, config, filter_fn)
+    plan = _plan(model, chosen)
+    account = account_of(model, [step.module for step in plan])
+    problems = asked_problems(model, plan, account, chosen)
     if strict:
-        check_strict("quantize_", plan)
+        check_strict("quantize_", plan, account.others, problems)
     bytes_before = tensor_bytes(model)
-    rows = tuple(_carry_out(step, config) for step in plan)
+    rows = _carry_out(model, plan, chosen, bytes_before, progress)
     fusions = tuple(_fuse(model, plan, fusion))
-    return QuantizationReport(rows, bytes_before, tensor_bytes(model), tuple(_notes(plan)), fusions)
+    layers, others = account.filled(rows)
+    notes = tuple(_notes(model, plan, account, problems))
+    return QuantizationReport(
+        layers, bytes_before, tensor_bytes(model), notes, fusions, others=others
+    )
 
 
 def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
@@ -117,27 +135,64 @@ def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
     return config
 
 
-def _plan(model: nn.Module, config: QuantizationConfig, filter_fn: FilterFn | None) -> list[Step]:
-    def done(module: Any) -> str | None:
+def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]:
+    def done(step: Step) -> str | None:
+        module: Any = step.module
         if isinstance(module, TrainedModule):
             return "prepared for training; convert_(model) quantizes it"
-        other = "" if module.config == config else ", with another configuration"
+        config = chosen.config_of(step.names)[1]
+        other = "" if config is None or module.config == config else ", with another configuration"
         return f"already quantized{other}"
 
-    def refusal(module: nn.Module, kind: Kind) -> str | None:
-        refused = kind.refusal(module) or kind.quantized.config_refusal(config)
-        return refused or kind.value_refusal(module)
+    def refusal(step: Step) -> str | None:
+        refused = step.kind.refusal(step.module) or step.kind.quantized.config_refusal(step.config)
+        return refused or step.kind.value_refusal(step.module)
 
-    return plan_layers(model, filter_fn, done, refusal)
+    return plan_layers(model, chosen, done, refusal)
 
 
-def _carry_out(step: Step, config: QuantizationConfig) -> LayerReport:
-    if step.skip is not None:
-        return step.skipped()
-    step.dtype = step.module.weight.dtype  # type: ignore[assignment]
-    new = step.kind.quantized.from_float(step.module, config)
-    # This releases the float weights now, not at the end of the plan.
-    return step.replaced(new, "quantized", "untied" if step.tied else "")
+def _carry_out(
+    model: nn.Module,
+    plan: list[Step],
+    chosen: Selection[QuantizationConfig],
+    bytes_before: int,
+    progress: bool | None,
+) -> list[LayerReport]:
+    """Replace the layers, and return their rows.
+
+    A layer whose float weight stays in use adds memory. Such layers come last, when it is clear
+    whether the model is then larger than it was.
+    """
+    weights = {f"{step.name}.weight" for step in plan if step.skip is None}
+    adding = [step.skip is None and not weights.issuperset(step.tied_to) for step in plan]
+    rows: dict[int, LayerReport] = {}
+    order = sorted(range(len(plan)), key=adding.__getitem__)
+    for place in track(order, "quantize_", progress):
+        step = plan[place]
+        if step.skip is not None:
+            rows[place] = step.skipped()
+            continue
+        step.dtype = step.module.weight.dtype  # type: ignore[assignment]
+        new = step.kind.quantized.from_float(step.module, step.config)
+        free = not (chosen.filter.chooses or chosen.named_in_full(step.names))
+        if adding[place] and free and tensor_bytes(model) + _added(step, new) > bytes_before:
+            step.leave = (
+                f"shares its weight with {', '.join(step.tied_to)}; an integer copy would make the "
+                "model larger than in float"
+            )
+            rows[place] = step.skipped()
+            continue
+        # This releases the float weights now, not at the end of the plan.
+        rows[place] = step.replaced(new, "quantized", step.untied)
+    return [rows[place] for place in range(len(plan))]
+
+
+def _added(step: Step, new: nn.Module) -> int:
+    """The bytes by which a layer whose float weight stays in use makes the model larger."""
+    bias = step.module._parameters.get("bias")
+    if bias is None or step.bias_tied_to:
+        return tensor_bytes(new)
+    return tensor_bytes(new) - bias.numel() * bias.element_size()
 
 
 def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[FusionReport]:
@@ -153,9 +208,11 @@ def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[Fusion
         yield from group_projections(model, layers, names)
 
 
-def _notes(plan: list[Step]) -> Iterator[str]:
-    if not plan:
-        yield no_layers("quantize")
+def _notes(
+    model: nn.Module, plan: list[Step], account: Account, problems: list[str]
+) -> Iterator[str]:
+    yield from sentences(problems)
+    yield from plan_notes(model, plan, account, "quantize")
     untied = [step.name for step in plan if step.tied and not step.skip]
     if untied:
-        yield f"No longer shares its weight; has its own integer copy: {', '.join(untied)}."
+        yield untied_note(untied)

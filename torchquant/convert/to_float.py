@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -67,7 +68,9 @@ def to_float_(model: nn.Module) -> QuantizationReport:
             parent._modules[attribute] = place.original.train(place.training)
     for module in model.modules():
         restore_activation_(module)
-    notes = () if steps else ("The model has no prepared or quantized layers; none was restored.",)
+    notes = tuple(kept_notes(steps))
+    if not steps:
+        notes = ("The model has no prepared or quantized layers; none was restored.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )

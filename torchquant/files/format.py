@@ -38,6 +38,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from torchquant.report.progress import track
+
 FORMAT = 3
 _OLDEST = 1
 KEY = "torchquant"
@@ -47,7 +49,7 @@ def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of a file's metadata (without the key ``sha256``) and tensors, in hexadecimal."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     hashed = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for key in sorted(tensors):
+    for key in track(sorted(tensors), "checksum"):
         tensor = tensors[key]
         hashed.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -16,6 +16,7 @@ from torchquant.files.format import read
 from torchquant.files.places import activation_places, checked_activations, new_layers
 from torchquant.files.ties import as_tied
 from torchquant.files.undo import undoing
+from torchquant.graph.held import held_modules
 from torchquant.graph.modules import owners_by_module, replace_module
 
 
@@ -70,7 +71,9 @@ def load(
     state = {**tensors, **{key: tensors[source] for key, source in header["aliases"].items()}}
     with refusing(path), undoing(model):
         owners = owners_by_module(model)
-        for old, new in new_layers(header, model):
+        held = held_modules(model)
+        replaced = new_layers(header, model)
+        for old, new in replaced:
             replace_module(owners[id(old)], old, new)
         for place, other in activation_places(header.get("absorbed", {}), model):
             for parent, attribute in owners[id(place)]:
@@ -80,6 +83,9 @@ def load(
         check_fit(state, current)
         ready = as_tied(state, current, header["layers"], target)
         model.load_state_dict(ready, strict=True, assign=True)
+    for old, new in replaced:  # nothing can fail any more
+        for reference in held.get(id(old), ()):
+            reference.replace(new)
     fuse_again(model, activations)
     group_again(model, header.get("projections", []))
     _warn_of_missing_buffers(model)
