@@ -39,7 +39,7 @@ from torchquant.files.save import save
 from torchquant.integrations.transformers.attention import replace_attention_
 from torchquant.nn import QATLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
-from torchquant.report import FusionReport, LayerReport, QuantizationReport
+from torchquant.report import FusionReport, LayerReport, QuantizationReport, Report, RowReport
 from torchquant.scheme import (
     Granularity,
     PerAxis,
@@ -92,6 +92,8 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationReport",
     "QuantizedLinear",
+    "Report",
+    "RowReport",
     "Static",
     "TrainingConfig",
     "VerifyReport",

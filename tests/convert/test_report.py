@@ -55,11 +55,15 @@ def test_all_text_is_printed_at_any_width(report: QuantizationReport, width: int
     text = printed(report, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    if width >= 72:  # a table: a word may be folded within its column
+    if width >= 72:  # a table: a word may be folded within its column, and columns may be left out
+        titles = text.split("\n")[1].split()
         for layer in report.layers:
-            assert " x ".join(map(str, layer.shape)) in text
-            assert human_bytes(layer.bytes_before) in text
             assert human_bytes(layer.bytes_after) in text
+            if "before" in titles:
+                assert human_bytes(layer.bytes_before) in text
+            if "weight" in titles:
+                assert " x ".join(map(str, layer.shape)) in text
+        assert ("before" in titles, "weight" in titles) == (width >= 80, width >= 100)
     else:
         together = "".join(text.split())
         for layer in report.layers:
@@ -125,7 +129,7 @@ def test_bytes_are_the_memory_of_the_tensors(dtype: torch.dtype) -> None:
 def test_notes_and_an_empty_report() -> None:
     text = str(quantize_(nn.Sequential(nn.ReLU())))
     assert text.splitlines() == [
-        "0 quantized, 0 skipped; model 0 B -> 0 B (1.00x smaller)",
+        "0 quantized, 0 skipped; model 0 B -> 0 B (same size)",
         "The model has no linear layers; there was nothing to quantize.",
     ]
 
@@ -138,8 +142,8 @@ def test_fusions_that_differ_only_in_numbers_share_a_line() -> None:
     alone = FusionReport("activation", ("head.1",), "", "not fused", "a reason")
     report = QuantizationReport((), 0, 0, ("A note.",), (*fusions, alone))
     assert str(report).splitlines() == [
-        "0 quantized, 0 skipped; model 0 B -> 0 B (1.00x smaller)",
-        "fused: layers.*.fc1 with layers.*.act2 (gelu) (3 times)",
+        "0 quantized, 0 skipped; model 0 B -> 0 B (same size)",
+        "fused: layers.{0,1,12}.fc1 with layers.{0,1,12}.act2 (gelu) (3 times)",
         "not fused: head.1: a reason",
         "A note.",
     ]

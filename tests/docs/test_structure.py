@@ -40,7 +40,6 @@ ROOT_FILES = {
     "observers.py",
     "py.typed",
     "qat.py",
-    "report.py",
     "scheme.py",
     "version.py",
 }
