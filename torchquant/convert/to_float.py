@@ -8,6 +8,7 @@ from torchquant.convert.plan import check_model, find_layers
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.norm_replacement import restore_norm
 from torchquant.report import QuantizationReport
 
 
@@ -16,7 +17,8 @@ def to_float_(model: nn.Module) -> QuantizationReport:
 
     The float layer of a :class:`torchquant.nn.QATLinear` has the same parameter objects. The float
     layer of a :class:`torchquant.nn.QuantizedLinear` has the values that the integers represent.
-    Activation modules that had become part of a layer are restored.
+    Activation modules that had become part of a layer are restored, and so are norms that
+    :func:`torchquant.replace_norms_` replaced.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -64,7 +66,11 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     for place in places:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
+    norms = sum(restore_norm(module) for module in model.modules())
     notes = () if steps else ("The model has no prepared or quantized layers; none was restored.",)
+    if norms:
+        have = "norm has its" if norms == 1 else "norms have their"
+        notes += (f"{norms} {have} own forward again.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )
