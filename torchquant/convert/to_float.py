@@ -67,7 +67,9 @@ def to_float_(model: nn.Module) -> QuantizationReport:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
     norms = sum(restore_norm(module) for module in model.modules())
-    notes = () if steps else ("The model has no prepared or quantized layers; none was restored.",)
+    notes: tuple[str, ...] = (
+        () if steps else ("The model has no prepared or quantized layers; none was restored.",)
+    )
     if norms:
         have = "norm has its" if norms == 1 else "norms have their"
         notes += (f"{norms} {have} own forward again.",)
