@@ -36,6 +36,8 @@ from torchquant.convert.stages import QATSchedule
 from torchquant.convert.to_float import to_float_
 from torchquant.files.load import load
 from torchquant.files.save import save
+from torchquant.integrations.peft.register import register_on_import as _register_peft
+from torchquant.integrations.pretrained import refuse_on_import as _refuse_save_pretrained
 from torchquant.integrations.transformers.attention import (
     AttentionReport,
     AttentionRow,
@@ -130,3 +132,6 @@ __all__ = [
     "to_float_",
     "verify",
 ]
+
+_register_peft()
+_refuse_save_pretrained()

@@ -35,24 +35,6 @@ def test_requires_grad_mode_and_hooks_do_not_change(
     assert calls == [1]
 
 
-def test_a_warning_names_buffers_that_are_not_saved(path: Path) -> None:
-    model = trained()
-    quantize_(model)
-    save(model, path)
-    with torch.device("meta"):
-        other = LanguageModel().eval()
-    with pytest.warns(UserWarning) as warned:
-        load(path, other)
-    assert [str(warning.message) for warning in warned] == [
-        "load: every buffer must have values for the model to run, but these non-persistent "
-        "buffers are not saved and are on the meta device: positions; set them, or build the model "
-        "on the CPU"
-    ]
-    assert warned[0].filename == __file__
-    other.positions = model.positions
-    assert torch.equal(other(TOKENS), model(TOKENS))
-
-
 def test_the_default_dtype_and_device_are_ignored(path: Path) -> None:
     model = saved_small(path, ASYMMETRIC)
     other = other_small()

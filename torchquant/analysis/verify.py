@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.analysis.pairs import left_in_float, pairs_of
 from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,12 +135,14 @@ class VerifyReport:
         outputs: the comparison of the outputs of the whole models.
         batches: number of batches.
         devices: the devices of the trained model and of the converted model.
+        left_in_float: names of the layers that ``convert_`` left in float, which are not compared.
     """
 
     layers: tuple[Comparison, ...]
     outputs: Comparison
     batches: int
     devices: tuple[str, str] = ("cpu", "cpu")
+    left_in_float: tuple[str, ...] = ()
 
     @property
     def differing_bits(self) -> int:
@@ -176,6 +178,8 @@ class VerifyReport:
             line += f"\nDevices: {self.devices[0]} (trained) and {self.devices[1]} (converted)"
         if self.first_difference is not None:
             line += f"\nFirst difference: {self.first_difference}"
+        if self.left_in_float:
+            line += f"\nNot compared, because left in float: {', '.join(self.left_in_float)}"
         if self.never_called:
             line += f"\nNot compared, because never called: {', '.join(self.never_called)}"
         return line
@@ -244,8 +248,9 @@ def verify(
         >>> report.exact, report.differing_bits
         (True, 0)
     """
-    pairs = _pairs(qat_model, quantized_model)
+    pairs = pairs_of(qat_model, quantized_model)
     layers = {name: Comparison(name) for name in pairs}
+    left = left_in_float(qat_model, quantized_model)
     outputs = Comparison("outputs of the models")
     called: dict[str, None] = {}
     places = tuple(_devices(model) for model in (qat_model, quantized_model))
@@ -293,7 +298,7 @@ def verify(
         raise ValueError("verify: batches must hold at least one batch, got none")
     order = [*called, *(name for name in layers if name not in called)]
     devices = tuple(", ".join(sorted(map(str, place))) for place in places)
-    return VerifyReport(tuple(layers[name] for name in order), outputs, count, devices)  # type: ignore[arg-type]
+    return VerifyReport(tuple(layers[name] for name in order), outputs, count, devices, left)  # type: ignore[arg-type]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -315,48 +320,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
-
-
-Layer = TrainedModule | QuantizedModule
-
-
-def _pairs(qat_model: nn.Module, quantized_model: nn.Module) -> dict[str, tuple[Layer, Layer]]:
-    for argument, model in (("qat_model", qat_model), ("quantized_model", quantized_model)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"verify: {argument} must be an nn.Module, got {type(model).__name__}")
-    ours, theirs = _layers(qat_model), _layers(quantized_model)
-    elsewhere = {m.device for m in ours.values()} != {m.device for m in theirs.values()}
-    trained = {n: m for n, m in ours.items() if isinstance(m, TrainedModule)}
-    converted = {n: m for n, m in theirs.items() if isinstance(m, QuantizedModule)}
-    if elsewhere:  # on different devices, copies of one model may be compared
-        trained = trained or ours  # type: ignore[assignment]
-        converted = converted or theirs  # type: ignore[assignment]
-    if not trained:
-        raise ValueError(
-            "verify: qat_model must hold layers that prepare_qat_ prepared, got none; keep a "
-            "copy.deepcopy of the model before convert_"
-        )
-    prepared = [
-        item for item in (*trained.items(), *theirs.items()) if isinstance(item[1], TrainedModule)
-    ]
-    floating = [name for name, layer in prepared if not bool(layer.quantize_enabled)]
-    if floating:
-        raise ValueError(
-            "verify: qat_model must compute with integers, got layers in the stage 'observe' "
-            f"({', '.join(floating)}); call torchquant.qat.train_(model) first"
-        )
-    missing = [name or "the model" for name in trained if name not in converted]
-    if missing:
-        raise ValueError(
-            "verify: quantized_model must be the converted qat_model, got one without a "
-            f"quantized layer at {', '.join(missing)}"
-        )
-    return {name: (layer, converted[name]) for name, layer in trained.items()}
-
-
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    kinds = (TrainedModule, QuantizedModule)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _devices(model: nn.Module) -> set[torch.device]:

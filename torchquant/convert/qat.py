@@ -24,6 +24,13 @@ from torchquant.convert.notes import asked_problems, plan_notes, sentences, unti
 from torchquant.convert.plan import Step, check_model, check_strict, find_layers, plan_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.selection import FilterFn, Selection, selection
+from torchquant.convert.unreached import (
+    UNREACHED,
+    activations_to_restore,
+    restore_activations,
+    unreached_layers,
+    unreached_notes,
+)
 from torchquant.graph.modules import tensor_bytes
 from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -132,7 +139,9 @@ def prepare_qat_(
     )
 
 
-def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationReport:
+def convert_(
+    model: nn.Module, strict: bool = False, *, progress: bool | None = None
+) -> QuantizationReport:
     """Convert a prepared model into the quantized model to deploy, in place.
 
     Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` with
@@ -140,9 +149,15 @@ def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationR
     keep their bits (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`,
     layers that are applied to the same tensor are computed together, which changes no bits.
 
+    A layer with static activations that no batch reached has no range (an expert without tokens, a
+    layer that dropped out in every step, a layer whose inputs were all 0). It becomes a float layer
+    again, and the report gives the reason. :func:`torchquant.quantize_` can then quantize it with
+    dynamic activations, which need no range.
+
     Args:
         model: a model that :func:`prepare_qat_` prepared. A bare ``QATLinear`` cannot be replaced
             in place: use its ``to_quantized()``.
+        strict: if True, raise before anything is changed if a layer has no range.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -152,8 +167,8 @@ def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationR
     Raises:
         TypeError: model is not a module, or is a scripted module.
         ValueError: model is a bare layer, contains no prepared layer, or contains a layer that
-            cannot be converted, for example because no range was observed. The message names the
-            layer; the model is unchanged.
+            cannot be converted; no layer has a range; or, with ``strict``, a layer has none. The
+            message names the layer; the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -175,17 +190,25 @@ def convert_(model: nn.Module, *, progress: bool | None = None) -> QuantizationR
             step.leave = "already quantized"
         elif not isinstance(step.module, TrainedModule):
             step.leave = "not prepared"
+    unreached = unreached_layers(steps, strict)
+    left = {id(step.module) for step in unreached}
+    steps = [step for step in steps if id(step.module) not in left]
+    restored = activations_to_restore(model, unreached)
     account = account_of(model, [step.module for step in plan])
     new_layers = {id(step.module): _converted(step) for step in track(steps, "convert_", progress)}
-    notes = [*_conversion_notes(steps)]
+    notes = [*_conversion_notes(steps), *unreached_notes(unreached)]
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
+        if id(step.module) in left:
+            rows.append(step.replaced(_layer(step).to_float(), "skipped", UNREACHED))
+            continue
         new = new_layers.get(id(step.module))
         fused = step.module._fuses_activation if new is not None else False
         rows.append(step.replaced(new, "converted", step.untied))
         if new is not None:
             new.fuse_activation(bool(fused))
+    restore_activations(model, restored)
     notes += plan_notes(model, plan, account, "convert")
     fusions = tuple(_together(model, list(new_layers.values())))
     layers, others = account.filled(rows)

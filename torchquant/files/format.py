@@ -10,6 +10,7 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
      "activations": {"encoder.1": "gelu"},
      "projections": [["attention.q", "attention.k", "attention.v"]],
      "aliases": {"head.weight": "embedding.weight"},
+     "buffers": {"positions": "buffers/positions"},
      "sha256": "..."}
 
 ``layers`` has an entry for each quantized layer: its kind (:mod:`torchquant.nn.kinds`), the format
@@ -19,11 +20,13 @@ uses the library's operator to the name of its function. ``absorbed``, which old
 does so for modules that became part of the preceding layer for good; they are identities.
 ``projections`` lists the layers that are computed together, in the order of their calls; a reader
 MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
+``buffers`` maps the name of each non-persistent buffer to the key of its tensor. A reader uses them
+only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
-``activations``, ``absorbed`` and ``projections`` are absent if they would be empty. A reader MUST
-refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries of formats 1
-and 2.
+``activations``, ``absorbed``, ``projections`` and ``buffers`` are absent if they would be empty. A
+reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries
+of formats 1 and 2.
 """
 
 from __future__ import annotations
@@ -108,9 +111,11 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         and isinstance(header.get("activations", {}), dict)
         and _is_list_of_lists_of_names(header.get("projections", []))
         and (header["format"] > 1 or not header.keys() & {"absorbed", "activations", "projections"})
+        and _is_dict_of_keys(header.get("buffers", {}), tensors)
+        and (header["format"] > 2 or "buffers" not in header)
         and isinstance(header.get("sha256"), str)
         and isinstance(aliases, dict)
-        and all(isinstance(source, str) and source in tensors for source in aliases.values())
+        and _is_dict_of_keys(aliases, tensors)
         and not aliases.keys() & tensors.keys()
     ):
         raise ValueError(damaged)
@@ -124,6 +129,12 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
             "save the model again"
         )
     return header
+
+
+def _is_dict_of_keys(value: Any, tensors: Mapping[str, Tensor]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and key in tensors for key in value.values()
+    )
 
 
 def _is_list_of_lists_of_names(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from torchquant.convert.activations import fuse_again
 from torchquant.convert.projections import group_again
+from torchquant.files.buffers import MissingValues
 from torchquant.files.fit import check_fit, current_tensors, refusing
 from torchquant.files.format import read
 from torchquant.files.places import activation_places, checked_activations, new_layers
@@ -35,9 +35,9 @@ def load(
         path: the file.
         model: the model that was saved, in float or quantized, fused or not. It may be on the meta
             device; this skips the initialisation of weights that would be replaced anyway.
-        device: the device for the tensors of the file; None is the CPU. Non-persistent buffers are
-            not saved and keep their device, so build the model on that device or on the meta
-            device.
+        device: the device for the tensors of the file; None is the CPU. Non-persistent buffers
+            that have values keep them and their device, so build the model on that device or on the
+            meta device.
 
     Returns:
         ``model``, changed in place. Tensors have the dtypes of the file and are on ``device``;
@@ -48,10 +48,9 @@ def load(
         TypeError: model is not a module.
         FileNotFoundError: the file does not exist.
         ValueError: the file is truncated, edited, from a newer torchquant or was not written by
-            :func:`save`; it does not fit the model; or device is unknown or the meta device.
-
-    Warns:
-        UserWarning: buffers that are not part of a state dict are still on the meta device.
+            :func:`save`; it does not fit the model; device is unknown or the meta device; or the
+            model has a tensor on the meta device that the file does not hold (an attribute that is
+            no buffer, or a non-persistent buffer of a file that an older torchquant wrote).
 
     Example:
         >>> import tempfile, torchquant
@@ -68,7 +67,10 @@ def load(
     path = Path(path)
     target = _checked_device(device)
     tensors, header = read(path)
-    state = {**tensors, **{key: tensors[source] for key, source in header["aliases"].items()}}
+    buffers = header.get("buffers", {})
+    own = {key: value for key, value in tensors.items() if key not in set(buffers.values())}
+    state = {**own, **{key: tensors[source] for key, source in header["aliases"].items()}}
+    missing = MissingValues(model)
     with refusing(path), undoing(model):
         owners = owners_by_module(model)
         held = held_modules(model)
@@ -83,12 +85,13 @@ def load(
         check_fit(state, current)
         ready = as_tied(state, current, header["layers"], target)
         model.load_state_dict(ready, strict=True, assign=True)
+        missing.fill(tensors, buffers, target)
+        missing.check(path)
     for old, new in replaced:  # nothing can fail any more
         for reference in held.get(id(old), ()):
             reference.replace(new)
     fuse_again(model, activations)
     group_again(model, header.get("projections", []))
-    _warn_of_missing_buffers(model)
     return model
 
 
@@ -101,21 +104,6 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device:
     if place.type == "meta":
         raise ValueError("load: device must hold values, got 'meta'; omit it for the CPU")
     return place
-
-
-def _warn_of_missing_buffers(model: nn.Module) -> None:
-    meta = [
-        name
-        for name, buffer in model.named_buffers()
-        if buffer.is_meta and not name.endswith(".packed")
-    ]
-    if meta:
-        warnings.warn(
-            "load: every buffer must have values for the model to run, but these non-persistent "
-            f"buffers are not saved and are on the meta device: {', '.join(meta)}; set them, or "
-            "build the model on the CPU",
-            stacklevel=3,
-        )
 
 
 __all__ = ["load"]

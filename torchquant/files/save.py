@@ -11,6 +11,7 @@ from torch import nn
 
 from torchquant.convert.projections import groups_of
 from torchquant.files.atomic import replacing
+from torchquant.files.buffers import stored_buffers
 from torchquant.files.entries import layer_entry
 from torchquant.files.format import FORMAT, KEY, digest
 from torchquant.files.ties import unique_tensors
@@ -27,7 +28,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     damage an older file. :mod:`torchquant.files.format` describes the format.
 
     Args:
-        model: any module; quantized layers are stored as int8 integers with their scales.
+        model: any module; quantized layers are stored as int8 integers with their scales, and
+            non-persistent buffers are stored for models that are built on the meta device.
         path: usually ``*.safetensors``.
 
     Raises:
@@ -67,6 +69,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, ReplacedActivation)
     }
     projections = groups_of(model)
+    buffers, buffer_keys = stored_buffers(model)
+    tensors = {**tensors, **buffers}
     header = {
         "format": FORMAT,
         "torchquant": __version__,
@@ -74,6 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         **({"absorbed": absorbed} if absorbed else {}),
         **({"activations": activations} if activations else {}),
         **({"projections": projections} if projections else {}),
+        **({"buffers": buffer_keys} if buffer_keys else {}),
         "aliases": aliases,
     }
     header["sha256"] = digest(header, tensors)

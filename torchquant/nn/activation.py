@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant._extension import load
+from torchquant.nn.inputs import special_output
 
 _fast_activation = load().activation
 
@@ -43,9 +44,11 @@ class Activation(nn.Module):
             A tensor of the shape and dtype of ``input``.
         """
         # Outside of torch.compile the call bypasses torch.ops, which saves 2 us.
-        if type(input) is Tensor and not torch.compiler.is_dynamo_compiling():
+        fast = type(input) is Tensor and not input.is_nested
+        if fast and not torch.compiler.is_dynamo_compiling():
             return _fast_activation(input, self.name)  # type: ignore[no-any-return]
-        return ops.activation(input, self.name)
+        special = special_output(self, input)
+        return ops.activation(input, self.name) if special is None else special
 
     def extra_repr(self) -> str:
         return self.name

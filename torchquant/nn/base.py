@@ -329,6 +329,10 @@ class TrainedModule(nn.Module):
         """The layer to deploy; it holds integers and no float weight."""
         raise _missing(self, "to_quantized")
 
+    def missing_range(self) -> str | None:
+        """Why the layer cannot be deployed yet: no batch gave it a range. None if it can."""
+        return None
+
     def to_float(self) -> nn.Module:
         """A float layer without the activation; it shares this layer's parameters."""
         raise _missing(self, "to_float")

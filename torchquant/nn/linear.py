@@ -14,6 +14,7 @@ from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_te
 from torchquant.nn.base import Canonical, QuantizedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after, caller
 from torchquant.nn.float_linear import refusal, value_refusal
+from torchquant.nn.inputs import special_output
 from torchquant.nn.projections import ProjectionGroup
 from torchquant.nn.replaced_activation import mark
 from torchquant.scheme import PerAxis
@@ -270,6 +271,10 @@ class QuantizedLinear(QuantizedModule):
             ValueError: the last dimension of input is not in_features, or input is on another
                 device than the layer.
         """
+        if type(input) is not Tensor or input.is_nested:
+            special = special_output(self, input)
+            if special is not None:
+                return special  # type: ignore[no-any-return]
         activation, place = self.activation, None
         # Bypassing nn.Module.__getattr__ and torch.ops saves 4 us in each call.
         kernels = type(input) is Tensor and (input.is_cpu or self._is_for_gpu(input))

@@ -12,6 +12,7 @@ from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.nn.base import TrainedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_linear import refusal
+from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
@@ -172,6 +173,14 @@ class QATLinear(TrainedModule):
         )
         return layer.train(self.training)
 
+    def missing_range(self) -> str | None:
+        """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
+        try:
+            self._static_qparams()
+        except RuntimeError as error:
+            return str(error)
+        return None
+
     def to_float(self) -> nn.Linear:
         """A float nn.Linear without the activation; it shares this layer's parameters."""
         bias = self.bias is not None
@@ -197,6 +206,10 @@ class QATLinear(TrainedModule):
             RuntimeError: the layer is in evaluation mode, its activations are static, and no range
                 has been observed or learned.
         """
+        if type(input) is not Tensor or input.is_nested:
+            special = special_output(self, input)
+            if special is not None:
+                return special  # type: ignore[no-any-return]
         self._check_input(input)
         place = None
         if self._guarded and self.activation == "none" and type(input) is Tensor:
@@ -304,7 +317,8 @@ class QATLinear(TrainedModule):
         return scale.detach(), zero_point + shift
 
     def _weight_scale(self) -> Tensor | None:
-        return None if self.weight_quantizer is None else self.weight_quantizer.qparams()[0]
+        quantizer = self.weight_quantizer
+        return None if quantizer is None else quantizer.qparams(self.weight)[0]
 
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):

@@ -48,7 +48,7 @@ class ReplacedActivation(nn.Module):
             return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             input = args[0]
-            plain = type(input) is Tensor and not _is_dynamo_compiling()
+            plain = type(input) is Tensor and not (_is_dynamo_compiling() or input.is_nested)
             if plain and input.__dict__.pop("_activated_for", None) is self:
                 return input
             if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:

@@ -23,7 +23,7 @@ from torchquant.training.learned_state import (
     project,
     project_operator,
 )
-from torchquant.training.processes import process_group_name
+from torchquant.training.processes import ALONE, process_group_name
 from torchquant.training.state import inside_backward
 
 
@@ -65,8 +65,8 @@ class LSQQuantizer(LayerPart):
         TypeError: process_group is not a torch.distributed ProcessGroup.
         ValueError: bits is not an integer from 2 to 8, num_channels or num_features is not a
             positive integer, num_channels is given without per_channel, or axis is not an integer.
-        RuntimeError: the quantizer is used in evaluation mode, or its scale is read, before it was
-            initialised.
+        RuntimeError: the quantizer is used in evaluation mode on values other than 0, or its scale
+            is read, before it was initialised. A weight (an nn.Parameter) gives the step itself.
 
     Source: Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+: Improving
     low-bit quantization through learnable offsets and better initialization" (2020).
@@ -170,8 +170,11 @@ class LSQQuantizer(LayerPart):
                 )
             project_operator(self.step.detach(), offset, self.qmin, self.qmax)
             return self.step, self.offset
-        if not self._initialized and not self._initialize_once(input):
-            return self.step, self.offset
+        if not self._initialized:
+            if not self.training and isinstance(input, nn.Parameter) and not self._ready():
+                return self._first(input)
+            if not self._initialize_once(input):
+                return self.step, self.offset
         # `.data`: tensors that autograd saved in an earlier use of the parameter stay valid. The
         # parameter was projected in that use, so its value does not change here.
         project(self.step.data, None if self.offset is None else self.offset.data, *self._range)
@@ -203,17 +206,24 @@ class LSQQuantizer(LayerPart):
             features = input.shape[-1] if input.dim() else 1
         return 1.0 / math.sqrt(max(1, features) * self.qmax)
 
-    def qparams(self) -> tuple[Tensor, Tensor]:
+    def qparams(self, weight: nn.Parameter | None = None) -> tuple[Tensor, Tensor]:
         """``(scale float32, zero_point int32)`` of step's shape, for a deployed layer.
 
+        Args:
+            weight: the weight that is quantized, or None for activations. It gives the step of a
+                quantizer that is not initialised, which does not change.
+
         Raises:
-            RuntimeError: the quantizer is not initialised.
+            RuntimeError: the quantizer is not initialised, and weight is None.
         """
+        step, offset = self.step.detach(), None if self.offset is None else self.offset.detach()
         if not self._initialized:
-            self._read_initialized()
+            if weight is None:
+                self._read_initialized()
+            elif not self._ready():
+                step, offset = self._first(weight)
         with torch.no_grad():
-            scale = self.step.detach().clamp(min=MIN_SCALE)
-            offset = None if self.offset is None else self.offset.detach()
+            scale = step.clamp(min=MIN_SCALE)
             return scale, functional.learned_zero_point(scale, offset, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:
@@ -231,12 +241,12 @@ class LSQQuantizer(LayerPart):
         """True if the step can be used and projected; False if all batches so far were zeros."""
         if input.is_meta or inside_backward():
             return True
+        if self._ready():  # also if user code wrote into the buffer
+            return True
         if not self.training:
+            if not bool(input.detach().any()):  # every step represents 0
+                return False
             self._read_initialized()
-            return True
-        if bool(self.initialized.item()):  # user code wrote into the buffer
-            self._initialized = True
-            return True
         if getattr(self, "_is_fsdp_managed_module", False):
             raise RuntimeError(
                 f"{self.title()}: the step must be initialised before fully_shard, under "
@@ -245,13 +255,31 @@ class LSQQuantizer(LayerPart):
             )
         return self.initialize(input)
 
+    @torch.no_grad()
+    def _first(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The step and offset with which training would begin; nothing changes.
+
+        All processes hold the same weight, so no process waits for another.
+        """
+        step, flag = self.step.detach().clone(), self.initialized.clone()
+        offset = None if self.offset is None else self.offset.detach().clone()
+        axis = self.axis if self.per_channel else None
+        initialize(weight, step, offset, flag, *self._range, axis, ALONE)
+        project(step, offset, *self._range)
+        return step, offset
+
+    def _ready(self) -> bool:
+        """True if the quantizer is initialised; waits for the device until it is."""
+        if not self._initialized:
+            self._initialized = self.initialized.is_meta or bool(self.initialized.item())
+        return self._initialized
+
     def _read_initialized(self) -> None:
-        if not self.initialized.is_meta and not bool(self.initialized.item()):
+        if not self._ready():
             raise RuntimeError(
                 f"{self.title()}: the step is not initialised yet; run a batch in training mode "
                 "first, call initialize(input), or load a state dict"
             )
-        self._initialized = True
 
     def _check_state(self, input: Tensor) -> None:
         who = type(self).__name__

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from torchquant.functional._checks import describe
 
+ALONE = ""  # instead of the name of a group: only this process
+
 
 def process_group_name(who: str, group: Any) -> str | None:
     """The name of a process group, which can be copied and saved; None stays None."""
@@ -25,7 +27,7 @@ def process_group_name(who: str, group: Any) -> str | None:
 
 def processes_of(group_name: str | None) -> int:
     """Number of processes in a group; 1 without torch.distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if group_name == ALONE or not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(_process_group(group_name))
 
