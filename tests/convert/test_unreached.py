@@ -76,7 +76,7 @@ def test_a_layer_without_a_range_is_left_in_float(config: TrainingConfig) -> Non
     )
     assert type(model.experts[2][0]) is nn.Linear
     assert model.experts[2][0].weight is weight
-    assert "2 converted, 1 skipped" in report.summary()
+    assert "2 converted (67 % of parameters), 1 skipped" in report.summary()
     report = verify(trained, model, [batch()])
     assert report.exact
     assert report.left_in_float == ("experts.2.0",)
