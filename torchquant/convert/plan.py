@@ -20,6 +20,7 @@ from torchquant.graph.modules import (
     replace_module,
     tensor_bytes,
 )
+from torchquant.graph.weight_reads import Reads, weight_reads
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind, kind_of, kinds, weight_shape
 from torchquant.report import Action, LayerReport
@@ -47,6 +48,7 @@ class Step:
     asked: bool = False
     refusal: str | None = None  # the reason why it cannot be changed
     leave: str | None = None  # the reason why it should not be changed, although it could
+    reads: Reads | None = None  # how the code of other modules uses its weight
     tied: bool = False
     dtype: torch.dtype = torch.float32  # of the float weight
 
@@ -170,15 +172,18 @@ def plan_layers(
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to benefit')]
     """
-    read = _read_elsewhere(model)
+    read, reads = _read_elsewhere(model), weight_reads(model)
     steps = find_layers(model)
     for step in steps:
         module, kind = step.module, step.kind
         if isinstance(module, (QuantizedModule, TrainedModule)):
             step.leave = done(module)
             continue
+        step.reads = reads.get(id(module))
         step.asked = filter_fn is None or any(filter_fn(module, name) for name in step.names)
         step.refusal = read.get(id(module)) or refusal(module, kind)
+        if step.refusal is None and step.reads is not None and step.reads.changes:
+            step.refusal = step.reads.remark
         if not step.asked:
             step.leave = "filter_fn"
         elif filter_fn is None and not step.refusal and kind.too_small(module):

@@ -210,7 +210,11 @@ def _plan(model: nn.Module, config: TrainingConfig, filter_fn: FilterFn | None) 
             return None  # the simulation runs on any device
         return kind.value_refusal(module)
 
-    return plan_layers(model, filter_fn, done, refusal)
+    steps = plan_layers(model, filter_fn, done, refusal)
+    for step in steps:
+        if step.skip is None and step.reads is not None and step.reads.values:
+            step.refusal = f"{step.reads.remark}, so training would not see the quantized one"
+    return steps
 
 
 def _edges(
@@ -274,6 +278,13 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
         yield (
             "Trained with a simulation in float, whose results differ from the integers by "
             f"rounding: {', '.join(simulated)}."
+        )
+    called = {step.name: _layer(step).was_called for step in steps}
+    never = [name for name, was_called in called.items() if was_called is False]
+    if never and any(called.values()):
+        yield (
+            "Not called by any forward since prepare_qat_, so not trained with the integers: "
+            f"{', '.join(never)}."
         )
     untied = [step.name for step in steps if step.tied]
     if untied:

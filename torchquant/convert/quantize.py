@@ -139,7 +139,8 @@ def _carry_out(step: Step, config: QuantizationConfig) -> LayerReport:
     step.dtype = step.module.weight.dtype  # type: ignore[assignment]
     new = step.kind.quantized.from_float(step.module, config)
     # This releases the float weights now, not at the end of the plan.
-    return step.replaced(new, "quantized", "untied" if step.tied else "")
+    remarks = ["untied" if step.tied else "", step.reads.remark if step.reads else ""]
+    return step.replaced(new, "quantized", "; ".join(filter(None, remarks)))
 
 
 def _fuse(model: nn.Module, plan: list[Step], fusion: Fusion) -> Iterator[FusionReport]:
