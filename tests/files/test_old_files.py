@@ -30,9 +30,12 @@ CONFIGS = {
 }
 
 
-def model() -> nn.Sequential:
+def model(activation: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 48, bias=False), nn.Linear(48, 16)
+        nn.Linear(48, 32),
+        activation or nn.ReLU(),
+        nn.Linear(32, 48, bias=False),
+        nn.Linear(48, 16),
     )
 
 
@@ -64,7 +67,7 @@ def test_a_bfloat16_model_of_format_3_keeps_its_float32_biases(tmp_path: Path) -
 
 def test_a_prepared_model_of_format_3(tmp_path: Path) -> None:
     expected = safetensors.torch.load_file(OLD / "expected.safetensors")
-    prepared = model()
+    prepared = model(nn.Tanh())
     config = torchquant.QATConfig(weight_bits=4, learned_weights=True)
     torchquant.prepare_qat_(prepared, config, filter_fn=lambda *_: True)
     torchquant.load(OLD / "format3_trained.safetensors", prepared.eval())
@@ -92,7 +95,7 @@ def test_a_state_dict_with_the_old_names(assign: bool) -> None:
 def test_a_state_dict_of_a_prepared_model_with_the_old_names() -> None:
     expected = safetensors.torch.load_file(OLD / "expected.safetensors")
     state = safetensors.torch.load_file(OLD / "format3_trained.safetensors")
-    prepared = model().eval()
+    prepared = model(nn.Tanh()).eval()
     config = torchquant.QATConfig(weight_bits=4, learned_weights=True)
     torchquant.prepare_qat_(prepared, config, filter_fn=lambda *_: True)
     prepared.load_state_dict(state)

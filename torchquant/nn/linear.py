@@ -235,8 +235,7 @@ class QuantizedLinear(QuantizedModule):
         out_features, in_features = weight.shape  # attributes of a layer may be out of date
         sizes = (in_features, out_features, bias is not None)
         layer = cls(*sizes, config, activation, "meta", weight.dtype)
-        qmin, qmax = config.weights.range
-        symmetric = config.weights.symmetric
+        (qmin, qmax), symmetric = config.weights.range, config.weights.symmetric
         # Tensors created in inference mode could not take part in the training of an adapter.
         with torch.inference_mode(False), torch.no_grad():
             layer.packed, layer.qweight_scale, zero_point = ops.quantize_pack(
@@ -353,8 +352,7 @@ class QuantizedLinear(QuantizedModule):
         if self.float_form.transposed:
             return None
         self._check_input(input)
-        if bias is not None and bias.shape != (self.out_features,):
-            bias = bias.expand(self.out_features)
+        bias = None if bias is None else bias.expand(self.out_features)
         output = self._static_output if self._static else self._dynamic_output
         return output(input, bias, "none")
 
