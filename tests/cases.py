@@ -175,8 +175,8 @@ def linear_dynamic(o: Operands) -> Samples:
     gelu = {"activation": "gelu", **both, **zero}
     yield sample("gradients behind gelu", "input", "bias", **gelu, **side)
     yield sample("gradient of the bias", "bias", symmetric=False, activation="relu", **both, **side)
-    tanh = {"bias": o.bias, "activation": "gelu_tanh"}
-    yield sample("bfloat16 gradient", "input", input=o.bf16, **tanh, **side, **zero)
+    tanh = {"bias": o.bias.bfloat16(), "activation": "gelu_tanh"}
+    yield sample("bfloat16 gradients", "input", "bias", input=o.bf16, **tanh, **side, **zero)
     yield sample("no rows", input=o.x[:0], **side)
     yield sample("one dimension", input=o.x[0], **{**side, "weight_scale": o.scale[:1]})
 
@@ -196,7 +196,7 @@ def linear_dynamic_split(o: Operands) -> Samples:
     silu = {"symmetric": True, "activations": ["none", "silu"]}
     yield sample("gradients", "input", "bias", input=o.x, bias=bias, **two, **zero, **silu)
     shifted = {"symmetric": False, "activations": []}
-    yield sample("gradient of the bias", "bias", input=o.x, bias=bias, **two, **shifted)
+    yield sample("bfloat16 bias", "bias", input=o.x, bias=bias.bfloat16(), **two, **shifted)
     yield sample("no rows", input=o.x[:0], bias=bias, **two, **plain)
     yield sample("one dimension", input=o.x[0], **two, **plain)
 
@@ -228,7 +228,7 @@ def linear_static(o: Operands) -> Samples:
     yield sample("gradients behind gelu", "input", "bias", input=o.x, **gelu)
     yield sample("gradient of the input", "input", input=o.x, input_qmin=-127, **side)
     yield sample("few bits", input=o.bf16, input_qmin=-8, input_qmax=7, **biased)
-    yield sample("gradient of the bias", "bias", input=o.q, **biased)
+    yield sample("float16 bias", "bias", input=o.q, **{**biased, "bias": o.bias.half()})
     yield sample("floats to int8", "input", input=o.x, **int8, **side)
 
 

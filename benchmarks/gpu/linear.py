@@ -38,7 +38,7 @@ def linear_layers(n: int, k: int, copies: int, device: torch.device) -> list[Qua
     rest = []
     for _ in range(copies - 1):
         layer = QuantizedLinear(k, n, config=config, device="meta")
-        layer.packed, layer.weight_scale = first.packed.clone(), first.weight_scale
+        layer.packed, layer.qweight_scale = first.packed.clone(), first.weight_scale
         layer.bias = first.bias
         rest.append(layer)
     return [first, *rest]

@@ -125,6 +125,7 @@ Weight weight_side(const char* op, const at::Tensor& input, const at::Tensor& pa
   w.scale = as_row(weight_scale);
   w.zero = as_row(weight_zero_point);
   w.bias = as_row(bias);
+  if (w.bias.defined() && !w.integer_bias) w.bias = w.bias.to(at::kFloat);  // exact
   w.activation = activation_from(op, activation);
   return w;
 }

@@ -24,8 +24,14 @@ bool bias_wants_gradient(AutogradContext* ctx) {
   return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
 }
 
-at::Tensor bias_gradient(const at::Tensor& grad) {  // summed over all but the last dimension
-  return grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0);
+// In the bias's own type, summed in float32 over all but the last dimension.
+at::Tensor bias_gradient(AutogradContext* ctx, const at::Tensor& grad) {
+  const auto type = static_cast<at::ScalarType>(ctx->saved_data["bias_dtype"].toInt());
+  return grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0).to(type);
+}
+
+int64_t dtype_number(const OptTensor& bias) {
+  return static_cast<int64_t>(present(bias) ? bias->scalar_type() : at::kFloat);
 }
 
 struct LinearDynamic {
@@ -43,6 +49,7 @@ struct LinearDynamic {
     ctx->saved_data["activation_bits"] = activation_bits;
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
+    ctx->saved_data["bias_dtype"] = dtype_number(bias);
     ctx->saved_data["bias_edge"] = int64_t{present(bias) ? 3 + present(weight_zero_point) : -1};
     return ops::linear_dynamic::call_below_autograd(input, packed, weight_scale, weight_zero_point, bias, out_features,
                                                     symmetric, activation, output_dtype, activation_bits);
@@ -66,7 +73,7 @@ struct LinearDynamic {
           float_weight(saved[1], saved[2], optional_of(saved[3]), n, ctx->saved_data["in_features"].toSymInt());
       grad_input = at::matmul(grad, w).to(input_dtype);
     }
-    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
+    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(ctx, grad);
     return {grad_input, Variable(), Variable(), Variable(), grad_bias,
             Variable(), Variable(), Variable(), Variable(), Variable()};
   }
@@ -82,6 +89,7 @@ struct LinearStatic {
                             weight_zero_point.value_or(Variable()), bias.value_or(Variable())});
     ctx->saved_data["out_features"] = out_features;
     ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["bias_dtype"] = dtype_number(bias);
     ctx->saved_data["bias_edge"] =
         int64_t{present(bias) ? 4 + present(input_zero_point) + present(weight_zero_point) : -1};
     ctx->saved_data["input_qmin"] = input_qmin;
@@ -115,7 +123,7 @@ struct LinearStatic {
       const at::Tensor through = at::matmul(grad, w);
       grad_input = at::where(inside, through, at::zeros_like(through)).to(input.scalar_type());
     }
-    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(grad);
+    if (bias_wants_gradient(ctx)) grad_bias = bias_gradient(ctx, grad);
     return {grad_input, Variable(), Variable(), Variable(), Variable(), Variable(),
             grad_bias,  Variable(), Variable(), Variable(), Variable(), Variable()};
   }

@@ -180,6 +180,16 @@ inline void check_packed(const char* op, const at::Tensor& packed, int64_t n, in
                     "); pack the weight again with pack_weight");
 }
 
+// Checks a linear's bias and returns whether it is an integer one.
+inline bool check_bias(const char* op, const at::Tensor& bias, bool integer_allowed, int64_t n) {
+  const bool integer = integer_allowed && bias.scalar_type() == at::kInt;
+  TORCH_CHECK_TYPE(integer || !integer_allowed || is_float_input(bias.scalar_type()), op,
+                   ": bias must be float32, bfloat16, float16 or int32, got ", describe(bias));
+  if (!integer) check_float(op, "bias", bias);
+  check_channels(op, "bias", bias, bias.scalar_type(), n, false);
+  return integer;
+}
+
 // linear_dynamic_split: what the checks of its members cannot see, because these receive parts of the tensors.
 inline void check_members(const char* op, const at::Tensor& input, const at::Tensor& packed,
                           const at::Tensor& weight_scale, const std::optional<at::Tensor>& weight_zero_point,
@@ -202,7 +212,7 @@ inline void check_members(const char* op, const at::Tensor& input, const at::Ten
   check_channels(op, "weight_scale", weight_scale, at::kFloat, total, false);
   if (weight_zero_point && weight_zero_point->defined())
     check_channels(op, "weight_zero_point", *weight_zero_point, at::kInt, total, false);
-  if (bias && bias->defined()) check_channels(op, "bias", *bias, at::kFloat, total, false);
+  if (bias && bias->defined()) check_bias(op, *bias, false, total);
 }
 
 inline void check_split(const char* op, const at::Tensor& input, const at::Tensor& packed,
@@ -220,15 +230,6 @@ inline void check_split(const char* op, const at::Tensor& input, const at::Tenso
 inline void check_product_inputs(const char* op, int64_t k) {
   TORCH_CHECK_VALUE(k <= kMaxProductK, op, ": in_features must be at most ", kMaxProductK,
                     " for sums that fit int32, got ", k, "; split the input along its last dimension and add in int64");
-}
-
-// Checks a linear's bias and returns whether it is an integer one.
-inline bool check_bias(const char* op, const at::Tensor& bias, bool integer_allowed, int64_t n) {
-  const bool integer = integer_allowed && bias.scalar_type() == at::kInt;
-  TORCH_CHECK_TYPE(integer || !integer_allowed || bias.scalar_type() == at::kFloat, op,
-                   ": bias must be float32 or int32, got ", describe(bias));
-  check_channels(op, "bias", bias, integer ? at::kInt : at::kFloat, n, false);
-  return integer;
 }
 
 inline void check_activation_bits(const char* op, int64_t bits) {

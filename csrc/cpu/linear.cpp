@@ -46,7 +46,9 @@ WeightSide weight_side(const char* op, const at::Tensor& packed, const at::Tenso
   }
   if (bias && bias->defined()) {
     const bool integer = check_bias(op, *bias, integer_bias_allowed, n);
-    const at::Tensor& b = contiguous_in(side, *bias, n);
+    const bool converted = !integer && bias->scalar_type() != at::kFloat;
+    if (converted) side.keep.push_back(bias->to(at::kFloat));  // exact
+    const at::Tensor& b = contiguous_in(side, converted ? side.keep.back() : *bias, n);
     if (integer) side.part.integer_bias = b.const_data_ptr<int32_t>();
     else side.part.bias = b.const_data_ptr<float>();
   }

@@ -254,7 +254,10 @@ def test_a_model_in_low_precision(dtype: torch.dtype) -> None:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "subclass": (lambda: Subclass(64, 64), "Subclass (subclass of nn.Linear)"),
+    "subclass": (
+        lambda: Subclass(64, 64),
+        "Subclass (subclass of nn.Linear: it does not compute x @ weight.T + bias)",
+    ),
     "nan": (with_nan, "its weight holds NaN or infinity; check the checkpoint"),
     "meta": (
         lambda: nn.Linear(64, 64, device="meta"),

@@ -39,7 +39,7 @@ def test_autocast(shared: Calls, gradients_off: None) -> None:
 def test_vmap_and_functional_call(shared: Calls) -> None:
     plain, model, _ = both(GatedMLP())
     with torch.no_grad():
-        state = {"up.weight_scale": model.up.weight_scale * 2}
+        state = {"up.qweight_scale": model.up.weight_scale * 2}
         got, expected = (torch.func.functional_call(net, state, (X,)) for net in (model, plain))
         assert_same_bits(got, expected)
         assert shared == []

@@ -82,6 +82,7 @@ def test_moves_keep_the_group(
 ) -> None:
     plain, model, _ = both(Attention())
     move(model)
+    move(plain)
     assert_same_bits(model(X), plain(X))
     assert shared == [3]
 

@@ -41,7 +41,9 @@ def test_filter_fn_overrides_too_small() -> None:
 def test_filter_fn_does_not_override_refusals() -> None:
     model = nn.Sequential(Subclass(64, 64))
     report = quantize_(model, filter_fn=lambda module, name: True)
-    assert outcome(report) == {"0": "skipped: Subclass (subclass of nn.Linear)"}
+    assert outcome(report) == {
+        "0": "skipped: Subclass (subclass of nn.Linear: it does not compute x @ weight.T + bias)"
+    }
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,18 @@ def with_forward() -> nn.Module:
 COMPUTED = "weight computed from other tensors (weight_norm, spectral_norm, pruning)"
 
 UNQUANTIZABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "subclass": (lambda: Subclass(64, 64), "Subclass (subclass of nn.Linear)"),
-    "lazy": (lambda: nn.LazyLinear(64), "LazyLinear (subclass of nn.Linear)"),
-    "conv1d": (lambda: Conv1D(128, 64), "Conv1D (not an nn.Linear)"),
+    "subclass": (
+        lambda: Subclass(64, 64),
+        "Subclass (subclass of nn.Linear: it does not compute x @ weight.T + bias)",
+    ),
+    "lazy": (
+        lambda: nn.LazyLinear(64),
+        "LazyLinear (subclass of nn.Linear: its parameters have no values yet)",
+    ),
+    "conv1d": (
+        lambda: Conv1D(128, 64),
+        "Conv1D (not an nn.Linear: its forward takes (*input) instead of one tensor)",
+    ),
     "float64": (lambda: nn.Linear(64, 64).double(), "weight of dtype float64"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(64, 64)),

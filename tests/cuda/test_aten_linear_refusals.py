@@ -114,7 +114,7 @@ REFUSALS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         (Q, ONE, ONE, WEIGHT, SCALE, None, None, N),
         {},
     ),
-    "static: bias": ("linear_static", (Q, ONE, None, WEIGHT, SCALE, None, BIAS.half(), N), {}),
+    "static: bias": ("linear_static", (Q, ONE, None, WEIGHT, SCALE, None, BIAS.double(), N), {}),
     "static: integer output alone": (
         "linear_static",
         (Q, ONE, None, WEIGHT, SCALE, None, None, N),

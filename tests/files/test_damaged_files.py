@@ -118,11 +118,11 @@ def deeply_nested() -> dict[str, Any]:
         (setting("format", True), DAMAGED),
         (setting("format", [1]), DAMAGED),
         (
-            setting("format", 4),
-            "has format 4, but this torchquant reads formats 1 to 3; install a newer torchquant",
+            setting("format", 5),
+            "has format 5, but this torchquant reads formats 1 to 4; install a newer torchquant",
         ),
         (setting("format", 1), DAMAGED),  # format 1 has no "activations"
-        (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 3"),
+        (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 4"),
         (setting("activations", None), DAMAGED),
         (setting("activations", ["1"]), DAMAGED),
         (setting("absorbed", None), DAMAGED),
@@ -178,7 +178,7 @@ def test_a_checksum_of_another_file(path: Path, value: Any) -> None:
         lambda header, tensors: header["activations"].update({"1": "gelu"}),
         lambda header, tensors: header.pop("activations"),
         lambda header, tensors: header["layers"]["0"]["config"]["weights"].update(bits=4),
-        lambda header, tensors: header["aliases"].update({"0.weight_scale": "0.bias"}),
+        lambda header, tensors: header["aliases"].update({"0.qweight_scale": "0.bias"}),
         lambda header, tensors: header.update(torchquant="9.9"),
         lambda header, tensors: tensors["0.qweight"][3, 5].add_(1),
         lambda header, tensors: tensors.update({"0.bias": tensors["0.bias"].view(torch.int32)}),

@@ -56,7 +56,7 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (config(type=[]), "the entry of layer '0' is not valid"),
         (config(bits=4), "configuration QuantizationConfig does not fit this"),
         (weights(symmetric="yes"), "symmetric must be True or False, got 'yes'"),
-        (weights(symmetric=False), "missing 0.weight_zero_point"),
+        (weights(symmetric=False), "missing 0.qweight_zero_point"),
         (
             entry(kind="conv7d"),
             "kind of layer must be one of linear, got 'conv7d'; the file may be",
@@ -95,7 +95,7 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         ),
         (setting("activations", {"1": []}), "an activation [] at '1' in the file, ReLU in the mo"),
         (setting("activations", {"9": "relu"}), "activation 'relu' at '9' in the file, nothing in"),
-        (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.weight_scale"),
+        (setting("layers", {}), "missing 0.weight; unknown 0.qweight, 0.qweight_scale"),
     ],
 )
 def test_invalid_entries(path: Path, edit: Callable[..., Any], text: str) -> None:
@@ -126,8 +126,8 @@ def tensor(key: str, value: Tensor) -> Callable[[Any, dict[str, Tensor]], None]:
             "0.qweight is int8 [64, 65] in the file, int8 [64, 64] in the model",
         ),
         (
-            tensor("0.weight_scale", torch.zeros(64, dtype=torch.int8)),
-            "0.weight_scale is int8 [64] in the file, float32 [64] in the model",
+            tensor("0.qweight_scale", torch.zeros(64, dtype=torch.int8)),
+            "0.qweight_scale is int8 [64] in the file, float32 [64] in the model",
         ),
         (
             tensor("2.weight", torch.zeros(8, 64, dtype=torch.int64)),
@@ -142,7 +142,7 @@ def tensor(key: str, value: Tensor) -> Callable[[Any, dict[str, Tensor]], None]:
             "2.bias is float8_e4m3fn [8] in the file, float32 [8] in the model",
         ),
         (tensor("more", torch.zeros(1)), "unknown more"),
-        (lambda header, tensors: tensors.pop("0.weight_scale"), "missing 0.weight_scale"),
+        (lambda header, tensors: tensors.pop("0.qweight_scale"), "missing 0.qweight_scale"),
         (lambda header, tensors: tensors.pop("0.qweight"), "missing 0.qweight"),
         (lambda header, tensors: tensors.pop("2.bias"), "missing 2.bias"),
     ],
@@ -163,7 +163,10 @@ def test_tensors_that_do_not_fit(
 
 
 class Subclass(nn.Linear):
-    pass
+    """A subclass that computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 @pytest.mark.parametrize(
@@ -216,4 +219,4 @@ def test_a_float_file_for_a_quantized_model(path: Path) -> None:
     save(small(), path)
     model = other_small()
     quantize_(model)
-    assert "missing 0.qweight, 0.weight_scale; unknown 0.weight" in refused(path, model)
+    assert "missing 0.qweight, 0.qweight_scale; unknown 0.weight" in refused(path, model)

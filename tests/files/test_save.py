@@ -24,13 +24,14 @@ def test_the_format(path: Path, fused: bool) -> None:
     sha256 = header.pop("sha256")
     assert len(bytes.fromhex(sha256)) == 32
     assert header == {
-        "format": 3,
+        "format": 4,
         **({"activations": {"1": "relu"}} if fused else {}),
         "torchquant": torchquant.__version__,
         "layers": {
             "0": {
                 "kind": "linear",
                 "format": "int8",
+                "dtype": "float32",
                 "in_features": 64,
                 "out_features": 64,
                 "bias": True,
@@ -54,7 +55,7 @@ def test_the_format(path: Path, fused: bool) -> None:
     assert {key: tensor.dtype for key, tensor in tensors.items()} == {
         "0.bias": torch.float32,
         "0.qweight": torch.int8,
-        "0.weight_scale": torch.float32,
+        "0.qweight_scale": torch.float32,
         "2.bias": torch.float32,
         "2.weight": torch.float32,
     }

@@ -53,9 +53,9 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
             "quantized_linear: bias must have shape [N] with N = 4, got [3]",
         ),
         (
-            lambda: quantized_linear(X, W, torch.zeros(4).half(), **SCALES),
+            lambda: quantized_linear(X, W, torch.zeros(4).double(), **SCALES),
             TypeError,
-            "quantized_linear: bias must be float32 or int32, got float16 [4]; "
+            "quantized_linear: bias must be float32, bfloat16, float16 or int32, got float64 [4]; "
             "convert it with .to()",
         ),
         (
@@ -118,7 +118,8 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
         (
             lambda: linear_dynamic(X.float(), W, 1.0, bias=torch.zeros(4, dtype=torch.int32)),
             TypeError,
-            "linear_dynamic: bias must be float32, got int32 [4]; convert it with .to()",
+            "linear_dynamic: bias must be float32, bfloat16 or float16, got int32 [4]; "
+            "convert it with .to()",
         ),
         (
             lambda: linear_static(X.float(), torch.ones(2), None, W, 1.0),

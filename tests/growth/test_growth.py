@@ -105,7 +105,7 @@ class QuantizedScaled(QuantizedModule):
         super().__init__()
         self.inputs, self.outputs, self.factor, self.config = inputs, outputs, factor, config
         self.register_weight(self.weight_format.empty(self.weight_shape, device))
-        self.register_buffer("weight_scale", torch.ones(outputs, device=device))
+        self.register_buffer("qweight_scale", torch.ones(outputs, device=device))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class QuantizedScaled(QuantizedModule):
 
     def canonical(self) -> Any:
         qweight = self.weight_format.canonical(self.weight_shape)
-        return {"qweight": qweight, "weight_scale": (torch.float32, (self.outputs,))}
+        return {"qweight": qweight, "qweight_scale": (torch.float32, (self.outputs,))}
 
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
@@ -123,7 +123,7 @@ class QuantizedScaled(QuantizedModule):
     @classmethod
     def from_float(cls, module: Any, config: QuantizationConfig | None = None) -> Any:
         layer = cls(module.inputs, module.outputs, module.factor, config or CONFIG)
-        q, layer.weight_scale = integers_of(module.weight, layer.config.weights)
+        q, layer.qweight_scale = integers_of(module.weight, layer.config.weights)
         layer.packed = cls.weight_format.pack(to_nibbles(q))
         return layer.train(module.training)
 
@@ -361,7 +361,7 @@ def test_the_state_is_canonical() -> None:
     state = quantized().first.state_dict()
     assert {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == {
         "qweight": (torch.uint8, (64, 17)),
-        "weight_scale": (torch.float32, (64,)),
+        "qweight_scale": (torch.float32, (64,)),
     }
 
 

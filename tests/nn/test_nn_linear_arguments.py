@@ -76,7 +76,10 @@ def test_a_layer_without_values_is_refused() -> None:
 
 
 class Subclass(nn.Linear):
-    pass
+    """A subclass that computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 def pruned() -> nn.Linear:
@@ -114,9 +117,21 @@ def old_weight_norm() -> nn.Linear:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: nn.Conv1d(3, 3, 1), TypeError, "got Conv1d (not an nn.Linear)"),
-        (lambda: Subclass(64, 32), TypeError, "got Subclass (subclass of nn.Linear)"),
-        (lambda: nn.LazyLinear(32), TypeError, "got LazyLinear (subclass of nn.Linear)"),
+        (
+            lambda: nn.Conv1d(3, 3, 1),
+            TypeError,
+            "got Conv1d (not an nn.Linear: it has no weight of two dimensions)",
+        ),
+        (
+            lambda: Subclass(64, 32),
+            TypeError,
+            "got Subclass (subclass of nn.Linear: it does not compute x @ weight.T + bias)",
+        ),
+        (
+            lambda: nn.LazyLinear(32),
+            TypeError,
+            "got LazyLinear (subclass of nn.Linear: its parameters have no values yet)",
+        ),
         (lambda: nn.Linear(64, 32).double(), TypeError, "got weight of dtype float64"),
         (
             lambda: parametrizations.weight_norm(float_layer()),

@@ -199,15 +199,15 @@ REFUSALS: Refusals = {
         "linear_dynamic: weight_zero_point must be from -128 to 127, got 1127",
     ),
     "linear_dynamic: bias's type": (
-        lambda: dynamic(bias=BIAS.half()),
+        lambda: dynamic(bias=BIAS.double()),
         TypeError,
-        f"linear_dynamic: bias must be float32, got float16 [{N}]; "
+        f"linear_dynamic: bias must be float32, bfloat16 or float16, got float64 [{N}]; "
         "convert it with .to(torch.float32)",
     ),
     "linear_dynamic: integer bias": (
         lambda: dynamic(bias=INT_BIAS),
         TypeError,
-        f"linear_dynamic: bias must be float32, got int32 [{N}]; "
+        f"linear_dynamic: bias must be float32, bfloat16 or float16, got int32 [{N}]; "
         "convert it with .to(torch.float32)",
     ),
     "linear_dynamic: bias's shape": (
@@ -242,7 +242,7 @@ REFUSALS: Refusals = {
     "linear_static: bias's type": (
         lambda: static(bias=BIAS.double()),
         TypeError,
-        f"linear_static: bias must be float32 or int32, got float64 [{N}]",
+        f"linear_static: bias must be float32, bfloat16, float16 or int32, got float64 [{N}]",
     ),
     "linear_static: bias's shape": (
         lambda: static(bias=INT_BIAS[:3]),

@@ -213,9 +213,10 @@ REFUSALS: dict[str, tuple[Tensor, dict[str, Any], type[Exception], str]] = {
     ),
     "bias's type": (
         X,
-        {"bias": BIAS.half()},
+        {"bias": BIAS.double()},
         TypeError,
-        "bias must be float32, got float16 [25]; convert it with .to(torch.float32)",
+        "bias must be float32, bfloat16 or float16, got float64 [25]; "
+        "convert it with .to(torch.float32)",
     ),
     "double input": (
         X.double(),

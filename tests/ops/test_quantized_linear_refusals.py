@@ -55,9 +55,10 @@ REFUSALS: Refusals = {
         f"got [{N}, {K}]",
     ),
     "quantized_linear: bias's type": (
-        lambda: quantized_linear(Q, WEIGHT, BIAS.half(), **CALL),
+        lambda: quantized_linear(Q, WEIGHT, BIAS.double(), **CALL),
         TypeError,
-        f"quantized_linear: bias must be float32 or int32, got float16 [{N}]; "
+        "quantized_linear: bias must be float32, bfloat16, float16 or int32, "
+        f"got float64 [{N}]; "
         "convert it with .to()",
     ),
     "quantized_linear: bias's shape": (

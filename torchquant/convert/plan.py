@@ -24,6 +24,7 @@ from torchquant.graph.modules import (
     replace_module,
     tensor_bytes,
 )
+from torchquant.graph.weight_reads import Reads, weight_reads
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
 from torchquant.report import LayerReport
@@ -52,6 +53,7 @@ class Step:
     leave: str | None = None  # the reason why it should not be changed, although it could
     config: Any = None  # what the verb makes of it
     pattern: str | None = None  # the key under which config was given
+    reads: Reads | None = None  # how the code of other modules uses its weight
     tied: bool = False
     tied_to: list[str] = field(default_factory=list)  # other parameters with the weight's memory
     bias_tied_to: list[str] = field(default_factory=list)
@@ -202,7 +204,7 @@ def plan_layers(
         >>> [(step.name, step.skip) for step in steps]
         [('0', None), ('1', 'too small to benefit')]
     """
-    read = _read_elsewhere(model)
+    read, reads = _read_elsewhere(model), weight_reads(model)
     steps = find_layers(model)
     adapters = adapter_reasons(model, (step.module for step in steps))
     pairs = [(step.module, step.names) for step in steps]
@@ -213,6 +215,7 @@ def plan_layers(
         if step.already:
             step.leave = done(step)
             continue
+        step.reads = reads.get(id(module))
         step.asked = selection.filter.selects(module, step.names)
         if not step.asked:
             step.leave = "filter_fn"
@@ -223,6 +226,8 @@ def plan_layers(
             continue
         in_particular = selection.filter.chooses or selection.named_in_full(step.names)
         step.refusal = other_library(module) or read.get(id(module)) or refusal(step)
+        if step.refusal is None and step.reads is not None and step.reads.changes:
+            step.refusal = step.reads.remark
         if marked[place] and place not in named and not selection.named_in_full(step.names):
             step.leave = adapters[id(module)]
         elif not in_particular and not step.refusal and kind.too_small(module):

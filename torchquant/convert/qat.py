@@ -249,7 +249,11 @@ def _plan(model: nn.Module, chosen: Selection[TrainingConfig]) -> list[Step]:
             return None  # the simulation runs on any device
         return kind.value_refusal(module)
 
-    return plan_layers(model, chosen, done, refusal)
+    steps = plan_layers(model, chosen, done, refusal)
+    for step in steps:
+        if step.skip is None and step.reads is not None and step.reads.values:
+            step.refusal = f"{step.reads.remark}, so training would not see the quantized one"
+    return steps
 
 
 def _edges(model: nn.Module, plan: list[Step]) -> tuple[dict[int, _Edge], list[str]]:
@@ -310,6 +314,13 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
         yield (
             "Trained with a simulation in float, whose results differ from the integers by "
             f"rounding: {', '.join(simulated)}."
+        )
+    called = {step.name: _layer(step).was_called for step in steps}
+    never = [name for name, was_called in called.items() if was_called is False]
+    if never and any(called.values()):
+        yield (
+            "Not called by any forward since prepare_qat_, so not trained with the integers: "
+            f"{', '.join(never)}."
         )
     untied = [step.name for step in steps if step.tied]
     if untied:

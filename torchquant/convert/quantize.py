@@ -183,7 +183,8 @@ def _carry_out(
             rows[place] = step.skipped()
             continue
         # This releases the float weights now, not at the end of the plan.
-        rows[place] = step.replaced(new, "quantized", step.untied)
+        remarks = [step.untied, step.reads.remark if step.reads else ""]
+        rows[place] = step.replaced(new, "quantized", "; ".join(filter(None, remarks)))
     return [rows[place] for place in range(len(plan))]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from torchquant.configs import (
     Dynamic,
     QuantizationConfig,
@@ -12,8 +14,9 @@ from torchquant.configs import (
     Weights,
     config_to_dict,
 )
-from torchquant.nn.base import QuantizedModule
+from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import kind_of
+from torchquant.nn.state_names import rename_state
 
 
 def layer_entry(layer: QuantizedModule) -> dict[str, Any]:
@@ -34,16 +37,32 @@ def layer_entry(layer: QuantizedModule) -> dict[str, Any]:
 def current_entry(entry: Any, format: int) -> dict[str, Any]:
     """Convert an entry of a file of the given format to the current format.
 
+    The dtype of an entry of formats 1 to 3 is None: it is the dtype of the layer in the model.
+
     Raises:
         KeyError, TypeError, ValueError: the entry is not valid: a value is missing, has the wrong
             type, or is not one of the permitted values.
     """
-    if format >= 3:
+    if format >= 4:
         return dict(entry)
+    if format == 3:
+        return {"dtype": None, **entry}
     # Formats 1 and 2 store only linear layers with int8 weights, and three configuration classes.
     entry = dict(entry)
     old = _old_config(entry.pop("config"))
-    return {"kind": "linear", **entry, "config": config_to_dict(old), "format": "int8"}
+    config = config_to_dict(old)
+    return {"kind": "linear", "dtype": None, **entry, "config": config, "format": "int8"}
+
+
+def current_names(state: dict[str, Any], model: nn.Module, format: int) -> dict[str, Any]:
+    """Rename the tensors of a file of the given format as the layers of the model name them."""
+    if format >= 4:
+        return state
+    state = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (QuantizedModule, TrainedModule)):
+            rename_state(state, f"{name}." if name else "", module.renamed)
+    return state
 
 
 def _old_config(values: Mapping[str, Any]) -> QuantizationConfig:

@@ -45,7 +45,7 @@ def current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
                 empty = torch.empty(shape, dtype=dtype, device="meta") if packed else None
                 current[prefix + key] = empty if packed else getattr(module, key)
         else:
-            module._save_to_state_dict(current, prefix, keep_vars=True)
+            module._save_to_state_dict(current, prefix, True)
     # Extra state is checked by its module only.
     return {
         key: value if isinstance(value, Tensor) and not key.endswith("_extra_state") else None

@@ -2,8 +2,8 @@
 
 A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a JSON object::
 
-    {"format": 3, "torchquant": "0.1.0",
-     "layers": {"encoder.0": {"kind": "linear", "format": "int8",
+    {"format": 4, "torchquant": "0.1.0",
+     "layers": {"encoder.0": {"kind": "linear", "format": "int8", "dtype": "float32",
                               "in_features": 384, "out_features": 1536, "bias": true,
                               "activation": "none",
                               "config": {"type": "QuantizationConfig", "weights": {...}, ...}}},
@@ -14,8 +14,9 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
      "sha256": "..."}
 
 ``layers`` has an entry for each quantized layer: its kind (:mod:`torchquant.nn.kinds`), the format
-of its weight (:mod:`torchquant.nn.weight`), the arguments of its constructor, and its configuration
-in parts (:mod:`torchquant.configs`). ``activations`` maps the name of each activation module that
+of its weight (:mod:`torchquant.nn.weight`), the dtype in which it works (that of its readable
+``weight``), the arguments of its constructor, and its configuration in parts
+(:mod:`torchquant.configs`). ``activations`` maps the name of each activation module that
 uses the library's operator to the name of its function. ``absorbed``, which older versions wrote,
 does so for modules that became part of the preceding layer for good; they are identities.
 ``projections`` lists the layers that are computed together, in the order of their calls; a reader
@@ -25,8 +26,14 @@ only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
 ``activations``, ``absorbed``, ``projections`` and ``buffers`` are absent if they would be empty. A
-reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads entries
-of formats 1 and 2.
+reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads older
+formats:
+
+- Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
+  ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
+  3 call them ``weight_scale``, ``weight_zero_point`` and ``weight_quantizer``.
+- Formats 1 to 3 have no ``dtype``; their biases are float32.
+- Formats 1 and 2 hold linear layers with other configurations.
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ from torch import Tensor
 
 from torchquant.report.progress import track
 
-FORMAT = 3
+FORMAT = 4
 _OLDEST = 1
 KEY = "torchquant"
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchquant.convert.activations import fuse_again
 from torchquant.convert.projections import group_again
 from torchquant.files.buffers import MissingValues
+from torchquant.files.entries import current_names
 from torchquant.files.fit import check_fit, current_tensors, refusing
 from torchquant.files.format import read
 from torchquant.files.places import activation_places, checked_activations, new_layers
@@ -81,6 +82,7 @@ def load(
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
         activations = checked_activations(header.get("activations", {}), model)
+        state = current_names(state, model, header["format"])
         current = current_tensors(model)
         check_fit(state, current)
         ready = as_tied(state, current, header["layers"], target)

@@ -11,9 +11,10 @@ from torchquant.convert.activations import function_of
 from torchquant.files.entries import current_entry, layer_entry
 from torchquant.files.fit import Misfit
 from torchquant.graph.recognize import activation_of
-from torchquant.nn.base import QuantizedModule
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.dtypes import dtype_name
 from torchquant.nn.fused import FusedActivation
-from torchquant.nn.kinds import Kind, kind_named
+from torchquant.nn.kinds import Kind, kind_named, kind_of
 
 _CHANGING = ("activation",)  # arguments that a verb may have changed after the layer was quantized
 
@@ -34,19 +35,40 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
         entry, kind = _entry_and_kind(name, stored, header["format"])
         old = modules.get(name)
         there = isinstance(old, kind.quantized)
+        if entry.get("dtype", "") is None and old is not None:
+            entry["dtype"] = _dtype_of(old)
         if there and layer_entry(old) == entry:  # type: ignore[arg-type]
             continue
-        if old is None or name == "" or not (there or type(old) in kind.float_types):
+        if old is None or name == "" or not (there or _is_float(old, kind)):
             found = "nothing" if old is None else type(old).__name__
             where = repr(name) if name else "the root"
             raise Misfit(
                 f"a quantized {kind.name} layer at {where} in the file, {found} in the model"
             )
         if entries.setdefault(id(old), entry) is entry:
-            made.append((old, _new_layer(name, entry, kind, old)))
+            new = _new_layer(name, entry, kind, old)
+            if header["format"] >= 4:  # older versions untied a bias from the float layer's
+                _keep_ties(new, old)
+            made.append((old, new))
         elif entries[id(old)] != entry:
             raise Misfit(f"{name!r} is a separate layer in the file, a shared layer in the model")
     return made
+
+
+def _is_float(module: nn.Module, kind: Kind) -> bool:
+    """True for a float module that the kind's quantized layer can replace."""
+    if type(module) in kind.float_types:
+        return True
+    floating = not isinstance(module, (QuantizedModule, TrainedModule))
+    return floating and kind_of(module) is kind and kind.refusal(module) is None
+
+
+def _dtype_of(module: nn.Module) -> str:
+    """The name of the dtype in which a layer works, float or quantized."""
+    if isinstance(module, QuantizedModule):
+        return dtype_name(module.dtype)
+    weight = module._parameters.get("weight")
+    return "float32" if weight is None else dtype_name(weight.dtype)
 
 
 def _entry_and_kind(name: str, stored: Any, format: int) -> tuple[dict[str, Any], Kind]:
@@ -119,10 +141,19 @@ def _new_layer(name: str, entry: dict[str, Any], kind: Kind, old: nn.Module) -> 
                     f"{name!r} has {argument}={there!r} in the file, {here!r} in the model"
                 )
         new = quantized.from_entry(entry)
+        new.adopt(old)
     except (KeyError, TypeError, ValueError) as error:
         raise Misfit(f"the entry of layer {name!r} is not valid ({error})") from None
     for own, parameter in new._parameters.items():
-        here = getattr(old, own, None)
-        if parameter is not None and isinstance(here, nn.Parameter):
+        here = old._parameters.get(own)
+        if parameter is not None and here is not None:
             parameter.requires_grad_(here.requires_grad)
     return new
+
+
+def _keep_ties(new: QuantizedModule, old: nn.Module) -> None:
+    """Let a new layer have the parameters of the module that it replaces, for example its bias."""
+    for name, parameter in new._parameters.items():
+        here = old._parameters.get(name)
+        if parameter is not None and here is not None and here.shape == parameter.shape:
+            new._parameters[name] = here

@@ -109,7 +109,8 @@ def as_tied(
     """Copy the state to a device; tied keys share one tensor.
 
     The ties are those of the model. ``.to("meta")`` unties parameters, so the ties of the file are
-    used for tensors on the meta device, except in quantized layers, which are tied only as modules.
+    used for tensors on the meta device, except for the integers and scales of quantized layers,
+    which are tied only as modules.
     """
     ready: dict[str, Tensor] = {}
     made: dict[Hashable, Tensor] = {}
@@ -119,13 +120,13 @@ def as_tied(
             ready[key] = tensor.to(device, copy=True)
             continue
         layer, _, name = key.rpartition(".")
-        untied = here.is_meta and layer not in quantized
+        trained = isinstance(here, nn.Parameter)
+        untied = here.is_meta and (trained or layer not in quantized)
         tie = ("file", id(tensor)) if untied else ("model", memory_key(here))
         if tie not in made:
             # A copy, because these are views of the mapped file; packing a qweight also copies.
             packs = name == "qweight" and layer in quantized
             own = tensor.to(device, copy=not packs)
-            trained = isinstance(here, nn.Parameter)
             made[tie] = nn.Parameter(own, here.requires_grad) if trained else own
         ready[key] = made[tie]
     return ready

@@ -83,7 +83,7 @@ def linear_dynamic(
         weight: int8 ``[N, K]``.
         weight_scale: float, fp32 ``[1]`` or ``[N]``.
         weight_zero_point: None, int, int32 ``[1]`` or ``[N]``.
-        bias: fp32 ``[N]`` or None.
+        bias: fp32, bf16 or fp16 ``[N]`` or None; added in fp32.
         symmetric, activation_bits: ``symmetric`` and ``bits`` of
             :func:`torchquant.functional.quantize_per_token`.
         activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
@@ -104,7 +104,7 @@ def linear_dynamic(
     who = "linear_dynamic"
     _check_float_input(who, input)
     check_weight(who, input, weight)
-    check_bias(who, bias, weight.shape[0], input.device, (torch.float32,))
+    check_bias(who, bias, weight.shape[0], input.device, FLOAT_DTYPES)
     q, scale, zero_point = quantize_per_token(input, symmetric=symmetric, bits=activation_bits)
     checked = check_quantized_linear(
         who,
@@ -207,7 +207,8 @@ def linear_static(
         input_scale: float, fp32 ``[1]``; for integer input also one per row.
         input_zero_point: None for 0, int, int32 ``[1]``; for integer input also one per row.
         weight, weight_scale, weight_zero_point, activation: as in :func:`linear_dynamic`.
-        bias: fp32 ``[N]``; int32 ``[N]`` in units of ``input_scale * weight_scale``; or None.
+        bias: float ``[N]``, added in fp32; int32 ``[N]`` in units of
+            ``input_scale * weight_scale``; or None.
         output_dtype: float32, bfloat16 or float16; with ``output_scale`` int8 or uint8.
         output_scale: float or fp32 ``[1]`` for an integer result; None for a float result.
         output_zero_point, output_qmin, output_qmax: of an integer result.

@@ -54,8 +54,8 @@ def quantized_linear(
     Args:
         input: int8 or uint8 ``[..., K]``.
         weight: int8 ``[N, K]``.
-        bias: fp32 ``[N]``; or int32 ``[N]`` of scale input_scale * weight_scale, unshifted (the
-            zero points are compensated here); or None.
+        bias: fp32, bf16 or fp16 ``[N]``, added in fp32; or int32 ``[N]`` of scale
+            input_scale * weight_scale, unshifted (the zero points are compensated here); or None.
         input_scale: float, fp32 ``[1]``, or one per row: ``[..., 1]`` or input's leading shape.
         input_zero_point: int, int32 ``[1]`` or one per row.
         weight_scale: float, fp32 ``[1]`` or ``[N]``.
@@ -183,7 +183,7 @@ def check_quantized_linear(
         ValueError: a shape, a device, a number, or the activation's name is wrong.
     """
     device = input.device
-    check_bias(who, bias, features, device, (torch.float32, torch.int32))
+    check_bias(who, bias, features, device, (*FLOAT_DTYPES, torch.int32))
     rows, channels = _row_shapes(input), ((1,), (features,))
     sx = scale_tensor(who, "input_scale", input_scale, device, *rows)
     limits = torch.iinfo(input.dtype)
@@ -254,7 +254,7 @@ def _to_real(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return acc.to(torch.float32) * scale
     if bias.dtype == torch.int32:
         return (acc + bias.to(torch.float64)).to(torch.float32) * scale
-    return fmaf(acc.to(torch.float32), scale, bias)
+    return fmaf(acc.to(torch.float32), scale, bias.to(torch.float32))
 
 
 def _output_dtype(

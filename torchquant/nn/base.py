@@ -18,21 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.configs import QuantizationConfig, config_from_dict, config_to_dict
-from torchquant.nn.weight import INT8, WeightFormat
+from torchquant.nn.dtypes import FLOAT_DTYPES, dtype_name
+from torchquant.nn.packed_state import PackedState, missing
+from torchquant.nn.readable_weight import ReadableWeight, refuse_assignment
+from torchquant.nn.state_names import PLACEHOLDER, rename_state
 from torchquant.ops._arguments import wait_for_copy
 from torchquant.training.configuration import TrainingConfig
-from torchquant.training.state import keeping_dtype
-
-Canonical = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(PackedState):
     """A layer that computes with integers; the base class of every kind of quantized layer.
 
     A subclass
 
     - sets ``config``, ``activation`` and the attributes named in ``stored``, and registers the
-      buffers ``packed`` (with :meth:`register_weight`) and ``weight_scale`` and its other tensors;
+      buffers ``packed`` (with :meth:`register_weight`) and ``qweight_scale`` and its other tensors,
+      none of them under a name that begins with ``weight``;
     - defines :attr:`weight_shape`, :meth:`canonical`, :meth:`from_float`, :meth:`to_float`,
       :meth:`forward` and :meth:`probe`.
 
@@ -40,7 +41,7 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         packed: the weight, in the layout that the kernels of its device use.
-        weight_scale: float32; the device of this buffer is the device of the layer.
+        qweight_scale: float32; the device of this buffer is the device of the layer.
         config: how the layer is quantized.
         activation: the activation function that the layer applies to its result, or "none".
 
@@ -51,11 +52,8 @@ class QuantizedModule(nn.Module):
         (True, (torch.int8, (32, 64)))
     """
 
-    packed: Tensor
-    weight_scale: Tensor
     config: QuantizationConfig
     activation: str = "none"
-    weight_format: ClassVar[WeightFormat] = INT8
     # The activation functions that ``forward`` applies if ``activation`` names them; verbs fuse
     # only these.
     fused_activations: ClassVar[tuple[str, ...]] = ()
@@ -75,15 +73,6 @@ class QuantizedModule(nn.Module):
 
     # ---------------------------------------------------------------- defined by each kind
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the float weight that the integers represent."""
-        raise _missing(self, "weight_shape")
-
-    def canonical(self) -> Canonical:
-        """Dtype and shape of each tensor of the layer's state dict, by name."""
-        raise _missing(self, "canonical")
-
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
         """The reason why no layer of this kind can have ``config``, or None."""
@@ -92,38 +81,60 @@ class QuantizedModule(nn.Module):
     @classmethod
     def from_float(cls, module: Any, config: QuantizationConfig | None = None) -> Any:
         """Quantize a float layer; the float layer itself does not change."""
-        raise _missing(cls, "from_float")
+        raise missing(cls, "from_float")
 
     def to_float(self) -> nn.Module:
         """A float layer with the values that the integers represent, without the activation."""
-        raise _missing(self, "to_float")
+        raise missing(self, "to_float")
 
     def probe(self, rows: int, generator: torch.Generator) -> Tensor:
         """``rows`` random float32 inputs on the CPU, used to test a changed layer."""
-        raise _missing(self, "probe")
+        raise missing(self, "probe")
 
     # ---------------------------------------------------------------- shared by all kinds
 
-    def register_weight(self, packed: Tensor) -> None:
-        """Register the packed weight as a buffer that state dicts omit; they hold ``qweight``."""
-        # The name must not be `weight`: tie_weights() of transformers would overwrite the buffer.
-        self.register_buffer("packed", packed, persistent=False)
+    @property
+    def weight(self) -> Tensor:
+        """The float weight that the integers represent, for reading; see :class:`ReadableWeight`.
+
+        Shape, dtype and device cost nothing; each other use dequantizes the weight again.
+        ``F.linear(x, layer.weight, bias)`` computes like the layer. Changes raise an error.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self.dequantized()
+        return ReadableWeight(self)
+
+    def dequantized(self) -> Tensor:
+        """The float weight that the integers represent, a new tensor in the layer's dtype."""
+        weight = self.to_float()._parameters["weight"]
+        assert weight is not None
+        return weight.detach().to(self.dtype)
 
     @property
-    def qweight(self) -> Tensor:
-        """The canonical integers of the weight; each access unpacks them again."""
-        return self.weight_format.unpack(self.packed, self.weight_shape)
+    def float_shape(self) -> tuple[int, ...]:
+        """Shape of the weight of the float layer: the shape of :attr:`weight`."""
+        return self.weight_shape
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the layer."""
-        return self.packed.device
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """``F.linear(input, self.weight, bias)`` on integers; None if this kind has no such call.
+
+        The result does not include the layer's own bias and activation.
+        """
+        return None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", PLACEHOLDER) and refuse_assignment(self, value):
+            return
+        super().__setattr__(name, value)
+
+    def adopt(self, module: nn.Module) -> None:
+        """Take over from the module that this layer replaces what its tensors do not hold."""
 
     def entry(self) -> dict[str, Any]:
         """The JSON values that a file stores for the layer in addition to its tensors."""
         values = {name: self.stored_value(self, name) for name in self.stored}
-        config = config_to_dict(self.config)
-        return {**values, "config": config, "format": self.weight_format.name}
+        config, dtype = config_to_dict(self.config), dtype_name(self.dtype)
+        return {**values, "config": config, "dtype": dtype, "format": self.weight_format.name}
 
     @classmethod
     def stored_value(cls, module: nn.Module, name: str) -> Any:
@@ -145,135 +156,24 @@ class QuantizedModule(nn.Module):
             TypeError: a value has the wrong type.
             ValueError: a value is not valid for this kind, or the weight format is another one.
         """
+        dtype = FLOAT_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(
+                f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {entry['dtype']!r}"
+            )
         if entry["format"] != cls.weight_format.name:
             raise ValueError(
                 f"weight format must be {cls.weight_format.name!r}, got {entry['format']!r}; the "
                 "file may be from a newer torchquant"
             )
         values = {name: entry[name] for name in cls.stored}
-        return cls(**values, config=config_from_dict(entry["config"]), device="meta")
+        layer = cls(**values, config=config_from_dict(entry["config"]), device="meta")
+        return layer.to(dtype)
 
     def fuse_activation(self, enabled: bool) -> None:
         """Apply the activation module after the layer in calls where nobody can notice it."""
         self._fuses_activation = enabled
         self._guarded = enabled or self._group is not None
-
-    def weight_replaced(self) -> None:
-        """Called after ``packed`` was replaced by another tensor; does nothing by default."""
-
-    # The state dict holds the canonical form of the weight, the buffer the packed form.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        keep_dtype = keeping_dtype(fn)
-        packed = self.packed
-        self._buffers["packed"] = None
-        try:
-            super()._apply(keep_dtype, recurse)
-            moved = self._moved(packed, keep_dtype)
-        except BaseException:
-            self._buffers["packed"] = packed
-            raise
-        self.packed = moved
-        if moved is not packed:
-            self.weight_replaced()
-        return self
-
-    def _moved(self, packed: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """The packed weight on the device of the scales, which ``fn`` has moved already."""
-        device = self.weight_scale.device
-        if device.type == packed.device.type:
-            return fn(packed)
-        if packed.is_meta or device.type == "meta":  # to_empty(): a valid layout without values
-            return self.weight_format.empty(self.weight_shape, device)
-        qweight = self.weight_format.unpack(packed, self.weight_shape)
-        moved = fn(qweight)
-        wait_for_copy(qweight, moved)
-        return self.weight_format.pack(moved)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        # By name: other tensors on the layer, such as a tied `weight`, are not part of its state.
-        for name in self.canonical():
-            tensor = getattr(self, name)
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        canonical = self.canonical()
-        rest = dict(state_dict)
-        for name, (dtype, _) in canonical.items():  # the state may have been converted to bfloat16
-            value = rest.get(prefix + name)
-            if isinstance(value, Tensor) and value.is_floating_point() and dtype == torch.float32:
-                rest[prefix + name] = as_float32(value)
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        problems = self._state_problems(canonical, rest, prefix, assign)
-        if problems:  # load all or nothing: scales and integers belong together
-            error_msgs.extend(problems)
-            return
-        for name, other in self._parameters.items():  # a tied `weight` keeps its value
-            if name not in canonical and other is not None:
-                rest.setdefault(prefix + name, other)
-        qweight = rest.pop(prefix + "qweight", None)
-        if qweight is None and strict:
-            missing_keys.append(prefix + "qweight")
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if qweight is None:
-            return
-        if assign:
-            self._load_qweight_by_assignment(qweight)
-        elif not self.packed.is_meta:  # torch warns that copying to meta does nothing
-            with torch.no_grad():
-                self.packed.copy_(self.weight_format.pack(qweight.to(self.packed.device)))
-
-    def _load_qweight_by_assignment(self, qweight: Tensor) -> None:
-        self.packed = self.weight_format.pack(qweight)
-
-    def _state_problems(
-        self, canonical: Canonical, state: Mapping[str, Any], prefix: str, assign: bool
-    ) -> list[str]:
-        """Messages about wrong entries of this layer; torch itself reports missing entries."""
-        problems = []
-        for name, (dtype, shape) in canonical.items():
-            value = state.get(prefix + name)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor):
-                got = type(value).__name__
-            elif value.dtype != dtype or tuple(value.shape) != shape:
-                got = f"{dtype_name(value.dtype)} {list(value.shape)}"
-            elif value.is_meta and not (assign or self.packed.is_meta):
-                got = "a tensor on the meta device, which has no values"
-            else:
-                continue
-            wanted = f"{dtype_name(dtype)} {list(shape)}"
-            problems.append(f"{prefix}{name} must be {wanted}, got {got}")
-        return problems
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        buffers = dict(self._buffers)
-        del buffers["packed"]
-        state["_buffers"] = buffers
-        state["_qweight"] = self.qweight
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        qweight = state.pop("_qweight")
-        super().__setstate__(state)
-        # The order of __init__, so that a copy prints and iterates like the original.
-        self._buffers = {"packed": self.weight_format.pack(qweight), **self._buffers}
 
 
 class TrainedModule(nn.Module):
@@ -305,6 +205,9 @@ class TrainedModule(nn.Module):
     fused_activations: ClassVar[tuple[str, ...]] = ()
     _fuses_activation: bool = False
     _guarded: bool = False
+    renamed: ClassVar[Mapping[str, str]] = {}
+    # True once a forward has run outside of torch.compile; None if the kind does not record it.
+    was_called: bool | None = None
 
     def init_training(self, config: TrainingConfig, activation: str, device: torch.device) -> None:
         """Set the attributes that all kinds share, and enable quantization."""
@@ -323,11 +226,11 @@ class TrainedModule(nn.Module):
     @classmethod
     def from_float(cls, module: Any, config: TrainingConfig | None = None) -> Any:
         """Create a layer that trains the parameters of a float layer, the same objects."""
-        raise _missing(cls, "from_float")
+        raise missing(cls, "from_float")
 
     def to_quantized(self) -> QuantizedModule:
         """The layer to deploy; it holds integers and no float weight."""
-        raise _missing(self, "to_quantized")
+        raise missing(self, "to_quantized")
 
     def missing_range(self) -> str | None:
         """Why the layer cannot be deployed yet: no batch gave it a range. None if it can."""
@@ -335,7 +238,7 @@ class TrainedModule(nn.Module):
 
     def to_float(self) -> nn.Module:
         """A float layer without the activation; it shares this layer's parameters."""
-        raise _missing(self, "to_float")
+        raise missing(self, "to_float")
 
     @property
     def device(self) -> torch.device:
@@ -363,8 +266,9 @@ class TrainedModule(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
+        rename_state(state_dict, prefix, self.renamed)  # before torch selects the children's keys
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
         self._read_stage()
 
@@ -396,26 +300,6 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
-
-
-def as_float32(value: Tensor) -> Tensor:
-    """``value`` as float32; a parameter stays a parameter."""
-    if value.dtype == torch.float32:
-        return value
-    converted = value.detach().to(torch.float32)
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(converted, value.requires_grad)
-    return converted
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without the prefix ``torch.``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _missing(owner: object, name: str) -> TypeError:
-    cls = owner if isinstance(owner, type) else type(owner)
-    return TypeError(f"{cls.__name__} must define {name}, as every kind of layer does")
 
 
 __all__ = ["QuantizedModule", "TrainedModule", "autocast_dtype"]

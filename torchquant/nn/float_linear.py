@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from torchquant.nn.base import dtype_name
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.dtypes import dtype_name
+from torchquant.nn.linear_probe import is_transposed, other_class
 from torchquant.ops._arguments import has_kernels
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +23,10 @@ MIN_WEIGHTS = 4096
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """True if users expect a quantizer to take the module: nn.Linear, subclasses, GPT-2's Conv1D.
+    """True if users expect a quantizer to take the module.
+
+    These are nn.Linear, its subclasses, and modules that compute the same: GPT-2's Conv1D, whose
+    weight is transposed.
 
     Example:
         >>> looks_linear(nn.Linear(4, 4)), looks_linear(nn.ReLU())
@@ -28,19 +34,24 @@ def looks_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Linear):
         return True
-    if type(module).__name__ != "Conv1D":
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, torch.jit.ScriptModule)):
         return False
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2
+    if weight is None or is_lazy(weight) or weight.dim() != 2:
+        return False
+    return type(module).__name__ == "Conv1D" or other_class(module) is None
 
 
 def refusal(module: nn.Module) -> str | None:
     """The reason why the type or structure of a module rules out QuantizedLinear, or None."""
     if getattr(module, "parametrizations", None):
         return f"{type(module).__name__} (parametrized)"
-    if type(module) is not nn.Linear:
+    if "forward" in module.__dict__:
+        return "forward replaced on the instance"
+    reason = other_class(module)
+    if reason is not None:
         kind = "subclass of nn.Linear" if isinstance(module, nn.Linear) else "not an nn.Linear"
-        return f"{type(module).__name__} ({kind})"
+        return f"{type(module).__name__} ({kind}: {reason})"
     for name in ("weight", "bias"):
         if name not in module._parameters:
             return f"{name} computed from other tensors (weight_norm, spectral_norm, pruning)"
@@ -49,20 +60,21 @@ def refusal(module: nn.Module) -> str | None:
         return f"weight of type {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight of dtype {dtype_name(weight.dtype)}"
-    if "forward" in module.__dict__:
-        return "forward replaced on the instance"
     return None
 
 
 def value_refusal(module: nn.Module) -> str | None:
     """The reason why the values of a layer that :func:`refusal` accepts rule it out, or None."""
-    assert isinstance(module, nn.Linear)
-    weight = module.weight.detach()
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    weight = parameter.detach()
     if weight.is_meta:
         return "on the meta device, without values; load its weights first"
     if not has_kernels(weight):
         return f"on {weight.device}; move it to the CPU or to a CUDA device first"
-    if weight.dim() != 2 or not 1 <= weight.shape[1] <= _MAX_IN_FEATURES or weight.shape[0] < 1:
+    if weight.dim() != 2 or not 1 <= weight_shape(module)[1] <= _MAX_IN_FEATURES:
+        return f"weight of shape {list(weight.shape)}"
+    if weight.numel() == 0:
         return f"weight of shape {list(weight.shape)}"
     least, greatest = torch.aminmax(weight)  # allocates no tensor of the weight's size
     if not (torch.isfinite(least) and torch.isfinite(greatest)):
@@ -92,7 +104,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         >>> weight_shape(nn.Linear(64, 32))
         (32, 64)
     """
-    if hasattr(module, "out_features"):
+    if isinstance(module, (nn.Linear, QuantizedModule, TrainedModule)):
         return module.out_features, module.in_features  # type: ignore[return-value]
     rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
-    return columns, rows  # the weight of Conv1D is [inputs, outputs]
+    transposed = type(module).__name__ == "Conv1D" or is_transposed(module)
+    return (columns, rows) if transposed else (rows, columns)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torchquant import functional, ops
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig, Static, check_config
-from torchquant.functional._checks import MIN_SCALE, scale_tensor, zero_point_tensor
-from torchquant.nn.base import Canonical, QuantizedModule, autocast_dtype
+from torchquant.nn.base import QuantizedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after, caller
-from torchquant.nn.float_linear import refusal, value_refusal
+from torchquant.nn.float_form import NN_LINEAR, FloatForm
+from torchquant.nn.float_linear import refusal, value_refusal, weight_shape
 from torchquant.nn.inputs import special_output
+from torchquant.nn.linear_arguments import check_activation, check_size, static_parameters
+from torchquant.nn.packed_state import Canonical, shared_parameter
 from torchquant.nn.projections import ProjectionGroup
 from torchquant.nn.replaced_activation import mark
 from torchquant.scheme import PerAxis
@@ -34,13 +36,15 @@ class QuantizedLinear(QuantizedModule):
     device or a layout. ``.to(device)``, pickling, ``copy.deepcopy`` and ``torch.save`` also use the
     canonical form, so a layer computes with the same integers on a GPU.
 
-    State dict: ``qweight`` int8 ``[N, K]``, ``weight_scale`` float32 ``[N]``, ``weight_zero_point``
-    int32 ``[N]`` (absent if symmetric), ``input_scale`` float32 ``[1]`` and ``input_zero_point``
-    int32 ``[1]`` (static activations only), ``bias`` float32 ``[N]`` (absent without bias).
+    State dict: ``qweight`` int8 ``[N, K]``, ``qweight_scale`` float32 ``[N]``,
+    ``qweight_zero_point`` int32 ``[N]`` (absent if symmetric), ``input_scale`` float32 ``[1]`` and
+    ``input_zero_point`` int32 ``[1]`` (static activations only), ``bias`` ``[N]`` (absent without
+    bias).
 
-    Scales and bias stay float32 under ``.to(torch.bfloat16)``. The output has the dtype of the
-    input, or the dtype of autocast in an autocast region. Gradients reach the input (straight
-    through the quantizer) and a bias that requires gradients; the weight is frozen.
+    Scales stay float32 under ``.to(torch.bfloat16)``; the bias is an ordinary parameter, which is
+    added in float32 whatever its dtype. The output has the dtype of the input, or the dtype of
+    autocast in an autocast region. Gradients reach the input (straight through the quantizer) and a
+    bias that requires gradients; the weight is frozen. ``weight`` reads the dequantized weight.
 
     Args:
         in_features: K, size of the input's last dimension.
@@ -52,6 +56,8 @@ class QuantizedLinear(QuantizedModule):
             the bias.
         device: device of the state, which is not initialised; :meth:`from_float` creates a layer
             with values.
+        dtype: the dtype in which the layer works: that of its bias and its readable ``weight``;
+            None is float32.
 
     Raises:
         TypeError: config is not a configuration.
@@ -68,7 +74,6 @@ class QuantizedLinear(QuantizedModule):
         in_features=64, out_features=32, bias=True, int8 per channel
     """
 
-    weight_zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     bias: nn.Parameter | None
@@ -76,6 +81,8 @@ class QuantizedLinear(QuantizedModule):
     fused_activations: ClassVar[tuple[str, ...]] = tuple(functional.ACTIVATIONS)
     group_type: ClassVar[Any] = ProjectionGroup
     _group: ProjectionGroup | None
+    # The class of the float layer, if it is not nn.Linear, and the layout of its weight.
+    float_form: FloatForm = NN_LINEAR
 
     def __init__(
         self,
@@ -85,29 +92,30 @@ class QuantizedLinear(QuantizedModule):
         config: QuantizationConfig | None = None,
         activation: str = "none",
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _size("in_features", in_features)
-        self.out_features = _size("out_features", out_features)
+        self.in_features = check_size("in_features", in_features)
+        self.out_features = check_size("out_features", out_features)
         self.config = _check_config("QuantizedLinear", config)
-        self.activation = _check_activation(activation)
+        self.activation = check_activation(activation)
         activations = self.config.activations
         self._static = isinstance(activations, Static)
         # Arguments of the operator, as attributes because reading the configuration is slower.
         self._activation_symmetric: bool = activations.symmetric
         self._activation_bits: int = activations.bits
-        self.register_weight(self.weight_format.empty(self.weight_shape, device))
+        self.register_weight(self.weight_format.empty(self.weight_shape, device), dtype, bias)
         # Explicit dtypes: users load models under other default dtypes.
         scale = torch.ones(out_features, dtype=torch.float32, device=device)
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("qweight_scale", scale)
         zero_point = torch.zeros(out_features, dtype=torch.int32, device=device)
         symmetric = self.config.weights.symmetric
-        self.register_buffer("weight_zero_point", None if symmetric else zero_point)
+        self.register_buffer("qweight_zero_point", None if symmetric else zero_point)
         one = torch.ones(1, dtype=torch.float32, device=device)
         self.register_buffer("input_scale", one if self._static else None)
         zero = torch.zeros(1, dtype=torch.int32, device=device)
         self.register_buffer("input_zero_point", zero if self._static else None)
-        zeros = torch.zeros(out_features, dtype=torch.float32, device=device)
+        zeros = torch.zeros(out_features, dtype=dtype or torch.float32, device=device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     @property
@@ -120,15 +128,15 @@ class QuantizedLinear(QuantizedModule):
         channel = (self.out_features,)
         tensors: Canonical = {
             "qweight": self.weight_format.canonical(self.weight_shape),
-            "weight_scale": (torch.float32, channel),
+            "qweight_scale": (torch.float32, channel),
         }
-        if self.weight_zero_point is not None:
-            tensors["weight_zero_point"] = (torch.int32, channel)
+        if self.qweight_zero_point is not None:
+            tensors["qweight_zero_point"] = (torch.int32, channel)
         if self._static:
             tensors["input_scale"] = (torch.float32, (1,))
             tensors["input_zero_point"] = (torch.int32, (1,))
         if self.bias is not None:
-            tensors["bias"] = (torch.float32, channel)
+            tensors["bias"] = (self.bias.dtype, channel)
         return tensors
 
     @classmethod
@@ -153,11 +161,13 @@ class QuantizedLinear(QuantizedModule):
     ) -> QuantizedLinear:
         """Quantize a float layer; the float layer itself does not change.
 
-        Hooks stay with the float layer; :func:`torchquant.quantize_` moves them to the new layer.
+        The new layer has the same bias: the same parameter object, so that ties stay. Hooks stay
+        with the float layer; :func:`torchquant.quantize_` moves them to the new layer.
 
         Args:
-            linear: an nn.Linear with float32, bfloat16 or float16 weights, on the CPU or on a CUDA
-                device. The new layer is on the same device.
+            linear: an nn.Linear, or a module that computes the same (transformers' Conv1D), with
+                float32, bfloat16 or float16 weights, on the CPU or on a CUDA device. The new layer
+                is on the same device.
             config: the configuration; None is ``Int8DynamicActivationInt8WeightConfig()``.
             activation: an activation function that the layer applies to its result; see the class.
             input_scale: float32 ``[1]``, on any device; required for static activations.
@@ -167,29 +177,31 @@ class QuantizedLinear(QuantizedModule):
             A layer in the training mode of ``linear``.
 
         Raises:
-            TypeError: linear is not exactly an nn.Linear, its weight is parametrized, pruned or not
-                float, or config is not a configuration.
+            TypeError: linear does not compute what an nn.Linear computes, its weight is
+                parametrized, pruned or not float, or config is not a configuration.
             ValueError: the weight is empty, holds NaN or infinities, or is on a device without
                 kernels; input_scale is missing for static activations, or given for dynamic ones;
                 input_scale or input_zero_point is out of range.
         """
         who = "QuantizedLinear.from_float"
         config = _check_config(who, config)
-        _check_activation(activation)
+        check_activation(activation)
         reason = refusal(linear)
         if reason is not None:
             raise TypeError(f"{who}: linear must be a plain nn.Linear, got {reason}")
         reason = value_refusal(linear)
         if reason is not None:
             raise ValueError(f"{who}: linear cannot be quantized: {reason}")
+        form = FloatForm.of(linear)
         layer = cls.from_tensors(
-            linear.weight,
+            form.matrix(linear.weight),
             linear.bias,
             config,
             activation,
             input_scale=input_scale,
             input_zero_point=input_zero_point,
         )
+        form.give_to(layer)
         return layer.train(linear.training)
 
     @classmethod
@@ -207,8 +219,8 @@ class QuantizedLinear(QuantizedModule):
         """Quantize a float weight into a new layer.
 
         Args:
-            weight: float ``[N, K]``.
-            bias: float ``[N]``, or None.
+            weight: float ``[N, K]``; the layer works in its dtype.
+            bias: float ``[N]``, or None; a parameter becomes the layer's own parameter.
             config: see the class.
             activation: see the class.
             weight_scale: float32 ``[N]``; None derives the scales from the range of each channel.
@@ -218,37 +230,55 @@ class QuantizedLinear(QuantizedModule):
         Raises:
             ValueError: input_scale or input_zero_point is missing, superfluous or out of range.
         """
-        given = _static_parameters(config, input_scale, input_zero_point, weight.device)
+        given = static_parameters(config, input_scale, input_zero_point, weight.device)
         out_features, in_features = weight.shape  # attributes of a layer may be out of date
-        layer = cls(in_features, out_features, bias is not None, config, activation, device="meta")
-        qmin, qmax = config.weights.range
-        symmetric = config.weights.symmetric
+        sizes = (in_features, out_features, bias is not None)
+        layer = cls(*sizes, config, activation, "meta", weight.dtype)
+        (qmin, qmax), symmetric = config.weights.range, config.weights.symmetric
         # Tensors created in inference mode could not take part in the training of an adapter.
         with torch.inference_mode(False), torch.no_grad():
-            layer.packed, layer.weight_scale, zero_point = ops.quantize_pack(
+            layer.packed, layer.qweight_scale, zero_point = ops.quantize_pack(
                 weight.detach(), weight_scale, qmin=qmin, qmax=qmax, symmetric=symmetric
             )
             if not symmetric:
-                layer.weight_zero_point = zero_point
+                layer.qweight_zero_point = zero_point
             if given is not None:
                 layer.input_scale, layer.input_zero_point = given
             if bias is not None:
-                values = bias.detach().to(torch.float32, copy=True)
-                layer.bias = nn.Parameter(values, bias.requires_grad)
+                layer.bias = shared_parameter(bias)
+            layer.move_placeholder()
         return layer
 
-    def to_float(self) -> nn.Linear:
-        """A float32 nn.Linear with the values that the integers represent, without activation."""
-        weight = ops.dequantize(
-            self.qweight, self.weight_scale, self.weight_zero_point, granularity=PerAxis(0)
-        )
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+    def to_float(self) -> nn.Module:
+        """A float layer with the values that the integers represent, without the activation.
+
+        It has the dtype and the bias of this layer. It is an ``nn.Linear``, or a module of the
+        class from which this layer was made.
+        """
+        linear = self.float_form.module(nn.Parameter(self.dequantized()), self.bias)
         return linear.train(self.training)
+
+    def dequantized(self) -> Tensor:
+        """The float weight that the integers represent, a new tensor in the layer's dtype."""
+        scale, zero_point = self.qweight_scale, self.qweight_zero_point
+        weight = ops.dequantize(self.qweight, scale, zero_point, granularity=PerAxis(0))
+        return self.float_form.matrix(weight.to(self.dtype))
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Shape of the weight of the float layer."""
+        return self.float_form.shape(self.weight_shape)
+
+    @classmethod
+    def stored_value(cls, module: nn.Module, name: str) -> Any:
+        """The value that a file stores for an argument in ``stored``."""
+        if name in ("in_features", "out_features"):
+            return weight_shape(module)[name == "in_features"]
+        return super().stored_value(module, name)
+
+    def adopt(self, module: nn.Module) -> None:
+        """Take over from the module that this layer replaces what its tensors do not hold."""
+        FloatForm.of(module).give_to(self)
 
     def probe(self, rows: int, generator: torch.Generator) -> Tensor:
         """``rows`` random float32 inputs on the CPU, used to test a changed layer."""
@@ -299,8 +329,8 @@ class QuantizedLinear(QuantizedModule):
                     output: Tensor = _fast_linear_dynamic(
                         input,
                         buffers["packed"],
-                        buffers["weight_scale"],
-                        buffers["weight_zero_point"],
+                        buffers["qweight_scale"],
+                        buffers["qweight_zero_point"],
                         self._parameters["bias"],
                         self.out_features,
                         self._activation_symmetric,
@@ -312,15 +342,28 @@ class QuantizedLinear(QuantizedModule):
                     raise
                 return output if place is None else mark(output, place)
         if self._static:
-            output = self._static_forward(input, activation)
+            self._check_input(input)
+            output = self._static_output(input, self.bias, activation)
             return output if place is None else mark(output, place)
         self._check_input(input)
+        return self._dynamic_output(input, self.bias, self.activation)
+
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """``F.linear(input, self.weight, bias)`` on integers; None if the layout is another one."""
+        if self.float_form.transposed:
+            return None
+        self._check_input(input)
+        bias = None if bias is None else bias.expand(self.out_features)
+        output = self._static_output if self._static else self._dynamic_output
+        return output(input, bias, "none")
+
+    def _dynamic_output(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return ops.linear_dynamic(
             input,
             self.packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
+            self.qweight_scale,
+            self.qweight_zero_point,
+            bias,
             out_features=self.out_features,
             symmetric=self._activation_symmetric,
             activation=activation,
@@ -328,8 +371,7 @@ class QuantizedLinear(QuantizedModule):
             activation_bits=self._activation_bits,
         )
 
-    def _static_forward(self, input: Tensor, activation: str) -> Tensor:
-        self._check_input(input)
+    def _static_output(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         assert self.input_scale is not None
         qmin, qmax = self.config.activations.range
         return ops.linear_static(
@@ -337,9 +379,9 @@ class QuantizedLinear(QuantizedModule):
             self.input_scale,
             self.input_zero_point,
             self.packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
+            self.qweight_scale,
+            self.qweight_zero_point,
+            bias,
             out_features=self.out_features,
             activation=activation,
             output_dtype=autocast_dtype(input) or input.dtype,
@@ -407,58 +449,3 @@ def _check_config(who: str, config: QuantizationConfig | None) -> QuantizationCo
     if reason is not None:
         raise ValueError(f"{who}: config must fit a linear layer, got {config}: {reason}")
     return config
-
-
-def _static_parameters(
-    config: QuantizationConfig,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    device: torch.device,
-) -> tuple[Tensor, Tensor] | None:
-    """Checked copies of input_scale and input_zero_point on ``device``; None if dynamic."""
-    who = "QuantizedLinear.from_float"
-    activations = config.activations
-    if not isinstance(activations, Static):
-        if scale is not None or zero_point is not None:
-            raise ValueError(
-                f"{who}: input_scale and input_zero_point must be None for dynamic activations, "
-                f"whose scales are computed at run time; config is {config}"
-            )
-        return None
-    if scale is None:
-        raise ValueError(
-            f"{who}: input_scale must be given for static activations, got None: the range of the "
-            "inputs cannot be derived from a weight; train with torchquant.prepare_qat_ and "
-            "torchquant.convert_, or pass input_scale and input_zero_point"
-        )
-    qmin, qmax = activations.range
-    if isinstance(scale, Tensor):
-        scale = scale.detach().to(device, copy=True)
-    if isinstance(zero_point, Tensor):
-        zero_point = zero_point.to(device)
-    scale = scale_tensor(who, "input_scale", scale, device, (1,))
-    if not MIN_SCALE <= scale.item() < float("inf"):
-        raise ValueError(
-            f"{who}: input_scale must be finite and at least 2^-126, got {scale.item()}"
-        )
-    zero_point = zero_point_tensor(who, "input_zero_point", zero_point, device, qmin, qmax, (1,))
-    if not qmin <= zero_point.item() <= qmax:
-        raise ValueError(
-            f"{who}: input_zero_point must be from {qmin} to {qmax}, got {zero_point.item()}"
-        )
-    return scale, zero_point.clone()
-
-
-def _size(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"QuantizedLinear: {name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def _check_activation(activation: str) -> str:
-    if activation not in functional.ACTIVATIONS:
-        raise ValueError(
-            f"QuantizedLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
-    return activation

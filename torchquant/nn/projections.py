@@ -55,8 +55,8 @@ class Member(Protocol):
     activation: str
     _fuses_activation: bool
     packed: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
+    qweight_scale: Tensor
+    qweight_zero_point: Tensor | None
     bias: torch.nn.Parameter | None
 
 
@@ -147,6 +147,8 @@ class ProjectionGroup:
             return f"out_features must be a multiple of {_library.TILE_OUT_FEATURES}"
         if any(member.packed.device != first.packed.device for member in members):
             return "they are on different devices"
+        if len({member.bias.dtype for member in members if member.bias is not None}) > 1:
+            return "the dtypes of their biases differ"
         return None if has_kernels(first.packed) else f"they are on {first.packed.device}"
 
     def join(self, index: int, member: Member) -> None:
@@ -312,8 +314,8 @@ class ProjectionGroup:
             buffers = state["_buffers"]
             if (
                 buffers["packed"] is not packed
-                or buffers["weight_scale"] is not scale
-                or buffers["weight_zero_point"] is not zero_point
+                or buffers["qweight_scale"] is not scale
+                or buffers["qweight_zero_point"] is not zero_point
                 or state["_parameters"]["bias"] is not bias
                 or state["activation"] is not activation
                 or (bias is not None and bias.data_ptr() != bias_at + offset)
@@ -333,15 +335,16 @@ class ProjectionGroup:
         self._device_type = members[0].packed.device.type
         self._rows = (members[0].in_features,)  # in_features, which the GPU layout does not store
         self.packed = torch.cat([member.packed for member in members])
-        self.weight_scale = torch.cat([member.weight_scale for member in members])
-        zero_points = [m.weight_zero_point for m in members if m.weight_zero_point is not None]
+        self.weight_scale = torch.cat([member.qweight_scale for member in members])
+        zero_points = [m.qweight_zero_point for m in members if m.qweight_zero_point is not None]
         self.weight_zero_point = torch.cat(zero_points) if zero_points else None
         self.bias = None
-        if any(member.bias is not None for member in members):
+        dtypes = [member.bias.dtype for member in members if member.bias is not None]
+        if dtypes:
             # For a member without bias, -0.0 is added, which does not change any float.
             self.bias = torch.cat(
                 [
-                    torch.full_like(member.weight_scale, -0.0)
+                    torch.full_like(member.qweight_scale, -0.0, dtype=dtypes[0])
                     if member.bias is None
                     else member.bias.detach()
                     for member in members
@@ -352,14 +355,17 @@ class ProjectionGroup:
         for index, member in enumerate(members):
             rows, size = (0, first, member.out_features), member.packed.shape[0]
             member.packed = self.packed.narrow(0, at, size)
-            member.weight_scale = self.weight_scale.narrow(*rows)
+            member.qweight_scale = self.weight_scale.narrow(*rows)
             if self.weight_zero_point is not None:
-                member.weight_zero_point = self.weight_zero_point.narrow(*rows)
+                member.qweight_zero_point = self.weight_zero_point.narrow(*rows)
             if member.bias is not None and self.bias is not None:
                 member.bias.data = self.bias.narrow(*rows)  # the parameter stays the same object
             state = member.__dict__
-            tensors = (member.packed, member.weight_scale, member.weight_zero_point, member.bias)
-            self._parts.append((state, member.activation, *tensors, 4 * first))
+            scales = (member.qweight_scale, member.qweight_zero_point)
+            offset = first * (0 if self.bias is None else self.bias.element_size())
+            self._parts.append(
+                (state, member.activation, member.packed, *scales, member.bias, offset)
+            )
             state["_group"], state["_group_index"] = self, index
             state["_guarded"] = True
             at, first = at + size, first + member.out_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torchquant import functional, ops
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.nn.base import TrainedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
-from torchquant.nn.float_linear import refusal
+from torchquant.nn.float_form import NN_LINEAR, FloatForm
+from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.replaced_activation import mark
@@ -28,7 +30,7 @@ from torchquant.training.learned_steps import LSQQuantizer
 from torchquant.training.observed_quantizer import ObservedQuantizer
 from torchquant.training.observers import MovingAverageMinMaxObserver
 
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 _ACTIVATIONS = ("none", "relu")
 _ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
 
@@ -46,7 +48,8 @@ class QATLinear(TrainedModule):
     one observed or learned scale (``input_quantizer``).
 
     State: ``weight`` ``[N, K]`` and ``bias`` ``[N]`` (parameters, float), ``quantize_enabled``
-    uint8 ``[1]`` (see :meth:`enable_quantization`), and the state of the quantizers.
+    uint8 ``[1]`` (see :meth:`enable_quantization`), and the state of the quantizers
+    (``input_quantizer`` and ``qweight_quantizer``).
 
     Args:
         in_features: K, size of the input's last dimension.
@@ -79,8 +82,11 @@ class QATLinear(TrainedModule):
 
     bias: nn.Parameter | None
     input_quantizer: ObservedQuantizer | LSQQuantizer | None
-    weight_quantizer: LSQQuantizer | None
+    qweight_quantizer: LSQQuantizer | None
     fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
+    renamed: ClassVar[Mapping[str, str]] = {"weight_quantizer": "qweight_quantizer"}
+    # The class of the float layer, if it is not nn.Linear, and the layout of its weight.
+    float_form: FloatForm = NN_LINEAR
 
     def __init__(
         self,
@@ -96,19 +102,31 @@ class QATLinear(TrainedModule):
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._init(linear, _check_config("QATLinear", config), activation)
 
-    def _init(self, linear: nn.Linear, config: TrainingConfig, activation: str) -> None:
+    def _init(self, linear: nn.Module, config: TrainingConfig, activation: str) -> None:
         if activation not in _ACTIVATIONS:
             raise ValueError(f"QATLinear: activation must be none or relu, got {activation!r}")
-        self.out_features, self.in_features = linear.weight.shape
+        FloatForm.of(linear).give_to(self)
+        self.out_features, self.in_features = weight_shape(linear)
         self._input_range, self._weight_range = config.activations.range, config.weights.range
         ranged = isinstance(config.activations, (Dynamic, ObservedActivations))
         self._input_symmetric: bool = ranged and config.activations.symmetric
         for name in ("weight", "bias"):
             self.register_parameter(name, linear._parameters[name])
-        device = linear.weight.device
+        device = self.weight.device
         self.input_quantizer = _input_quantizer(config, self.in_features, device)
-        self.weight_quantizer = _weight_quantizer(config, self.out_features, device)
+        self.qweight_quantizer = _weight_quantizer(config, self.out_features, device)
         self.init_training(config, activation, device)
+        self.was_called = False
+
+    @property
+    def weight_quantizer(self) -> LSQQuantizer | None:
+        """The quantizer with the learned steps of the weight, or None."""
+        return self.qweight_quantizer
+
+    def _matrix(self) -> Tensor:
+        """The weight as ``[out_features, in_features]``."""
+        weight = self.weight
+        return weight.t() if self.float_form.transposed else weight
 
     @classmethod
     def config_refusal(cls, config: TrainingConfig) -> str | None:
@@ -121,7 +139,7 @@ class QATLinear(TrainedModule):
     @classmethod
     def from_float(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         config: TrainingConfig | QuantizationConfig | None = None,
         activation: str = "none",
     ) -> QATLinear:
@@ -130,13 +148,14 @@ class QATLinear(TrainedModule):
         The parameters are the same objects, so ties and optimizers stay valid.
 
         Args:
-            linear: an nn.Linear with float32, bfloat16 or float16 weights.
+            linear: an nn.Linear, or a module that computes the same (transformers' Conv1D), with
+                float32, bfloat16 or float16 weights.
             config: see the class.
             activation: "none" or "relu"; the activation that follows the float layer.
 
         Raises:
-            TypeError: linear is not exactly an nn.Linear, its weight is parametrized, pruned or not
-                float, or config is not a configuration.
+            TypeError: linear does not compute what an nn.Linear computes, its weight is
+                parametrized, pruned or not float, or config is not a configuration.
             ValueError: activation is not "none" or "relu", or no linear layer can be trained with
                 the configuration.
         """
@@ -163,7 +182,7 @@ class QATLinear(TrainedModule):
             )
         scale, zero_point = self._static_qparams()
         layer = QuantizedLinear.from_tensors(
-            self.weight,
+            self._matrix(),
             self.bias,
             self.config.deployed(),
             self.activation,
@@ -171,6 +190,7 @@ class QATLinear(TrainedModule):
             input_scale=scale,
             input_zero_point=zero_point,
         )
+        self.float_form.give_to(layer)
         return layer.train(self.training)
 
     def missing_range(self) -> str | None:
@@ -181,14 +201,9 @@ class QATLinear(TrainedModule):
             return str(error)
         return None
 
-    def to_float(self) -> nn.Linear:
-        """A float nn.Linear without the activation; it shares this layer's parameters."""
-        bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, bias, device="meta")
-        linear.weight = self.weight
-        if self.bias is not None:
-            linear.bias = self.bias
-        return linear.train(self.training)
+    def to_float(self) -> nn.Module:
+        """The float layer without the activation; it shares this layer's parameters."""
+        return self.float_form.module(self.weight, self.bias).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer.
@@ -211,6 +226,8 @@ class QATLinear(TrainedModule):
             if special is not None:
                 return special  # type: ignore[no-any-return]
         self._check_input(input)
+        if not _is_dynamo_compiling() and not self.was_called and isinstance(input, Tensor):
+            self.was_called = True
         place = None
         if self._guarded and self.activation == "none" and type(input) is Tensor:
             place = None if _is_dynamo_compiling() else activation_after_call(self)
@@ -221,10 +238,11 @@ class QATLinear(TrainedModule):
     def _compute(self, input: Tensor, activation: str) -> Tensor:
         if not self._quantizing:
             self._observe(input)
-            return _activate(nn.functional.linear(input, self.weight, self.bias), activation)
+            return _activate(nn.functional.linear(input, self._matrix(), self.bias), activation)
         if self.simulate or not has_kernels(self.weight):
             return self._simulated(input, activation)
         scale = zero_point = offset = weight_scale = None
+        weight = self._matrix()
         input_factor = weight_factor = 0.0
         input_qmin, input_qmax = self._input_range
         weight_qmin, weight_qmax = self._weight_range
@@ -237,12 +255,12 @@ class QATLinear(TrainedModule):
         else:
             self._observe(input)
             scale, zero_point = quantizer.qparams()
-        if self.weight_quantizer is not None:
-            weight_scale, _ = self.weight_quantizer.prepare(self.weight)
-            weight_factor = self.weight_quantizer.grad_factor(self.weight)
+        if self.qweight_quantizer is not None:
+            weight_scale, _ = self.qweight_quantizer.prepare(weight)
+            weight_factor = self.qweight_quantizer.grad_factor(weight)
         return ops.qat_linear(
             input,
-            self.weight,
+            weight,
             self.bias,
             input_scale=scale,
             input_zero_point=zero_point,
@@ -267,10 +285,10 @@ class QATLinear(TrainedModule):
             x = quantizer(input)
         else:
             x = _StraightThrough.apply(input, self._fake_quantized_rows(input))
-        if self.weight_quantizer is not None:
-            weight = self.weight_quantizer(self.weight)
+        if self.qweight_quantizer is not None:
+            weight = self.qweight_quantizer(self._matrix())
         else:
-            weight = _StraightThrough.apply(self.weight, self._fake_quantized_weight())
+            weight = _StraightThrough.apply(self._matrix(), self._fake_quantized_weight())
         return _activate(nn.functional.linear(x, weight, self.bias), activation)
 
     @torch.no_grad()
@@ -286,7 +304,8 @@ class QATLinear(TrainedModule):
     @torch.no_grad()
     def _fake_quantized_weight(self) -> Tensor:
         qmin, qmax = self._weight_range
-        least, greatest = torch.aminmax(self.weight, dim=1)
+        weight = self._matrix()
+        least, greatest = torch.aminmax(weight, dim=1)
         scale, zero_point = functional.qparams_from_range(
             least.float(),
             greatest.float(),
@@ -295,7 +314,7 @@ class QATLinear(TrainedModule):
             symmetric=self.config.weights.symmetric,
         )
         return functional.fake_quantize(
-            self.weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
+            weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
         )
 
     def _observe(self, input: Tensor) -> None:
@@ -317,7 +336,7 @@ class QATLinear(TrainedModule):
         return scale.detach(), zero_point + shift
 
     def _weight_scale(self) -> Tensor | None:
-        quantizer = self.weight_quantizer
+        quantizer = self.qweight_quantizer
         return None if quantizer is None else quantizer.qparams(self.weight)[0]
 
     def _check_input(self, input: Tensor) -> None:

@@ -112,7 +112,7 @@ def linear_dynamic(
         packed: :func:`pack_weight` of the int8 ``[N, K]`` weight.
         weight_scale: float32 ``[N]`` or ``[1]``.
         weight_zero_point: int32 ``[N]`` or ``[1]``, or None.
-        bias: float32 ``[N]`` or None.
+        bias: float32, bfloat16 or float16 ``[N]``, added in float32; or None.
         out_features: N.
         symmetric: True: activations in [-127, 127]; False: in [-128, 127] with a zero point per
             token. Fewer ``activation_bits`` use the signed range of that many bits.
@@ -184,7 +184,7 @@ def linear_dynamic_split(
             dimension 0.
         weight_scale: float32 ``[sum of N]``, the values of all layers one after the other.
         weight_zero_point: int32 ``[sum of N]`` or None.
-        bias: float32 ``[sum of N]`` or None.
+        bias: float32, bfloat16 or float16 ``[sum of N]`` or None.
         out_features: N of each layer.
         symmetric: True: activations in [-127, 127]; False: in [-128, 127] with a zero point per
             token.
@@ -265,7 +265,8 @@ def linear_static(
         input_zero_point: int32, one value or (integer input) one per row, or None.
         packed, weight_scale, weight_zero_point, out_features, activation: as in
             :func:`linear_dynamic`.
-        bias: float32 ``[N]``, or int32 ``[N]`` in units of ``input_scale * weight_scale``, or None.
+        bias: float32, bfloat16 or float16 ``[N]``; int32 ``[N]`` in units of
+            ``input_scale * weight_scale``; or None.
         output_dtype: float32, bfloat16, float16; with ``output_scale`` int8 or uint8.
         output_scale: float32 of one value: the result is quantized with it, ``output_zero_point``,
             ``output_qmin`` and ``output_qmax``.

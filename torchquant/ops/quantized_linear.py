@@ -72,7 +72,7 @@ def quantized_linear(
         input: int8 or uint8 ``[..., K]``.
         weight: int8 ``[N, K]``, N and K not 0, packed on each call; or a :class:`PackedWeight`.
         bias: int32 ``[N]`` in units of ``input_scale * weight_scale`` (without zero-point
-            shift), float32 ``[N]``, or None.
+            shift), float ``[N]``, or None.
         input_scale, input_zero_point: one value, or a tensor with one per row of input.
         weight_scale, weight_zero_point: one value, or a tensor ``[N]``.
         output_scale: if given, the result is quantized to int8, or to uint8 with

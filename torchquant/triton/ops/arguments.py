@@ -47,6 +47,13 @@ def is_per_channel(
     )
 
 
+def as_kernel_bias(bias: Tensor | None) -> Tensor | None:
+    """``bias`` as the kernels read it: float32 in place of bfloat16 and float16, which is exact."""
+    if bias is None or bias.dtype not in (torch.bfloat16, torch.float16):
+        return bias
+    return bias.to(torch.float32)
+
+
 def is_per_row(tensor: Tensor | None, input: Tensor, dtype: torch.dtype) -> bool:
     """True for one value, one per row of ``input`` (``[...]`` or ``[..., 1]``), and None."""
     if is_single(tensor, dtype):

@@ -16,6 +16,7 @@ from torchquant.triton.layout import layout_shape, packed_sums, padded_k, padded
 from torchquant.triton.ops.arguments import (
     FLOATS,
     INTEGERS,
+    as_kernel_bias,
     as_rows,
     flat,
     is_per_channel,
@@ -116,6 +117,7 @@ def linear_static(
     others = (input_scale, input_zero_point, packed, weight_scale, weight_zero_point, bias)
     if not supports_rows(input, (*FLOATS, *INTEGERS), *others, output_scale):
         return NotImplemented
+    bias = as_kernel_bias(bias)
     n, k = out_features, input.shape[-1]
     is_float, unsigned = input.dtype in FLOATS, input.dtype == torch.uint8
     if is_float:
@@ -200,6 +202,7 @@ def _dynamic(
     dtype = input.dtype if output_dtype is None else output_dtype
     if not supports_rows(input, FLOATS, packed, weight_scale, weight_zero_point, bias):
         return NotImplemented
+    bias = as_kernel_bias(bias)
     k, total = input.shape[-1], sum(out_features)
     layouts = [layout_shape(n, k)[0] if n >= 1 else 0 for n in out_features]
     supported = (
