@@ -29,7 +29,7 @@ from torchquant.configs import (
     Static,
     Weights,
 )
-from torchquant.convert.norms import NormReport, NormsReport, replace_norms_
+from torchquant.convert.norms import NormReport, NormsReport, replace_norms_, restore_norms_
 from torchquant.convert.qat import convert_, prepare_qat_
 from torchquant.convert.quantize import quantize_
 from torchquant.convert.stages import QATSchedule
@@ -117,6 +117,7 @@ __all__ = [
     "replace_attention_",
     "replace_norms_",
     "report_nonfinite",
+    "restore_norms_",
     "save",
     "to_float_",
     "verify",

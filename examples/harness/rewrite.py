@@ -40,7 +40,7 @@ def add_in_norms(model: nn.Module) -> None:
         children = dict(module.named_children())
         norm = children.get("LayerNorm")
         if children.keys() == {"dense", "LayerNorm", "dropout"} and isinstance(
-            norm, torchquant.nn.LayerNorm
+            norm, torchquant.nn.ReplacedNorm
         ):
             model.set_submodule(name, DenseAddNorm(children["dense"], norm))
 

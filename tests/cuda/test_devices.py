@@ -310,11 +310,7 @@ def test_norms_on_the_gpu() -> None:
     with torch.no_grad(), pretended_cuda() as cuda:
         norm = LlamaRMSNorm(64).to(cuda)
         norm.weight = float_norms[0].to(cuda).weight
-        rms: Any = RMSNorm(64)
-        rms.weight, rms.eps = norm.weight, norm.variance_epsilon
-        from torchquant.nn.norm import _rounds_before_weight
-
-        assert _rounds_before_weight(norm, rms)
+        assert RMSNorm.from_float(norm).cast_before_weight
         outputs = [values(norm.to(cuda)(on_cuda(x))) for norm in here]
     for output, wanted in zip(outputs, expected, strict=True):
         assert_same_bits(output, wanted)

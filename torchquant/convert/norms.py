@@ -1,22 +1,22 @@
-"""replace_norms_: replace LayerNorm and RMSNorm modules of any class by one operator each.
+"""replace_norms_ and restore_norms_: the norms of a model, computed by one operator each.
 
 Many models have their own norm classes (``LlamaRMSNorm``, ``T5LayerNorm``), written in Python with
 six operators. In a model with int8 layers these norms take a tenth of the time. A norm is therefore
-recognised by its values on a probe, not by its name.
+recognised by what it computes, not by its name.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from torchquant.graph.modules import HOOKS, owners_by_module, replace_module
 from torchquant.nn.norm import LayerNorm, RMSNorm
+from torchquant.nn.norm_probe import find_recipe
+from torchquant.nn.norm_recipe import NormRecipe
+from torchquant.nn.norm_replacement import recipe_of, replace_norm, restore_norm
 from torchquant.report import fold
 
 
@@ -27,8 +27,8 @@ class NormReport:
     Attributes:
         name: the norm's name in the model.
         kind: the name of its class.
-        action: "replaced" or "left".
-        reason: why the norm was left; empty if it was replaced.
+        action: "replaced", "restored" or "left".
+        reason: why the norm was left, or a remark; may be empty.
 
     Example:
         >>> print(NormReport("bn", "BatchNorm1d", "left", "filter_fn"))
@@ -37,7 +37,7 @@ class NormReport:
 
     name: str
     kind: str
-    action: Literal["replaced", "left"]
+    action: Literal["replaced", "restored", "left"]
     reason: str = ""
 
     def __str__(self) -> str:
@@ -51,6 +51,7 @@ class NormsReport:
 
     Attributes:
         norms: one report per norm, in the order of the model's modules.
+        action: "replaced", or "restored" by :func:`torchquant.restore_norms_`.
 
     Example:
         >>> names = [f"blocks.{index}.norm" for index in range(6)]
@@ -60,43 +61,61 @@ class NormsReport:
     """
 
     norms: tuple[NormReport, ...]
+    action: Literal["replaced", "restored"] = "replaced"
 
     @property
     def replaced(self) -> tuple[NormReport, ...]:
         """The norms that were replaced."""
         return tuple(norm for norm in self.norms if norm.action == "replaced")
 
+    @property
+    def restored(self) -> tuple[NormReport, ...]:
+        """The norms that were restored."""
+        return tuple(norm for norm in self.norms if norm.action == "restored")
+
     def __str__(self) -> str:
-        summary = f"{len(self.replaced)} of {len(self.norms)} norms replaced"
+        changed = self.replaced if self.action == "replaced" else self.restored
+        summary = f"{len(changed)} of {len(self.norms)} norms {self.action}"
         return "\n".join([summary, *fold(map(str, self.norms))])
 
 
 def replace_norms_(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> NormsReport:
-    """Replace a model's LayerNorm and RMSNorm modules by torchquant's, in place.
+    """Let one operator compute each LayerNorm and RMSNorm of a model, in place.
 
-    An RMSNorm of any class is replaced if it computes the same values as
-    :class:`torchquant.nn.RMSNorm` on a probe. The probe also shows whether the norm rounds before
-    or after its weight. Parameters remain the same objects under the same names, so state dicts,
-    ties and optimizers stay valid; hooks are moved. Results change only by rounding: sums use a
-    different order, which is the same on every device.
+    A norm of any class is replaced if a copy of it gives the values, the dtype and the gradients of
+    :func:`torchquant.ops.layer_norm` or :func:`torchquant.ops.rms_norm`. That includes weights of
+    ``1 + w`` as in Gemma. The comparison covers float32, bfloat16 and float16, one to five
+    dimensions, training and evaluation mode, and autocast; the norm itself is not run.
+
+    A replaced norm is still the same object: its class is a subclass of the class that it had, so
+    ``isinstance``, attributes, parameters, hooks, state dicts, ties and optimizers stay as they
+    are. Calls that the comparison does not cover run the forward of the norm's own class: more
+    arguments (a gate), float64, sizes or dtypes that come later. An attribute that is set later
+    ends the replacement of that norm. Results change only by rounding: sums use a different order,
+    which is the same on every device.
 
     A replaced LayerNorm can also compute the addition before it: ``norm(x, residual=y)``. The code
     that calls the norm has to be changed for that.
 
-    The replacement is not saved; call this function again after :func:`torchquant.load`.
+    :func:`torchquant.restore_norms_` undoes the replacement, and so does
+    :func:`torchquant.to_float_`. The replacement is part of a pickled model, but not of a file of
+    :func:`torchquant.save`; call this function again after :func:`torchquant.load`.
 
     Args:
-        model: any module that contains norms.
+        model: any module that contains norms, or a norm.
         filter_fn: called with each norm and its name; returns True for norms to replace. None
             replaces all.
 
     Returns:
-        A report with one row per module whose class name contains "norm".
+        A report with one row per norm: modules without children whose class is derived from
+        ``nn.LayerNorm`` or ``nn.RMSNorm`` or has "norm" in its name.
 
     Raises:
         TypeError: model is not a module, or filter_fn is not callable.
+
+    If filter_fn raises, the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-6))
@@ -105,43 +124,74 @@ def replace_norms_(
         replaced: 1 (LayerNorm)
         replaced: 2 (RMSNorm)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_norms_: model must be an nn.Module, got {type(model).__name__}")
+    _check_model("replace_norms_", model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(
             f"replace_norms_: filter_fn must be a function of (module, name), got {filter_fn!r}"
         )
-    owners = owners_by_module(model)
+    known: dict[Any, NormRecipe | str] = {}
     rows = []
-    for name, module in list(model.named_modules()):
-        if id(module) not in owners or not looks_like_a_norm(module):
+    plan: list[tuple[nn.Module, NormRecipe]] = []
+    for name, module in model.named_modules():
+        if not looks_like_a_norm(module):
             continue
         kind = type(module).__name__
         if filter_fn is not None and not filter_fn(module, name):
             rows.append(NormReport(name, kind, "left", "filter_fn"))
             continue
-        new = _own(module)
-        if isinstance(new, str):
-            rows.append(NormReport(name, kind, "left", new))
+        recipe = _recipe(module, known)
+        if isinstance(recipe, str):
+            rows.append(NormReport(name, kind, "left", recipe))
         else:
-            replace_module(owners[id(module)], module, new)
-            rows.append(NormReport(name, kind, "replaced"))
+            plan.append((module, recipe))
+            rows.append(NormReport(name, kind, "replaced", recipe.remark))
+    for module, recipe in plan:  # from here on the model changes; nothing can fail
+        replace_norm(module, recipe)
     return NormsReport(tuple(rows))
 
 
+def restore_norms_(model: nn.Module) -> NormsReport:
+    """Undo :func:`torchquant.replace_norms_`, in place: each norm gets its own class back.
+
+    Args:
+        model: any module, with or without replaced norms.
+
+    Returns:
+        A report with one row per norm that was restored.
+
+    Raises:
+        TypeError: model is not a module.
+
+    Example:
+        >>> model = nn.Sequential(nn.LayerNorm(8))
+        >>> _ = replace_norms_(model)
+        >>> print(restore_norms_(model), type(model[0]) is nn.LayerNorm)
+        1 of 1 norms restored
+        restored: 0 (LayerNorm) True
+    """
+    _check_model("restore_norms_", model)
+    rows = [
+        NormReport(name, type(module).__name__, "restored")
+        for name, module in model.named_modules()
+        if restore_norm(module)
+    ]
+    return NormsReport(tuple(rows), "restored")
+
+
 def looks_like_a_norm(module: nn.Module) -> bool:
-    """True for leaf modules whose class name contains "norm".
+    """True for modules without children that are norms by their class or by its name.
 
     Example:
         >>> looks_like_a_norm(nn.RMSNorm(8)), looks_like_a_norm(nn.Linear(8, 8))
         (True, False)
     """
-    return not module._modules and "norm" in type(module).__name__.lower()
+    named = "norm" in type(module).__name__.lower()
+    return not module._modules and (named or isinstance(module, (nn.LayerNorm, nn.RMSNorm)))
 
 
-def _own(module: nn.Module) -> nn.Module | str:
-    """The module that replaces a norm, with the same parameters, or the reason why none can."""
-    if isinstance(module, (LayerNorm, RMSNorm)):
+def _recipe(module: nn.Module, known: dict[Any, NormRecipe | str]) -> NormRecipe | str:
+    """How an operator computes a norm, or the reason why the norm is left."""
+    if isinstance(module, (LayerNorm, RMSNorm)) or recipe_of(module) is not None:
         return "already a norm of torchquant"
     if getattr(module, "parametrizations", None):
         return "parametrized"
@@ -149,13 +199,9 @@ def _own(module: nn.Module) -> nn.Module | str:
         return "forward replaced on the instance"
     if any(p is not None and p.is_meta for p in module._parameters.values()):
         return "on the meta device, without values; load its weights first"
-    module = copy.copy(module)  # the same parameters, but without hooks
-    for hooks in HOOKS:
-        setattr(module, hooks, type(getattr(module, hooks))())
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            if type(module) is nn.LayerNorm:
-                return LayerNorm.from_float(module)
-            return RMSNorm.from_float(module)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return str(error).partition("from_float: ")[2] or f"a probe failed: {error}"
+    return find_recipe(module, known)
+
+
+def _check_model(verb: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}: model must be an nn.Module, got {type(model).__name__}")

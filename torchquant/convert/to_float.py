@@ -9,6 +9,7 @@ from torchquant.convert.plan import check_model, find_layers
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.norm_replacement import restore_norm
 from torchquant.nn.replaced_activation import restore_activation_
 from torchquant.report import QuantizationReport
 
@@ -18,7 +19,8 @@ def to_float_(model: nn.Module) -> QuantizationReport:
 
     The float layer of a :class:`torchquant.nn.QATLinear` has the same parameter objects. The float
     layer of a :class:`torchquant.nn.QuantizedLinear` has the values that the integers represent.
-    Activation modules are restored.
+    Activation modules are restored, and so are norms that :func:`torchquant.replace_norms_`
+    replaced.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -68,9 +70,13 @@ def to_float_(model: nn.Module) -> QuantizationReport:
             parent._modules[attribute] = place.original.train(place.training)
     for module in model.modules():
         restore_activation_(module)
+    norms = sum(restore_norm(module) for module in model.modules())
     notes = tuple(kept_notes(steps))
     if not steps:
         notes = ("The model has no prepared or quantized layers; none was restored.",)
+    if norms:
+        have = "norm has its" if norms == 1 else "norms have their"
+        notes += (f"{norms} {have} own forward again.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )

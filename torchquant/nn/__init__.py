@@ -6,6 +6,7 @@ from torchquant.nn.fused import FusedActivation
 from torchquant.nn.kinds import Kind, kind_of, register
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
+from torchquant.nn.norm_replacement import ReplacedNorm
 from torchquant.nn.qat_linear import QATLinear
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedModule",
     "RMSNorm",
+    "ReplacedNorm",
     "TrainedModule",
     "kind_of",
     "register",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant._extension import load
+from torchquant.nn.norm_probe import find_recipe
+from torchquant.nn.norm_recipe import NormRecipe
 from torchquant.ops._arguments import has_kernels
 
 _C = load()
 _fast_rms_norm, _fast_layer_norm = _C.rms_norm, _C.layer_norm
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PROBE_ERROR = 2e-6  # relative; two orders of summing thousands of float32 squares differ by less
 
 
 class RMSNorm(nn.Module):
@@ -63,15 +63,15 @@ class RMSNorm(nn.Module):
 
         Args:
             norm: ``torch.nn.RMSNorm`` over one dimension, or any module with a ``weight`` ``[K]``
-                and ``variance_epsilon`` or ``eps`` that computes the same function. The outputs of
-                both are compared on probes (large and tiny numbers, float32 and bfloat16); the
-                comparison also determines the order of rounding.
+                and ``variance_epsilon`` or ``eps`` that computes the same function. Copies of the
+                norm are compared with the operator, in both modes and all dtypes; the comparison
+                also determines the order of rounding.
 
         Raises:
             TypeError: norm lacks these attributes.
             ValueError: norm computes a different function (for example a weight of ``1 + w``, or a
-                mean that is subtracted), normalizes several dimensions, has a weight that is not
-                float ``[K]``, or is on the meta device.
+                mean that is subtracted), takes more arguments than the input, normalizes several
+                dimensions, has a weight that is not float ``[K]``, or is on the meta device.
         """
         if type(norm) is nn.RMSNorm:
             if len(norm.normalized_shape) != 1:
@@ -97,7 +97,8 @@ class RMSNorm(nn.Module):
         result = cls(size, eps, False)
         result.register_parameter("weight", weight)
         if type(norm) is not nn.RMSNorm:
-            result.cast_before_weight = _rounds_before_weight(norm, result)
+            recipe = _recipe("RMSNorm.from_float", norm, "x / sqrt(mean(x^2) + eps) * weight")
+            result.eps, result.cast_before_weight = recipe.eps, recipe.cast_before_weight
         return result.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -163,14 +164,16 @@ class LayerNorm(nn.Module):
         """Create a LayerNorm that shares weight and bias of a float norm.
 
         Args:
-            norm: a ``torch.nn.LayerNorm`` (not a subclass) over one dimension.
+            norm: a ``torch.nn.LayerNorm`` over one dimension, or a subclass that computes the same
+                function.
 
         Raises:
-            TypeError: norm is not exactly a ``torch.nn.LayerNorm``.
-            ValueError: norm normalizes several dimensions, or its weight is not float ``[K]`` on
-                the CPU or a CUDA device.
+            TypeError: norm is not a ``torch.nn.LayerNorm``.
+            ValueError: norm normalizes several dimensions, computes a different function or takes
+                more arguments than the input, or its weight is not float ``[K]`` on the CPU or a
+                CUDA device.
         """
-        if type(norm) is not nn.LayerNorm:
+        if not isinstance(norm, nn.LayerNorm):
             raise TypeError(
                 "LayerNorm.from_float: norm must be a torch.nn.LayerNorm, "
                 f"got {type(norm).__name__}"
@@ -183,6 +186,9 @@ class LayerNorm(nn.Module):
         size = norm.normalized_shape[0]
         _check_weight("LayerNorm.from_float", norm.weight, size)
         result = cls(size, norm.eps, False)
+        if type(norm) is not nn.LayerNorm:
+            formula = "(x - mean(x)) / sqrt(var(x) + eps) * weight + bias"
+            result.eps = _recipe("LayerNorm.from_float", norm, formula).eps
         result.weight, result.bias = norm.weight, norm.bias
         return result.train(norm.training)
 
@@ -217,34 +223,16 @@ def _check_weight(who: str, weight: Any, size: int) -> None:
         )
 
 
-def _rounds_before_weight(norm: nn.Module, ours: RMSNorm) -> bool:
-    """True if ``norm`` rounds before its weight; raises if it computes a different function."""
-    generator = torch.Generator("cpu").manual_seed(0)  # independent of the default device
-    probe = torch.randn(4, ours.size, generator=generator, dtype=torch.float32, device="cpu")
-    sizes = [[1.0], [100.0], [math.sqrt(ours.eps) or 1.0], [0.01]]
-    probe *= torch.tensor(sizes, dtype=torch.float32, device="cpu")
-    probe[1] += 50.0  # a mean, which exposes norms that subtract it
-    dtype = torch.float32
-    if ours.weight is not None:
-        dtype, probe = ours.weight.dtype, probe.to(ours.weight.device)
-    half = probe.to(torch.bfloat16)
-    with torch.inference_mode():
-        theirs, expected = norm(probe), ops.rms_norm(probe, ours.weight, ours.eps)
-        bound = max(_PROBE_ERROR, 0.0 if dtype == torch.float32 else 2.0**-7)
-        scale = expected.float().abs().amax().clamp(min=1e-30)
-        same = theirs.shape == expected.shape
-        if not same or ((theirs.float() - expected.float()).abs() / scale).amax() > bound:
-            raise ValueError(
-                "RMSNorm.from_float: norm must compute x / sqrt(mean(x^2) + eps) * weight, but "
-                f"{type(norm).__name__} gives different values on a probe"
-            )
-        theirs = norm(half)
-        distances = [
-            (theirs.double() - _half_precision(half, ours, cast).double()).abs().sum()
-            for cast in (False, True)
-        ]
-    return bool(distances[1] < distances[0])
-
-
-def _half_precision(probe: Tensor, ours: RMSNorm, cast: bool) -> Tensor:
-    return ops.rms_norm(probe, ours.weight, ours.eps, cast_before_weight=cast)
+def _recipe(who: str, norm: nn.Module, formula: str) -> NormRecipe:
+    """How the norm is computed; raises ValueError if not by ``formula`` in every call."""
+    wanted = f"{who}: norm must compute {formula}"
+    name = type(norm).__name__
+    recipe = find_recipe(norm)
+    if isinstance(recipe, str):
+        raise ValueError(f"{wanted}, got {name}: {recipe}")
+    family = "rms" if who.startswith("RMSNorm") else "layer"
+    if recipe.family != family or recipe.one_plus or recipe.weight not in ("weight", None):
+        raise ValueError(f"{wanted}, but {name} gives different values on a probe")
+    if recipe.remark:
+        raise ValueError(f"{wanted} in every call, got {name}: {recipe.remark}")
+    return recipe
