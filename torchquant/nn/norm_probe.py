@@ -241,7 +241,7 @@ class _Probe:
             for wide in ((True, False) if recipe.one_plus else (False,))
         ]
         distances = [
-            float((theirs - _ours(way, copy, input)[0].double()).abs().sum()) for way in ways
+            float((theirs - _ours(way, copy, input)[0].double()).abs().sum().cpu()) for way in ways
         ]
         return ways[distances.index(min(distances))]
 
