@@ -36,7 +36,12 @@ from torchquant.convert.stages import QATSchedule
 from torchquant.convert.to_float import to_float_
 from torchquant.files.load import load
 from torchquant.files.save import save
-from torchquant.integrations.transformers.attention import replace_attention_
+from torchquant.integrations.transformers.attention import (
+    AttentionReport,
+    AttentionRow,
+    replace_attention_,
+    restore_attention_,
+)
 from torchquant.nn import QATLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.report import FusionReport, LayerReport, QuantizationReport, Report, RowReport
@@ -63,6 +68,8 @@ from torchquant.training.parameter_groups import parameter_groups
 from torchquant.version import __version__
 
 __all__ = [
+    "AttentionReport",
+    "AttentionRow",
     "Dynamic",
     "FakeQuantize",
     "Fusion",
@@ -117,6 +124,7 @@ __all__ = [
     "replace_attention_",
     "replace_norms_",
     "report_nonfinite",
+    "restore_attention_",
     "restore_norms_",
     "save",
     "to_float_",

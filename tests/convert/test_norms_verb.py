@@ -77,7 +77,9 @@ def test_norms_that_compute_a_different_function_are_left_with_the_reason_of_the
         "two": "it normalizes several dimensions, [8, 8], not one",
     }
     assert all(row.action == "left" for row in report.norms)
-    assert str(report).startswith("0 of 7 norms replaced\n")
+    assert report.summary() == "0 of 7 norms replaced"
+    assert report["two"] is report.norms[-1]
+    assert report.to_dict()["norms"][0]["action"] == "left"
 
 
 def test_nothing_changes_if_something_raises() -> None:
@@ -170,7 +172,7 @@ def test_undo_gives_the_same_bits(training: bool) -> None:
     report = torchquant.restore_norms_(model)
     assert [row.action for row in report.norms] == ["restored"] * 3
     assert report.norms == report.restored
-    assert str(report).startswith("3 of 3 norms restored\n")
+    assert report.summary() == "3 of 3 norms restored"
     assert [type(module) for module in model.modules()] == classes
     assert [dict(module.__dict__) for module in model.modules()] == attributes
     assert torch.equal(model(x), expected)
@@ -214,3 +216,10 @@ def test_the_model_must_be_a_module(verb: object) -> None:
 def test_filter_fn_must_be_callable() -> None:
     with pytest.raises(TypeError, match="filter_fn must be a function"):
         torchquant.replace_norms_(nn.Sequential(), "all")  # type: ignore[arg-type]
+
+
+def test_blocks_share_a_line() -> None:
+    model = nn.ModuleList([Block(nn.LayerNorm(64)) for _ in range(3)])
+    report = torchquant.replace_norms_(model)
+    assert [line.names for line in report.lines()] == [("{0..2}.first",)]
+    assert report.summary() == "3 of 3 norms replaced"

@@ -17,11 +17,11 @@ from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.norm_probe import find_recipe
 from torchquant.nn.norm_recipe import NormRecipe
 from torchquant.nn.norm_replacement import recipe_of, replace_norm, restore_norm
-from torchquant.report import fold
+from torchquant.report import Report, RowReport
 
 
 @dataclass(frozen=True)
-class NormReport:
+class NormReport(RowReport):
     """What a verb did to one norm.
 
     Attributes:
@@ -35,33 +35,34 @@ class NormReport:
         left: bn (BatchNorm1d): filter_fn
     """
 
-    name: str
-    kind: str
     action: Literal["replaced", "restored", "left"]
     reason: str = ""
 
-    def __str__(self) -> str:
-        line = f"{self.action}: {self.name} ({self.kind})"
-        return f"{line}: {self.reason}" if self.reason else line
 
-
-@dataclass(frozen=True)
-class NormsReport:
-    """Result of :func:`torchquant.replace_norms_`; the blocks of a model share a printed line.
+@dataclass(frozen=True, repr=False)
+class NormsReport(Report):
+    """Result of :func:`torchquant.replace_norms_` and :func:`torchquant.restore_norms_`.
 
     Attributes:
-        norms: one report per norm, in the order of the model's modules.
-        action: "replaced", or "restored" by :func:`torchquant.restore_norms_`.
+        norms: one row per norm, in the order of the model's modules.
+        notes: sentences that the user should read.
+        action: what the verb does to a norm: "replaced" or "restored".
 
     Example:
         >>> names = [f"blocks.{index}.norm" for index in range(6)]
-        >>> print(NormsReport(tuple(NormReport(name, "LayerNorm", "replaced") for name in names)))
-        6 of 6 norms replaced
-        replaced: blocks.{0..5}.norm (LayerNorm) (6 times)
+        >>> report = NormsReport(tuple(NormReport(name, "LayerNorm", "replaced") for name in names))
+        >>> report, report.lines()[0].names
+        (<NormsReport: 6 of 6 norms replaced>, ('blocks.{0..5}.norm',))
     """
 
     norms: tuple[NormReport, ...]
+    notes: tuple[str, ...] = ()
     action: Literal["replaced", "restored"] = "replaced"
+
+    @property
+    def rows(self) -> tuple[NormReport, ...]:
+        """The same as ``norms``."""
+        return self.norms
 
     @property
     def replaced(self) -> tuple[NormReport, ...]:
@@ -73,10 +74,10 @@ class NormsReport:
         """The norms that were restored."""
         return tuple(norm for norm in self.norms if norm.action == "restored")
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """One line with the number of norms."""
         changed = self.replaced if self.action == "replaced" else self.restored
-        summary = f"{len(changed)} of {len(self.norms)} norms {self.action}"
-        return "\n".join([summary, *fold(map(str, self.norms))])
+        return f"{len(changed)} of {len(self.norms)} norms {self.action}"
 
 
 def replace_norms_(
@@ -119,10 +120,11 @@ def replace_norms_(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-6))
-        >>> print(replace_norms_(model))
-        2 of 2 norms replaced
-        replaced: 1 (LayerNorm)
-        replaced: 2 (RMSNorm)
+        >>> replace_norms_(model)
+        <NormsReport: 2 of 2 norms replaced>
+        >>> print(*replace_norms_(nn.Sequential(nn.LayerNorm(8), nn.GroupNorm(2, 8))), sep="\\n")
+        replaced: 0 (LayerNorm)
+        left: 1 (GroupNorm): it normalizes groups of channels, not the last dimension
     """
     _check_model("replace_norms_", model)
     if filter_fn is not None and not callable(filter_fn):
@@ -165,9 +167,8 @@ def restore_norms_(model: nn.Module) -> NormsReport:
     Example:
         >>> model = nn.Sequential(nn.LayerNorm(8))
         >>> _ = replace_norms_(model)
-        >>> print(restore_norms_(model), type(model[0]) is nn.LayerNorm)
-        1 of 1 norms restored
-        restored: 0 (LayerNorm) True
+        >>> restore_norms_(model), type(model[0]) is nn.LayerNorm
+        (<NormsReport: 1 of 1 norms restored>, True)
     """
     _check_model("restore_norms_", model)
     rows = [
@@ -175,7 +176,7 @@ def restore_norms_(model: nn.Module) -> NormsReport:
         for name, module in model.named_modules()
         if restore_norm(module)
     ]
-    return NormsReport(tuple(rows), "restored")
+    return NormsReport(tuple(rows), action="restored")
 
 
 def looks_like_a_norm(module: nn.Module) -> bool:

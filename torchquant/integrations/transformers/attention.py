@@ -1,8 +1,8 @@
-"""replace_attention_: a transformers model's attention as one operator.
+"""replace_attention_ and restore_attention_: a transformers model's attention as one operator.
 
 Beside int8 layers attention is what takes longest. transformers' models look up their attention
-function by name in a registry, so no module is replaced and no forward rewritten: the model is told
-another name.
+function by name in a registry, so no module is replaced and no forward rewritten: the configuration
+that an attention module reads gets another name.
 """
 
 # transformers may be missing where this file is type-checked.
@@ -11,114 +11,177 @@ another name.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchquant import ops
-from torchquant._extension import load
+from torchquant.integrations.transformers.attention_function import (
+    NAME,
+    REPLACES,
+    Implementation,
+    register,
+)
+from torchquant.integrations.transformers.attention_modules import (
+    attention_modules,
+    reason_against,
+)
+from torchquant.report import Report, RowReport
 
-_fast_attention = load().attention
-_NAME = "torchquant"
-_REPLACES = ("sdpa", _NAME)
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+@dataclass(frozen=True)
+class AttentionRow(RowReport):
+    """What a verb did to one attention module.
+
+    Attributes:
+        name: the module's name in the model.
+        kind: the name of its class.
+        action: "replaced", "restored" or "left".
+        reason: why the module was left; empty if it was not.
+
+    Example:
+        >>> print(AttentionRow("h.0.attn", "BloomAttention", "left", "no sdpa"))
+        left: h.0.attn (BloomAttention): no sdpa
+    """
+
+    action: Literal["replaced", "restored", "left"]
+    reason: str = ""
 
 
-def replace_attention_(model: nn.Module) -> None:
+@dataclass(frozen=True, repr=False)
+class AttentionReport(Report):
+    """Result of :func:`torchquant.replace_attention_` and :func:`torchquant.restore_attention_`.
+
+    Attributes:
+        rows: one row per attention module, in the order of the model's modules.
+        notes: sentences that the user should read.
+        action: what the verb does to a module: "replaced" or "restored".
+
+    Example:
+        >>> names = [f"layers.{index}.attn" for index in range(6)]
+        >>> rows = tuple(AttentionRow(name, "LlamaAttention", "replaced") for name in names)
+        >>> AttentionReport(rows)
+        <AttentionReport: 6 of 6 attention modules replaced>
+    """
+
+    rows: tuple[AttentionRow, ...]
+    notes: tuple[str, ...] = ()
+    action: Literal["replaced", "restored"] = "replaced"
+
+    @property
+    def changed(self) -> tuple[AttentionRow, ...]:
+        """The modules that the verb changed."""
+        return tuple(row for row in self.rows if row.action == self.action)
+
+    def summary(self) -> str:
+        """One line with the number of modules."""
+        return f"{len(self.changed)} of {len(self.rows)} attention modules {self.action}"
+
+
+def replace_attention_(model: nn.Module) -> AttentionReport:
     """Make a transformers model compute attention with :func:`torchquant.ops.attention`, in place.
 
     Queries, keys, values and attention weights are rounded to bfloat16 before they are multiplied.
     For a bfloat16 model that is what it did before; in a float32 model attention gets bfloat16's 8
     bits. It pays on CPUs with AMX; on others torch's own attention is as fast or faster.
 
-    Calls that the operator does not serve are left to transformers' ``sdpa``: a single query (a
-    decoding step), dropout in training, position biases, paged caches, other devices.
+    Only modules whose attention implementation is ``sdpa`` are replaced; the report names the
+    others, such as those of T5, which add a position bias. Calls that the operator does not serve
+    are left to transformers' ``sdpa``: a single query (a decoding step), dropout in training, paged
+    caches, other devices.
 
-    To undo it: ``model.set_attn_implementation("sdpa")``. The replacement is not saved: call it
-    again after :func:`torchquant.load`.
+    :func:`restore_attention_` undoes the replacement. It is not saved, neither by
+    ``save_pretrained`` nor by :func:`torchquant.save`: call this function again after
+    :func:`torchquant.load`.
 
     Args:
-        model: a model of the transformers library whose attention implementation is ``sdpa`` (its
-            default).
+        model: a model of the transformers library.
+
+    Returns:
+        A report with one row per attention module.
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: its attention implementation is another one, or cannot be set.
+        ValueError: no module uses ``sdpa``, but the model could. The model is unchanged.
 
     Example:
         >>> replace_attention_(nn.Linear(8, 8))
         Traceback (most recent call last):
         TypeError: replace_attention_: model must be a transformers model, got Linear
     """
-    name = type(model).__name__
-    if not hasattr(model, "set_attn_implementation") or "transformers" not in sys.modules:
-        raise TypeError(f"replace_attention_: model must be a transformers model, got {name}")
-    network: Any = model
-    current = network.config._attn_implementation
-    if current not in _REPLACES:
-        raise ValueError(
-            f"replace_attention_: model must use attention implementation 'sdpa', got {current!r}; "
-            "load it with attn_implementation='sdpa'"
-        )
-    _register()
-    network.set_attn_implementation(_NAME)
-    if network.config._attn_implementation != _NAME:
-        raise ValueError(f"replace_attention_: {name} cannot change its attention implementation")
-
-
-def _register() -> None:
-    """Register our function, with the mask that transformers makes for ``sdpa``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        position_bias: Tensor | None = None,
-        cache: object = None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        if (
-            query.shape[2] == 1
-            or dropout
-            or position_bias is not None
-            or cache is not None
-            or options.get("softcap") is not None
-            or not query.is_cpu
-            or query.shape[0] != key.shape[0]
-            or query.dtype not in _FLOAT_DTYPES
-        ):
-            result: tuple[Tensor, None] = sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                is_causal=is_causal,
-                position_bias=position_bias,
-                cache=cache,
-                **options,
+    _check_model("replace_attention_", model)
+    register()
+    rows: list[AttentionRow] = []
+    configs: dict[int, Any] = {}
+    others: set[Any] = set()
+    for name, module, owner in attention_modules(model):
+        kind, reason = type(module).__name__, reason_against(module, owner)
+        config: Any = getattr(module, "config", None)
+        current = getattr(config, "_attn_implementation", None)
+        if not reason and current not in (REPLACES, NAME):
+            others.add(current)
+            reason = (
+                f"it uses the attention implementation {current!r}; only {REPLACES!r} is replaced"
             )
-            return result
-        if attention_mask is not None:
-            causal = False  # the mask is causal already
-        else:
-            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if type(query) is Tensor and not torch.compiler.is_dynamo_compiling():
-            output = _fast_attention(query, key, value, attention_mask, scaling, causal)
-        else:
-            output = ops.attention(query, key, value, attention_mask, scale=scaling, causal=causal)
-        return output.transpose(1, 2), None  # already contiguous in this layout
+        if not reason:
+            configs[id(config)] = config
+        rows.append(AttentionRow(name, kind, "left" if reason else "replaced", reason))
+    if others and not configs:
+        raise ValueError(
+            f"replace_attention_: model must use attention implementation {REPLACES!r}, got "
+            f"{', '.join(map(repr, sorted(map(str, others))))}; load it with "
+            f"attn_implementation={REPLACES!r}"
+        )
+    for config in configs.values():  # from here on the model changes; nothing can fail
+        config._attn_implementation_internal = Implementation(NAME)
+    notes = () if rows else ("The model has no attention modules; nothing was replaced.",)
+    return AttentionReport(tuple(rows), notes)
 
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+def restore_attention_(model: nn.Module) -> AttentionReport:
+    """Undo :func:`replace_attention_`, in place: replaced modules use ``sdpa`` again.
+
+    Args:
+        model: a model of the transformers library, with or without replaced attention.
+
+    Returns:
+        A report with one row per attention module that was restored.
+
+    Raises:
+        TypeError: model is not a transformers model.
+
+    Example:
+        >>> restore_attention_(nn.Linear(8, 8))
+        Traceback (most recent call last):
+        TypeError: restore_attention_: model must be a transformers model, got Linear
+    """
+    _check_model("restore_attention_", model)
+    rows = [
+        AttentionRow(name, type(module).__name__, "restored")
+        for name, module, _ in attention_modules(model)
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+    ]
+    for config in _configs(model):
+        if config._attn_implementation == NAME:
+            config._attn_implementation_internal = REPLACES
+    return AttentionReport(tuple(rows), (), "restored")
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The configurations of all modules, with those that they hold."""
+    held = [getattr(module, "config", None) for module in model.modules()]
+    seen: set[int] = set()
+    while held:
+        config = held.pop()
+        if id(config) in seen or not hasattr(config, "_attn_implementation"):
+            continue
+        seen.add(id(config))
+        held += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+        yield config
+
+
+def _check_model(verb: str, model: object) -> None:
+    if not hasattr(model, "set_attn_implementation") or "transformers" not in sys.modules:
+        name = type(model).__name__
+        raise TypeError(f"{verb}: model must be a transformers model, got {name}")
