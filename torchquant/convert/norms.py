@@ -60,7 +60,7 @@ class NormsReport(Report):
     action: Literal["replaced", "restored"] = "replaced"
 
     @property
-    def rows(self) -> tuple[NormReport, ...]:
+    def rows(self) -> tuple[NormReport, ...]:  # type: ignore[override]
         """The same as ``norms``."""
         return self.norms
 

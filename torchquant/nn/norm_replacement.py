@@ -30,7 +30,7 @@ _RECIPE = "_torchquant_norm_recipe"  # in the module's __dict__
 _ORIGINAL = "_torchquant_original_class"  # in the class
 _SERVED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 # Attributes that libraries set on any module and that no forward of a norm reads.
-_HARMLESS = frozenset({"training", "_hf_hook", "_old_forward", "_is_hf_initialized"})
+_HARMLESS = frozenset({"training", "__dict__", "_hf_hook", "_old_forward", "_is_hf_initialized"})
 _CALLERS = frozenset({"forward", "_compiled_call_impl"})  # they take the place of a call
 
 

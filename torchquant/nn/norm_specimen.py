@@ -114,6 +114,7 @@ class Specimen:
             if isinstance(value, nn.Module):
                 raise RefusedError(f"it refers to another module ({name})")
         self._copies: list[tuple[nn.Module, Any]] = []
+        self._class_values = {n: v for n, v in vars(cls).items() if _is_plain(v)}
 
     def copy(
         self,
@@ -139,7 +140,14 @@ class Specimen:
         return result
 
     def changed(self) -> str:
-        """The name of an attribute that a run of a copy has changed; empty without one."""
+        """The name of an attribute that a run of a copy has changed; empty without one.
+
+        Numbers and texts in the class, which the norm shares, get their value back.
+        """
+        now = {name: value for name, value in vars(self._class).items() if _is_plain(value)}
+        for name in [n for n, value in self._class_values.items() if now.get(n) != value]:
+            setattr(self._class, name, self._class_values[name])
+            return name
         for module, before in self._copies:
             after = _state(module)
             if _fingerprint(after) != before:
@@ -160,6 +168,10 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """All attributes but the hooks."""
     hooks = _MODULE_STATE - {"_parameters", "_buffers", "_modules"}
     return {name: value for name, value in module.__dict__.items() if name not in hooks}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _size_by_attributes(norm: nn.Module) -> tuple[int, ...] | None:
