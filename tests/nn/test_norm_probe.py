@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support.norms import (
+    ChannelsFirstLayerNorm,
     CohereLayerNorm,
     DebertaLayerNorm,
     GatedRMSNorm,
@@ -229,9 +230,27 @@ class MatrixNorm(nn.Module):
         return x * self.weight
 
 
-class ChannelsFirstLayerNorm(nn.LayerNorm):
+class ResponseNorm(nn.Module):
+    """The GlobalResponseNorm of timm's ConvNeXt V2; it takes [B, H, W, C] only."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.eps = 1e-6
+        self.weight, self.bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        mean = x.norm(p=2, dim=(1, 2), keepdim=True)
+        scale = mean / (mean.mean(-1, keepdim=True) + self.eps)
+        return x + torch.addcmul(self.bias, self.weight, x * scale)
+
+
+class ChannelsFirstRMSNorm(LlamaRMSNorm):
+    """timm's RmsNorm2d: its output has its input's strides, and not those of a transposed one."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mean = hidden_states.pow(2).mean(dim=1, keepdim=True)
+        scaled = hidden_states * torch.rsqrt(mean + self.variance_epsilon)
+        return scaled * self.weight.reshape(1, -1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +265,8 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
         (HoldingNorm(64), "it refers to another module (parent)"),
         (SuperNorm(64), "its class cannot be derived from: "),
         (MatrixNorm(), "its parameters must have one dimension of one length, not weight [4, 16]"),
-        (
-            ChannelsFirstLayerNorm(64),
-            "it normalizes dimension 1 (channels first), not the last dimension",
-        ),
+        (ResponseNorm(64), "its forward gives other values than a LayerNorm or an RMSNorm over"),
+        (ChannelsFirstRMSNorm(64), "its forward gives other values than"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -257,6 +274,13 @@ def test_reasons(norm: nn.Module, reason: str) -> None:
     found = find_recipe(norm)
     assert isinstance(found, str)
     assert found.startswith(reason)
+
+
+def test_channels_first() -> None:
+    recipe = recipe_for(ChannelsFirstLayerNorm(64))
+    assert recipe.channels_first
+    assert {key[3] for key in recipe.calls} == {4}
+    assert recipe.remark == ""
 
 
 def test_norms_that_differ_in_values_only_are_probed_once() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.norms import (
+    ChannelsFirstLayerNorm,
     CohereLayerNorm,
     DebertaLayerNorm,
     GatedRMSNorm,
@@ -165,6 +166,23 @@ def test_what_models_read_stays() -> None:
         llama(torch.ones(64), other=1)
 
 
+@pytest.mark.parametrize("size", [3, 64])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_channels_first(size: int, memory: Any) -> None:
+    norm = random_norm(lambda: ChannelsFirstLayerNorm(size))
+    x = torch.randn(2, size, 3, 64).to(memory_format=memory)
+    new = replaced(copy.deepcopy(norm))
+    expected, got = norm(x), new(x)
+    torch.testing.assert_close(got, expected)
+    assert not torch.equal(got, expected)
+    assert got.stride() == expected.stride()
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), got)
+    for wrong in (torch.randn(2, size + 1, 3, 64), torch.randn(2, size), torch.randn(64)):
+        with pytest.raises(RuntimeError):
+            new(wrong)
+
+
 def test_strides_stay() -> None:
     norm = LlamaRMSNorm(64)
     x = torch.randn(3, 2, 64).transpose(0, 1)
@@ -224,6 +242,21 @@ def test_an_attribute_that_is_set_ends_the_replacement_until_the_verb_is_called_
     assert len(calls) == 2
     torchquant.restore_norms_(norm)
     assert type(norm) is LlamaRMSNorm
+
+
+def test_marks_of_libraries_do_not_end_the_replacement(calls: list[str]) -> None:
+    norm = replaced(FlaggedNorm(64))
+    norm._hf_hook = norm._is_torch_compile = True
+    norm(torch.ones(64))
+    assert len(calls) == 1
+    norm._double = True
+    assert torch.equal(norm(torch.ones(64)), FlaggedNorm.forward(norm, torch.ones(64)))
+    assert len(calls) == 1
+
+
+class FlaggedNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (2 if getattr(self, "_double", False) else 1)
 
 
 def test_undo_of_a_parametrized_norm() -> None:

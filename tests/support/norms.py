@@ -100,6 +100,14 @@ class TimmLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """timm's LayerNorm2d, over dimension 1 of [N, K, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return y
+
+
 class GatedRMSNorm(LlamaRMSNorm):
     """The norm of Mamba2 and its relatives: a gate is optional."""
 

@@ -12,11 +12,12 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchquant.nn.norm_comparison import candidates, ours, parameters_of, same, theirs
 from torchquant.nn.norm_recipe import AutocastKey, CallKey, NormRecipe, call_key
 from torchquant.nn.norm_replacement import class_of, replaced_class
 from torchquant.nn.norm_specimen import (
@@ -33,17 +34,12 @@ _RANKS = (1, 2, 3, 4, 5)
 _OTHER_SIZE = 33  # a second length for norms of any length
 _LONGEST_SQUARE = 512  # up to this length, other dimensions of the same length are tried
 
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
-_EPS_VALUES = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, torch.finfo(torch.float32).eps, 0.0)
-
 # Sizes of the rows of a probe: ordinary, large with a mean, small, such that eps matters, and both
 # ends.
 _SCALES = (1.0, 100.0, 0.01, 1e-3, 3e-4, 1e-6, 1e4, 0.0)
 _MEAN = 50.0  # of the large row
 
-_FLOAT32_ERROR = 2e-6  # relative to the row; two orders of summing thousands of squares differ less
-_GRADIENT_ERROR = 2e-5
-_ROUNDINGS = 2.0  # units of half precision by which a norm that rounds more often may differ
+_GRADIENT_ERROR = 2e-5  # relative to the largest
 
 
 def find_recipe(
@@ -131,17 +127,20 @@ class _Probe:
         self.norm = norm
         self.specimen = specimen
         self.generator = torch.Generator("cpu").manual_seed(0)
+        self.rank = 2  # dimensions of an input that the norm accepts
+        self.channels_first = False
         self.different: set[tuple[int, bool]] = set()  # (dimensions, training)
 
     def run(self, call: Call) -> NormRecipe:
         """The recipe, with the calls for which it holds."""
         recipe = self._rounding(self._formula())
         calls = self._calls(recipe)
-        own = call_key(self._input(2, torch.float32), *_parameters(recipe, self._own()), False)[1:3]
+        input = self._input(self.rank, torch.float32)
+        own = call_key(input, *parameters_of(recipe, self._own()), False)[1:3]
         if not any(key[1:3] == own for key in calls):
             raise RefusedError(self._other_function())
         autocast_calls = self._autocast_calls(recipe, calls)
-        contiguous = not self._output_is_contiguous(recipe)
+        contiguous = not self._keeps_strides(recipe)
         self._check_class()
         if changed := self.specimen.changed():
             raise RefusedError(f"its forward changes the module ({changed})")
@@ -149,7 +148,10 @@ class _Probe:
             recipe,
             size=None if self.specimen.any_size else self.specimen.size,
             argument=call.argument,
-            residual=recipe.family == "layer" and call.closed and "residual" not in call.optional,
+            residual=recipe.family == "layer"
+            and not recipe.channels_first
+            and call.closed
+            and "residual" not in call.optional,
             contiguous=contiguous,
             calls=frozenset(calls),
             autocast_calls=frozenset(autocast_calls),
@@ -162,15 +164,20 @@ class _Probe:
     def _check_class(self) -> None:
         """Refuse a norm whose forward does not work in a subclass of its class."""
         copy = self._own()
-        input = self._input(2, next(iter(self.specimen.own_dtypes.values()), torch.float32))
+        dtype = next(iter(self.specimen.own_dtypes.values()), torch.float32)
+        input = self._input(self.rank, dtype)
         try:
-            expected = _run(copy, input)
+            expected = theirs(copy, input)
             copy.__class__ = replaced_class(type(copy))
-            same = torch.equal(expected, _run(copy, input))
+            equal = torch.equal(expected, theirs(copy, input))
         except (Exception, SystemExit) as error:
             raise RefusedError(f"its class cannot be derived from: {_reason(error)}") from error
-        if not same:
+        if not equal:
             raise RefusedError("its class cannot be derived from: it computes other values then")
+
+    def _inputs(self, rank: int, dtype: torch.dtype) -> list[Tensor]:
+        """Inputs with rows of all sizes."""
+        return [*self._input(2, dtype)] if rank == 1 else [self._input(rank, dtype)]
 
     def _input(self, rank: int, dtype: torch.dtype, size: int | None = None) -> Tensor:
         """Rows of different sizes; with one dimension, an ordinary row."""
@@ -180,6 +187,8 @@ class _Probe:
         rows[1] += _MEAN
         shapes = {1: (size,), 3: (2, 4, size), 4: (1, 2, 4, size), 5: (1, 2, 1, 4, size)}
         rows = rows[0] if rank == 1 else rows.reshape(shapes.get(rank, rows.shape))
+        if self.channels_first and rank == 4:
+            rows = rows.permute(0, 3, 1, 2).contiguous()
         return rows.to(self.specimen.device, dtype)
 
     def _squares(self, rank: int) -> list[Tensor]:
@@ -195,20 +204,21 @@ class _Probe:
     def _formula(self) -> NormRecipe:
         """The formula that gives the norm's values in float32."""
         failure: BaseException | None = None
-        for rank in (2, 3, 4, 1):
+        for rank, channels_first in ((2, False), (3, False), (4, False), (1, False), (4, True)):
+            if isinstance(failure, RefusedError) and not channels_first:
+                continue  # it computes something else over the last dimension
+            self.rank, self.channels_first = rank, channels_first
             copy, input = self.specimen.copy(torch.float32), self._input(rank, torch.float32)
             try:
-                theirs = _run(copy, input)
+                result = theirs(copy, input)
             except (Exception, SystemExit) as error:
                 failure = failure or error
                 continue
-            for recipe in _candidates(copy):
-                if _same(theirs, *_ours(recipe, copy, input)):
-                    return recipe
+            for recipe in candidates(copy):
+                way = dataclasses.replace(recipe, channels_first=channels_first)
+                if same(result, ours(way, copy, input)):
+                    return way
             failure = RefusedError(self._other_function())
-            break
-        if self._takes_channels_first():
-            raise RefusedError("it normalizes dimension 1 (channels first), not the last dimension")
         raise RefusedError(_reason(failure))
 
     def _other_function(self) -> str:
@@ -219,24 +229,11 @@ class _Probe:
             wanted = "an RMSNorm"
         return f"its forward gives other values than {wanted} over the last dimension"
 
-    def _takes_channels_first(self) -> bool:
-        """True if the norm normalizes K in ``[N, K, H, W]``."""
-        size, copy = self.specimen.size, self.specimen.copy(torch.float32)
-        height, width = (2, 3) if size not in (2, 3) else (5, 7)
-        input = torch.randn(1, size, height, width, generator=self.generator)
-        input = input.to(self.specimen.device)
-        last = input.permute(0, 2, 3, 1)
-        try:
-            theirs = _run(copy, input).permute(0, 2, 3, 1)
-            return any(_same(theirs, *_ours(way, copy, last)) for way in _candidates(copy))
-        except (Exception, SystemExit):
-            return False
-
     def _rounding(self, recipe: NormRecipe) -> NormRecipe:
         """The recipe with the roundings that are nearest to the norm's in bfloat16."""
-        copy, input = self.specimen.copy(torch.bfloat16), self._input(3, torch.bfloat16)
+        copy, input = self.specimen.copy(torch.bfloat16), self._input(self.rank, torch.bfloat16)
         try:
-            theirs = _run(copy, input).double()
+            result = theirs(copy, input).double()
         except (Exception, SystemExit):
             return recipe
         ways = [
@@ -245,7 +242,8 @@ class _Probe:
             for wide in ((True, False) if recipe.one_plus else (False,))
         ]
         distances = [
-            float((theirs - _ours(way, copy, input)[0].double()).abs().sum().cpu()) for way in ways
+            float((result - ours(way, copy, input).values.double()).abs().sum().cpu())
+            for way in ways
         ]
         return ways[distances.index(min(distances))]
 
@@ -255,7 +253,9 @@ class _Probe:
         for training in (False, True):
             drawn = watch_random_numbers()
             in_this_mode = self._calls_in_mode(recipe, training)
-            rank = min((key[3] for key in in_this_mode), key=lambda rank: abs(rank - 2), default=0)
+            rank = min(
+                (key[3] for key in in_this_mode), key=lambda rank: abs(rank - self.rank), default=0
+            )
             if rank and not drawn() and self._same_gradients(recipe, rank, training):
                 found |= in_this_mode
             else:
@@ -274,21 +274,21 @@ class _Probe:
         for of_parameters, of_input in itertools.product(dtypes, _FLOATS):
             copy = self.specimen.copy(of_parameters, training=training)
             for rank in ranks:
-                input = self._input(rank, of_input)
-                if self._takes(recipe, copy, input):
-                    found.add(call_key(input, *_parameters(recipe, copy), training))
+                inputs = self._inputs(rank, of_input)
+                if all(self._takes(recipe, copy, input) for input in inputs):
+                    found.add(call_key(inputs[0], *parameters_of(recipe, copy), training))
         return found
 
     def _takes(self, recipe: NormRecipe, copy: nn.Module, input: Tensor) -> bool:
         """True if the operator gives what the norm gives."""
         try:
-            same = _same(_run(copy, input), *_ours(recipe, copy, input))
+            equal = same(theirs(copy, input), ours(recipe, copy, input))
         except (Exception, SystemExit):
             return False
         in_float32 = {p.dtype for p in copy.parameters()} | {input.dtype} == {torch.float32}
-        if not same and in_float32:
+        if not equal and in_float32:
             self.different.add((input.dim(), copy.training))
-        return same
+        return equal
 
     def _autocast_calls(self, recipe: NormRecipe, calls: set[CallKey]) -> set[AutocastKey]:
         found: set[AutocastKey] = set()
@@ -301,8 +301,8 @@ class _Probe:
                 continue
             for of_parameters in (torch.float32, self.specimen.own_dtypes):
                 copy = self.specimen.copy(of_parameters, training=training)
-                input = self._input(3, of_input)
-                key = call_key(input, *_parameters(recipe, copy), training)
+                input = self._input(self.rank, of_input)
+                key = call_key(input, *parameters_of(recipe, copy), training)
                 with autocast:
                     if key in calls and self._takes(recipe, copy, input):
                         found.add((device, autocast_dtype, *key[:3], training))
@@ -315,36 +315,37 @@ class _Probe:
         # Not the rows on which eps acts: their gradients are huge.
         input = torch.randn(self._input(rank, torch.float32).shape, generator=self.generator)
         gradient = torch.randn(input.shape, generator=self.generator)
-        results, outputs = [], []
-        for ours in (False, True):
+        gradients = []
+        for mine in (False, True):
             x = input.clone().requires_grad_()
             wanted = [x, *(p for p in copy._parameters.values() if p is not None)]
             try:
-                y = recipe.compute(copy._parameters, x) if ours else copy.forward(x)
-                outputs.append(y)
-                results.append(torch.autograd.grad(y, wanted, gradient))
+                y = recipe.compute(copy._parameters, x) if mine else copy.forward(x)
+                gradients.append(torch.autograd.grad(y, wanted, gradient))
             except (Exception, SystemExit):
                 return False
-        if not _same(outputs[0], outputs[1], _ours(recipe, copy, input)[1]):
-            return False
+            if not same(y.detach(), ours(recipe, copy, input)):
+                return False
         return all(
-            float((theirs - mine).abs().max()) <= _GRADIENT_ERROR * float(mine.abs().max())
-            for theirs, mine in zip(*results, strict=True)
+            float((wanted - got).abs().max()) <= _GRADIENT_ERROR * float(got.abs().max())
+            for wanted, got in zip(*gradients, strict=True)
         )
 
-    def _output_is_contiguous(self, recipe: NormRecipe) -> bool:
-        """True if the norm's output is contiguous, as the operator's is, for other inputs too."""
+    def _keeps_strides(self, recipe: NormRecipe) -> bool:
+        """True if the norm's output has the operator's strides for input of any strides."""
         copy, size = self._own(), self.specimen.size
         dtype = next(iter(self.specimen.own_dtypes.values()), torch.float32)
-        for shape, order in (
+        layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
             ((3, 2, size), (1, 0, 2)),
             ((2, size, 3), (0, 2, 1)),
             ((2, size, 3, 5), (0, 2, 3, 1)),
-        ):
-            x = torch.randn(shape, generator=self.generator).to(self.specimen.device, dtype)
-            if not self._takes(recipe, copy, x.permute(order)):
-                return False
-            if not _run(copy, x.permute(order)).is_contiguous():
+        )
+        if recipe.channels_first:
+            layouts = (((2, 3, 5, size), (0, 3, 1, 2)), ((3, size, 2, 5), (2, 1, 0, 3)))
+        for shape, order in layouts:
+            input = torch.randn(shape, generator=self.generator).to(self.specimen.device, dtype)
+            input = input.permute(order)
+            if not same(theirs(copy, input), ours(recipe, copy, input)):
                 return False
         return True
 
@@ -359,68 +360,3 @@ class _Probe:
         if call.optional:
             remarks.append(f"with {' or '.join(call.optional)}")
         return f"calls {' and '.join(remarks)} run its own forward" if remarks else ""
-
-
-def _parameters(recipe: NormRecipe, copy: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    values = copy._parameters
-    return (
-        None if recipe.weight is None else values[recipe.weight],
-        None if recipe.bias is None else values[recipe.bias],
-    )
-
-
-def _candidates(copy: nn.Module) -> Iterator[NormRecipe]:
-    """Formulas for a norm with these parameters, the likely ones first."""
-    names = [name for name, value in copy._parameters.items() if value is not None]
-    absent = [name for name, value in copy._parameters.items() if value is None]
-    values = [getattr(copy, name, None) for name in _EPS_NAMES]
-    values += [value for value in vars(copy).values() if isinstance(value, float)]
-    eps = [float(v) for v in values if isinstance(v, (int, float)) and 0.0 <= v < 1.0]
-    families: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
-    for family, value, one_plus in itertools.product(
-        families, dict.fromkeys([*eps, *_EPS_VALUES]), (False, True)
-    ):
-        if not names and not one_plus:
-            # A parameter that is None now may be set later: its name makes that visible.
-            weight, bias = [*absent, None, None][:2]
-            yield NormRecipe(family, weight, bias, value)
-        elif len(names) == 1:
-            bias = absent[0] if absent and family == "layer" else None
-            yield NormRecipe(family, names[0], bias, value, one_plus)
-        elif len(names) == 2 and family == "layer":
-            yield NormRecipe(family, names[0], names[1], value, one_plus)
-            yield NormRecipe(family, names[1], names[0], value, one_plus)
-
-
-def _run(copy: nn.Module, input: Tensor) -> Any:
-    given = input.clone()
-    with torch.no_grad():
-        output = copy.forward(given)
-    if not torch.equal(given, input):
-        raise RefusedError("its forward changes its input")
-    return output
-
-
-def _ours(recipe: NormRecipe, copy: nn.Module, input: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator's result, and the size of the summands of each of its elements."""
-    with torch.no_grad():
-        ours = recipe.compute(copy._parameters, input)
-        bias = _parameters(recipe, copy)[1]
-        if bias is None:
-            return ours, ours.double().abs()
-        wide = bias.double()
-        return ours, (ours.double() - wide).abs() + wide.abs()
-
-
-def _same(theirs: Any, ours: Tensor, size: Tensor) -> bool:
-    """True if two results are equal but for rounding, and of one type, shape and dtype."""
-    if type(theirs) is not type(ours) or theirs.layout is not torch.strided:
-        return False
-    if theirs.dtype != ours.dtype or theirs.shape != ours.shape or theirs.device != ours.device:
-        return False
-    allowed = _FLOAT32_ERROR * size.nan_to_num().amax(-1, keepdim=True)
-    if ours.dtype != torch.float32:
-        limits = torch.finfo(ours.dtype)
-        allowed = allowed + _ROUNDINGS * limits.eps * (size + limits.tiny)
-    near = (theirs.double() - ours.double()).abs() <= allowed
-    return bool((near | (theirs.isnan() & ours.isnan())).all())

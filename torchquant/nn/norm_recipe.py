@@ -30,8 +30,9 @@ class NormRecipe:
         eps: added to the mean square or to the variance.
         one_plus: the weight is ``1 + w``, as in Gemma.
         one_plus_wide: ``1 + w`` is computed in float32, not in the dtype of the weight.
+        channels_first: the norm is over dimension 1 of ``[N, K, H, W]``.
         cast_before_weight: see :func:`torchquant.ops.rms_norm`.
-        size: length of the last dimension; None if every length is allowed.
+        size: K, the length of the normalized dimension; None if every length is allowed.
         argument: name of the tensor argument of the norm's forward; None if it has no name.
         residual: whether ``norm(input, residual=y)`` may mean the norm of the sum, because the
             norm's forward has no such argument.
@@ -48,6 +49,7 @@ class NormRecipe:
     eps: float
     one_plus: bool = False
     one_plus_wide: bool = False
+    channels_first: bool = False
     cast_before_weight: bool = False
     size: int | None = None
     argument: str | None = None
@@ -56,6 +58,14 @@ class NormRecipe:
     calls: frozenset[CallKey] = frozenset()
     autocast_calls: frozenset[AutocastKey] = frozenset()
     remark: str = ""
+
+    def fits(self, input: Tensor) -> bool:
+        """True if the normalized dimension has the length that the norm allows."""
+        return self.size is None or self.length(input) == self.size
+
+    def length(self, input: Tensor) -> int:
+        """The length of the normalized dimension."""
+        return input.shape[1 if self.channels_first else -1]
 
     def tensors(self, parameters: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """The weight and the bias as the operator takes them."""
@@ -76,6 +86,14 @@ class NormRecipe:
         residual: Tensor | None = None,
     ) -> Tensor:
         """The norm of ``input``, through the dispatcher."""
+        if self.channels_first:
+            input = input.permute(0, 2, 3, 1)
+            return self._over_last_dimension(parameters, input, residual).permute(0, 3, 1, 2)
+        return self._over_last_dimension(parameters, input, residual)
+
+    def _over_last_dimension(
+        self, parameters: Mapping[str, Tensor | None], input: Tensor, residual: Tensor | None
+    ) -> Tensor:
         weight, bias = self.tensors(parameters)
         if self.family == "rms":
             return ops.rms_norm(input, weight, self.eps, cast_before_weight=self.cast_before_weight)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -166,13 +167,15 @@ def _forward_over(original: Callable[..., Any]) -> Callable[..., Any]:
         if (
             key not in recipe.calls
             or (recipe.contiguous and not input.is_contiguous())
-            or (weight is None and not _fits(recipe, input))
+            or (weight is None and not recipe.fits(input))
             or (_autocast_enabled() and not _autocast_allows(recipe, input, key))
         ):
             return original(self, *args, **kwargs)
-        if recipe.one_plus:
-            weight = recipe.multiplier(weight)
         try:
+            if recipe.channels_first:
+                return recipe.compute(parameters, input)
+            if recipe.one_plus:
+                weight = recipe.multiplier(weight)
             if recipe.family == "rms":
                 return _fast_rms_norm(input, weight, recipe.eps, recipe.cast_before_weight)
             return _fast_layer_norm(input, weight, bias, recipe.eps, None)
@@ -198,15 +201,11 @@ def _serves(norm: nn.Module, recipe: NormRecipe, input: Tensor) -> bool:
     sizes = [tensor.shape for tensor in (weight, bias) if tensor is not None]
     return (
         call_key(input, weight, bias, norm.training) in recipe.calls
-        and all(len(size) == 1 and size[0] == input.shape[-1] for size in sizes)
-        and (weight is not None or _fits(recipe, input))
+        and all(len(size) == 1 and size[0] == recipe.length(input) for size in sizes)
+        and (weight is not None or recipe.fits(input))
         and (not recipe.contiguous or input.is_contiguous())
         and not torch.is_autocast_enabled(input.device.type)
     )
-
-
-def _fits(recipe: NormRecipe, input: Tensor) -> bool:
-    return recipe.size is None or input.shape[-1] == recipe.size
 
 
 def _autocast_allows(recipe: NormRecipe, input: Tensor, key: tuple[Any, ...]) -> bool:
@@ -228,7 +227,21 @@ def _is_like(norm: Any, name: str, value: Any) -> bool:
     if name in norm.__dict__:
         old = norm.__dict__[name]
         return old is value or (type(old) is type(value) and _plain(old) and bool(old == value))
-    return False
+    # Libraries mark modules with attributes of their own, such as _is_torch_compile.
+    return name.startswith("_") and name not in _words(class_of(norm))
+
+
+def _words(cls: type) -> set[str]:
+    """The names and texts in the methods of a class of norms, and the names of its attributes."""
+    words: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            function = inspect.unwrap(value) if callable(value) else None
+            words.add(name)
+            if isinstance(function, types.FunctionType):
+                words.update(function.__code__.co_names)
+                words.update(w for w in function.__code__.co_consts if isinstance(w, str))
+    return words
 
 
 def _plain(value: Any) -> bool:
