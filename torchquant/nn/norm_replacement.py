@@ -42,7 +42,14 @@ class ReplacedNorm:
     """What :func:`torchquant.replace_norms_` adds to the class of a norm.
 
     ``isinstance(module, ReplacedNorm)`` is True for a norm that is computed by one operator, and
-    for a norm whose replacement was withdrawn because an attribute was set after it.
+    for a norm whose replacement has ended because an attribute was set after it.
+
+    Example:
+        >>> import torchquant
+        >>> norm = nn.LayerNorm(4)
+        >>> _ = torchquant.replace_norms_(norm)
+        >>> isinstance(norm, ReplacedNorm), isinstance(norm, nn.LayerNorm), norm
+        (True, True, LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True))
     """
 
     def __init_subclass__(cls) -> None:
