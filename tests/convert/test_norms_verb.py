@@ -216,3 +216,10 @@ def test_the_model_must_be_a_module(verb: object) -> None:
 def test_filter_fn_must_be_callable() -> None:
     with pytest.raises(TypeError, match="filter_fn must be a function"):
         torchquant.replace_norms_(nn.Sequential(), "all")  # type: ignore[arg-type]
+
+
+def test_blocks_share_a_line() -> None:
+    model = nn.ModuleList([Block(nn.LayerNorm(64)) for _ in range(3)])
+    report = torchquant.replace_norms_(model)
+    assert [line.names for line in report.lines()] == [("{0..2}.first",)]
+    assert report.summary() == "3 of 3 norms replaced"

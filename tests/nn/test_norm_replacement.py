@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import torchquant
+from torchquant.graph.purity import is_pure
 from torchquant.nn import ReplacedNorm, norm_replacement
 from torchquant.nn.norm_replacement import recipe_of
 
@@ -181,6 +182,14 @@ def test_channels_first(size: int, memory: Any) -> None:
     for wrong in (torch.randn(2, size + 1, 3, 64), torch.randn(2, size), torch.randn(64)):
         with pytest.raises(RuntimeError):
             new(wrong)
+
+
+def test_a_replaced_norm_only_computes_as_before() -> None:
+    """Layers are computed together across a norm, as across Qwen3's q_norm."""
+    for norm in (LlamaRMSNorm(64), nn.LayerNorm(64)):
+        before = is_pure(norm)
+        assert is_pure(replaced(norm)) == before
+    assert before
 
 
 def test_strides_stay() -> None:

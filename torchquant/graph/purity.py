@@ -71,6 +71,7 @@ def is_pure(module: nn.Module, *, in_place: bool = False, fixed: bool = False) -
         (True, False)
     """
     cls = type(module)
+    cls = getattr(cls, "_torchquant_original_class", cls)  # of a norm that an operator computes
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return False
     if cls.__module__.startswith("torch.nn.modules."):
