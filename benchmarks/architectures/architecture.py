@@ -26,6 +26,7 @@ class Architecture:
         prompt: the arguments of ``generate``; None if the model does not generate.
         fast: True for the models that the default tests run.
         real: True if the weights are those of a trained model, which nobody changes.
+        spread: True if small matrices become larger; False for a model that then becomes chaotic.
         least: the least cosine that int8 must reach; less than the usual value for real models.
         seed: the seed of the weights and of the inputs.
     """
@@ -38,15 +39,16 @@ class Architecture:
     prompt: Callable[[], Inputs] | None = None
     fast: bool = False
     real: bool = False
+    spread: bool = True
     least: float = 0.99
     seed: int = 0
 
-    def model(self) -> nn.Module:
-        """The float model in evaluation mode; always with the same weights."""
-        torch.manual_seed(self.seed)
+    def model(self, weights: int = 0) -> nn.Module:
+        """The float model in evaluation mode; the same ``weights`` are the same values."""
+        torch.manual_seed(self.seed + 1000 * weights)
         model = self.build()
         if not self.real:
-            unsettle(model)
+            unsettle(model, self.spread)
         return model.eval()
 
     def empty(self) -> nn.Module:
@@ -66,11 +68,12 @@ class Architecture:
 
 
 @torch.no_grad()
-def unsettle(model: nn.Module) -> None:
+def unsettle(model: nn.Module, spread: bool = True) -> None:
     """Change parameters whose initial values would hide a fault.
 
     Weights of norms move away from 1, and biases and constant vectors away from 0. Matrices that
-    are zero or very small become larger, so that no layer is close to having no effect.
+    are zero or very small become larger, so that no layer is close to having no effect; not so if
+    ``spread`` is False.
     """
     for parameter in model.parameters():
         if not parameter.is_floating_point():
@@ -78,12 +81,14 @@ def unsettle(model: nn.Module) -> None:
         if parameter.dim() < 2:
             parameter.add_(torch.randn(parameter.shape) * 0.05)
             continue
+        if not spread:
+            continue
         least = 0.5 / (parameter.numel() / parameter.shape[0]) ** 0.5
-        spread = parameter.std().item() if parameter.numel() > 1 else 0.0
-        if spread == 0:
+        deviation = parameter.std().item() if parameter.numel() > 1 else 0.0
+        if deviation == 0:
             parameter.add_(torch.randn(parameter.shape) * least)
-        elif spread < least:
-            parameter.mul_(least / spread)
+        elif deviation < least:
+            parameter.mul_(least / deviation)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

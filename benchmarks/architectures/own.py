@@ -1,7 +1,8 @@
-"""Networks that are not in a library: torch's own transformer, recurrent nets and small classics."""
+"""Networks that are in no library: torch's own transformer, recurrent nets, small classics."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ class DLRM(nn.Module):
         products = rows @ rows.transpose(1, 2)
         first, second = torch.triu_indices(4, 4, 1)
         score: Tensor = self.top(torch.cat([x, products[:, first, second]], 1))
-        return torch.sigmoid(score)
+        return score
 
 
 class ConvBlock(nn.Module):
@@ -109,9 +110,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.first, self.second = (
-            nn.Conv2d(n, outputs, 3, padding=1) for n in (inputs, outputs)
-        )
+        self.first, self.second = (nn.Conv2d(n, outputs, 3, padding=1) for n in (inputs, outputs))
         self.norms = nn.ModuleList(nn.GroupNorm(4, outputs) for _ in range(2))
         self.time = nn.Linear(64, outputs)
 
@@ -154,9 +153,7 @@ class MixerBlock(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.positions = nn.Sequential(nn.Linear(64, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 64))
-        self.channels = nn.Sequential(
-            nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)
-        )
+        self.channels = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.positions(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
@@ -184,9 +181,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            WIDTH, HEADS, kdim=96, vdim=96, batch_first=True
-        )
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, kdim=96, vdim=96, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
@@ -203,9 +198,11 @@ class Crepe(nn.Module):
         channels = [1, 128, 16, 16, 16, 32, 64]
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, (512 if not i else 64, 1), (4 if not i else 1, 1))
-            for i, (a, b) in enumerate(zip(channels, channels[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(channels))
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(n, eps=0.0010000000474974513) for n in channels[1:])
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(n, eps=0.0010000000474974513) for n in channels[1:]
+        )
         self.classifier = nn.Linear(256, 360)
 
     def forward(self, sound: Tensor) -> Tensor:
@@ -214,7 +211,8 @@ class Crepe(nn.Module):
             x = F.pad(x, (0, 0, 254, 254) if not index else (0, 0, 31, 32))
             x = F.max_pool2d(norm(F.relu(conv(x))), (2, 1), (2, 1))
         x = x.permute(0, 2, 1, 3).reshape(len(x), -1)
-        return torch.sigmoid(self.classifier(x))
+        logits: Tensor = self.classifier(x)
+        return logits
 
 
 def own(
@@ -230,9 +228,7 @@ def tokens(name: str) -> Callable[[], Inputs]:
 
 
 ARCHITECTURES = [
-    own(
-        "nn_transformer", Seq2Seq, lambda: {"source": ids(2, 9), "target": ids(2, 7)}, fast=True
-    ),
+    own("nn_transformer", Seq2Seq, lambda: {"source": ids(2, 9), "target": ids(2, 7)}, fast=True),
     own(
         "nn_encoder",
         lambda: Encoder(False),

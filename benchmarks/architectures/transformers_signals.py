@@ -144,12 +144,14 @@ ARCHITECTURES = [
         lambda: {
             "input_ids": ids(2, 10),
             "decoder_input_values": numbers(2, 6, 16),
-            "speaker_embeddings": numbers(2, 15),
+            "speaker_embeddings": numbers(2, 16),
         },
         fast=True,
         **SPEECHT5,
     ),
-    Architecture("vits", "signals", "transformers", vits, lambda: {"input_ids": ids(1, 12)}),
+    Architecture(
+        "vits", "signals", "transformers", vits, lambda: {"input_ids": ids(1, 12)}, spread=False
+    ),
     signal(
         "encodec",
         "EncodecModel",

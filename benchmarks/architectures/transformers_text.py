@@ -30,6 +30,13 @@ def tokens() -> Inputs:
     return {"input_ids": ids(2, 12)}
 
 
+def with_global_attention() -> Inputs:
+    """Two sequences; all other tokens attend to the first, which has projections of its own."""
+    mask = torch.zeros(2, 12, dtype=torch.long)
+    mask[:, 0] = 1
+    return {**tokens(), "global_attention_mask": mask}
+
+
 def one_prompt() -> Inputs:
     """The beginning of one sequence, for ``generate``."""
     return {"input_ids": ids(1, 6)}
@@ -141,6 +148,7 @@ ARCHITECTURES = [
         "deberta",
         "DebertaModel",
         "DebertaConfig",
+        fast=True,
         relative_attention=True,
         pos_att_type=["p2c", "c2p"],
     ),
@@ -159,7 +167,13 @@ ARCHITECTURES = [
         cls_token_id=1,
         sep_token_id=2,
     ),
-    encoder("longformer", "LongformerModel", "LongformerConfig", attention_window=8),
+    encoder(
+        "longformer",
+        "LongformerModel",
+        "LongformerConfig",
+        inputs=with_global_attention,
+        attention_window=8,
+    ),
     Architecture(
         "xlnet",
         "text",

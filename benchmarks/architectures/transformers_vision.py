@@ -27,9 +27,7 @@ def vision(
 ) -> Architecture:
     """A model that takes images."""
     build = transformer(model, config, **settings)
-    return Architecture(
-        name, "vision", "transformers", build, inputs or images(size), fast=fast
-    )
+    return Architecture(name, "vision", "transformers", build, inputs or images(size), fast=fast)
 
 
 VIT: dict[str, Any] = {
@@ -214,7 +212,7 @@ ARCHITECTURES = [
         lambda: {"pixel_values": numbers(1, 3, 32, 32), "decoder_input_ids": ids(1, 6)},
         lambda: {"pixel_values": numbers(1, 3, 32, 32)},
     ),
-    vision("convnext", "ConvNextModel", "ConvNextConfig", **CONV_STAGES),
+    vision("convnext", "ConvNextModel", "ConvNextConfig", fast=True, **CONV_STAGES),
     vision(
         "dpt",
         "DPTForDepthEstimation",
