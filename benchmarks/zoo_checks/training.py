@@ -47,9 +47,13 @@ def trained(case: Case, config: TrainingConfig) -> Outcome:
     converted = copy.deepcopy(prepared)
     torchquant.convert_(converted)
     report = torchquant.verify(prepared, converted, [case.arguments()])
-    if not report.exact:
-        return Outcome(f"{report.differing_bits} bits differ", False, report.differing_bits)
-    return Outcome("0 bits", value=0)
+    if report.exact:
+        return Outcome("0 bits", value=0)
+    bits = report.differing_bits + report.outputs.bits
+    if bits == 0:
+        return Outcome("no layer was called", False, bits)
+    text = f"{report.differing_bits} bits differ in layers, {report.outputs.bits} in the outputs"
+    return Outcome(text, False, bits)
 
 
 def train(case: Case, model: nn.Module) -> None:
