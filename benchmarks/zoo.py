@@ -27,8 +27,8 @@ The columns, each with quantize_'s default configuration unless it says otherwis
     QAT        prepare_qat_, three steps, convert_, verify: differing bits; int8, 4-bit LSQ weights,
                static activations
     fusion     projection groups: the same bits; all fusions against none, in dB (200: equal)
-    norms      replace_norms_ on the float model: replaced of found, cosine
-    attention  replace_attention_ on the float model: cosine, or refused; then the documented undo
+    norms      replace_norms_ on the float model: replaced of found, cosine; restored: the same bits
+    attention  the same for attention (refused: the model uses another implementation than sdpa)
 
 The exit status is 1 if something failed that is not in `zoo_checks/known.py`.
 """

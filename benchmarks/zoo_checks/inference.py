@@ -155,19 +155,23 @@ def _from_pretrained(case: Case, folder: str) -> Any:
 
 
 def norms(case: Case) -> Outcome:
-    """``replace_norms_`` on the float model: replaced of found, and the cosine afterwards."""
+    """``replace_norms_`` on the float model: replaced of found, and the cosine; then the undo."""
     model = case.float_model()
     report = torchquant.replace_norms_(model)
     least = cosine(case.expected, case.call(model))
     text = f"{len(report.replaced)}/{len(report.norms)}, {least:.4f}"
-    return Outcome(text, least >= LEAST_NORM_COSINE, least)
+    if not least >= LEAST_NORM_COSINE:
+        return Outcome(text, False, least)
+    torchquant.restore_norms_(model)
+    undone = same_bits(case.call(model), case.expected)
+    return Outcome(text if undone else f"{text}; undo changes numbers", undone, least)
 
 
 def attention(case: Case) -> Outcome:
-    """``replace_attention_`` on the float model, or its refusal; then the documented undo."""
+    """``replace_attention_`` on the float model: replaced of found, cosine; then the undo."""
     if not case.of_transformers:
         return Outcome("-", None)
-    model: Any = case.float_model()
+    model = case.float_model()
     try:
         report = torchquant.replace_attention_(model)
     except ValueError as error:
@@ -175,17 +179,12 @@ def attention(case: Case) -> Outcome:
             raise
         return unless_changed("refused", case.call(model), case.expected)
     least = cosine(case.expected, case.call(model))
-    text = f"{_served(report)}{least:.4f}"
+    text = f"{len(report.changed)}/{len(report.rows)}, {least:.4f}"
     if not least >= case.architecture.least:
         return Outcome(text, False, least)
-    model.set_attn_implementation("sdpa")
+    torchquant.restore_attention_(model)
     undone = same_bits(case.call(model), case.expected)
     return Outcome(text if undone else f"{text}; undo changes numbers", undone, least)
-
-
-def _served(report: object) -> str:
-    """The first line of a report, if the verb returns one."""
-    return f"{str(report).splitlines()[0]}, " if report is not None else ""
 
 
 def unless_changed(text: str, a: list[Tensor], b: list[Tensor]) -> Outcome:
