@@ -1,6 +1,8 @@
 """The architectures of `benchmarks/zoo.py`: a fast third by default, all with -m slow."""
 
+import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import zoo  # noqa: E402
 from architectures import ARCHITECTURES, Architecture, tensors  # noqa: E402
 from zoo_checks import COLUMNS, KNOWN, Outcome, Row, examine, missing_package  # noqa: E402
 from zoo_checks.case import cosine, decibels  # noqa: E402
@@ -121,3 +124,41 @@ def test_comparisons() -> None:
     assert decibels(one, one) == 200
     assert decibels(one, [torch.tensor([1.1, 2.2])]) == pytest.approx(20)
     assert list(tensors({"a": one, "b": 3, "c": torch.tensor([1])})) == one
+
+
+def test_the_script_writes_its_results_and_ends_with_status_0(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "zoo.py"), "--only", "lstm_tagger"]
+    result = subprocess.run(
+        [*command, "--columns", "runs", "cosine", "--save"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 of 1 models fail" in result.stdout
+    header, row = map(json.loads, next(tmp_path.glob("zoo-*.jsonl")).read_text().splitlines())
+    assert {"date", "cpu", "versions", "command"} <= set(header)
+    assert row["columns"]["cosine"]["value"] > 0.99
+    page = next(tmp_path.glob("zoo-*.md")).read_text()
+    assert "--only lstm_tagger" in page
+    assert "| lstm_tagger | ok | 1.0000 |" in page
+
+
+def test_the_script_ends_with_status_1_and_names_the_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Raises(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("nobody has it")
+
+    broken = Architecture("broken", "own", "", Raises, lambda: {"x": torch.randn(4, 64)})
+    elsewhere = Architecture("elsewhere", "own", "no_such_package", Raises, dict)
+    monkeypatch.setattr(zoo, "ARCHITECTURES", (broken, elsewhere))
+    monkeypatch.setattr(zoo, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "--columns", "runs", "int8"])
+    assert zoo.main() == 1
+    printed = capsys.readouterr().out
+    assert "broken, runs: KeyError: 'nobody has it'" in printed
+    assert "elsewhere: no_such_package is not installed" in printed
+    assert "1 of 1 models fail" in printed
