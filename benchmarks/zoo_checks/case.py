@@ -83,7 +83,7 @@ class Case:
 
     @cached_property
     def quantized(self) -> nn.Module:
-        """A quantized model that the checks share; none of them changes it."""
+        """A quantized model that the checks share; they call it, but do not change it."""
         return self.quantized_model()
 
     @cached_property
