@@ -14,7 +14,7 @@ has their trained ones without another framework.) Models of missing packages ar
 
 The columns, each with quantize_'s default configuration unless it says otherwise:
 
-    runs       quantize_ and a call
+    runs       quantize_, which changes nothing but the layers that it quantizes, and a call
     int8       share of all matrices, embeddings and kernels that are integers now
     cosine     the least cosine of an output tensor to the float model's, in float32
     bf16       the same for a bfloat16 model, compared with the float32 model

@@ -91,19 +91,30 @@ class Case:
         """The outputs of :attr:`quantized`."""
         return self.call(self.quantized)
 
-    @cached_property
-    def quantized_layers(self) -> list[str]:
-        """Names of the quantized layers."""
-        return [
-            name
-            for name, part in self.quantized.named_modules()
-            if isinstance(part, QuantizedModule)
-        ]
-
     @property
     def of_transformers(self) -> bool:
         """True for models of the transformers library."""
         return hasattr(self.quantized, "set_attn_implementation")
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """Names of a model's quantized layers."""
+    return [name for name, part in model.named_modules() if isinstance(part, QuantizedModule)]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers, also those that are not part of its state dict."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors have the same values; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def cosine(a: list[Tensor], b: list[Tensor]) -> float:

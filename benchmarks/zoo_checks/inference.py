@@ -10,7 +10,18 @@ from torch import Tensor
 
 import torchquant
 
-from .case import Case, FloatFails, Outcome, compared, cosine, decibels, same_bits
+from .case import (
+    Case,
+    FloatFails,
+    Outcome,
+    compared,
+    cosine,
+    decibels,
+    quantized_layers,
+    same_bits,
+    same_values,
+    state_of,
+)
 
 NEW_TOKENS = 8
 LEAST_DECIBELS = 20.0  # a rounding that falls on the other side moves an int8 step
@@ -18,7 +29,17 @@ LEAST_NORM_COSINE = 0.9999
 
 
 def runs(case: Case) -> Outcome:
-    """``quantize_`` and a call."""
+    """``quantize_``, which changes nothing but the layers that it quantizes, and a call."""
+    original, model = case.float_model(), case.float_model()
+    random = torch.get_rng_state()
+    torchquant.quantize_(model)
+    if not torch.equal(random, torch.get_rng_state()):
+        return Outcome("quantize_ draws random numbers", False)
+    quantized = tuple(f"{name}." for name in quantized_layers(model))
+    before, after = state_of(original), state_of(model)
+    for name in before.keys() & after.keys():
+        if not name.startswith(quantized) and not same_values(before[name], after[name]):
+            return Outcome(f"quantize_ changes {name}", False)
     _ = case.outputs
     return Outcome("ok")
 
@@ -28,7 +49,7 @@ def share(case: Case) -> Outcome:
     original = case.float_model()
     quantized = sum(
         parameter.numel()
-        for name in case.quantized_layers
+        for name in quantized_layers(case.quantized)
         for parameter in original.get_submodule(name).parameters()
         if parameter.dim() > 1
     )

@@ -11,7 +11,7 @@ from torch import nn
 import torchquant
 from torchquant import QATConfig, TrainingConfig
 
-from .case import Case, FloatFails, Outcome
+from .case import Case, FloatFails, Outcome, quantized_layers
 
 STEPS = 3
 RATE = 1e-3
@@ -34,7 +34,7 @@ def qat_static(case: Case) -> Outcome:
 
 def trained(case: Case, config: TrainingConfig) -> Outcome:
     """Train for some steps and convert: how many bits differ, layer by layer and in the outputs."""
-    if not case.quantized_layers:
+    if not quantized_layers(case.quantized):
         return Outcome("no layers", None)
     model = case.float_model()
     torchquant.prepare_qat_(model, config)

@@ -18,6 +18,8 @@ from architectures import ARCHITECTURES, Architecture, tensors  # noqa: E402
 from zoo_checks import COLUMNS, KNOWN, Outcome, Row, examine, missing_package  # noqa: E402
 from zoo_checks.case import cosine, decibels  # noqa: E402
 
+import torchquant  # noqa: E402
+
 FEWEST_FAST = 42
 
 
@@ -101,6 +103,26 @@ def test_another_computation_is_seen_by_the_cosine() -> None:
     row = _examined(Noticing, "runs", "cosine")
     assert list(row.failures) == ["cosine"]
     assert 0.5 < (row.outcomes["cosine"].value or 0) < 0.9
+
+
+def test_a_change_of_what_is_not_quantized_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoLayers(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(64)
+
+    def changing(model: torch.nn.Module) -> None:
+        model.norm.bias.data += 1  # type: ignore[operator, union-attr]
+
+    def drawing(model: torch.nn.Module) -> None:
+        torch.randn(1)
+
+    for verb, text in (
+        (changing, "quantize_ changes norm.bias"),
+        (drawing, "quantize_ draws random numbers"),
+    ):
+        monkeypatch.setattr(torchquant, "quantize_", verb)
+        assert _examined(TwoLayers, "runs").failures == {"runs": text}
 
 
 def test_the_time_limit_fails_the_columns_that_are_left() -> None:
