@@ -19,8 +19,8 @@ struct Known {
   PyObject* wrapped_call_impl = nullptr;
   PyObject* module_getattr = nullptr;
   PyObject* object_getattribute = nullptr;
-  PyObject* containers = nullptr;  // a tuple of classes
-  PyObject* learn = nullptr;       // finds what surrounds a call: learn(code, offset)
+  PyObject* containers = nullptr;  // a dictionary: class, its method __getitem__
+  PyObject* learn = nullptr;       // finds what surrounds a call: learn(frame)
 } known;
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
@@ -28,6 +28,7 @@ PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); 
 struct Names {
   PyObject* getattr = interned("__getattr__");
   PyObject* getattribute = interned("__getattribute__");
+  PyObject* getitem = interned("__getitem__");
   PyObject* modules = interned("_modules");
 };
 
@@ -89,9 +90,8 @@ PyObject* forget_calls(PyObject* /*self*/, PyObject* /*none*/) {
 }
 
 // What surrounds a call that is not in the table yet; a new reference.
-PyObject* learned(PyObject* code, int offset) {
-  Object at(PyLong_FromLong(offset));
-  PyObject* const call = at ? PyObject_CallFunctionObjArgs(known.learn, code, at.get(), nullptr) : nullptr;
+PyObject* learned(PyObject* frame, PyObject* code, int offset) {
+  PyObject* const call = PyObject_CallFunctionObjArgs(known.learn, frame, nullptr);
   if (!call) return nullptr;
   if (sites.size() >= kMostSites) forget();
   const auto [place, is_new] = sites.insert({{code, offset}, call});
@@ -121,7 +121,7 @@ PyObject* caller(PyObject* /*self*/, PyObject* skip) {
   Object code(reinterpret_cast<PyObject*>(PyFrame_GetCode(of)));
   const int offset = offset_of(of);
   const auto found = sites.find({code.get(), offset});
-  Object call(found == sites.end() ? learned(code.get(), offset) : Py_NewRef(found->second));
+  Object call(found == sites.end() ? learned(frame.get(), code.get(), offset) : Py_NewRef(found->second));
   if (!call) return nullptr;
   if (call.get() == Py_None) Py_RETURN_NONE;
   return PyTuple_Pack(2, frame.get(), call.get());
@@ -185,9 +185,12 @@ Object attribute(PyObject* object, PyObject* name) {
 
 // The element of a container such as a ModuleList at the key of an Item.
 PyObject* element(PyObject* module, PyObject* item, PyObject* modules) {
-  const int is_container = PySequence_Contains(known.containers, reinterpret_cast<PyObject*>(Py_TYPE(module)));
-  if (is_container < 0) PyErr_Clear();
-  if (is_container <= 0 || PyTuple_GET_SIZE(item) != 1) return nullptr;
+  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  PyObject* const get = PyDict_GetItemWithError(known.containers, type);
+  if (!get || PyTuple_GET_SIZE(item) != 1 || attribute(type, names().getitem).get() != get) {
+    PyErr_Clear();
+    return nullptr;
+  }
   PyObject* const key = PyTuple_GET_ITEM(item, 0);
   if (PyLong_Check(key)) {
     const long index = PyLong_AsLong(key);
@@ -235,6 +238,19 @@ PyObject* module_at(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t c
   return Py_NewRef(module);
 }
 
+// True if every path leads to a module, which can be read without running code.
+PyObject* are_modules(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyTuple_Check(arguments[1]) || !PyType_Check(arguments[2]))
+    return PyErr_Format(PyExc_TypeError, "are_modules: expected an object, a tuple and a type");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); ++i) {
+    PyObject* const one[] = {arguments[0], PyTuple_GET_ITEM(arguments[1], i)};
+    Object module(module_at(nullptr, one, 2));
+    if (!module) return nullptr;
+    if (!PyObject_TypeCheck(module.get(), reinterpret_cast<PyTypeObject*>(arguments[2]))) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 template <class Function>
 PyCFunction as_method(Function function) {  // through void*: the field is the signature of all kinds of methods
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
@@ -247,6 +263,7 @@ PyMethodDef caller_methods[] = {
     {"forget_calls", as_method(&forget_calls), METH_NOARGS, nullptr},
     {"caller", as_method(&caller), METH_O, nullptr},
     {"local", as_method(&local), METH_FASTCALL, nullptr},
+    {"are_modules", as_method(&are_modules), METH_FASTCALL, nullptr},
     {"module_at", as_method(&module_at), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -93,6 +93,18 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "if isinstance(event, str) or event.argument is None:\n                continue",
         ("HeldAlias",),
     ),
+    "objects in global variables": (
+        f"{CALLER}:_calls_of",
+        "call_sites(code, modules)",
+        "call_sites(code, None)",
+        ("GlobalObjectRead", "GlobalObjectReadBetween"),
+    ),
+    "classes of containers": (
+        f"{CALLER}:module_at",
+        "get is not cls.__getitem__",
+        "False",
+        ("PatchedItems",),
+    ),
     "classes of operands": (
         f"{SEGMENT}._call",
         "if target.name in _METHODS_OF_TWO:",

@@ -37,14 +37,14 @@ class CallSites:
         calls: the calls of modules of the owner with one positional argument.
     """
 
-    def __init__(self, code: CodeType) -> None:
+    def __init__(self, code: CodeType, modules: frozenset[str] | None = None) -> None:
         self.code = code
         self.owner = _owner(code)
         self.calls: list[Call] = []
         if self.owner is None:
             return
         for segment in _segments(code):
-            self.calls += Segment(code, self.owner, segment).run()
+            self.calls += Segment(code, self.owner, segment, modules).run()
 
     def at(self, offset: int) -> Call | None:
         """The call whose instruction covers ``offset``, as in ``frame.f_lasti``."""
@@ -54,8 +54,13 @@ class CallSites:
         return None
 
 
-def call_sites(code: CodeType) -> CallSites:
+def call_sites(code: CodeType, modules: frozenset[str] | None = None) -> CallSites:
     """The calls of a function, from its bytecode.
+
+    Args:
+        code: the function's code.
+        modules: the global variables that hold modules of Python, such as ``torch``; to read an
+            attribute of another object may run code. None for all global variables.
 
     Example:
         >>> def forward(self, x):
@@ -64,7 +69,7 @@ def call_sites(code: CodeType) -> CallSites:
         >>> [(call.path, call.follow) for call in call_sites(forward.__code__).calls]
         [(('fc',), ('act',)), (('act',), None)]
     """
-    return CallSites(code)
+    return CallSites(code, modules)
 
 
 def _owner(code: CodeType) -> str | None:

@@ -68,8 +68,11 @@ def is_known(name: str) -> bool:
 class Segment:
     """Runs a segment on values that stand for what the stack and the variables hold."""
 
-    def __init__(self, code: CodeType, owner: str, steps: list[Step]) -> None:
+    def __init__(
+        self, code: CodeType, owner: str, steps: list[Step], modules: frozenset[str] | None = None
+    ) -> None:
         self.code, self.owner, self.steps = code, owner, steps
+        self.modules = modules  # global variables that hold modules of Python; None for all
         self.stack: list[Value] = []
         self.variables: dict[str, Value] = {owner: Value(path=())}
         self.calls: list[Call] = []
@@ -200,7 +203,8 @@ class Segment:
         base.uses += 1
         if base.call is not None:
             base.call.function = name
-        harmless = (base.fresh and name in PURE_METHODS) or base.is_global
+        of_module = base.is_global and (self.modules is None or base.name in self.modules)
+        harmless = (base.fresh and name in PURE_METHODS) or of_module
         if not harmless:
             self.events.append("an attribute")
         self.push(Value(method_of=base, name=name))

@@ -14,7 +14,6 @@ There is no earlier proof that could become wrong later, and no user code runs t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -35,9 +34,10 @@ _library.set_up_caller(
     specification.WRAPPED_CALL_IMPL,
     specification.MODULE_GETATTR,
     specification.OBJECT_GETATTRIBUTE,
-    specification.CONTAINERS,
+    specification.ITEMS,
     specification.learn,
 )
+_are_modules = _library.are_modules
 # As in torchquant.nn.caller.
 caller, local, module_at = _library.caller, _library.local, _library.module_at
 
@@ -114,12 +114,14 @@ def is_quiet(module: Any) -> bool:
     return known[2] and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def reads_run_no_code(owner: Any, paths: Iterable[Path]) -> bool:
+def reads_run_no_code(owner: Any, paths: tuple[Path, ...]) -> bool:
     """True if reading some paths from the owner of a call, and using the values, runs no user code.
 
     A property, a ``__getattr__`` or an operator of a class may change a tensor.
     """
     try:
+        if _are_modules(owner, paths, nn.Module):
+            return True
         return all(_is_plain(owner, path) for path in paths)
     except (AttributeError, KeyError):  # the owner is no ordinary module
         return False

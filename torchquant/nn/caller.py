@@ -7,7 +7,7 @@ tenth of the time. Tests compare the two, and plant faults here.
 from __future__ import annotations
 
 import sys
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from torchquant.graph.call_sites import Call, CallSites, Item, Path, call_sites
 CALL_IMPL = nn.Module._call_impl.__code__
 WRAPPED_CALL_IMPL = nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# The method that reads an element of a container; another one could run code.
+ITEMS: dict[Any, Any] = {
+    cls: cls.__getitem__ for cls in (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+}
 MODULE_GETATTR: Any = nn.Module.__getattr__
 OBJECT_GETATTRIBUTE: Any = object.__getattribute__
 
@@ -72,7 +75,7 @@ def call_at(frame: FrameType) -> Call | None:
     if found is None or found[0] is not code:
         if len(_sites) >= _MAX_SITES:  # functions that are made again and again
             _sites.clear()
-        found = _sites[(id(code), frame.f_lasti)] = (code, learn(code, frame.f_lasti))
+        found = _sites[(id(code), frame.f_lasti)] = (code, learn(frame))
     call = found[1]
     if call is None or _function_modes() or _dispatch_modes() or _watched():
         return None
@@ -87,23 +90,27 @@ def _watched() -> bool:
     return isinstance(profiler, (FunctionType, MethodType))  # others see times only
 
 
-def learn(code: CodeType, offset: int) -> Call | None:
-    """What surrounds a call; None if nothing more than the call itself can be computed in it."""
+def learn(frame: FrameType) -> Call | None:
+    """What surrounds the call of a frame; None if nothing more than the call can be computed."""
+    code, offset = frame.f_code, frame.f_lasti
     if code is SEQUENTIAL:
         return Call(code, "self", offset, offset + 1, follow=()) if _KNOWN_SEQUENTIAL else None
-    call = _calls_of(code).at(offset)
+    call = _calls_of(frame).at(offset)
     if call is not None and call.follow is None and not call.chain and not call.in_chain:
         return None
     return call
 
 
-def _calls_of(code: CodeType) -> CallSites:
+def _calls_of(frame: FrameType) -> CallSites:
     """The calls of a function; the same objects each time, so that calls can be compared."""
+    code = frame.f_code
     known = _functions.get(id(code))
     if known is None or known.code is not code:
         if len(_functions) >= _MAX_SITES:
             _functions.clear()
-        known = _functions[id(code)] = call_sites(code)
+        held = frame.f_globals
+        modules = frozenset(n for n in code.co_names if type(held.get(n)) is ModuleType)
+        known = _functions[id(code)] = call_sites(code, modules)
     return known
 
 
@@ -125,7 +132,8 @@ def module_at(owner: Any, path: Path) -> Any:
         cls = type(owner)
         if isinstance(step, Item):
             key = step.key
-            if cls not in CONTAINERS or (isinstance(key, int) and key < 0):
+            get = ITEMS.get(cls)
+            if get is None or get is not cls.__getitem__ or (isinstance(key, int) and key < 0):
                 return None
             owner = owner.__dict__["_modules"].get(str(key))
             continue

@@ -425,8 +425,7 @@ class QuantizedLinear(QuantizedModule):
             f"{self.config.activations}{fused}"
         )
 
-    # Changes of the weight that a group of layers computed together must be notified of.
-
+    # Changes of the weight that a group of layers must be notified of.
     def weight_replaced(self) -> None:
         if self._group is not None:
             self._group.moved()

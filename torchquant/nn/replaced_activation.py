@@ -44,13 +44,15 @@ class ReplacedActivation(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the values of the module's own class; other rounding is possible."""
+        plain = False
+        if len(args) == 1 and type(args[0]) is Tensor and not _is_dynamo_compiling():
+            if args[0].__dict__.pop("_activated_for", None) is self:
+                return args[0]
+            plain = not args[0].is_nested
         if not isinstance(self, ReplacedActivation):  # a bound method that outlived the replacement
             return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             input = args[0]
-            plain = type(input) is Tensor and not (_is_dynamo_compiling() or input.is_nested)
-            if plain and input.__dict__.pop("_activated_for", None) is self:
-                return input
             if self._uses_operator and input.dtype in _DTYPES and input.device.type in _DEVICES:
                 if plain and not self.is_patched():
                     return _fast_activation(input, self.function)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.situations import Activated, X
+from support.situations import WIDTH, Activated, Projected, Situation, X
 
 
 class SwappedActivation(Activated):
@@ -319,3 +319,74 @@ class EarlierModuleSwaps(Activated):
         first = self(X), self(X, True)
         self.norm.__dict__["net"] = self
         return first, self(X), self(X)
+
+
+class PatchedItems(Situation):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.GELU()])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[1](self.layers[0](x))
+
+    def use(self) -> Any:
+        first, old = self(X), nn.ModuleList.__getitem__
+
+        def spying(layers: Any, index: int) -> Any:
+            layer = old(layers, index)
+            return (lambda h: (h, layer(h))) if index else layer
+
+        nn.ModuleList.__getitem__ = spying  # type: ignore[method-assign]
+        try:
+            return first, self(X)
+        finally:
+            nn.ModuleList.__getitem__ = old  # type: ignore[method-assign]
+
+
+class Settings:
+    """A global object; to read its attribute runs code."""
+
+    action: Any = None
+
+    @property
+    def scale(self) -> float:
+        if self.action is not None:
+            self.action()
+        return 1.0
+
+
+SETTINGS = Settings()
+
+
+class GlobalObjectRead(Activated):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc(x)
+        scale = SETTINGS.scale
+        return self.act(h) * scale
+
+    def swap(self) -> None:
+        self.act = nn.Tanh()
+
+    def use(self) -> Any:
+        first = self(X)
+        SETTINGS.action = self.swap
+        try:
+            return first, self(X)
+        finally:
+            SETTINGS.action = None
+
+
+class GlobalObjectReadBetween(Projected):
+    def forward(self, x: Tensor) -> Any:
+        q = self.q(x)
+        scale = SETTINGS.scale
+        return q, self.k(x), torch.tensor(scale)
+
+    def use(self) -> Any:
+        x = X.clone()
+        first = self(x)
+        SETTINGS.action = lambda: x.data.add_(1.0)
+        try:
+            return first, self(x)
+        finally:
+            SETTINGS.action = None
