@@ -192,7 +192,7 @@ class WeightsChanged(Projected):
         if hasattr(self.k, "packed"):
             self.k.weight_scale.mul_(2.0)
         else:
-            self.k.weight.data.mul_(2.0)
+            self.k._parameters["weight"].data.mul_(2.0)
         self.k.bias.data.zero_()
         second = self(X)
         self.q.bias = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
