@@ -108,7 +108,7 @@ def test_dtypes_on_the_way() -> None:
         assert layer.packed.dtype == torch.int8
         assert layer.weight_scale.dtype == torch.float32
         assert layer.bias is not None
-        assert (layer.bias.dtype, layer.bias.device) == (torch.float32, CUDA)
+        assert (layer.bias.dtype, layer.bias.device) == (torch.bfloat16, CUDA)
 
 
 def test_a_layer_without_values_becomes_one_of_the_gpu() -> None:

@@ -235,4 +235,4 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-__all__ = ["ELEMENT", "AttributeRead", "Path", "attribute_reads"]
+__all__ = ["attribute_reads"]

@@ -32,4 +32,4 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["FLOAT_DTYPES", "as_float32", "dtype_name"]
+__all__ = ["dtype_name"]

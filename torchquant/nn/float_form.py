@@ -91,4 +91,4 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in own}
 
 
-__all__ = ["NN_LINEAR", "FloatForm"]
+__all__ = ["FloatForm"]

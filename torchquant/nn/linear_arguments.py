@@ -65,6 +65,3 @@ def check_activation(activation: str) -> str:
             f"got {activation!r}"
         )
     return activation
-
-
-__all__ = ["check_activation", "check_size", "static_parameters"]

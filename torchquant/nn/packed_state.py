@@ -262,4 +262,4 @@ def missing(owner: object, name: str) -> TypeError:
     return TypeError(f"{cls.__name__} must define {name}, as every kind of layer does")
 
 
-__all__ = ["Canonical", "PackedState", "missing", "shared_parameter"]
+__all__ = ["PackedState"]

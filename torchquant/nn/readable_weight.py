@@ -234,4 +234,4 @@ _GRADIENT_SWITCHES: tuple[Any, ...] = (
 )
 
 
-__all__ = ["ReadableWeight", "read_only", "refuse_assignment"]
+__all__ = ["ReadableWeight"]

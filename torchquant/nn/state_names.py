@@ -41,4 +41,4 @@ def rename_state(state: dict[str, Any], prefix: str, renamed: Mapping[str, str])
         state.update(entries)
 
 
-__all__ = ["PLACEHOLDER", "rename_state"]
+__all__ = ["rename_state"]
