@@ -7,11 +7,13 @@ prepared for training with learned steps. ``format3_state_dict`` is a plain stat
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from support import assert_same_bits
+from support.model_files import rewrite
 from torch import nn
 
 import torchquant
@@ -100,3 +102,20 @@ def test_a_state_dict_of_a_prepared_model_with_the_old_names() -> None:
     torchquant.prepare_qat_(prepared, config, filter_fn=lambda *_: True)
     prepared.load_state_dict(state)
     assert_same_bits(prepared(expected["input"]).detach(), expected["format3_trained"])
+
+
+def test_a_relu_of_an_old_prepared_model_stays(tmp_path: Path) -> None:
+    """Formats up to 3 called it absorbed; prepared layers leave it in its place now."""
+    prepared = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    torchquant.prepare_qat_(prepared)
+    torchquant.save(prepared, tmp_path / "new")
+
+    def as_before(header: dict[str, Any], tensors: Any) -> None:
+        header.update(format=3, absorbed=header.pop("activations"))
+
+    rewrite(tmp_path / "new", as_before)
+    other = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    torchquant.prepare_qat_(other)
+    torchquant.load(tmp_path / "new", other)
+    x = torch.randn(5, 64)
+    assert_same_bits(other(x), prepared(x))

@@ -288,3 +288,25 @@ def test_a_compiled_model_is_one_graph(kind: type[nn.Module]) -> None:
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     for mine, eager in pairs:
         assert torch.allclose(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("make_activation", [nn.GELU, nn.SiLU, nn.ReLU])
+def test_a_hook_changes_no_bit(
+    dtype: torch.dtype, autocast: bool, make_activation: Callable[[], nn.Module], marks: list[str]
+) -> None:
+    """The bits do not depend on whether the layer or the module applies the activation."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), make_activation(), nn.Linear(WIDTH, WIDTH))
+    model = model.to(dtype).eval()
+    quantize_(model)
+    x = X.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        expected = model(x)
+        exact = make_activation is nn.ReLU or (dtype == torch.float32 and not autocast)
+        assert bool(marks) == exact
+        handle = model[0].register_forward_hook(lambda *args: None)
+        del marks[:]
+        assert_same_bits(model(x), expected)
+        assert marks == []
+        handle.remove()

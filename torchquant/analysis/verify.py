@@ -283,6 +283,10 @@ def verify(
             )
             stack.callback(hook.remove)
         _freeze_ranges(qat_model)
+        for name in left:  # both models compute these layers in float
+            layer: Any = qat_model.get_submodule(name)
+            stack.callback(layer.enable_quantization, bool(layer.quantize_enabled))
+            layer.enable_quantization(False)
         count = 0
         for current, batch in enumerate(batches):
             seed = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in generators]

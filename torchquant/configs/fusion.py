@@ -19,8 +19,8 @@ class Fusion:
             the layer applies the function itself, while the sums are in registers, where its output
             goes into the activation and nowhere else. Results change by rounding: the library's
             polynomials replace those of torch (:mod:`torchquant.functional.activations` states
-            their errors), and a bfloat16 or float16 model rounds once less, because the values
-            between the two modules stay in float32.
+            their errors). Whether the layer or the module applies the function changes no bit. In
+            bfloat16 and float16 it would, so there only ReLU moves into the layer.
         projections: if True, layers that are applied to the same tensor (query, key and value; gate
             and up) are computed together, so that the tensor is quantized once. Results keep their
             bits. This takes effect only while gradients (``torch.no_grad``,

@@ -78,7 +78,8 @@ def load(
         replaced = new_layers(header, model)
         for old, new in replaced:
             replace_module(owners[id(old)], old, new)
-        for place, other in activation_places(header.get("absorbed", {}), model):
+        fused = activation_places(header.get("absorbed", {}), header["layers"], model)
+        for place, other in fused:
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
         activations = checked_activations(header.get("activations", {}), model)

@@ -80,9 +80,12 @@ def _entry_and_kind(name: str, stored: Any, format: int) -> tuple[dict[str, Any]
 
 
 def activation_places(
-    absorbed: Mapping[str, Any], model: nn.Module
+    absorbed: Mapping[str, Any], layers: Mapping[str, Any], model: nn.Module
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Find the activations that are fused in the file or in the model, but not in both.
+
+    Files of prepared models in formats up to 3 name ReLUs that no layer of the file computes.
+    Prepared layers leave the ReLU in its place now, so such a ReLU stays.
 
     Returns:
         Pairs of the module in the model and its replacement.
@@ -103,6 +106,8 @@ def activation_places(
             raise Misfit(
                 f"a fused activation {activation!r} at {name!r} in the file, {kind} in the model"
             )
+        if activation == "relu" and not any(e.get("activation") == "relu" for e in layers.values()):
+            continue
         places[id(old)] = (old, FusedActivation(activation, original))
     for name, old in modules.items():
         if id(old) in places and name not in absorbed:

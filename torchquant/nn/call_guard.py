@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchquant._extension import load
 from torchquant.graph.call_sites import Call, Item, Path
@@ -26,7 +26,7 @@ from torchquant.graph.modules import has_hooks
 from torchquant.graph.purity import is_pure
 from torchquant.nn import caller as specification
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.replaced_activation import ReplacedActivation
+from torchquant.nn.replaced_activation import ReplacedActivation, has_same_bits
 
 _library = load()
 _library.set_up_caller(
@@ -48,11 +48,14 @@ _MAX_MODULES = 20_000
 _quiet: dict[int, tuple[weakref.ref[nn.Module], type, bool]] = {}
 
 
-def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> ReplacedActivation | None:
+def activation_after(
+    layer: nn.Module, input: Tensor, frame: FrameType, call: Call
+) -> ReplacedActivation | None:
     """The activation module that receives the output of ``layer``, and nothing else does; or None.
 
     Args:
         layer: the layer that is called.
+        input: the input of the layer.
         frame: the frame of the caller.
         call: the call that the frame executes.
     """
@@ -60,10 +63,10 @@ def activation_after(layer: nn.Module, frame: FrameType, call: Call) -> Replaced
         return None
     if call.code is specification.SEQUENTIAL and local(frame, 2) is not layer:
         return None  # the module that is called uses the forward of the layer
-    return follower(layer, local(frame, 0), call)
+    return follower(layer, input, local(frame, 0), call)
 
 
-def follower(layer: nn.Module, owner: Any, call: Call) -> ReplacedActivation | None:
+def follower(layer: nn.Module, input: Tensor, owner: Any, call: Call) -> ReplacedActivation | None:
     """:func:`activation_after` for a call whose owner is known."""
     if call.follow is None:
         return None
@@ -87,6 +90,7 @@ def follower(layer: nn.Module, owner: Any, call: Call) -> ReplacedActivation | N
             or "forward" in state
             or place._compiled_call_impl is not None
             or place.is_patched()
+            or not has_same_bits(place.function, input)
         ):
             return None
     except (AttributeError, KeyError):  # the owner is no ordinary module
@@ -94,10 +98,10 @@ def follower(layer: nn.Module, owner: Any, call: Call) -> ReplacedActivation | N
     return place
 
 
-def activation_after_call(layer: nn.Module) -> ReplacedActivation | None:
+def activation_after_call(layer: nn.Module, input: Tensor) -> ReplacedActivation | None:
     """:func:`activation_after` for the call in which a layer's forward calls this function."""
     found = caller(1)
-    return None if found is None else activation_after(layer, *found)
+    return None if found is None else activation_after(layer, input, *found)
 
 
 def is_quiet(module: Any) -> bool:

@@ -318,7 +318,7 @@ class QuantizedLinear(QuantizedModule):
                         if shared is not None:
                             return shared
                     if activation == "none" and self._fuses_activation:
-                        place = activation_after(self, frame, call)
+                        place = activation_after(self, input, frame, call)
                         if place is not None:
                             activation = place.function
                 elif self._group is not None:

@@ -257,7 +257,7 @@ class ProjectionGroup:
         leader = self._leader(owner, call)
         if leader is None:
             return None
-        places, activations = self._places(owner, call)
+        places, activations = self._places(input, owner, call)
         if call.between and not self._only_computes(owner, call, places[0]):
             return None
         try:
@@ -292,7 +292,7 @@ class ProjectionGroup:
         paths = [path for path in call.between if place is None or path != call.follow]
         return all(is_quiet(module_at(owner, path)) for path in paths)
 
-    def _places(self, owner: Any, call: Call) -> tuple[list[Any], list[str]]:
+    def _places(self, input: Tensor, owner: Any, call: Call) -> tuple[list[Any], list[str]]:
         """For each member: the activation module after it, or None; and the function to apply."""
         if not self._guards_activations:
             return self._no_places, self._activations
@@ -302,7 +302,7 @@ class ProjectionGroup:
             member: Any = None if reference is None else reference()
             place = None
             if own == "none" and site.follow is not None and member is not None:
-                place = follower(member, owner, site)
+                place = follower(member, input, owner, site)
             places.append(place)
             activations.append(own if place is None else place.function)
         return places, activations

@@ -230,7 +230,7 @@ class QATLinear(TrainedModule):
             self.was_called = True
         place = None
         if self._guarded and self.activation == "none" and type(input) is Tensor:
-            place = None if _is_dynamo_compiling() else activation_after_call(self)
+            place = None if _is_dynamo_compiling() else activation_after_call(self, input)
         if place is None:
             return self._compute(input, self.activation)
         return mark(self._compute(input, place.function), place)

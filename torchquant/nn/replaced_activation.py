@@ -24,6 +24,7 @@ from torchquant._extension import load
 _fast_activation = load().activation
 _is_compiling = torch.compiler.is_compiling  # torch.export too
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DEVICES = frozenset(("cpu", "cuda"))
 
@@ -92,6 +93,16 @@ def mark(output: Tensor, place: ReplacedActivation) -> Tensor:
     return output
 
 
+def has_same_bits(function: str, input: Tensor) -> bool:
+    """True if a layer that applies the function gives the bits of the layer and the module.
+
+    The layer rounds its result to the dtype of the output once, the two round twice. ReLU commutes
+    with rounding, and a float32 output is not rounded.
+    """
+    full = input.dtype is torch.float32 and not _is_any_autocast_enabled()
+    return full or function == "relu"
+
+
 def replace_activation_(module: nn.Module, function: str) -> None:
     """Let a module compute its function with the library's operator.
 
@@ -143,4 +154,10 @@ def _rebuilt(cls: Any) -> Any:
     return replacement.__new__(replacement)
 
 
-__all__ = ["ReplacedActivation", "mark", "replace_activation_", "restore_activation_"]
+__all__ = [
+    "ReplacedActivation",
+    "has_same_bits",
+    "mark",
+    "replace_activation_",
+    "restore_activation_",
+]
