@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Iterator
 from types import CodeType
 
-from torchquant.graph.calls import Call, Item, Path
+from torchquant.graph.calls import Call
 from torchquant.graph.segment import ENDS, Segment, Step, is_known
 
 _LOOKS_AT_VARIABLES = frozenset(
@@ -105,6 +105,3 @@ def _segments(code: CodeType) -> Iterator[list[Step]]:
             segment = []
     if segment:
         yield segment
-
-
-__all__ = ["Call", "CallSites", "Item", "Path", "call_sites"]

@@ -16,7 +16,8 @@ from types import CodeType
 import torch
 from torch import nn
 
-from torchquant.graph.call_sites import Call, CallSites, Item, Path
+from torchquant.graph.call_sites import CallSites
+from torchquant.graph.calls import Call, Item, Path
 from torchquant.graph.functions import codes_of
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._extension import load
-from torchquant.graph.call_sites import Call, Item, Path
+from torchquant.graph.calls import Call, Item, Path
 from torchquant.graph.modules import has_hooks
 from torchquant.graph.purity import is_pure
 from torchquant.nn import caller as specification
@@ -164,15 +164,3 @@ def _next_in(sequential: Any, layer: nn.Module) -> Any:
                 return None
             following = after
     return following
-
-
-__all__ = [
-    "activation_after",
-    "activation_after_call",
-    "caller",
-    "follower",
-    "is_quiet",
-    "local",
-    "module_at",
-    "reads_run_no_code",
-]

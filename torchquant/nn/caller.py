@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant.graph.call_sites import Call, CallSites, Item, Path, call_sites
+from torchquant.graph.call_sites import CallSites, call_sites
+from torchquant.graph.calls import Call, Item, Path
 
 # forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, and a
 # wrapper is another function, so a layer with hooks or wrappers does not find its caller.

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.graph.call_sites import Call, Item
+from torchquant.graph.calls import Call, Item
 from torchquant.nn.call_guard import follower, is_quiet, local, module_at, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels

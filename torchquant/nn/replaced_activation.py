@@ -152,12 +152,3 @@ def _rebuilt(cls: Any) -> Any:
     """An empty module; called by pickle and copy, which set its state."""
     replacement = _replacement(cls)
     return replacement.__new__(replacement)
-
-
-__all__ = [
-    "ReplacedActivation",
-    "has_same_bits",
-    "mark",
-    "replace_activation_",
-    "restore_activation_",
-]
