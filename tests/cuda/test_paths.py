@@ -51,7 +51,6 @@ FILES = {
         "convert/test_fuse.py",
         "convert/test_rejected_fusions.py",
         "graph/test_recognized_activations.py",
-        "graph/test_traces.py",
     ),
 }
 

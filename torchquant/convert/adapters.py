@@ -43,7 +43,8 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     reasons: dict[int, str] = {}
     trained, total = {}, 0
     for layer in layers:
-        if isinstance(layer, QuantizedModule) and (_trains(layer) or not [*layer.parameters()]):
+        empty = not any(parameter.numel() for parameter in layer.parameters())
+        if isinstance(layer, QuantizedModule) and (_trains(layer) or empty):
             continue
         elements = _elements(layer)
         total += elements
