@@ -43,8 +43,7 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
     reasons: dict[int, str] = {}
     trained, total = {}, 0
     for layer in layers:
-        empty = not any(parameter.numel() for parameter in layer.parameters())
-        if isinstance(layer, QuantizedModule) and (_trains(layer) or empty):
+        if isinstance(layer, QuantizedModule) and (_trains(layer) or not _has_values(layer)):
             continue
         elements = _elements(layer)
         total += elements
@@ -62,6 +61,11 @@ def adapter_reasons(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, 
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _has_values(layer: nn.Module) -> bool:
+    """True if the layer has a parameter with elements, and not just one that holds its dtype."""
+    return any(parameter.numel() for parameter in layer.parameters())
 
 
 def _weight_trains(layer: nn.Module) -> bool:
