@@ -20,7 +20,9 @@ struct Known {
   PyObject* module_getattr = nullptr;
   PyObject* object_getattribute = nullptr;
   PyObject* containers = nullptr;  // a dictionary: class, its method __getitem__
-  PyObject* learn = nullptr;       // finds what surrounds a call: learn(frame)
+  PyObject* replaced = nullptr;    // the class ReplacedActivation
+  PyObject* module_call = nullptr;
+  PyObject* learn = nullptr;  // finds what surrounds a call: learn(frame)
 } known;
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
@@ -30,6 +32,13 @@ struct Names {
   PyObject* getattribute = interned("__getattribute__");
   PyObject* getitem = interned("__getitem__");
   PyObject* modules = interned("_modules");
+  PyObject* forward = interned("forward");
+  PyObject* call = interned("__call__");
+  PyObject* compiled = interned("_compiled_call_impl");
+  PyObject* original_class = interned("original_class");
+  PyObject* original_forward = interned("original_forward");
+  PyObject* hooks[4] = {interned("_forward_pre_hooks"), interned("_forward_hooks"), interned("_backward_hooks"),
+                        interned("_backward_pre_hooks")};
 };
 
 const Names& names() {
@@ -69,9 +78,10 @@ bool is_watched(const PyThreadState* state) {
 }
 
 PyObject* set_up(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 6) return PyErr_Format(PyExc_TypeError, "set_up: expected 6 arguments, got %zd", count);
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "set_up: expected 8 arguments, got %zd", count);
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(arguments[i]);
-  known = {arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
+  known = {arguments[0], arguments[1], arguments[2], arguments[3],
+           arguments[4], arguments[5], arguments[6], arguments[7]};
   Py_RETURN_NONE;
 }
 
@@ -251,6 +261,46 @@ PyObject* are_modules(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t
   Py_RETURN_TRUE;
 }
 
+// True if a call of an activation runs its forward only: no hooks, no other forward, no patched class.
+bool is_plain_activation(PyObject* place) {
+  if (!PyObject_TypeCheck(place, reinterpret_cast<PyTypeObject*>(known.replaced))) return false;
+  const Names& name_of = names();
+  Object fields(PyObject_GenericGetDict(place, nullptr));
+  if (!fields) return false;
+  for (PyObject* name : name_of.hooks) {
+    PyObject* const hooks = PyDict_GetItemWithError(fields.get(), name);
+    if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return false;
+  }
+  PyObject* const compiled = PyDict_GetItemWithError(fields.get(), name_of.compiled);
+  if (PyDict_Contains(fields.get(), name_of.forward) != 0 || (compiled && compiled != Py_None)) return false;
+  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(place));
+  Object own = attribute(type, name_of.original_class);
+  return own && attribute(own.get(), name_of.forward).get() == attribute(type, name_of.original_forward).get() &&
+         attribute(own.get(), name_of.call).get() == known.module_call;
+}
+
+PyObject* is_plain_activation_method(PyObject* /*self*/, PyObject* place) {
+  const bool plain = is_plain_activation(place);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return PyBool_FromLong(plain);
+}
+
+// The activation at a path that receives the output of the layer at another path; or None.
+PyObject* follower(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "follower: expected 4 arguments, got %zd", count);
+  PyObject* const layer_at[] = {arguments[1], arguments[2]};
+  PyObject* const place_at[] = {arguments[1], arguments[3]};
+  Object layer(module_at(nullptr, layer_at, 2));
+  if (!layer) return nullptr;
+  if (layer.get() != arguments[0]) Py_RETURN_NONE;
+  Object place(module_at(nullptr, place_at, 2));
+  if (!place) return nullptr;
+  const bool plain = is_plain_activation(place.get());
+  if (PyErr_Occurred()) PyErr_Clear();
+  if (!plain) Py_RETURN_NONE;
+  return place.release();
+}
+
 template <class Function>
 PyCFunction as_method(Function function) {  // through void*: the field is the signature of all kinds of methods
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
@@ -263,6 +313,8 @@ PyMethodDef caller_methods[] = {
     {"forget_calls", as_method(&forget_calls), METH_NOARGS, nullptr},
     {"caller", as_method(&caller), METH_O, nullptr},
     {"local", as_method(&local), METH_FASTCALL, nullptr},
+    {"is_plain_activation", as_method(&is_plain_activation_method), METH_O, nullptr},
+    {"follower", as_method(&follower), METH_FASTCALL, nullptr},
     {"are_modules", as_method(&are_modules), METH_FASTCALL, nullptr},
     {"module_at", as_method(&module_at), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -112,20 +112,20 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("SubclassOfTensorBetween",),
     ),
     "hooks of the activation": (
-        f"{GUARD}:follower",
-        'state["_forward_pre_hooks"]\n            or state["_forward_hooks"]',
+        f"{CALLER}:is_plain_activation",
+        'state["_forward_pre_hooks"]\n        or state["_forward_hooks"]',
         "False",
         ("HookOnTheActivation", "ForwardHookOnTheActivation"),
     ),
     "backward hooks of the activation": (
-        f"{GUARD}:follower",
-        'or state["_backward_hooks"]\n            or state["_backward_pre_hooks"]',
+        f"{CALLER}:is_plain_activation",
+        'or state["_backward_hooks"]\n        or state["_backward_pre_hooks"]',
         "",
         ("BackwardHook",),
     ),
     "the forward of the activation": (
-        f"{GUARD}:follower",
-        'or "forward" in state',
+        f"{CALLER}:is_plain_activation",
+        '"forward" not in state and',
         "",
         ("PatchedForward",),
     ),
@@ -142,9 +142,9 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("ActivationOptions", "OwnOption"),
     ),
     "the layer is what is called": (
-        f"{GUARD}:follower",
-        "module_at(owner, call.path) is layer",
-        "True",
+        f"{CALLER}:follower",
+        "module_at(owner, path) is not layer",
+        "False",
         ("CachedLayer",),
     ),
     "the layer is what a Sequential calls": (
@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("GetattributeOverridden",),
     ),
     "modules that run after the activation is read": (
-        f"{GUARD}:follower",
+        f"{GUARD}:activation_of",
         "not all(is_quiet(module_at(owner, path)) for path in call.earlier)",
         "False",
         ("EarlierModuleSwaps",),

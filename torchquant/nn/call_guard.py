@@ -35,11 +35,14 @@ _library.set_up_caller(
     specification.MODULE_GETATTR,
     specification.OBJECT_GETATTRIBUTE,
     specification.ITEMS,
+    ReplacedActivation,
+    nn.Module.__call__,
     specification.learn,
 )
 _are_modules = _library.are_modules
 # As in torchquant.nn.caller.
 caller, local, module_at = _library.caller, _library.local, _library.module_at
+follower, is_plain_activation = _library.follower, _library.is_plain_activation
 
 # Types whose operators and methods are no user code.
 _PLAIN_DATA = (int, float, bool, str, tuple, type(None), torch.Size, torch.Tensor, nn.Parameter)
@@ -63,39 +66,28 @@ def activation_after(
         return None
     if call.code is specification.SEQUENTIAL and local(frame, 2) is not layer:
         return None  # the module that is called uses the forward of the layer
-    return follower(layer, input, local(frame, 0), call)
+    return activation_of(layer, input, local(frame, 0), call)
 
 
-def follower(layer: nn.Module, input: Tensor, owner: Any, call: Call) -> ReplacedActivation | None:
+def activation_of(
+    layer: nn.Module, input: Tensor, owner: Any, call: Call
+) -> ReplacedActivation | None:
     """:func:`activation_after` for a call whose owner is known."""
     if call.follow is None:
         return None
     try:
         if call.code is specification.SEQUENTIAL:
             place = _next_in(owner, layer)
-        elif module_at(owner, call.path) is layer:
-            place = module_at(owner, call.follow)
+            place = place if is_plain_activation(place) else None
         else:
-            return None
-        if not isinstance(place, ReplacedActivation):
+            place = follower(layer, owner, call.path, call.follow)
+        if place is None or not has_same_bits(place.function, input):
             return None
         if call.earlier and not all(is_quiet(module_at(owner, path)) for path in call.earlier):
             return None
-        state = place.__dict__
-        if (
-            state["_forward_pre_hooks"]
-            or state["_forward_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-            or place._compiled_call_impl is not None
-            or place.is_patched()
-            or not has_same_bits(place.function, input)
-        ):
-            return None
     except (AttributeError, KeyError):  # the owner is no ordinary module
         return None
-    return place
+    return place  # type: ignore[no-any-return]
 
 
 def activation_after_call(layer: nn.Module, input: Tensor) -> ReplacedActivation | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchquant.graph.call_sites import CallSites, call_sites
 from torchquant.graph.calls import Call, Item, Path
+from torchquant.nn.replaced_activation import ReplacedActivation
 
 # forward <- _call_impl <- _wrapped_call_impl <- caller of the layer. A hook adds a frame, and a
 # wrapper is another function, so a layer with hooks or wrappers does not find its caller.
@@ -147,6 +148,33 @@ def module_at(owner: Any, path: Path) -> Any:
             return None
         owner = owner.__dict__["_modules"].get(step)
     return owner
+
+
+def follower(layer: nn.Module, owner: Any, path: Path, follow: Path) -> Any:
+    """The activation at a path that receives the output of the layer at another path; or None."""
+    try:
+        if module_at(owner, path) is not layer:
+            return None
+        place = module_at(owner, follow)
+        return place if is_plain_activation(place) else None
+    except (AttributeError, KeyError):  # the owner is no ordinary module
+        return None
+
+
+def is_plain_activation(place: Any) -> bool:
+    """True if a call of an activation runs its forward only: no hooks, no patched class."""
+    if not isinstance(place, ReplacedActivation):
+        return False
+    state = place.__dict__
+    hooks = (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+    if hooks or place._compiled_call_impl is not None:
+        return False
+    return "forward" not in state and not place.is_patched()
 
 
 def forget() -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
 from torchquant.graph.calls import Call, Item
-from torchquant.nn.call_guard import follower, is_quiet, local, module_at, reads_run_no_code
+from torchquant.nn.call_guard import activation_of, is_quiet, local, module_at, reads_run_no_code
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -281,9 +281,9 @@ class ProjectionGroup:
     def _leader(self, owner: Any, call: Call) -> tuple[weakref.ref[torch.nn.Module], str] | None:
         """The module that holds the first member, and its name there; None if that is uncertain."""
         first = self.members[0]
-        parent = module_at(owner, call.path[:-1])
-        if first is None or module_at(parent, call.path[-1:]) is not first():
+        if first is None or module_at(owner, call.path) is not first():
             return None
+        parent = owner if len(call.path) == 1 else module_at(owner, call.path[:-1])
         name = call.path[-1]
         return weakref.ref(parent), str(name.key) if isinstance(name, Item) else name
 
@@ -302,7 +302,7 @@ class ProjectionGroup:
             member: Any = None if reference is None else reference()
             place = None
             if own == "none" and site.follow is not None and member is not None:
-                place = follower(member, input, owner, site)
+                place = activation_of(member, input, owner, site)
             places.append(place)
             activations.append(own if place is None else place.function)
         return places, activations
