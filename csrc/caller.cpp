@@ -21,6 +21,7 @@ struct Known {
   PyObject* object_getattribute = nullptr;
   PyObject* containers = nullptr;  // a dictionary: class, its method __getitem__
   PyObject* replaced = nullptr;    // the class ReplacedActivation
+  PyObject* module_class = nullptr;
   PyObject* module_call = nullptr;
   PyObject* learn = nullptr;  // finds what surrounds a call: learn(frame)
 } known;
@@ -78,10 +79,10 @@ bool is_watched(const PyThreadState* state) {
 }
 
 PyObject* set_up(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "set_up: expected 8 arguments, got %zd", count);
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "set_up: expected 9 arguments, got %zd", count);
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(arguments[i]);
-  known = {arguments[0], arguments[1], arguments[2], arguments[3],
-           arguments[4], arguments[5], arguments[6], arguments[7]};
+  known = {arguments[0], arguments[1], arguments[2], arguments[3], arguments[4],
+           arguments[5], arguments[6], arguments[7], arguments[8]};
   Py_RETURN_NONE;
 }
 
@@ -248,17 +249,31 @@ PyObject* module_at(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t c
   return Py_NewRef(module);
 }
 
-// True if every path leads to a module, which can be read without running code.
-PyObject* are_modules(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(arguments[1]) || !PyType_Check(arguments[2]))
-    return PyErr_Format(PyExc_TypeError, "are_modules: expected an object, a tuple and a type");
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); ++i) {
-    PyObject* const one[] = {arguments[0], PyTuple_GET_ITEM(arguments[1], i)};
+bool is_module(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(known.module_class));
+}
+
+// holder(layer, owner, path, reads): the module that holds the layer at the path; None if another module is there, or if a
+// path in `reads` does not lead to a module.
+PyObject* holder(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[3]))
+    return PyErr_Format(PyExc_TypeError, "holder: expected a layer, an owner and two tuples");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[3]); ++i) {
+    PyObject* const one[] = {arguments[1], PyTuple_GET_ITEM(arguments[3], i)};
     Object module(module_at(nullptr, one, 2));
     if (!module) return nullptr;
-    if (!PyObject_TypeCheck(module.get(), reinterpret_cast<PyTypeObject*>(arguments[2]))) Py_RETURN_FALSE;
+    if (!is_module(module.get())) Py_RETURN_NONE;
   }
-  Py_RETURN_TRUE;
+  PyObject* const whole[] = {arguments[1], arguments[2]};
+  Object layer(module_at(nullptr, whole, 2));
+  if (!layer) return nullptr;
+  const Py_ssize_t steps = PyTuple_GET_SIZE(arguments[2]);
+  if (layer.get() != arguments[0] || layer.get() == Py_None || !steps) Py_RETURN_NONE;
+  if (steps == 1) return Py_NewRef(arguments[1]);
+  Object shorter(PyTuple_GetSlice(arguments[2], 0, steps - 1));
+  if (!shorter) return nullptr;
+  PyObject* const above[] = {arguments[1], shorter.get()};
+  return module_at(nullptr, above, 2);
 }
 
 // True if a call of an activation runs its forward only: no hooks, no other forward, no patched class.
@@ -315,7 +330,7 @@ PyMethodDef caller_methods[] = {
     {"local", as_method(&local), METH_FASTCALL, nullptr},
     {"is_plain_activation", as_method(&is_plain_activation_method), METH_O, nullptr},
     {"follower", as_method(&follower), METH_FASTCALL, nullptr},
-    {"are_modules", as_method(&are_modules), METH_FASTCALL, nullptr},
+    {"holder", as_method(&holder), METH_FASTCALL, nullptr},
     {"module_at", as_method(&module_at), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -58,7 +58,7 @@ FAULTS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     ),
     "the place of the first member": (
         f"{GROUP}._leads",
-        "return parent._modules.get(kept.leader[1]) is first()",
+        "return parent._modules.get(kept.calls[0].name) is first()",
         "return True",
         ("SwappedBack",),
     ),

@@ -52,6 +52,8 @@ class Call:
             without code in between that could change the tensor; empty if there is only this call.
         in_chain: True if the call belongs to the chain of an earlier call.
         between: the paths of modules that are called between these calls, on results of the calls.
+        others: ``between`` without the path of ``follow``.
+        follows: the calls of the chain that have a ``follow``, each with its place in the chain.
         reads: the paths that the function reads between these calls.
         function: the name of a function, not a module, that receives the result; or empty.
         code: the function that makes the call.
@@ -70,8 +72,16 @@ class Call:
     chain: tuple[Call, ...] = ()
     in_chain: bool = False
     between: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
+    follows: tuple[tuple[int, Call], ...] = ()
     reads: tuple[Path, ...] = ()
     function: str = ""
     argument: Value | None = None
     result: Value = field(default_factory=Value)
     event: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the called module in the module that holds it."""
+        step = self.path[-1]
+        return str(step.key) if isinstance(step, Item) else step

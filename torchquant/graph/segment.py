@@ -358,6 +358,8 @@ class Segment:
                 break
         if len(chain) > 1:
             call.chain, call.between = tuple(chain), tuple(between)
+            call.others = tuple(path for path in between if path != call.follow)
+            call.follows = tuple((i, c) for i, c in enumerate(chain) if c.follow is not None)
             last = chain[-1].event
             reads = [path for at, path in self.reads if call.event < at <= last]
             call.reads = tuple(dict.fromkeys(reads))

@@ -36,13 +36,14 @@ _library.set_up_caller(
     specification.OBJECT_GETATTRIBUTE,
     specification.ITEMS,
     ReplacedActivation,
+    nn.Module,
     nn.Module.__call__,
     specification.learn,
 )
-_are_modules = _library.are_modules
 # As in torchquant.nn.caller.
 caller, local, module_at = _library.caller, _library.local, _library.module_at
 follower, is_plain_activation = _library.follower, _library.is_plain_activation
+holder = _library.holder
 
 # Types whose operators and methods are no user code.
 _PLAIN_DATA = (int, float, bool, str, tuple, type(None), torch.Size, torch.Tensor, nn.Parameter)
@@ -116,8 +117,6 @@ def reads_run_no_code(owner: Any, paths: tuple[Path, ...]) -> bool:
     A property, a ``__getattr__`` or an operator of a class may change a tensor.
     """
     try:
-        if _are_modules(owner, paths, nn.Module):
-            return True
         return all(_is_plain(owner, path) for path in paths)
     except (AttributeError, KeyError):  # the owner is no ordinary module
         return False

@@ -150,6 +150,21 @@ def module_at(owner: Any, path: Path) -> Any:
     return owner
 
 
+def holder(layer: Any, owner: Any, path: Path, reads: tuple[Path, ...]) -> Any:
+    """The module that holds a layer at a path of the owner; None if another module is there.
+
+    None also if a path in ``reads`` does not lead to a module.
+    """
+    try:
+        modules = [module_at(owner, read) for read in reads]
+        if layer is None or module_at(owner, path) is not layer:
+            return None
+        plain = all(isinstance(module, nn.Module) for module in modules)
+        return module_at(owner, path[:-1]) if plain else None
+    except (AttributeError, KeyError):  # the owner is no ordinary module
+        return None
+
+
 def follower(layer: nn.Module, owner: Any, path: Path, follow: Path) -> Any:
     """The activation at a path that receives the output of the layer at another path; or None."""
     try:

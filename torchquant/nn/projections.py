@@ -33,8 +33,15 @@ from torch import Tensor
 
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.graph.calls import Call, Item
-from torchquant.nn.call_guard import activation_of, is_quiet, local, module_at, reads_run_no_code
+from torchquant.graph.calls import Call
+from torchquant.nn.call_guard import (
+    activation_of,
+    holder,
+    is_quiet,
+    local,
+    module_at,
+    reads_run_no_code,
+)
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 
@@ -64,7 +71,7 @@ class _Kept:
     """Outputs that the first member computed for the members after it."""
 
     __slots__ = (
-        *("calls", "frame", "input", "leader", "next", "outputs", "places", "stream", "version"),
+        *("calls", "frame", "input", "next", "outputs", "parent", "places", "stream", "version"),
     )
 
     def __init__(
@@ -74,16 +81,16 @@ class _Kept:
         frame: FrameType,
         call: Call,
         places: list[Any],
-        leader: tuple[weakref.ref[torch.nn.Module], str],
+        parent: torch.nn.Module,
     ) -> None:
         self.outputs = outputs
-        self.leader = leader  # where the first member is: a module, and a name in it
+        self.parent = weakref.ref(parent)  # of the first member
         self.places = places
         self.next = 1
         self.frame = id(frame)  # the frame itself would keep its variables alive
         self.calls = call.chain
-        self.version = _version_of(input)
-        self.stream = _stream_of(input)
+        self.version = -1 if input.is_inference() else input._version
+        self.stream = None if input.is_cpu else _stream_of(input)
         # Once the input is deleted, no member can use the outputs. The callback must not refer to
         # self: that cycle would keep the outputs in memory until the garbage collector runs.
         self.input = weakref.ref(input, lambda reference: outputs.clear())
@@ -230,10 +237,10 @@ class ProjectionGroup:
     def _leads(self, kept: _Kept) -> bool:
         """True if the first member is still in its place: it led in this call of the function."""
         first = self.members[0]
-        parent: Any = kept.leader[0]()
+        parent: Any = kept.parent()
         if parent is None or first is None:
             return False
-        return parent._modules.get(kept.leader[1]) is first()
+        return parent._modules.get(kept.calls[0].name) is first()
 
     def _lead(self, input: Tensor, frame: FrameType, call: Call) -> Tensor | None:
         if self._slot.kept is not None:
@@ -252,13 +259,12 @@ class ProjectionGroup:
         ):
             return None
         owner = local(frame, 0)
-        if not reads_run_no_code(owner, call.reads):
-            return None
-        leader = self._leader(owner, call)
-        if leader is None:
+        parent = self._holder(owner, call)
+        if parent is None:
             return None
         places, activations = self._places(input, owner, call)
-        if call.between and not self._only_computes(owner, call, places[0]):
+        only_follow = places[0] is not None and not call.others
+        if call.between and not only_follow and not self._only_computes(owner, call, places[0]):
             return None
         try:
             outputs: list[Any] = _split(
@@ -273,19 +279,22 @@ class ProjectionGroup:
             )
         except (ValueError, TypeError, IndexError):
             return None  # the layer itself raises the error about the input
-        self._slot.kept = _Kept(input, outputs, frame, call, places, leader)
+        self._slot.kept = _Kept(input, outputs, frame, call, places, parent)
         output: Tensor = outputs[0]
         outputs[0] = None
         return output if places[0] is None else mark(output, places[0])
 
-    def _leader(self, owner: Any, call: Call) -> tuple[weakref.ref[torch.nn.Module], str] | None:
-        """The module that holds the first member, and its name there; None if that is uncertain."""
+    def _holder(self, owner: Any, call: Call) -> Any:
+        """The module that holds the first member, if what the caller reads runs no code; or None.
+
+        None also stands for another module in the place of the first member.
+        """
         first = self.members[0]
-        if first is None or module_at(owner, call.path) is not first():
-            return None
-        parent = owner if len(call.path) == 1 else module_at(owner, call.path[:-1])
-        name = call.path[-1]
-        return weakref.ref(parent), str(name.key) if isinstance(name, Item) else name
+        layer = None if first is None else first()
+        parent = holder(layer, owner, call.path, call.reads)
+        if parent is not None or layer is None or not reads_run_no_code(owner, call.reads):
+            return parent
+        return holder(layer, owner, call.path, ())
 
     def _only_computes(self, owner: Any, call: Call, place: Any) -> bool:
         """True if the modules that are called between the members only compute their results."""
@@ -294,17 +303,18 @@ class ProjectionGroup:
 
     def _places(self, input: Tensor, owner: Any, call: Call) -> tuple[list[Any], list[str]]:
         """For each member: the activation module after it, or None; and the function to apply."""
-        if not self._guards_activations:
-            return self._no_places, self._activations
-        places: list[Any] = []
-        activations = []
-        for reference, site, own in zip(self.members, call.chain, self._activations, strict=False):
+        places: list[Any] = self._no_places
+        activations = self._activations
+        for index, site in call.follows if self._guards_activations else ():
+            reference = self.members[index] if index < len(self.members) else None
             member: Any = None if reference is None else reference()
-            place = None
-            if own == "none" and site.follow is not None and member is not None:
-                place = activation_of(member, input, owner, site)
-            places.append(place)
-            activations.append(own if place is None else place.function)
+            if member is None or self._activations[index] != "none":
+                continue
+            place = activation_of(member, input, owner, site)
+            if place is not None:
+                if places is self._no_places:
+                    places, activations = places.copy(), activations.copy()
+                places[index], activations[index] = place, place.function
         return places, activations
 
     def _intact(self) -> bool:

@@ -107,7 +107,7 @@ def no_activations_fused() -> Iterator[None]:
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read frames and modules with torchquant.nn.caller in place of csrc/caller.cpp."""
     for module in (call_guard, linear, projections):
-        for name in ("caller", "follower", "is_plain_activation", "local", "module_at"):
+        for name in ("caller", "follower", "holder", "is_plain_activation", "local", "module_at"):
             if name in vars(module):
                 monkeypatch.setattr(module, name, getattr(caller, name))
 
