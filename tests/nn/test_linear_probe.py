@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "evaluation": (OnlyInEvaluation, OTHER),
     "detached": (Detached, OTHER),
     "dtype": (AlwaysFloat, OTHER),
-    "counting": (Counting, "its forward changes state"),
+    "counting": (Counting, "its forward may do more than compute"),
     "argument": (Scaling, "its forward takes (input, scale=1.0) instead of one tensor"),
     "lora": (LoRA, "it has more than weight and bias: lora_A"),
     "function": (WithFunction, "it has more than weight and bias: function"),

@@ -178,6 +178,15 @@ class ClassCountingNorm(LlamaRMSNorm):
 def test_a_norm_with_a_memory_is_left_and_remembers_nothing(cls: Any) -> None:
     norm = cls(64)
     before = repr(norm.calls)
+    assert find_recipe(norm) == "its forward may do more than compute, so it was not run"
+    assert repr(norm.calls) == before
+
+
+def test_a_library_s_norm_with_a_memory_is_left_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of norms of known libraries run; what a run changes in the copy is seen."""
+    monkeypatch.setattr(CountingNorm, "__module__", "timm.made_up")
+    norm = CountingNorm(64)
+    before = repr(norm.calls)
     assert find_recipe(norm) == "its forward changes the module (calls)"
     assert repr(norm.calls) == before
 

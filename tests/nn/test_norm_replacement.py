@@ -7,7 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -264,8 +264,10 @@ def test_marks_of_libraries_do_not_end_the_replacement(calls: list[str]) -> None
 
 
 class FlaggedNorm(LlamaRMSNorm):
+    _double: ClassVar[bool] = False
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states) * (2 if getattr(self, "_double", False) else 1)
+        return super().forward(hidden_states) * (2 if self._double else 1)
 
 
 def test_undo_of_a_parametrized_norm() -> None:

@@ -84,6 +84,33 @@ def is_pure(module: nn.Module, *, in_place: bool = False, fixed: bool = False) -
     return _Reader(module, in_place, fixed).is_pure(cls.forward, 0)
 
 
+def may_run(module: nn.Module) -> bool:
+    """True if a copy of the module may run to show what it computes, without other effects.
+
+    Its forward is pure, but for work in place, or belongs to one of the known libraries, as do the
+    forwards of the classes from which its class is derived.
+
+    Example:
+        >>> class Printing(nn.LayerNorm):
+        ...     def forward(self, input):
+        ...         print(input)
+        ...         return super().forward(input)
+        >>> may_run(nn.LayerNorm(4)), may_run(Printing(4))
+        (True, False)
+    """
+    cls = type(module)
+    cls = getattr(cls, "_torchquant_original_class", cls)
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return False
+    reader = _Reader(module, in_place=True, fixed=False, inherits=True)
+    return all(
+        base.__module__.partition(".")[0] in _LIBRARIES or reader.is_pure(vars(base)["forward"], 0)
+        for base in cls.__mro__
+        if "forward" in vars(base)
+    )
+
+
+_LIBRARIES = ("torch", "torchquant", "transformers", "timm", "torchvision", "diffusers")
 _UNKNOWN = object()
 _DATA = (int, float, str, tuple, torch.Tensor)
 
@@ -98,10 +125,13 @@ def _can_change(module: nn.Module, name: str, value: Any) -> bool:
 class _Reader:
     """Reads the functions that a module's forward calls."""
 
-    def __init__(self, module: nn.Module, in_place: bool, fixed: bool) -> None:
+    def __init__(
+        self, module: nn.Module, in_place: bool, fixed: bool, inherits: bool = False
+    ) -> None:
         self.module = module
         self.in_place = in_place
         self.fixed = fixed
+        self.inherits = inherits  # whether super().forward may be called
 
     def is_pure(self, function: Any, depth: int, *, bound: bool = True) -> bool:
         """True if a function, or a method of the module if ``bound``, only computes."""
@@ -113,7 +143,10 @@ class _Reader:
             return False
         if str(function.__module__).startswith("torch."):
             return True
-        if function.__closure__ or getattr(function, "__wrapped__", None) is not None:
+        inherits = self.inherits and function.__code__.co_freevars == ("__class__",)
+        if getattr(function, "__wrapped__", None) is not None:
+            return False
+        if function.__closure__ and not inherits:
             return False
         return self._is_pure_code(function, depth, bound)
 
@@ -123,6 +156,15 @@ class _Reader:
         value: Any = None  # what the last instructions loaded, if it is known
         for instruction in dis.get_instructions(code):
             name, argument = instruction.opname, instruction.argval
+            if self.inherits and argument in ("super", "__class__"):
+                value = super
+                continue
+            if self.inherits and (value is super or name == "LOAD_SUPER_ATTR"):
+                if name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                    value = None
+                    if argument != "forward":
+                        return False
+                continue  # the call of super()
             if not _is_harmless(instruction):
                 return False
             if name == "LOAD_GLOBAL":

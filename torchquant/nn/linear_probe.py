@@ -8,11 +8,9 @@ children, state or arguments is refused without being run.
 
 from __future__ import annotations
 
-import dis
 import inspect
 import warnings
 from collections.abc import Hashable
-from types import CodeType
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from torchquant.graph.purity import may_run
+
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
-# A forward with one of these instructions changes something, so it is not run.
-_WRITES = frozenset(("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR"))
 _ERROR = 1e-5  # of a float32 result, divided by the sum of the absolute products
 _LOW_PRECISION_ERROR = 2e-2  # of a bfloat16 result
 _PLAIN_FORM, _TRANSPOSED, _OTHER = "plain", "transposed", "other"
@@ -85,11 +83,8 @@ def _structure(module: nn.Module) -> str | None:
         plain = [argument.replace(annotation=inspect.Parameter.empty) for argument in arguments]
         names = ", ".join(map(str, plain))
         return f"its forward takes ({names}) instead of one tensor"
-    code = getattr(kind.forward, "__code__", None)
-    if not isinstance(code, CodeType):
-        return "its forward is not a Python function"
-    if any(instruction.opname in _WRITES for instruction in dis.get_instructions(code)):
-        return "its forward changes state"
+    if not may_run(module):
+        return "its forward may do more than compute"
     return None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant.graph.purity import may_run
 from torchquant.nn.norm_comparison import candidates, ours, parameters_of, same, theirs
 from torchquant.nn.norm_recipe import AutocastKey, CallKey, NormRecipe, call_key
 from torchquant.nn.norm_replacement import class_of, replaced_class
@@ -63,6 +64,8 @@ def find_recipe(
     reason = _reason_by_kind(norm)
     if reason is not None:
         return reason
+    if not may_run(norm):
+        return "its forward may do more than compute, so it was not run"
     try:
         call = call_of(class_of(norm))
         specimen = Specimen(norm, class_of(norm))
