@@ -2,7 +2,7 @@
 
 torchvision's Swin computes ``F.linear(x, self.qkv.weight)`` itself, T5 asks for
 ``self.wo.weight.dtype``. The code of all modules is inspected, without running it. Code outside of
-modules is not inspected, so a layer without an entry may be read all the same.
+modules is not inspected, so such code may read a layer that has no entry.
 """
 
 from __future__ import annotations

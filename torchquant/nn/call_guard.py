@@ -9,6 +9,10 @@ it, it or its neighbour has hooks, the result is used twice, a neighbour was rep
 torch watches the operators.
 
 There is no earlier proof that could become wrong later, and no user code runs to find out.
+
+Two kinds of code can still notice: code that reads the variables of another function (through
+``sys._getframe``, ``sys.monitoring`` or a traceback), and a ``__del__`` that changes the memory of
+a tensor which counts no changes, between two layers that read this tensor.
 """
 
 from __future__ import annotations
