@@ -92,6 +92,7 @@ def may_run(module: nn.Module) -> bool:
 
     Example:
         >>> class Printing(nn.LayerNorm):
+        ...     __module__ = "mine"
         ...     def forward(self, input):
         ...         print(input)
         ...         return super().forward(input)
