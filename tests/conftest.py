@@ -59,6 +59,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
+def _groups_of_few_rows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Small tensors suffice to test layers that are computed together."""
+    if "few_rows" not in request.keywords:
+        monkeypatch.setattr("torchquant.nn.projections._MIN_ROWS", 0)
+
+
+@pytest.fixture(autouse=True)
 def _process_settings() -> Iterator[None]:
     """No test sees settings of the process that another test changed."""
     isa, threads = cpu.active_isa(), torch.get_num_threads()

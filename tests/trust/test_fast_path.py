@@ -310,3 +310,13 @@ def test_a_hook_changes_no_bit(
         assert_same_bits(model(x), expected)
         assert marks == []
         handle.remove()
+
+
+@pytest.mark.few_rows
+@pytest.mark.parametrize(("rows", "together"), [(1, False), (63, False), (64, True), (200, True)])
+def test_few_rows_are_computed_apart(shared: Calls, rows: int, together: bool) -> None:
+    model = Attention().eval()
+    quantize_(model)
+    with torch.no_grad():
+        model(torch.randn(1, rows, 64))
+    assert shared == ([3] if together else [])

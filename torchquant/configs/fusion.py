@@ -23,7 +23,7 @@ class Fusion:
             bfloat16 and float16 it would, so there only ReLU moves into the layer.
         projections: if True, layers that are applied to the same tensor (query, key and value; gate
             and up) are computed together, so that the tensor is quantized once. Results keep their
-            bits. This takes effect only while gradients (``torch.no_grad``,
+            bits. This takes effect from 64 rows on, while gradients (``torch.no_grad``,
             ``torch.inference_mode``) and autocast are off.
 
     Raises:

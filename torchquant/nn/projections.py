@@ -50,6 +50,9 @@ _peek_functorch = torch._C._functorch.peek_interpreter_stack
 
 # A group dissolves after this number of calls whose outputs were not used (cross-attention).
 _PATIENCE = 3
+# With fewer rows, layers are computed one by one: one call for all takes longer to prepare than it
+# saves (benchmarks/bench_guard.py; AMD EPYC with AVX512-VNNI, 1 and 2 threads).
+_MIN_ROWS = 64
 _split = _library.linear_dynamic_split
 
 
@@ -250,6 +253,7 @@ class ProjectionGroup:
                 self.dissolve()
         if (
             not self.active
+            or input.numel() < _MIN_ROWS * self._rows[0]
             or len(call.chain) < len(self.members)
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(self._device_type)
