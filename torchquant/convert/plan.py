@@ -59,7 +59,6 @@ class Step:
     bias_tied_to: list[str] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)  # references from plain Python objects
     kept: list[str] = field(default_factory=list)  # those that still hold the old layer
-    dtype: torch.dtype = torch.float32  # of the float weight
 
     @property
     def name(self) -> str:

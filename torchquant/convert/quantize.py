@@ -172,7 +172,6 @@ def _carry_out(
         if step.skip is not None:
             rows[place] = step.skipped()
             continue
-        step.dtype = step.module.weight.dtype  # type: ignore[assignment]
         new = step.kind.quantized.from_float(step.module, step.config)
         free = not (chosen.filter.chooses or chosen.named_in_full(step.names))
         if adding[place] and free and tensor_bytes(model) + _added(step, new) > bytes_before:

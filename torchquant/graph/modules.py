@@ -47,14 +47,6 @@ def is_container(module: nn.Module) -> bool:
     )
 
 
-def held_by(module: nn.Module) -> list[nn.Module]:
-    """A module's children, with the elements of containers in place of the containers."""
-    held: list[nn.Module] = []
-    for child in module.children():
-        held += held_by(child) if is_container(child) else [child]
-    return held
-
-
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers in memory; shared memory counts once.
 
