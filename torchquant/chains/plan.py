@@ -237,12 +237,12 @@ class _Planner:
         for index in sorted(self.live, reverse=True):
             operation = self.operations[index]
             end = self.end(index)
-            if isinstance(operation, Add) and self.able[index] and end in found:
-                self._fuse_addition(index)
             if end == index and any(
                 self._wants_int8(reader, index, found) for reader in self.readers[index]
             ):
                 found.add(index)
+            if isinstance(operation, Add) and self.able[index] and end in found:
+                self._fuse_addition(index)
         return found
 
     def _wants_int8(self, reader: int, index: int, found: set[int]) -> bool:
