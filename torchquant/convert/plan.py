@@ -229,8 +229,8 @@ def plan_layers(
             step.refusal = step.reads.remark
         if marked[place] and place not in named and not selection.named_in_full(step.names):
             step.leave = adapters[id(module)]
-        elif not in_particular and not step.refusal and kind.too_small(module):
-            step.leave = "too small to benefit"
+        elif not in_particular and not step.refusal:
+            step.leave = kind.no_benefit(module, step.config)
     return steps
 
 
