@@ -9,6 +9,7 @@ from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.norm_replacement import ReplacedNorm
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
+from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LayerNorm",
     "QATConv1d",
     "QATConv2d",
+    "QATConvBn2d",
     "QATLinear",
     "QuantizedConv1d",
     "QuantizedConv2d",

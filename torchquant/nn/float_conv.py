@@ -62,7 +62,8 @@ def refusal(module: nn.Module) -> str | None:
     reason = instance_refusal(module)
     if reason is not None:
         return reason
-    if any(is_lazy(parameter) for parameter in module._parameters.values()):
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if any(map(is_lazy, parameters)):
         name = type(module).__name__
         return f"{name} (its parameters have no values yet; run the model once)"
     if type(module) not in (nn.Conv1d, nn.Conv2d):

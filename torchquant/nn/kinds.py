@@ -20,6 +20,7 @@ from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
+from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
 
 Reason = Callable[[nn.Module], str | None]
@@ -46,6 +47,9 @@ class Kind:
         unsuited: takes a float module and the configuration that it would have; returns the reason
             why the configuration does not benefit a layer of this shape, or None. None instead of a
             function stands for ``too_small``, whatever the configuration.
+        trained_with_norm: a subclass of ``trained`` that trains a layer and the batch norm after
+            it, or None. Its ``norm_refusal(layer, norm)`` gives the reason why it cannot; its
+            ``from_float(layer, norm, config)`` makes it.
 
     Example:
         >>> LINEAR.name, LINEAR.weight_shape(nn.Linear(64, 32))
@@ -62,6 +66,7 @@ class Kind:
     too_small: Callable[[nn.Module], bool]
     weight_shape: Callable[[nn.Module], tuple[int, ...]]
     unsuited: Callable[[nn.Module, Any], str | None] | None = None
+    trained_with_norm: Any = None
 
     def no_benefit(self, module: nn.Module, config: Any) -> str | None:
         """The reason to leave a float module as it is, although it could have ``config``, or None.
@@ -101,10 +106,11 @@ CONV1D, CONV2D = (
         too_small=float_conv.too_small,
         weight_shape=float_conv.weight_shape,
         unsuited=float_conv.unsuited,
+        trained_with_norm=with_norm,
     )
-    for dimensions, quantized, trained in (
-        (1, QuantizedConv1d, QATConv1d),
-        (2, QuantizedConv2d, QATConv2d),
+    for dimensions, quantized, trained, with_norm in (
+        (1, QuantizedConv1d, QATConv1d, None),
+        (2, QuantizedConv2d, QATConv2d, QATConvBn2d),
     )
 )
 

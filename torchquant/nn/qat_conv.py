@@ -153,6 +153,8 @@ class QATConv(TrainedModule):
             RuntimeError: activations are static, and no range has been observed or learned.
         """
         weight, bias = self._folded()
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach())
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(
                 f"{type(self).__name__}.to_quantized: the weight must be finite, it holds NaN or "

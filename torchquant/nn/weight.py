@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,8 +84,9 @@ class ConvFormat(WeightFormat):
         (torch.int8, (8, 4, 3, 3))
     """
 
-    name: ClassVar[str] = "int8_conv"
     groups: int = 1
+
+    name = "int8_conv"
 
     def canonical(self, shape: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
         return torch.int8, tuple(shape)
