@@ -113,7 +113,7 @@ def _mul(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     channels = (*shape[:2], *[1] * (len(shape) - 2))
     whole = [read == shape for read in reads]
     fits = all(read in (shape, channels) for read in reads) and any(whole)
-    return Mul() if fits and len(shape) in (2, 3, 4) else None
+    return Mul(not whole[0]) if fits and len(shape) in (2, 3, 4) else None
 
 
 def _max_pool(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
