@@ -48,6 +48,7 @@ class Recipe:
 
     epochs: int
     test_copies: int = 8  # of each digit
+    digits: int = 10_000  # at most so many, to train and to test
     patches: int = 512  # of each photograph, to train and to test
     batch: int = 64
     peak_learning_rate: float = 5e-3
@@ -62,10 +63,9 @@ RECIPES = {"digits": Recipe(epochs=40), "photographs": Recipe(epochs=20)}
 def read_data(name: str, recipe: Recipe, seed: int) -> ImageData:
     """The images of ``digits`` (grey) or ``photographs`` (colour)."""
     if name == "digits":
-        return digit_images(test_copies=recipe.test_copies, seed=seed)
-    return photograph_patches(
-        train_patches=recipe.patches, test_patches=recipe.patches, seed=seed
-    )
+        data = digit_images(test_copies=recipe.test_copies, seed=seed)
+        return ImageData(*(part[: recipe.digits] for part in data[:4]), data.classes)
+    return photograph_patches(train_patches=recipe.patches, test_patches=recipe.patches, seed=seed)
 
 
 def learning_rate(progress: float, recipe: Recipe) -> float:
@@ -161,7 +161,7 @@ def main() -> None:
     if arguments.epochs is not None:
         recipe = replace(recipe, epochs=arguments.epochs)
     if arguments.smoke:
-        tiny = replace(recipe, epochs=1, test_copies=1, patches=64)
+        tiny = replace(recipe, epochs=1, test_copies=1, digits=128, patches=64)
         with tempfile.TemporaryDirectory() as folder:
             run(Path(folder), arguments.data, models, tiny, arguments.seed)
         return

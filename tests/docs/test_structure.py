@@ -26,7 +26,7 @@ LAYERS = (
     ("triton",),
     ("ops", "compat", "models"),
     ("functional",),
-    ("configs", "report"),
+    ("configs", "report", "data"),
     ("scheme", "cpu"),
     ("_extension", "version"),
 )

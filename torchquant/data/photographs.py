@@ -7,6 +7,7 @@ is downloaded. Neither package is a requirement of torchquant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -77,7 +78,7 @@ def _photographs() -> Iterator[tuple[str, Tensor]]:
     sklearn: Any = _module("sklearn.datasets")
     if sklearn is not None:
         for name in ("china", "flower"):
-            yield from _read(name, lambda name=name: sklearn.load_sample_image(f"{name}.jpg"))
+            yield from _read(name, partial(sklearn.load_sample_image, f"{name}.jpg"))
     skimage: Any = _module("skimage.data")
     if skimage is not None:
         for name in _SCIKIT_IMAGE:

@@ -1,8 +1,8 @@
 """A small residual network for images of 32 x 32 pixels.
 
-The network of He et al. (2015) for small images: a convolution, three stages of residual blocks with
-16, 32 and 64 channels, the mean of each channel, and one linear layer. One block per stage makes
-ResNet-8, two make ResNet-14, three make ResNet-20.
+The network of He et al. (2015) for small images: a convolution, three stages of residual blocks
+with 16, 32 and 64 channels, the mean of each channel, and one linear layer. One block per stage
+makes ResNet-8, two make ResNet-14, three make ResNet-20.
 
 ``examples/train_cnn.py`` makes the checkpoint.
 """

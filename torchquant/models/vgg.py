@@ -1,7 +1,7 @@
 """A VGG-style convolutional network for images of 32 x 32 pixels.
 
-Convolutions of 3 x 3 with batch norm and ReLU, in stages that a max pooling of 2 x 2 separates; then
-the mean of each channel, and one linear layer (Simonyan and Zisserman, 2014, at a small size).
+Convolutions of 3 x 3 with batch norm and ReLU, in stages that a max pooling of 2 x 2 separates;
+then the mean of each channel, and one linear layer (Simonyan and Zisserman, 2014, at a small size).
 
 ``examples/train_cnn.py`` makes the checkpoint.
 """
