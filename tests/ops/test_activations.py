@@ -339,6 +339,7 @@ def test_the_input_is_left_alone_and_the_result_is_new():
 TORCH = {name: getattr(F, name, getattr(torch, name, None)) for name in NAMES} | {
     "none": lambda x: x,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardsigmoid": lambda x: F.relu6(x + 3) / 6,  # torch's own has no second derivative
 }
 ANGULAR = ("none", "relu", "relu6", "hardsigmoid", "leaky_relu")  # second derivatives are 0
 
