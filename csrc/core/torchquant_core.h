@@ -166,6 +166,49 @@ typedef struct tq_linear_part {
 tq_status tq_linear(const tq_linear_input* input, const tq_linear_part* parts, int64_t count,
                     const tq_parallel* parallel);
 
+/* ---------------------------------------------------------------- images and convolutions */
+
+/* [n, h, w, c]: the channels of a pixel are contiguous, strides are in elements. Integers are canonical int8. */
+typedef struct tq_image {
+  void* data;
+  tq_type type;
+  int64_t n, h, w, c;
+  int64_t image_stride, row_stride, pixel_stride;
+} tq_image;
+
+/* Of the integers of an image: value = (q - zero_point) * scale, qmin <= zero_point <= qmax. */
+typedef struct tq_qparams {
+  float scale;
+  int32_t zero_point, qmin, qmax;
+} tq_qparams;
+
+/* out[n, y, x, o] = activation((sum over kh, kw, c of (q - zero_point) W[o, kh, kw, c]) * (scale * weight_scale[o])
+ *                              + bias[o] + residual), rounded or quantized to out.type.
+ * Where the kernel reaches beyond the image, nothing is added. The sizes of `out` determine how far that is at the
+ * bottom and at the right. */
+typedef struct tq_conv_call {
+  tq_image input;                  /* TQ_I8 */
+  const float* input_scale;        /* [1] or, per_image, [n]; NaN: the image's outputs are NaN (int8: zero_point) */
+  const int32_t* input_zero_point; /* the same; null: 0 */
+  bool per_image;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int64_t groups;        /* divides input.c and out.c */
+  const int8_t* packed;  /* formats/int8_conv.h, aligned to 64; where tq_conv_is_depthwise: formats/int8_depthwise.h */
+  const float* weight_scale; /* [out.c] */
+  const float* bias;         /* [out.c] or null */
+  tq_activation activation;
+  const tq_image* residual; /* TQ_F32 or TQ_I8, of out's n, h, w, c; or null */
+  tq_qparams residual_qparams;
+  tq_image out; /* a float type, or TQ_I8 with out_qparams */
+  tq_qparams out_qparams;
+} tq_conv_call;
+
+/* A depthwise convolution has a weight format of its own: one input channel in each of several groups. */
+bool tq_conv_is_depthwise(int64_t channels_per_group, int64_t groups);
+
+tq_status tq_conv(const tq_conv_call* call, const tq_parallel* parallel); /* of both kinds */
+tq_status tq_conv_depthwise(const tq_conv_call* call, const tq_parallel* parallel);
+
 /* ---------------------------------------------------------------- activations */
 
 /* out = activation(x), or activation(x) * up. Rows of `length` elements; out is contiguous. */

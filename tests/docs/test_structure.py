@@ -18,6 +18,7 @@ LAYERS = (
     ("files",),
     ("qat",),
     ("convert",),
+    ("chains",),
     ("nn",),
     ("observers",),
     ("training",),

@@ -8,6 +8,7 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
 * :mod:`~torchquant.functional.linear`: linear layers on float or integer input
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
+* :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
 * :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
   sequences
@@ -33,6 +34,7 @@ from torchquant.functional.activations import (
 from torchquant.functional.affine import dequantize, quantize, quantize_per_token
 from torchquant.functional.attention import attention
 from torchquant.functional.bias import quantize_bias, shift_bias
+from torchquant.functional.conv import conv_dynamic, conv_static
 from torchquant.functional.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -75,6 +77,8 @@ __all__ = [
     "activation",
     "attention",
     "choose_qparams",
+    "conv_dynamic",
+    "conv_static",
     "dequantize",
     "fake_quantize",
     "fake_quantize_learned",
