@@ -30,7 +30,19 @@ typedef enum tq_status { TQ_OK, TQ_OUT_OF_MEMORY, TQ_UNUSABLE_ISA } tq_status;
 /* Element types. "Float" below means one of the first three. */
 typedef enum tq_type { TQ_F32, TQ_BF16, TQ_F16, TQ_I8, TQ_U8, TQ_I32 } tq_type;
 
-typedef enum tq_activation { TQ_NONE, TQ_RELU, TQ_GELU, TQ_GELU_TANH, TQ_SILU, TQ_TANH, TQ_SIGMOID } tq_activation;
+typedef enum tq_activation {
+  TQ_NONE,
+  TQ_RELU,
+  TQ_GELU,
+  TQ_GELU_TANH,
+  TQ_SILU,
+  TQ_TANH,
+  TQ_SIGMOID,
+  TQ_RELU6,
+  TQ_HARDSWISH,
+  TQ_HARDSIGMOID,
+  TQ_LEAKY_RELU /* slope 0.01 */
+} tq_activation;
 
 /* Where the scale of a row comes from: it is given, or from the row's own range, without or with a zero point. */
 typedef enum tq_row_mode { TQ_STATIC, TQ_SYMMETRIC, TQ_ASYMMETRIC } tq_row_mode;

@@ -10,8 +10,10 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
-* :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
-  fixed fp32 sequences
+* :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
+  sequences
+* :mod:`~torchquant.functional.hard_activations`: relu, relu6, hardswish, hardsigmoid, leaky_relu
+  with torch's bits
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
 * :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward
@@ -25,7 +27,6 @@ from torchquant.functional.activations import (
     gated_activation,
     gelu,
     gelu_tanh,
-    relu,
     sigmoid,
     silu,
     tanh,
@@ -46,6 +47,13 @@ from torchquant.functional.fake_quantize import (
     pack_bits,
     positive,
     unpack_bits,
+)
+from torchquant.functional.hard_activations import (
+    hardsigmoid,
+    hardswish,
+    leaky_relu,
+    relu,
+    relu6,
 )
 from torchquant.functional.linear import (
     int8_mm,
@@ -80,9 +88,12 @@ __all__ = [
     "gated_activation",
     "gelu",
     "gelu_tanh",
+    "hardsigmoid",
+    "hardswish",
     "in_range",
     "int8_mm",
     "layer_norm",
+    "leaky_relu",
     "learned_zero_point",
     "linear_dynamic",
     "linear_dynamic_split",
@@ -102,6 +113,7 @@ __all__ = [
     "quantize_rows",
     "quantized_linear",
     "relu",
+    "relu6",
     "rms_norm",
     "shift_bias",
     "sigmoid",
