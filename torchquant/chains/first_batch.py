@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class FirstBatch:
         count = len(self.trace.calls)
         self.shapes = [shapes.get(index) for index in range(count)]
         ends = [0, *(totals[index] for index in range(count))]
-        self.flops = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+        self.flops = [after - before for before, after in itertools.pairwise(ends)]
         return result
 
     def plan(self) -> Plan:

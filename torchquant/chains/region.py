@@ -25,7 +25,7 @@ from torchquant.chains.guard import expectations
 from torchquant.chains.interpreter import Interpreter, Substitute
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
-from torchquant.chains.programs import Programs
+from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
 from torchquant.configs import Static
 from torchquant.graph.trace import Trace
 from torchquant.training.observers import Observer
@@ -101,11 +101,13 @@ class RegionForward:
             return self.original(*args, **kwargs)
         if not self.quantized:
             return self._observed(inputs)
-        programs = self._programs
-        if programs is None:
-            programs = self._programs = self._make_programs()
-        if programs.may_run(inputs):
-            return programs.run(inputs)
+        if may_use_kernels(inputs):
+            programs = self._programs
+            if programs is None or not programs.holds():
+                programs = self._programs = Programs(self)
+            result = programs.run(inputs)
+            if result is not REFUSED:
+                return result
         return self._interpreted(inputs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,11 +258,7 @@ class RegionForward:
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
         assert self.plan is not None
         edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
-        return lambda value, *rest: average(value, self.edge_qparams(edge)[0], operation)
-
-    def _make_programs(self) -> Programs:
-        assert self.plan is not None and self.facts is not None
-        return Programs(self)
+        return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
 
 
 def _activation(function: str) -> Substitute:
