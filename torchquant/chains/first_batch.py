@@ -27,27 +27,26 @@ class FirstBatch:
     Args:
         root: the module that was recorded.
         trace: the calls of its forward.
-        activations: the quantization of the activations that enter each layer, by path.
 
     Attributes:
         shapes: the shape of each result; None if it is no float tensor.
         flops: the floating-point operations of each call.
     """
 
-    def __init__(self, root: nn.Module, trace: Trace, activations: Mapping[str, Static]) -> None:
-        self.modules = {
-            call.target: root.get_submodule(call.target)
-            for call in trace.calls
-            if call.kind == "module"
-        }
+    def __init__(self, root: nn.Module, trace: Trace) -> None:
         self.root = root
         self.trace = trace
-        self.activations = activations
         self.shapes: list[Shape] = []
         self.flops: list[int] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "modules": {}}
+    @classmethod
+    def known(
+        cls, root: nn.Module, trace: Trace, shapes: Sequence[Shape], flops: Sequence[int]
+    ) -> FirstBatch:
+        """The facts of a batch that was seen before, for example from a file."""
+        facts = cls(root, trace)
+        facts.shapes, facts.flops = list(shapes), list(flops)
+        return facts
 
     def compare(self, forward: Callable[..., Any], inputs: Sequence[Any]) -> str:
         """Run the forward and its record on copies of a batch.
@@ -83,17 +82,21 @@ class FirstBatch:
         self.flops = [after - before for before, after in itertools.pairwise(ends)]
         return result
 
-    def plan(self) -> Plan:
-        """What is int8, from the sizes of the batch."""
+    def plan(self, activations: Mapping[str, Static]) -> Plan:
+        """What is int8, from the sizes of the batch.
+
+        Args:
+            activations: the quantization of the activations that enter each layer, by path.
+        """
         operations: list[Operation] = []
         for index, call in enumerate(self.trace.calls):
-            module = self.modules.get(call.target) if call.kind == "module" else None
+            module = self.root.get_submodule(call.target) if call.kind == "module" else None
             layer = None
-            if module is not None and call.target in self.activations:
+            if module is not None and call.target in activations:
                 kind = kind_of(module)
                 layer = None if kind is None else kind.name
             operations.append(operation_of(call, module, layer, self.shapes, self.shapes[index]))
-        return make_plan(self.trace, operations, self.shapes, self.activations)
+        return make_plan(self.trace, operations, self.shapes, activations)
 
 
 def _copied(value: Any) -> Any:

@@ -73,7 +73,7 @@ def expectations(root: nn.Module, trace: Trace) -> list[Expectation]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        found.append(Expectation(module, "training", module.training))
+        found.append(Expectation(module, "training", False))
         names = _plain_names(module) if path in followed else attributes_of(module)
         found += (Expectation(module, name, module.__dict__[name]) for name in names)
     return found

@@ -295,5 +295,5 @@ def _holds_ref(value: Any) -> bool:
 def _words(call: Call, module: nn.Module | None) -> str:
     """What a call is, for the report."""
     if module is not None:
-        return f"{type(module).__name__} ({call.target})"
+        return type(module).__name__
     return call.target.rpartition(":")[2] if call.kind == "function" else call.target

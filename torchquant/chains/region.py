@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,14 +39,19 @@ Qparams = tuple[Tensor, Tensor]
 class RegionForward:
     """The forward of one region.
 
+    The observers of the layers' inputs are hooks of the layers. The region itself has observers for
+    int8 values that no layer reads, such as the summands of an addition.
+
     Args:
         root: the module.
         name: its name in the model, for messages.
         trace: the calls of its forward.
         activations: the quantization of the activations that enter each layer, by path.
-        make_observer: makes the observer of an int8 value.
-        dropped: is called with the root and the layers (path -> activations) that the region does
-            not observe after all.
+        make_observer: makes the observer of an int8 value that no layer reads.
+        pausing: takes the root; a context in which its layers do not observe.
+
+    Attributes:
+        observing: True during calibration.
 
     Example:
         >>> from torchquant.graph.trace import trace
@@ -54,7 +60,7 @@ class RegionForward:
         >>> static = {"0": Static(), "2": Static()}
         >>> record = trace(net, lambda module: True)
         >>> region = RegionForward(net, "", record, static, lambda part: MinMaxObserver())
-        >>> net.forward = region
+        >>> net.forward, region.observing = region, True
         >>> _ = net(torch.randn(8, 4))
         >>> region.plan.layers
         {'0': 0, '2': 1}
@@ -67,18 +73,20 @@ class RegionForward:
         trace: Trace,
         activations: Mapping[str, Static],
         make_observer: Callable[[Static], Observer],
-        dropped: Callable[[nn.Module, Mapping[str, Static]], None] | None = None,
+        pausing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.root = root
         self.name = name
         self.trace = trace
         self.activations = dict(activations)
         self.make_observer = make_observer
-        self.dropped = dropped
+        self.pausing = pausing
         self.plan: Plan | None = None
         self.facts: FirstBatch | None = None
-        self.observers: list[Observer] = []
+        self.observers: dict[int, Observer] = {}  # by the edge
+        self.observing = False
         self.quantized = False
+        self.scale: Tensor | None = None  # a copy of the scales, which ``.to(dtype)`` rounds
         self.failure = ""  # why the region does not run its calls; found by the first batch
         self.expected = expectations(root, trace)
         self._warned = False
@@ -96,7 +104,9 @@ class RegionForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module."""
-        inputs = None if self.failure else self._inputs(args, kwargs)
+        if self.failure or not (self.quantized or self.observing):
+            return self.original(*args, **kwargs)
+        inputs = self._inputs(args, kwargs)
         if inputs is None or not self._is_intact():
             return self.original(*args, **kwargs)
         if not self.quantized:
@@ -157,46 +167,49 @@ class RegionForward:
 
     def _observed(self, inputs: Sequence[Any]) -> Any:
         if self.plan is None:
-            self._take_first_batch(inputs)
+            self.take_first_batch(inputs)
             if self.failure:
                 return self.original(*inputs)
         if self._interpreter is None:
-            assert self.plan is not None
-            points = {index: self.observers[self.plan.edge_of[index]] for index in self.plan.points}
-            self._interpreter = Interpreter(self.trace, self.root, points=points)
+            self._interpreter = Interpreter(self.trace, self.root, points=self._observing_points())
         return self._interpreter(inputs)
 
-    def _take_first_batch(self, inputs: Sequence[Any]) -> None:
-        """Compare the record with the forward, learn the sizes, and decide what is int8."""
-        facts = FirstBatch(self.root, self.trace, self.activations)
-        self.failure = facts.compare(self.original, inputs)
-        plan = None if self.failure else facts.plan()
-        if plan is not None and not plan.layers:
-            self.failure = "no layer reads a value of the region"
-        if self.failure or plan is None:
-            if self.dropped is not None:
-                self.dropped(self.root, self.activations)
-            return
-        self.facts, self.plan = facts, plan
-        self.observers = [self.make_observer(activations) for activations in plan.edges]
-        device = next((item.device for item in inputs), None)
-        for observer, names in zip(self.observers, self._edge_names(), strict=True):
-            observer.to(device)
-            observer.layer_name = names
-        if plan.dropped and self.dropped is not None:
-            self.dropped(self.root, {path: self.activations[path] for path in plan.dropped})
-
-    def _edge_names(self) -> list[str]:
-        """For messages: the layers that read each edge, or the call that makes it."""
+    def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         assert self.plan is not None
-        prefix = f"{self.name}." if self.name else ""
-        names: list[str] = []
-        for edge in range(len(self.plan.edges)):
-            layers = [path for path, read in self.plan.layers.items() if read == edge]
-            made = next(index for index, own in self.plan.edge_of.items() if own == edge)
-            target = self.trace.calls[made].target
-            names.append(", ".join(prefix + path for path in layers) or f"{prefix}{target}")
-        return names
+        edges = {index: self.plan.edge_of[index] for index in self.plan.points}
+        return {
+            index: _observing(self.observers[edge])
+            for index, edge in edges.items()
+            if edge in self.observers
+        }
+
+    def take_first_batch(self, inputs: Sequence[Any]) -> None:
+        """Compare the record with the forward, learn the sizes, and decide what is int8."""
+        facts = FirstBatch(self.root, self.trace)
+        with self.pausing(self.root):
+            self.failure = facts.compare(self.original, inputs)
+        if not self.failure:
+            self.facts = facts
+            self.set_plan(facts.plan(self.activations))
+
+    def set_plan(self, plan: Plan) -> None:
+        """Take a plan; observers of edges that it has in common with the last one stay."""
+        if not plan.layers:
+            self.failure = "no layer with static activations is called"
+            return
+        firsts = _firsts(plan)
+        known = {} if self.plan is None else _firsts(self.plan)
+        kept = {known[edge]: observer for edge, observer in self.observers.items()}
+        read = set(plan.layers.values())
+        self.plan, self.observers = plan, {}
+        for edge, activations in enumerate(plan.edges):
+            if edge in read:
+                continue
+            observer = kept.get(firsts[edge]) or self.make_observer(activations)
+            target = self.trace.calls[firsts[edge]].target
+            observer.set_layer_name(f"{self.name}.{target}" if self.name else target)
+            self.observers[edge] = observer
+        self._forget()
 
     # ------------------------------------------------------------ quantized
 
@@ -211,8 +224,15 @@ class RegionForward:
         device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
         self.root.register_buffer(SCALE, scale.to(device))
         self.root.register_buffer(ZERO_POINT, zero_point.to(device))
-        self.quantized = True
-        self.observers = []
+        self.settle()
+
+    def settle(self) -> None:
+        """Be quantized from now on, with the layers and the scales that are there."""
+        scale = self.root._buffers[SCALE]
+        assert scale is not None
+        self.scale = scale.detach().to("cpu", torch.float32, copy=True)
+        self.quantized, self.observing = True, False
+        self.observers = {}
         self.expected = expectations(self.root, self.trace)
         self._forget()
 
@@ -220,7 +240,18 @@ class RegionForward:
         """Scale and zero point of an edge, one number each, as they are now."""
         scale, zero_point = self.root._buffers[SCALE], self.root._buffers[ZERO_POINT]
         assert scale is not None and zero_point is not None
+        if scale.dtype is not torch.float32:
+            scale = self._restored(scale)
         return scale[edge : edge + 1], zero_point[edge : edge + 1]
+
+    def _restored(self, scale: Tensor) -> Tensor:
+        """The scales in float32 again, after ``.to(dtype)`` of the model has rounded them."""
+        exact = scale.to(torch.float32)
+        if self.scale is not None and self.scale.shape == scale.shape:
+            kept = self.scale.to(scale.device)
+            exact = kept if torch.equal(kept.to(scale.dtype), scale) else exact
+        self.root._buffers[SCALE] = exact
+        return exact
 
     def _interpreted(self, inputs: Sequence[Any]) -> Any:
         if self._interpreter is None:
@@ -259,6 +290,24 @@ class RegionForward:
         assert self.plan is not None
         edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
         return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
+
+
+def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:
+    def seen(value: Tensor) -> Tensor:
+        if observer.num_batches.device != value.device:
+            observer.to(value.device)
+        observer(value)
+        return value
+
+    return seen
+
+
+def _firsts(plan: Plan) -> dict[int, int]:
+    """The first value of each edge."""
+    firsts: dict[int, int] = {}
+    for index, edge in plan.edge_of.items():
+        firsts.setdefault(edge, index)
+    return firsts
 
 
 def _activation(function: str) -> Substitute:
