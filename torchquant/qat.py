@@ -4,13 +4,20 @@ This is the public face of :mod:`torchquant.convert.qat` and :mod:`torchquant.co
 """
 
 from torchquant.convert.qat import convert_, prepare_qat_
-from torchquant.convert.stages import QATSchedule, freeze_, observe_, train_
+from torchquant.convert.stages import (
+    QATSchedule,
+    freeze_,
+    freeze_statistics_,
+    observe_,
+    train_,
+)
 from torchquant.convert.to_float import to_float_
 
 __all__ = [
     "QATSchedule",
     "convert_",
     "freeze_",
+    "freeze_statistics_",
     "observe_",
     "prepare_qat_",
     "to_float_",

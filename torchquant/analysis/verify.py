@@ -23,6 +23,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from torchquant.analysis.pairs import left_in_float, pairs_of
+from torchquant.nn.base import TrainedModule
 from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -352,16 +353,23 @@ def _moved(batch: Any, devices: set[torch.device]) -> Any:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore every module's training mode and every quantizer's switches."""
+    """Restore every module's training mode, and the switches of quantizers and statistics."""
     modes = [(module, module.training) for module in model.modules()]
     observing = [
         (module, bool(module.observer_enabled.item()))
         for module in model.modules()
         if isinstance(module, ObservedQuantizer)
     ]
+    updating = [
+        module
+        for module in model.modules()
+        if isinstance(module, TrainedModule) and not module.keeps_statistics
+    ]
     try:
         yield
     finally:
+        for layer in updating:
+            layer.freeze_statistics(False)
         for module, mode in modes:
             module.training = mode
         for quantizer, enabled in observing:
@@ -372,6 +380,8 @@ def _freeze_ranges(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ObservedQuantizer):
             module.enable_observer(False)
+        elif isinstance(module, TrainedModule):
+            module.freeze_statistics()
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

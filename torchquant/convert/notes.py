@@ -72,10 +72,10 @@ def no_layers(done: str) -> str:
 
     Example:
         >>> no_layers("quantize")
-        'The model has no linear layers; there was nothing to quantize.'
+        'The model has no linear, conv1d or conv2d layers; there was nothing to quantize.'
     """
-    names = " or ".join(kind.name for kind in kinds())
-    return f"The model has no {names} layers; there was nothing to {done}."
+    *names, last = (kind.name for kind in kinds())
+    return f"The model has no {', '.join(names)} or {last} layers; there was nothing to {done}."
 
 
 def kept_notes(steps: Iterable[Step]) -> Iterator[str]:

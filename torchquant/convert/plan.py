@@ -209,15 +209,21 @@ def plan_layers(
     pairs = [(step.module, step.names) for step in steps]
     marked = [id(step.module) in adapters for step in steps]
     named = selection.filter.selects_only(marked, pairs) if any(marked) else set()
+    unfit: list[AttributeError] = []
     for place, step in enumerate(steps):
         module, kind = step.module, step.kind
         if step.already:
             step.leave = done(step)
             continue
         step.reads = reads.get(id(module))
-        step.asked = selection.filter.selects(module, step.names)
+        try:
+            step.asked = selection.filter.selects(module, step.names)
+            left = "filter_fn"
+        except AttributeError as error:  # the filter is for layers of another kind
+            unfit.append(error)
+            left = f"filter_fn: {error}"
         if not step.asked:
-            step.leave = "filter_fn"
+            step.leave = left
             continue
         step.pattern, step.config, step.leave = selection.config_of(step.names)
         if step.leave:
@@ -229,8 +235,10 @@ def plan_layers(
             step.refusal = step.reads.remark
         if marked[place] and place not in named and not selection.named_in_full(step.names):
             step.leave = adapters[id(module)]
-        elif not in_particular and not step.refusal and kind.too_small(module):
-            step.leave = "too small to benefit"
+        elif not in_particular and not step.refusal:
+            step.leave = kind.no_benefit(module, step.config)
+    if unfit and len(unfit) == sum(not step.already for step in steps):
+        raise unfit[0]  # no layer has the attribute: the filter is wrong
     return steps
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torchquant.configs import QuantizationConfig
 from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
+from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, find_layers, plan_layers
 from torchquant.convert.projections import group_projections
@@ -34,6 +35,7 @@ from torchquant.convert.unreached import (
 from torchquant.graph.modules import tensor_bytes
 from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.folded_norm import places_of, restore_norms
 from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
 from torchquant.report import FusionReport, QuantizationReport
@@ -52,22 +54,29 @@ def prepare_qat_(
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     *,
+    fold_batch_norms: bool = True,
     progress: bool | None = None,
 ) -> QuantizationReport:
-    """Prepare a model's linear layers for quantization-aware training, in place.
+    """Prepare a model's linear layers and convolutions for quantization-aware training, in place.
 
     Every ``nn.Linear`` becomes a :class:`torchquant.nn.QATLinear` with the same parameters, hooks
-    and training mode. Its forward is the computation of the converted layer, bit for bit. The
-    layers are the ones that :func:`torchquant.quantize_` replaces; a tied weight stays tied. A
+    and training mode, every ``nn.Conv2d`` a :class:`torchquant.nn.QATConv2d`, every ``nn.Conv1d`` a
+    :class:`torchquant.nn.QATConv1d`. The forward of a layer is the computation of the converted
+    layer, bit for bit. The layers are the ones that :func:`torchquant.quantize_` replaces; with
+    static activations, small and depthwise convolutions are among them. A tied weight stays tied. A
     layer applies the ReLU module after it in calls where that module alone receives its output.
     Training then stores neither the layer's output nor the ReLU's output for the backward pass.
+
+    An ``nn.Conv2d`` and the ``nn.BatchNorm2d`` that alone receives its output become one
+    :class:`torchquant.nn.QATConvBn2d`, which is deployed as one convolution. An identity takes the
+    place of the batch norm.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare
     layers with different numbers of bits.
 
     Args:
-        model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
-            use :meth:`torchquant.nn.QATLinear.from_float`.
+        model: any module that contains layers. A bare layer cannot be replaced in place: use
+            ``from_float`` of its class, such as :meth:`torchquant.nn.QATLinear.from_float`.
         config: the configuration of the converted model, such as
             :func:`torchquant.Int8DynamicActivationInt8WeightConfig` (used for None) or
             :func:`torchquant.Int8StaticActivationInt8WeightConfig`; or a
@@ -78,6 +87,8 @@ def prepare_qat_(
             selects all layers except those that are too small to benefit.
         strict: if True, raise before anything is changed if something that was asked for cannot be
             done, as in :func:`quantize_`. False reports it.
+        fold_batch_norms: False leaves each batch norm as it is: it then runs in float after the
+            convolution, in training and in the converted model.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -87,7 +98,7 @@ def prepare_qat_(
     Raises:
         TypeError: model is not a module or is scripted, config is not a configuration, or filter_fn
             is neither callable nor patterns.
-        ValueError: model is a bare linear layer; no layer can be trained for config; a pattern is
+        ValueError: model is a bare layer; no layer can be trained for config; a pattern is
             empty; or, with ``strict``, something that was asked for cannot be done.
 
     Example:
@@ -119,23 +130,29 @@ def prepare_qat_(
         check_strict("prepare_qat_", plan, account.others, problems)
     steps = [step for step in plan if step.skip is None]
     edges, edge_notes = _edges(model, plan)
+    pairs, folds = pairs_to_fold(model, steps) if fold_batch_norms else ({}, [])
     new_layers: dict[int, TrainedModule] = {}
     for step in track(steps, "prepare_qat_", progress):
-        edge = edges.get(id(step.module))
-        new_layers[id(step.module)] = _prepared(step, edge.config if edge else step.config.inner())
+        edge, pair = edges.get(id(step.module)), pairs.get(id(step.module))
+        config = edge.config if edge else step.config.inner()
+        new_layers[id(step.module)] = _prepared(step, config, pair)
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
-        edge = edges.get(id(step.module))
+        edge, pair = edges.get(id(step.module)), pairs.get(id(step.module))
         new = new_layers.get(id(step.module))
-        rows.append(step.replaced(new, "prepared", edge.remark if edge else ""))
+        remarks = (edge.remark if edge else "", f"with {pair.name}" if pair else "")
+        rows.append(step.replaced(new, "prepared", "; ".join(filter(None, remarks))))
+        if pair is not None:
+            pair.fold()
     names = {id(module): name for name, module in model.named_modules()}
     fusions = fuse_activations(model, new_layers.values(), names, only=("relu",))
     layers, others = account.filled(rows)
+    others = folded_rows(others, pairs)
     general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
     notes = (*general, *_notes(plan), *edge_notes)
     return QuantizationReport(
-        layers, bytes_before, tensor_bytes(model), notes, tuple(fusions), "prepared", others
+        layers, bytes_before, tensor_bytes(model), notes, (*folds, *fusions), "prepared", others
     )
 
 
@@ -145,7 +162,8 @@ def convert_(
     """Convert a prepared model into the quantized model to deploy, in place.
 
     Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` with
-    whose computation it was trained. In eager mode, the outputs of the model in evaluation mode
+    whose computation it was trained; so do convolutions, with the batch norms that are part of
+    them. In eager mode, the outputs of the model in evaluation mode
     keep their bits (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`,
     layers that are applied to the same tensor are computed together, which changes no bits.
 
@@ -201,9 +219,14 @@ def convert_(
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         if id(step.module) in left:
+            norms = _layer(step).norms
             rows.append(step.replaced(_layer(step).to_float(), "skipped", UNREACHED))
+            restore_norms(model, norms)
             continue
         new = new_layers.get(id(step.module))
+        if new is not None:
+            for place in places_of(model, _layer(step).norms):
+                place.release()
         fused = step.module._fuses_activation if new is not None else False
         rows.append(step.replaced(new, "converted", step.untied))
         if new is not None:
@@ -340,8 +363,12 @@ def _trained(kind: Kind) -> type[TrainedModule]:
     return kind.trained
 
 
-def _prepared(step: Step, config: TrainingConfig) -> TrainedModule:
-    new: TrainedModule = _trained(step.kind).from_float(step.module, config)
+def _prepared(step: Step, config: TrainingConfig, pair: Pair | None) -> TrainedModule:
+    new: TrainedModule
+    if pair is None:
+        new = _trained(step.kind).from_float(step.module, config)
+    else:
+        new = step.kind.trained_with_norm.from_float(step.module, pair.norm, config)
     for part in new.modules():
         if isinstance(part, LayerPart):
             part.set_layer_name(step.name)

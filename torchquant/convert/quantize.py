@@ -30,15 +30,18 @@ def quantize_(
     fusion: Fusion | None = None,
     progress: bool | None = None,
 ) -> QuantizationReport:
-    """Quantize a model's linear layers, in place.
+    """Quantize a model's linear layers and convolutions, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks. Every
-    parameter of the model is in one row of the report. Linear layers that stay in float have a
-    reason: subclasses of ``nn.Linear``, weights computed from other tensors, layers whose weight is
-    read by another module (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``), adapters
-    that are being trained, layers too small to benefit. Layers that are already quantized are left
-    unchanged. Modules of other kinds (convolutions, embeddings, recurrent layers, experts in one
-    parameter, norms) stay in float and are in the report's ``others``.
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks, every
+    ``nn.Conv2d`` a :class:`torchquant.nn.QuantizedConv2d`, every ``nn.Conv1d`` a
+    :class:`torchquant.nn.QuantizedConv1d`. Every parameter of the model is in one row of the
+    report. Layers of these kinds that stay in float have a reason: subclasses, weights computed
+    from other tensors, layers whose weight is read by another module (``nn.MultiheadAttention``,
+    ``nn.TransformerEncoderLayer``), adapters that are being trained, layers too small to benefit,
+    depthwise convolutions, which dynamic activations make no faster. Layers that are already
+    quantized are left unchanged. Modules of other kinds (transposed and three-dimensional
+    convolutions, embeddings, recurrent layers, experts in one parameter, norms) stay in float and
+    are in the report's ``others``.
 
     A weight that is shared with an embedding is untied: the layer gets its own int8 copy. If the
     model would then be larger than in float, the layer stays in float, unless filter_fn selects it.
@@ -50,20 +53,21 @@ def quantize_(
     works.
 
     Args:
-        model: any module that contains layers. A bare ``nn.Linear`` cannot be replaced in place:
-            use :meth:`torchquant.nn.QuantizedLinear.from_float`.
+        model: any module that contains layers. A bare layer cannot be replaced in place: use
+            ``from_float`` of its class, such as :meth:`torchquant.nn.QuantizedLinear.from_float`.
         config: the configuration of the quantized layers; None is
             :func:`torchquant.Int8DynamicActivationInt8WeightConfig`. A dictionary gives layers
             different configurations: its keys are names or patterns such as ``"encoder.*"``, its
             values configurations, or None to leave layers in float. The first key that matches
             decides; layers that no key matches stay in float.
         filter_fn: selects the layers to quantize, including small ones: a function that is called
-            with each linear-like layer and each of its names, a name pattern such as
+            with each layer of a kind and each of its names, a name pattern such as
             ``"encoder.*.q_proj"``, or a list of patterns, in which ``"!head"`` excludes. None
-            selects all layers except those that are too small to benefit; so does a list of
-            exclusions, for the other layers. A function is also called with the model itself, with
-            the name "", and with modules of other kinds, if there are any: one that selects a
-            convolution and not the model itself asks for that convolution.
+            selects all layers except those that do not benefit; so does a list of exclusions, for
+            the other layers. A function that raises an AttributeError for a layer does not select
+            it: convolutions have no ``out_features``. A function is also called with the model
+            itself, with the name "", and with modules of other kinds, if there are any: one that
+            selects an embedding and not the model itself asks for that embedding.
         strict: if True, raise before anything is changed if something that was asked for cannot be
             done: a selected layer cannot be quantized, filter_fn selects a module of another kind
             or no layer at all, or a pattern matches nothing. False reports it.
@@ -78,7 +82,7 @@ def quantize_(
     Raises:
         TypeError: model is not a module or is scripted, config is not a configuration, filter_fn is
             neither callable nor patterns, or fusion is not a :class:`torchquant.Fusion`.
-        ValueError: model is a bare linear layer; config has static activations; a pattern is empty;
+        ValueError: model is a bare layer; config has static activations; a pattern is empty;
             or, with ``strict``, something that was asked for cannot be done.
 
     Example:

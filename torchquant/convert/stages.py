@@ -2,8 +2,9 @@
 
 In the first stage (:func:`observe_`), prepared layers compute in float and observers record ranges.
 In the second stage (:func:`train_`), they compute with integers and observers keep updating the
-ranges. In the last stage (:func:`freeze_`), the ranges are fixed. Buffers of the model hold the
-stage, so a model that is loaded from a checkpoint continues in the same stage.
+ranges. In the last stage (:func:`freeze_`), the ranges are fixed, and so are the statistics of
+batch norms that became part of a layer. Buffers of the model hold the stage, so a model that is
+loaded from a checkpoint continues in the same stage.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def train_(model: nn.Module) -> None:
 
 
 def freeze_(model: nn.Module) -> None:
-    """Stage 3: integers; observed ranges are fixed.
+    """Stage 3: integers; observed ranges and the statistics of folded batch norms are fixed.
 
     Learned steps are parameters, so the optimizer still updates them.
 
@@ -58,10 +59,36 @@ def freeze_(model: nn.Module) -> None:
     _set_stage(model, observing=False, quantizing=True)
 
 
+def freeze_statistics_(model: nn.Module, frozen: bool = True) -> None:
+    """Keep the running statistics of the batch norms that became part of prepared layers.
+
+    The layers then normalize with the running statistics in training mode, too. Networks are
+    usually trained so for the last epochs. The stages set this as well: stage 3 keeps the
+    statistics, the other stages update them.
+
+    Args:
+        model: a model that :func:`prepare_qat_` prepared.
+        frozen: False updates the statistics in training mode again.
+
+    Example:
+        >>> import torch, torchquant
+        >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32))
+        >>> _ = torchquant.prepare_qat_(model)
+        >>> freeze_statistics_(model)
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> torch.equal(model.train()(x), model.eval()(x))
+        True
+    """
+    for module in model.modules():
+        if isinstance(module, TrainedModule):
+            module.freeze_statistics(frozen)
+
+
 def _set_stage(model: nn.Module, observing: bool, quantizing: bool) -> None:
     for module in model.modules():
         if isinstance(module, TrainedModule):
             module.enable_quantization(quantizing)
+            module.freeze_statistics(not observing)
         elif isinstance(module, ObservedQuantizer):
             module.enable_observer(observing)
             module.enable_fake_quant(quantizing)
@@ -162,4 +189,4 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-__all__ = ["QATSchedule", "freeze_", "observe_", "train_"]
+__all__ = ["QATSchedule", "freeze_", "freeze_statistics_", "observe_", "train_"]

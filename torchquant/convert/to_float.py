@@ -8,6 +8,7 @@ from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.folded_norm import restore_norms
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.norm_replacement import restore_norm
 from torchquant.nn.replaced_activation import restore_activation_
@@ -15,12 +16,13 @@ from torchquant.report import QuantizationReport
 
 
 def to_float_(model: nn.Module) -> QuantizationReport:
-    """Convert prepared or quantized layers back to ``nn.Linear``, in place.
+    """Convert prepared or quantized layers back to float layers, in place.
 
-    The float layer of a :class:`torchquant.nn.QATLinear` has the same parameter objects. The float
-    layer of a :class:`torchquant.nn.QuantizedLinear` has the values that the integers represent.
-    Activation modules are restored, and so are norms that :func:`torchquant.replace_norms_`
-    replaced.
+    The float layer of a prepared layer (:class:`torchquant.nn.QATLinear`) has the same parameter
+    objects. The float layer of a quantized layer (:class:`torchquant.nn.QuantizedLinear`) has the
+    values that the integers represent. Activation modules are restored, and so are norms that
+    :func:`torchquant.replace_norms_` replaced, and batch norms that a prepared layer trains. A
+    batch norm that was converted with its convolution stays part of it.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -63,20 +65,22 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     owners = owners_by_module(model)
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail
+    norms = [norm for step in steps for norm in getattr(step.module, "norms", ())]
     for step in steps:
         rows.append(step.replaced(new_layers[id(step.module)], "restored"))
+    restore_norms(model, norms)
     for place in places:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
     for module in model.modules():
         restore_activation_(module)
-    norms = sum(restore_norm(module) for module in model.modules())
+    restored = sum(restore_norm(module) for module in model.modules())
     notes = tuple(kept_notes(steps))
     if not steps:
         notes = ("The model has no prepared or quantized layers; none was restored.",)
-    if norms:
-        have = "norm has its" if norms == 1 else "norms have their"
-        notes += (f"{norms} {have} own forward again.",)
+    if restored:
+        have = "norm has its" if restored == 1 else "norms have their"
+        notes += (f"{restored} {have} own forward again.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )

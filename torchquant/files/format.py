@@ -8,6 +8,7 @@ A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a 
                               "activation": "none",
                               "config": {"type": "QuantizationConfig", "weights": {...}, ...}}},
      "activations": {"encoder.1": "gelu"},
+     "folded": ["stem.norm"],
      "projections": [["attention.q", "attention.k", "attention.v"]],
      "aliases": {"head.weight": "embedding.weight"},
      "buffers": {"positions": "buffers/positions"},
@@ -19,14 +20,15 @@ of its weight (:mod:`torchquant.nn.weight`), the dtype in which it works (that o
 (:mod:`torchquant.configs`). ``activations`` maps the name of each activation module that
 uses the library's operator to the name of its function. ``absorbed``, which older versions wrote,
 does so for modules that became part of the preceding layer for good; they are identities.
-``projections`` lists the layers that are computed together, in the order of their calls; a reader
-MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
+``folded`` lists the batch norms that became part of the convolution before them; they are
+identities without tensors, and the convolution has a bias. ``projections`` lists the layers that
+are computed together, in the order of their calls; a reader MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
 ``buffers`` maps the name of each non-persistent buffer to the key of its tensor. A reader uses them
 only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
-``activations``, ``absorbed``, ``projections`` and ``buffers`` are absent if they would be empty. A
-reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads older
+``activations``, ``absorbed``, ``folded``, ``projections`` and ``buffers`` are absent if they would
+be empty. A reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads older
 formats:
 
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
@@ -116,6 +118,7 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         isinstance(header.get("layers"), dict)
         and isinstance(header.get("absorbed", {}), dict)
         and isinstance(header.get("activations", {}), dict)
+        and _is_list_of_lists_of_names([header.get("folded", [])])
         and _is_list_of_lists_of_names(header.get("projections", []))
         and (header["format"] > 1 or not header.keys() & {"absorbed", "activations", "projections"})
         and _is_dict_of_keys(header.get("buffers", {}), tensors)

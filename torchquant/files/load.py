@@ -14,7 +14,12 @@ from torchquant.files.buffers import MissingValues
 from torchquant.files.entries import current_names
 from torchquant.files.fit import check_fit, current_tensors, refusing
 from torchquant.files.format import read
-from torchquant.files.places import activation_places, checked_activations, new_layers
+from torchquant.files.places import (
+    activation_places,
+    checked_activations,
+    new_layers,
+    norm_places,
+)
 from torchquant.files.ties import as_tied
 from torchquant.files.undo import undoing
 from torchquant.graph.held import held_modules
@@ -79,7 +84,7 @@ def load(
         for old, new in replaced:
             replace_module(owners[id(old)], old, new)
         fused = activation_places(header.get("absorbed", {}), header["layers"], model)
-        for place, other in fused:
+        for place, other in (*fused, *norm_places(header.get("folded", []), model)):
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
         activations = checked_activations(header.get("activations", {}), model)

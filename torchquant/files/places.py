@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,12 @@ from torchquant.files.fit import Misfit
 from torchquant.graph.recognize import activation_of
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.dtypes import dtype_name
+from torchquant.nn.folded_norm import BATCH_NORMS, FoldedNorm
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.kinds import Kind, kind_named, kind_of
 
 _CHANGING = ("activation",)  # arguments that a verb may have changed after the layer was quantized
+_ADDED = ("bias", True, False)  # a layer that a batch norm was folded into has a bias of its own
 
 
 def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module, QuantizedModule]]:
@@ -46,7 +48,7 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
                 f"a quantized {kind.name} layer at {where} in the file, {found} in the model"
             )
         if entries.setdefault(id(old), entry) is entry:
-            new = _new_layer(name, entry, kind, old)
+            new = _new_layer(name, entry, kind, old, bool(header.get("folded")))
             if header["format"] >= 4:  # older versions untied a bias from the float layer's
                 _keep_ties(new, old)
             made.append((old, new))
@@ -117,6 +119,31 @@ def activation_places(
     return list(places.values())
 
 
+def norm_places(folded: Sequence[str], model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Find the batch norms that became part of a layer in the file, and not in the model.
+
+    Returns:
+        Pairs of the batch norm in the model and the identity that replaces it.
+
+    Raises:
+        Misfit: the model does not have a batch norm of the file.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for name in folded:
+        old = modules.get(name)
+        if isinstance(old, FoldedNorm):
+            continue
+        if not isinstance(old, BATCH_NORMS) or name == "":
+            found = "nothing" if old is None else type(old).__name__
+            raise Misfit(f"a batch norm at {name!r} in the file, {found} in the model")
+        places[id(old)] = (old, FoldedNorm())
+    for name, old in modules.items():
+        if id(old) in places and name not in folded:
+            raise Misfit(f"{name!r} is a separate module in the file, a shared module in the model")
+    return list(places.values())
+
+
 def checked_activations(stored: Any, model: nn.Module) -> set[str]:
     """The names of the activations that the file has replaced.
 
@@ -134,14 +161,18 @@ def checked_activations(stored: Any, model: nn.Module) -> set[str]:
     return set(stored)
 
 
-def _new_layer(name: str, entry: dict[str, Any], kind: Kind, old: nn.Module) -> QuantizedModule:
+def _new_layer(
+    name: str, entry: dict[str, Any], kind: Kind, old: nn.Module, folded: bool
+) -> QuantizedModule:
     """Create the layer of an entry on the meta device, which allocates no memory."""
     quantized = kind.quantized
     try:
         # Checked before the layer is created, because torch may fail on an impossible size.
         for argument in quantized.stored:
             there, here = entry[argument], quantized.stored_value(old, argument)
-            if argument not in _CHANGING and (type(there), there) != (type(here), here):
+            if argument in _CHANGING or (folded and (argument, there, here) == _ADDED):
+                continue
+            if (type(there), there) != (type(here), here):
                 raise Misfit(
                     f"{name!r} has {argument}={there!r} in the file, {here!r} in the model"
                 )

@@ -16,6 +16,7 @@ from torchquant.files.entries import layer_entry
 from torchquant.files.format import FORMAT, KEY, digest
 from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
+from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.replaced_activation import ReplacedActivation
 from torchquant.version import __version__
@@ -68,6 +69,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, ReplacedActivation)
     }
+    folded = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, FoldedNorm) and module.original is None
+    ]
     projections = groups_of(model)
     buffers, buffer_keys = stored_buffers(model)
     tensors = {**tensors, **buffers}
@@ -77,6 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),
         **({"activations": activations} if activations else {}),
+        **({"folded": folded} if folded else {}),
         **({"projections": projections} if projections else {}),
         **({"buffers": buffer_keys} if buffer_keys else {}),
         "aliases": aliases,

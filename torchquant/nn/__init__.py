@@ -2,11 +2,14 @@
 
 from torchquant.nn.activation import Activation
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.kinds import Kind, kind_of, register
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.norm_replacement import ReplacedNorm
+from torchquant.nn.qat_conv import QATConv1d, QATConv2d
+from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
 
 __all__ = [
@@ -14,7 +17,12 @@ __all__ = [
     "FusedActivation",
     "Kind",
     "LayerNorm",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConvBn2d",
     "QATLinear",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedLinear",
     "QuantizedModule",
     "RMSNorm",

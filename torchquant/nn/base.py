@@ -245,6 +245,20 @@ class TrainedModule(nn.Module):
         """The device of the layer."""
         return self.weight.device
 
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The norms after the layer that it computes and trains, too; none by default."""
+        return ()
+
+    def freeze_statistics(self, frozen: bool = True) -> Any:
+        """Keep the running statistics of :attr:`norms` in training mode, too; return self."""
+        return self
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """True if training does not change the running statistics of :attr:`norms`."""
+        return True
+
     def fuse_activation(self, enabled: bool) -> None:
         """Apply the activation module after the layer in calls where nobody can notice it."""
         self._fuses_activation = self._guarded = enabled

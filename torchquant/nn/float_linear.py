@@ -7,11 +7,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.dtypes import dtype_name
+from torchquant.nn.float_parameters import (
+    finite_refusal,
+    instance_refusal,
+    parameter_refusal,
+    place_refusal,
+)
 from torchquant.nn.linear_probe import is_transposed, other_class
-from torchquant.ops._arguments import has_kernels
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_IN_FEATURES = 1 << 23  # csrc/formats/int8_tiles.h: the sum of a row fits in int32
 
 # A layer below one of these sizes stays in float: the packed weight is padded to 16 outputs and 64
@@ -44,23 +47,14 @@ def looks_linear(module: nn.Module) -> bool:
 
 def refusal(module: nn.Module) -> str | None:
     """The reason why the type or structure of a module rules out QuantizedLinear, or None."""
-    if getattr(module, "parametrizations", None):
-        return f"{type(module).__name__} (parametrized)"
-    if "forward" in module.__dict__:
-        return "forward replaced on the instance"
+    reason = instance_refusal(module)
+    if reason is not None:
+        return reason
     reason = other_class(module)
     if reason is not None:
         kind = "subclass of nn.Linear" if isinstance(module, nn.Linear) else "not an nn.Linear"
         return f"{type(module).__name__} ({kind}: {reason})"
-    for name in ("weight", "bias"):
-        if name not in module._parameters:
-            return f"{name} computed from other tensors (weight_norm, spectral_norm, pruning)"
-    weight = module._parameters["weight"]
-    if type(weight) is not nn.Parameter:
-        return f"weight of type {type(weight).__name__}"
-    if weight.dtype not in FLOAT_DTYPES:
-        return f"weight of dtype {dtype_name(weight.dtype)}"
-    return None
+    return parameter_refusal(module)
 
 
 def value_refusal(module: nn.Module) -> str | None:
@@ -68,18 +62,14 @@ def value_refusal(module: nn.Module) -> str | None:
     parameter = module._parameters["weight"]
     assert parameter is not None
     weight = parameter.detach()
-    if weight.is_meta:
-        return "on the meta device, without values; load its weights first"
-    if not has_kernels(weight):
-        return f"on {weight.device}; move it to the CPU or to a CUDA device first"
+    reason = place_refusal(weight)
+    if reason is not None:
+        return reason
     if weight.dim() != 2 or not 1 <= weight_shape(module)[1] <= _MAX_IN_FEATURES:
         return f"weight of shape {list(weight.shape)}"
     if weight.numel() == 0:
         return f"weight of shape {list(weight.shape)}"
-    least, greatest = torch.aminmax(weight)  # allocates no tensor of the weight's size
-    if not (torch.isfinite(least) and torch.isfinite(greatest)):
-        return "its weight holds NaN or infinity; check the checkpoint"
-    return None
+    return finite_refusal(weight)
 
 
 def too_small(module: nn.Module) -> bool:

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from torchquant.nn import float_linear
+from torchquant.nn import float_conv, float_linear
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.qat_conv import QATConv1d, QATConv2d
+from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
 
 Reason = Callable[[nn.Module], str | None]
@@ -39,6 +44,12 @@ class Kind:
             the shape alone.
         weight_shape: takes a float, quantized or trained module of this kind; returns the shape of
             its weight, outputs first, for reports.
+        unsuited: takes a float module and the configuration that it would have; returns the reason
+            why the configuration does not benefit a layer of this shape, or None. None instead of a
+            function stands for ``too_small``, whatever the configuration.
+        trained_with_norm: a subclass of ``trained`` that trains a layer and the batch norm after
+            it, or None. Its ``norm_refusal(layer, norm)`` gives the reason why it cannot; its
+            ``from_float(layer, norm, config)`` makes it.
 
     Example:
         >>> LINEAR.name, LINEAR.weight_shape(nn.Linear(64, 32))
@@ -54,6 +65,21 @@ class Kind:
     value_refusal: Reason
     too_small: Callable[[nn.Module], bool]
     weight_shape: Callable[[nn.Module], tuple[int, ...]]
+    unsuited: Callable[[nn.Module, Any], str | None] | None = None
+    trained_with_norm: Any = None
+
+    def no_benefit(self, module: nn.Module, config: Any) -> str | None:
+        """The reason to leave a float module as it is, although it could have ``config``, or None.
+
+        Verbs ignore it for a layer that they were asked for by name or with a function.
+
+        Example:
+            >>> LINEAR.no_benefit(nn.Linear(64, 2), None)
+            'too small to benefit'
+        """
+        if self.unsuited is not None:
+            return self.unsuited(module, config)
+        return "too small to benefit" if self.too_small(module) else None
 
 
 LINEAR = Kind(
@@ -68,7 +94,27 @@ LINEAR = Kind(
     weight_shape=float_linear.weight_shape,
 )
 
-KINDS: tuple[Kind, ...] = (LINEAR,)
+CONV1D, CONV2D = (
+    Kind(
+        name=f"conv{dimensions}d",
+        float_types=(float_conv.float_class(dimensions),),
+        quantized=quantized,
+        trained=trained,
+        looks_like=partial(float_conv.looks_like, dimensions=dimensions),
+        refusal=float_conv.refusal,
+        value_refusal=float_conv.value_refusal,
+        too_small=float_conv.too_small,
+        weight_shape=float_conv.weight_shape,
+        unsuited=float_conv.unsuited,
+        trained_with_norm=with_norm,
+    )
+    for dimensions, quantized, trained, with_norm in (
+        (1, QuantizedConv1d, QATConv1d, None),
+        (2, QuantizedConv2d, QATConv2d, QATConvBn2d),
+    )
+)
+
+KINDS: tuple[Kind, ...] = (LINEAR, CONV1D, CONV2D)
 _added: list[Kind] = []
 
 
@@ -77,7 +123,7 @@ def kinds() -> tuple[Kind, ...]:
 
     Example:
         >>> [kind.name for kind in kinds()]
-        ['linear']
+        ['linear', 'conv1d', 'conv2d']
     """
     return (*KINDS, *_added)
 
@@ -191,6 +237,8 @@ def _types(kind: Kind) -> tuple[type[nn.Module], ...]:
 
 
 __all__ = [
+    "CONV1D",
+    "CONV2D",
     "KINDS",
     "LINEAR",
     "Kind",

@@ -1,4 +1,4 @@
-"""The arguments of a quantized linear layer, checked."""
+"""The arguments of quantized layers, checked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def static_parameters(
     scale: Tensor | None,
     zero_point: Tensor | None,
     device: torch.device,
+    who: str = "QuantizedLinear.from_float",
 ) -> tuple[Tensor, Tensor] | None:
     """Checked copies of input_scale and input_zero_point on ``device``; None if dynamic."""
-    who = "QuantizedLinear.from_float"
     activations = config.activations
     if not isinstance(activations, Static):
         if scale is not None or zero_point is not None:
@@ -50,18 +50,18 @@ def static_parameters(
     return scale, zero_point.clone()
 
 
-def check_size(name: str, value: int) -> int:
+def check_size(name: str, value: int, who: str = "QuantizedLinear") -> int:
     """``value`` if it is a possible size of a layer; raises otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"QuantizedLinear: {name} must be an integer of at least 1, got {value!r}")
+        raise ValueError(f"{who}: {name} must be an integer of at least 1, got {value!r}")
     return value
 
 
-def check_activation(activation: str) -> str:
+def check_activation(activation: str, who: str = "QuantizedLinear") -> str:
     """``activation`` if it names an activation function; raises otherwise."""
     if activation not in functional.ACTIVATIONS:
         raise ValueError(
-            f"QuantizedLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, "
+            f"{who}: activation must be one of {', '.join(functional.ACTIVATIONS)}, "
             f"got {activation!r}"
         )
     return activation

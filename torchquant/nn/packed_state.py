@@ -78,9 +78,17 @@ class PackedState(nn.Module):
             self.register_parameter(PLACEHOLDER, nn.Parameter(empty, requires_grad=False))
 
     @property
+    def layout(self) -> WeightFormat:
+        """The object that packs the weight; files store the name of ``weight_format``.
+
+        A kind overrides it if its layout depends on more than :attr:`weight_shape`.
+        """
+        return self.weight_format
+
+    @property
     def qweight(self) -> Tensor:
         """The canonical integers of the weight; each access unpacks them again."""
-        return self.weight_format.unpack(self.packed, self.weight_shape)
+        return self.layout.unpack(self.packed, self.weight_shape)
 
     @property
     def weight_scale(self) -> Tensor:
@@ -136,11 +144,11 @@ class PackedState(nn.Module):
         if device.type == packed.device.type:
             return fn(packed)
         if packed.is_meta or device.type == "meta":  # to_empty(): a valid layout without values
-            return self.weight_format.empty(self.weight_shape, device)
-        qweight = self.weight_format.unpack(packed, self.weight_shape)
+            return self.layout.empty(self.weight_shape, device)
+        qweight = self.layout.unpack(packed, self.weight_shape)
         moved = fn(qweight)
         wait_for_copy(qweight, moved)
-        return self.weight_format.pack(moved)
+        return self.layout.pack(moved)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -189,10 +197,10 @@ class PackedState(nn.Module):
             self.move_placeholder()
         elif not self.packed.is_meta:  # torch warns that copying to meta does nothing
             with torch.no_grad():
-                self.packed.copy_(self.weight_format.pack(qweight.to(self.packed.device)))
+                self.packed.copy_(self.layout.pack(qweight.to(self.packed.device)))
 
     def _load_qweight_by_assignment(self, qweight: Tensor) -> None:
-        self.packed = self.weight_format.pack(qweight)
+        self.packed = self.layout.pack(qweight)
 
     def move_placeholder(self) -> None:
         """Move the placeholder to the device of the weight that was loaded."""
@@ -243,7 +251,7 @@ class PackedState(nn.Module):
         qweight = state.pop("_qweight")
         super().__setstate__(state)
         # The order of __init__, so that a copy prints and iterates like the original.
-        self._buffers = {"packed": self.weight_format.pack(qweight), **self._buffers}
+        self._buffers = {"packed": self.layout.pack(qweight), **self._buffers}
 
 
 def shared_parameter(tensor: Tensor) -> nn.Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,26 @@ from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.qat_parts import (
+    ACTIVATION_PARTS,
+    ACTIVATIONS,
+    StraightThrough,
+    activate,
+    input_quantizer,
+    weight_quantizer,
+)
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis, PerToken
 from torchquant.training.configuration import (
-    LearnedActivations,
-    LearnedWeights,
     ObservedActivations,
     TrainingConfig,
     training_config,
 )
 from torchquant.training.learned_steps import LSQQuantizer
 from torchquant.training.observed_quantizer import ObservedQuantizer
-from torchquant.training.observers import MovingAverageMinMaxObserver
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
-_ACTIVATIONS = ("none", "relu")
-_ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
 
 
 class QATLinear(TrainedModule):
@@ -103,7 +106,7 @@ class QATLinear(TrainedModule):
         self._init(linear, _check_config("QATLinear", config), activation)
 
     def _init(self, linear: nn.Module, config: TrainingConfig, activation: str) -> None:
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise ValueError(f"QATLinear: activation must be none or relu, got {activation!r}")
         FloatForm.of(linear).give_to(self)
         self.out_features, self.in_features = weight_shape(linear)
@@ -113,8 +116,8 @@ class QATLinear(TrainedModule):
         for name in ("weight", "bias"):
             self.register_parameter(name, linear._parameters[name])
         device = self.weight.device
-        self.input_quantizer = _input_quantizer(config, self.in_features, device)
-        self.qweight_quantizer = _weight_quantizer(config, self.out_features, device)
+        self.input_quantizer = input_quantizer(config, self.in_features, device)
+        self.qweight_quantizer = weight_quantizer(config, self.out_features, device)
         self.init_training(config, activation, device)
         self.was_called = False
 
@@ -132,7 +135,7 @@ class QATLinear(TrainedModule):
     def config_refusal(cls, config: TrainingConfig) -> str | None:
         """The reason why no linear layer can be trained with ``config``, or None."""
         reason = QuantizedLinear.config_refusal(config.deployed())
-        if reason is None and not isinstance(config.activations, _ACTIVATION_PARTS):
+        if reason is None and not isinstance(config.activations, ACTIVATION_PARTS):
             return f"linear layers cannot train {type(config.activations).__name__} activations"
         return reason
 
@@ -238,7 +241,7 @@ class QATLinear(TrainedModule):
     def _compute(self, input: Tensor, activation: str) -> Tensor:
         if not self._quantizing:
             self._observe(input)
-            return _activate(nn.functional.linear(input, self._matrix(), self.bias), activation)
+            return activate(nn.functional.linear(input, self._matrix(), self.bias), activation)
         if self.simulate or not has_kernels(self.weight):
             return self._simulated(input, activation)
         scale = zero_point = offset = weight_scale = None
@@ -284,12 +287,12 @@ class QATLinear(TrainedModule):
         if quantizer is not None:
             x = quantizer(input)
         else:
-            x = _StraightThrough.apply(input, self._fake_quantized_rows(input))
+            x = StraightThrough.apply(input, self._fake_quantized_rows(input))
         if self.qweight_quantizer is not None:
             weight = self.qweight_quantizer(self._matrix())
         else:
-            weight = _StraightThrough.apply(self._matrix(), self._fake_quantized_weight())
-        return _activate(nn.functional.linear(x, weight, self.bias), activation)
+            weight = StraightThrough.apply(self._matrix(), self._fake_quantized_weight())
+        return activate(nn.functional.linear(x, weight, self.bias), activation)
 
     @torch.no_grad()
     def _fake_quantized_rows(self, input: Tensor) -> Tensor:
@@ -371,57 +374,6 @@ def _check_config(who: str, config: TrainingConfig | QuantizationConfig | None) 
     if reason is not None:
         raise ValueError(f"{who}: config must fit a linear layer, got {config}: {reason}")
     return config
-
-
-def _activate(output: Tensor, activation: str) -> Tensor:
-    return torch.relu(output) if activation == "relu" else output
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Returns the second argument; the gradient goes to the first."""
-
-    @staticmethod
-    def forward(value: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
-
-
-def _input_quantizer(
-    config: TrainingConfig, in_features: int, device: torch.device
-) -> ObservedQuantizer | LSQQuantizer | None:
-    part = config.activations
-    if isinstance(part, LearnedActivations):
-        return LSQQuantizer(
-            part.bits,
-            symmetric=part.zero_point != "learned",
-            signed=part.zero_point != "unsigned",
-            num_features=in_features,
-            device=device,
-        )
-    if isinstance(part, ObservedActivations):
-        observer = MovingAverageMinMaxObserver(
-            averaging_constant=part.averaging_constant, bits=part.bits, symmetric=part.symmetric
-        )
-        return ObservedQuantizer(observer.to(device))
-    return None
-
-
-def _weight_quantizer(
-    config: TrainingConfig, out_features: int, device: torch.device
-) -> LSQQuantizer | None:
-    part = config.weights
-    if not isinstance(part, LearnedWeights):
-        return None
-    return LSQQuantizer(
-        part.bits, per_channel=True, num_channels=out_features, axis=0, device=device
-    )
 
 
 __all__ = ["QATLinear"]

@@ -9,13 +9,14 @@ describes the layouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchquant import ops
 
-__all__ = ["INT8", "WeightFormat"]
+__all__ = ["INT8", "INT8_CONV", "ConvFormat", "WeightFormat"]
 
 
 class WeightFormat:
@@ -68,4 +69,34 @@ class _Int8(WeightFormat):
         return ops.unpack_weight(packed, *shape)
 
 
+@dataclass(frozen=True)
+class ConvFormat(WeightFormat):
+    """int8 ``[O, C / groups, kh, kw]`` or ``[O, C / groups, k]``: the weight of a convolution.
+
+    The layout depends on the number of groups (``csrc/formats``); the name in files does not,
+    because a layer stores its groups itself.
+
+    Args:
+        groups: the number of groups, which divides O.
+
+    Example:
+        >>> ConvFormat(groups=2).canonical((8, 4, 3, 3))
+        (torch.int8, (8, 4, 3, 3))
+    """
+
+    groups: int = 1
+
+    name = "int8_conv"
+
+    def canonical(self, shape: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
+        return torch.int8, tuple(shape)
+
+    def pack(self, qweight: Tensor) -> Tensor:
+        return ops.pack_conv_weight(qweight, self.groups)
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        return ops.unpack_conv_weight(packed, list(shape), self.groups)
+
+
 INT8 = _Int8()
+INT8_CONV = ConvFormat()

@@ -13,7 +13,7 @@ from torchquant.report.table import Column
 from torchquant.report.words import human_bytes, percent, size_change
 
 Action = Literal["quantized", "prepared", "converted", "restored", "skipped", "float"]
-FusionKind = Literal["activation", "projections"]
+FusionKind = Literal["activation", "batch norm", "projections"]
 FusionAction = Literal["fused", "not fused"]
 
 NORMS = "norms"  # the family of modules that share one line of the table
@@ -63,10 +63,11 @@ class FusionReport:
     """A fusion that a verb made or rejected.
 
     Attributes:
-        kind: "activation" (a layer and an activation module) or "projections" (layers that are
-            applied to the same tensor).
+        kind: "activation" (a layer and an activation module), "batch norm" (a convolution and the
+            batch norm after it) or "projections" (layers that are applied to the same tensor).
         layers: names of the layers.
-        what: name and function of the activation module; empty for projections.
+        what: name and function of the activation module, or name and class of the batch norm; empty
+            for projections.
         action: "fused" or "not fused".
         reason: why the fusion was rejected, or a remark; may be empty.
     """

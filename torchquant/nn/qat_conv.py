@@ -1,0 +1,438 @@
+"""QATConv1d and QATConv2d: convolutions that train with the integers that will be deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant import functional
+from torchquant.configs import QuantizationConfig
+from torchquant.nn.base import TrainedModule, autocast_dtype
+from torchquant.nn.call_guard import activation_after_call
+from torchquant.nn.conv import QuantizedConv, QuantizedConv1d, QuantizedConv2d, activations_text
+from torchquant.nn.conv_geometry import (
+    SIZES,
+    check_input,
+    padded,
+    set_sizes,
+    sizes_text,
+)
+from torchquant.nn.conv_simulation import float_conv, simulated_input, simulated_weight
+from torchquant.nn.conv_weight import quantize_weight
+from torchquant.nn.float_conv import float_class, refusal
+from torchquant.nn.inputs import special_output
+from torchquant.nn.integer_conv import Integers, Sizes, integer_conv, quantize_samples
+from torchquant.nn.qat_parts import (
+    ACTIVATION_PARTS,
+    ACTIVATIONS,
+    activate,
+    input_quantizer,
+    learned_values,
+    weight_quantizer,
+)
+from torchquant.nn.replaced_activation import mark
+from torchquant.ops._arguments import has_kernels
+from torchquant.scheme import PER_TENSOR, PerAxis
+from torchquant.training.configuration import (
+    TrainingConfig,
+    training_config,
+)
+from torchquant.training.learned_steps import LSQQuantizer
+from torchquant.training.observed_quantizer import ObservedQuantizer
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
+
+
+class QATConv(TrainedModule):
+    """What QATConv1d and QATConv2d share; see there."""
+
+    bias: nn.Parameter | None
+    input_quantizer: ObservedQuantizer | LSQQuantizer | None
+    qweight_quantizer: LSQQuantizer | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    dimensions: ClassVar[int]
+    quantized_class: ClassVar[type[QuantizedConv]]
+    fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        config: TrainingConfig | QuantizationConfig | None = None,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = self._checked(type(self).__name__, config)
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        set_sizes(self, type(self).__name__, self.dimensions, *sizes, padding_mode)
+        given = {name: getattr(self, name) for name in SIZES}
+        conv = float_class(self.dimensions)(**given, bias=bias, device=device, dtype=dtype)
+        self._init(conv, config, activation)
+
+    def _init(self, conv: nn.Module, config: TrainingConfig, activation: str) -> None:
+        who = type(self).__name__
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{who}: activation must be none or relu, got {activation!r}")
+        given = {name: getattr(conv, name) for name in SIZES}
+        set_sizes(self, who, self.dimensions, **given)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, conv._parameters[name])
+        device = self.weight.device
+        self.input_quantizer = input_quantizer(config, self.in_channels, device)
+        self.qweight_quantizer = weight_quantizer(config, self.out_channels, device)
+        self.init_training(config, activation, device)
+        self.was_called = False
+
+    @property
+    def weight_quantizer(self) -> LSQQuantizer | None:
+        """The quantizer with the learned steps of the weight, or None."""
+        return self.qweight_quantizer
+
+    @classmethod
+    def config_refusal(cls, config: TrainingConfig) -> str | None:
+        """The reason why no convolution can be trained with ``config``, or None."""
+        reason = cls.quantized_class.config_refusal(config.deployed())
+        if reason is None and not isinstance(config.activations, ACTIVATION_PARTS):
+            return f"convolutions cannot train {type(config.activations).__name__} activations"
+        return reason
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Module,
+        config: TrainingConfig | QuantizationConfig | None = None,
+        activation: str = "none",
+    ) -> Any:
+        """Create a layer that trains the parameters of a float layer.
+
+        The parameters are the same objects, so ties and optimizers stay valid.
+
+        Args:
+            conv: an nn.Conv1d or nn.Conv2d, no subclass, with float32, bfloat16 or float16 weights.
+            config: see the class.
+            activation: "none" or "relu"; the activation that follows the float layer.
+
+        Raises:
+            TypeError: conv is not exactly the float class, its weight is parametrized, pruned or
+                not float, or config is not a configuration.
+            ValueError: activation is not "none" or "relu", or no convolution can be trained with
+                the configuration.
+        """
+        config = cls._checked(f"{cls.__name__}.from_float", config)
+        cls._check_float(conv)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._init(conv, config, activation)
+        return layer.train(conv.training)
+
+    def to_quantized(self) -> QuantizedConv:
+        """The layer to deploy; it holds integers and no float weight.
+
+        Raises:
+            ValueError: the weight holds NaN or infinities.
+            RuntimeError: activations are static, and no range has been observed or learned.
+        """
+        weight, bias = self._folded()
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach())
+        if not bool(torch.isfinite(weight.detach()).all()):
+            raise ValueError(
+                f"{type(self).__name__}.to_quantized: the weight must be finite, it holds NaN or "
+                "infinity; training has diverged"
+            )
+        scale, zero_point = self._static_qparams()
+        layer: QuantizedConv = self.quantized_class.from_tensors(
+            weight,
+            bias,
+            self,
+            self.config.deployed(),
+            self.activation,
+            weight_scale=self._weight_scale(weight),
+            input_scale=scale,
+            input_zero_point=zero_point,
+        )
+        return layer.train(self.training)
+
+    def missing_range(self) -> str | None:
+        """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
+        try:
+            self._static_qparams()
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def to_float(self) -> nn.Module:
+        """The float layer without the activation; it shares this layer's parameters."""
+        sizes = {name: getattr(self, name) for name in SIZES}
+        conv: Any = float_class(self.dimensions)(**sizes, bias=False, device="meta")
+        conv._parameters.update(weight=self.weight, bias=self.bias)
+        return conv.train(self.training)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            input: float32, bfloat16 or float16; a batch of samples, or one sample without the
+                dimension of the batch.
+
+        Returns:
+            The outputs in the dtype of ``input``, or in the dtype of autocast.
+
+        Raises:
+            TypeError: input is not a float32, bfloat16 or float16 tensor.
+            ValueError: the number of dimensions or the channels of input are wrong, input is
+                smaller than the kernel, or it is on another device than the layer.
+            RuntimeError: the layer is in evaluation mode, its activations are static, and no range
+                has been observed or learned.
+        """
+        if type(input) is not Tensor or input.is_nested:
+            special = special_output(self, input)
+            if special is not None:
+                return special  # type: ignore[no-any-return]
+        if not isinstance(input, torch.fx.Proxy):
+            check_input(self, input, self.weight.device, "move one of them")
+        if not _is_dynamo_compiling() and not self.was_called and isinstance(input, Tensor):
+            self.was_called = True
+        activation, place = self.activation, None
+        if self._guarded and activation == "none" and type(input) is Tensor:
+            place = None if _is_dynamo_compiling() else activation_after_call(self, input)
+            if place is not None:
+                activation = place.function
+        samples = input if input.dim() == self.dimensions + 2 else input.unsqueeze(0)
+        output = self._compute(samples, activation)
+        if samples is not input:
+            output = output.squeeze(0)
+        return output if place is None else mark(output, place)
+
+    # ---------------------------------------------------------------- the computation
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that the layer computes with, and that will be deployed."""
+        return self.weight, self.bias
+
+    def _compute(self, input: Tensor, activation: str) -> Tensor:
+        if not self._quantizing:
+            self._observe(input)
+            return activate(float_conv(self, input, *self._folded()), activation)
+        weight, bias = self._folded()
+        return self._quantized(input, weight, bias, activation, autocast_dtype(input))
+
+    def _quantized(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        """The forward with integers, or their simulation."""
+        values, scale, zero_point = self._rounded_input(input)
+        rounded, weight_scale = self._rounded_weight(weight)
+        if self.simulate or not has_kernels(weight):
+            if self.input_quantizer is None:
+                values = simulated_input(input, self.config.activations)
+            if weight_scale is None:
+                rounded = simulated_weight(weight, self.config.weights)
+            return activate(float_conv(self, values, rounded, bias), activation)
+        values, padding = padded(self, values)
+        qmin, qmax = self.config.activations.deployed().range
+        symmetric = self.input_quantizer is None and self.config.activations.symmetric
+        q = quantize_samples(values.detach(), scale, zero_point, qmin, qmax, symmetric)
+        qweight = quantize_weight(weight, self.config.weights, weight_scale)
+        sizes = Sizes(self.stride, tuple(padding), self.dilation, self.groups)
+        return integer_conv(
+            values,
+            rounded,
+            bias,
+            q,
+            Integers(*qweight, None),
+            sizes,
+            activation,
+            dtype or input.dtype,
+        )
+
+    def _rounded_input(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Static activations: the rounded input, with the scale and zero point to deploy.
+
+        Dynamic activations: the input itself, without them.
+        """
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return input, None, None
+        if isinstance(quantizer, ObservedQuantizer):
+            values = quantizer(input)
+            return values, *quantizer.qparams()
+        values, scale, offset = learned_values(quantizer, input, input, PER_TENSOR)
+        zero_point = functional.learned_zero_point(scale, offset, quantizer.qmin, quantizer.qmax)
+        if offset is not None:  # integers have no NaN
+            scale = torch.where(offset.isnan(), float("nan"), scale)
+        return values, scale, zero_point + self._shift()
+
+    def _rounded_weight(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Learned steps: the rounded weight and its scales. Otherwise the weight itself."""
+        if self.qweight_quantizer is None:
+            return weight, None
+        given = weight if torch.compiler.is_compiling() else _as_parameter(weight)
+        values, scale, _ = learned_values(self.qweight_quantizer, weight, given, PerAxis(0))
+        return values, scale
+
+    def _observe(self, input: Tensor) -> None:
+        """In training mode, update the range of static activations from the batch."""
+        quantizer = self.input_quantizer
+        if quantizer is None or not self.training:
+            return
+        if isinstance(quantizer, LSQQuantizer):
+            quantizer.prepare(input)
+        elif quantizer.observing:
+            quantizer.observe(input)
+
+    def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.input_quantizer is None:
+            return None, None
+        scale, zero_point = self.input_quantizer.qparams()
+        return scale.detach(), zero_point + self._shift()
+
+    def _shift(self) -> int:
+        """Unsigned integers of a learned step are deployed as signed integers."""
+        part = self.config.activations
+        return part.deployed().range[0] - part.range[0]  # type: ignore[no-any-return]
+
+    def _weight_scale(self, weight: Tensor) -> Tensor | None:
+        quantizer = self.qweight_quantizer
+        return None if quantizer is None else quantizer.qparams(_as_parameter(weight))[0]
+
+    @classmethod
+    def _check_float(cls, conv: nn.Module) -> None:
+        """Raise a TypeError unless ``conv`` is a float layer that can be trained."""
+        wanted = float_class(cls.dimensions)
+        reason = refusal(conv) if isinstance(conv, wanted) else type(conv).__name__
+        if reason is not None:
+            raise TypeError(
+                f"{cls.__name__}.from_float: conv must be a plain nn.{wanted.__name__}, got "
+                f"{reason}"
+            )
+
+    @classmethod
+    def _checked(
+        cls, who: str, config: TrainingConfig | QuantizationConfig | None
+    ) -> TrainingConfig:
+        config = training_config(who, config)
+        reason = cls.config_refusal(config)
+        if reason is not None:
+            raise ValueError(f"{who}: config must fit a convolution, got {config}: {reason}")
+        return config
+
+    def extra_repr(self) -> str:
+        fused = "" if self.activation == "none" else f", activation={self.activation}"
+        stage = "" if self._quantizing else ", in float"
+        return (
+            f"{sizes_text(self)}, bias={self.bias is not None}, {self.config.weights}, activations "
+            f"{activations_text(self.config.activations)}{fused}{stage}"
+        )
+
+
+def _as_parameter(weight: Tensor) -> nn.Parameter:
+    """The weight as a parameter, whose values give learned steps outside of training, too."""
+    if isinstance(weight, nn.Parameter):
+        return weight
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+class QATConv2d(QATConv):
+    """A two-dimensional convolution in training, computed like the deployed layer.
+
+    Each forward quantizes input and weight and multiplies integers, with the operators of
+    :class:`~torchquant.nn.QuantizedConv2d`. While ranges do not change, its output is the output of
+    ``to_quantized()``, bit for bit. Gradients pass straight through the rounding. The convolution
+    itself saves int8 integers and, for a ReLU, the sign of each output for the backward pass.
+
+    The scales of the weight come from ranges, or are learned steps (``weight_quantizer``). The
+    scales of the activations come from the range of each sample, or are one observed or learned
+    scale (``input_quantizer``).
+
+    State: ``weight`` ``[O, C / groups, kh, kw]`` and ``bias`` ``[O]`` (parameters, float),
+    ``quantize_enabled`` uint8 ``[1]`` (see :meth:`enable_quantization`), and the state of the
+    quantizers (``input_quantizer`` and ``qweight_quantizer``).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: as for nn.Conv2d.
+        config: a :class:`~torchquant.QATConfig`, or the configuration of the layer to deploy; None
+            is ``QATConfig()``: 8 bits, dynamic.
+        activation: "none" or "relu"; the layer applies it to its result.
+        device: device of the state.
+        dtype: dtype of weight and bias: float32, bfloat16 or float16.
+
+    Raises:
+        TypeError: config is not a configuration.
+        ValueError: activation is not "none" or "relu", a size is not valid, or no convolution can
+            be trained with the configuration.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018); Esser et al., "Learned Step Size Quantization"
+    (2020).
+
+    Example:
+        >>> layer = QATConv2d(16, 32, 3, padding=1, activation="relu")
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> torch.equal(layer(x), layer.to_quantized()(x))
+        True
+        >>> layer(x).sum().backward()
+        >>> layer.weight.grad.shape
+        torch.Size([32, 16, 3, 3])
+    """
+
+    dimensions: ClassVar[int] = 2
+    quantized_class: ClassVar[type[QuantizedConv]] = QuantizedConv2d
+
+
+class QATConv1d(QATConv):
+    """A one-dimensional convolution in training; otherwise as :class:`QATConv2d`.
+
+    State: that of QATConv2d, with ``weight`` ``[O, C / groups, k]``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: as for nn.Conv1d.
+        config: see :class:`QATConv2d`.
+        activation: see :class:`QATConv2d`.
+        device: see :class:`QATConv2d`.
+        dtype: see :class:`QATConv2d`.
+
+    Raises:
+        TypeError: config is not a configuration.
+        ValueError: activation is not "none" or "relu", a size is not valid, or no convolution can
+            be trained with the configuration.
+
+    Example:
+        >>> layer = QATConv1d(16, 32, 5, padding="same")
+        >>> x = torch.randn(2, 16, 100)
+        >>> torch.equal(layer(x), layer.to_quantized()(x))
+        True
+    """
+
+    dimensions: ClassVar[int] = 1
+    quantized_class: ClassVar[type[QuantizedConv]] = QuantizedConv1d
+
+
+__all__ = ["QATConv1d", "QATConv2d"]
