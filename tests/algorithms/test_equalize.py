@@ -1,6 +1,7 @@
 """equalize_: the pairs it finds, the function it keeps, the networks it rescues."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def with_planted_ranges(model, most=1000.0):
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     layers = [layer for layer in model if isinstance(layer, LAYERS)]
-    for first, second in zip(layers, layers[1:], strict=False):
+    for first, second in itertools.pairwise(layers):
         count = len(first.weight)
         factors = most ** torch.linspace(-0.5, 0.5, count)
         factors = factors[torch.randperm(count, generator=generator)]
