@@ -211,6 +211,12 @@ class RegionForward:
             self.observers[edge] = observer
         self._forget()
 
+    def restart(self) -> None:
+        """Forget what the observers of the region have seen."""
+        if self.plan is not None:
+            self.observers = {}
+            self.set_plan(self.plan)
+
     # ------------------------------------------------------------ quantized
 
     def quantize(self, qparams: Sequence[Qparams]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torchquant.graph.neighbours import neighbours
 from torchquant.graph.regions import Region
 from torchquant.graph.weight_reads import weight_reads
 from torchquant.nn.folded_norm import FoldedNorm
-from torchquant.report import FusionReport
+from torchquant.report import FusionReport, LayerReport
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -96,6 +96,26 @@ def fold_batch_norms(
         action: Any = "not fused" if problem else "fused"
         reports.append(FusionReport("batch norm", (names[id(pair.layer)],), what, action, problem))
     return reports
+
+
+def folded_rows(
+    rows: Iterable[LayerReport], foldings: Iterable[FusionReport]
+) -> tuple[LayerReport, ...]:
+    """The rows of modules of other kinds; those of folded batch norms name the layer.
+
+    Example:
+        >>> folded_rows([], [])
+        ()
+    """
+    layers = {
+        one.what.rpartition(" (")[0]: one.layers[0] for one in foldings if one.action == "fused"
+    }
+    return tuple(
+        replace(row, action="prepared", reason=f"part of {layers[row.name]}")
+        if row.name in layers
+        else row
+        for row in rows
+    )
 
 
 # ---------------------------------------------------------------- finding pairs
@@ -263,4 +283,4 @@ def _probe(layer: Any) -> Tensor:
     return input.to(weight.device)
 
 
-__all__ = ["fold_batch_norms"]
+__all__ = ["fold_batch_norms", "folded_rows"]

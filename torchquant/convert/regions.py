@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from torchquant.chains.region import Qparams, RegionForward, region_of
+from torchquant.chains.account import report_of
+from torchquant.chains.region import SCALE, ZERO_POINT, Qparams, RegionForward, region_of
 from torchquant.configs import Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
 from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.report import RegionReport
 from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
 
@@ -147,6 +149,20 @@ def observing(model: nn.Module) -> Iterator[None]:
             region.observing = False
 
 
+@contextmanager
+def learn(regions: Iterable[RegionForward]) -> Iterator[None]:
+    """A context in which regions see a batch as their first one, but observe nothing."""
+    regions = list(regions)
+    for region in regions:
+        region.observing = True
+    try:
+        yield
+    finally:
+        for region in regions:
+            region.observing = False
+            region.restart()
+
+
 def regions_in(model: nn.Module) -> list[RegionForward]:
     """The regions of a prepared or converted model.
 
@@ -167,6 +183,30 @@ def remove(region: RegionForward) -> None:
     """Give the root of a region the forward of its class again."""
     if region_of(region.root) is region:
         del region.root.__dict__["forward"]
+
+
+def forget(model: nn.Module) -> None:
+    """Remove all regions of a model and their scales."""
+    for region in regions_in(model):
+        remove(region)
+        region.root._buffers.pop(SCALE, None)
+        region.root._buffers.pop(ZERO_POINT, None)
+
+
+def region_reports(
+    model: nn.Module,
+    refusals: Iterable[Refusal] = (),
+    useless: Iterable[tuple[RegionForward, str]] = (),
+) -> tuple[RegionReport, ...]:
+    """The reports on the regions of a model, and on the modules that are none."""
+    reports = [report_of(region) for region in regions_in(model)]
+    others = [(one.path, one.module, one.reason) for one in refusals]
+    others += [(region.name, region.root, reason) for region, reason in useless]
+    reports += (
+        RegionReport(path, type(module).__name__, "float", reason)
+        for path, module, reason in others
+    )
+    return tuple(reports)
 
 
 @dataclass
