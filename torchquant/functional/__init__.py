@@ -14,6 +14,8 @@ them with ``torch.equal``. Each module describes what its functions promise:
   sequences
 * :mod:`~torchquant.functional.hard_activations`: relu, relu6, hardswish, hardsigmoid, leaky_relu
   with torch's bits
+* :mod:`~torchquant.functional.images`: sums, products, functions, concatenations of int8 tensors
+* :mod:`~torchquant.functional.pools`: pools and upsampling of int8 images
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
 * :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward
@@ -55,6 +57,13 @@ from torchquant.functional.hard_activations import (
     relu,
     relu6,
 )
+from torchquant.functional.images import (
+    int8_add,
+    int8_concat,
+    int8_map,
+    int8_mul,
+    int8_table,
+)
 from torchquant.functional.linear import (
     int8_mm,
     linear_dynamic,
@@ -62,6 +71,12 @@ from torchquant.functional.linear import (
     linear_static,
 )
 from torchquant.functional.norms import layer_norm, rms_norm
+from torchquant.functional.pools import (
+    int8_adaptive_avg_pool,
+    int8_avg_pool,
+    int8_max_pool,
+    int8_upsample_nearest,
+)
 from torchquant.functional.qat import (
     mm_fake_quantized,
     qat_linear,
@@ -91,7 +106,16 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "in_range",
+    "int8_adaptive_avg_pool",
+    "int8_add",
+    "int8_avg_pool",
+    "int8_concat",
+    "int8_map",
+    "int8_max_pool",
     "int8_mm",
+    "int8_mul",
+    "int8_table",
+    "int8_upsample_nearest",
     "layer_norm",
     "leaky_relu",
     "learned_zero_point",
