@@ -27,7 +27,7 @@ LAYERS = (
     ("triton",),
     ("ops", "compat", "models"),
     ("functional",),
-    ("configs", "report"),
+    ("configs", "report", "data"),
     ("scheme", "cpu"),
     ("_extension", "version"),
 )
