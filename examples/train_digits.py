@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import tempfile
 import time
@@ -24,18 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant.models.digits import (
-    CHECKPOINT_FILE,
-    CONFIG_KEY,
-    DATA_FILE,
-    MAX_PIXEL,
-    DigitsTransformer,
-)
+from torchquant.data.digits import DATA_FILE, MAX_PIXEL
+from torchquant.models.checkpoint import save_checkpoint
+from torchquant.models.digits import CHECKPOINT_FILE, CONFIG_KEY, DigitsTransformer
 
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "torchquant" / "data"
 TEST_IMAGES = 450
@@ -153,13 +147,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right.double().mean().item()
 
 
-def save_checkpoint(model: DigitsTransformer, path: Path) -> None:
-    """Write the weights in fp32, and the sizes of the model."""
-    metadata = {CONFIG_KEY: json.dumps(model.config)}
-    # save_file() would make a file that only its owner may read, and it ships in a package.
-    path.write_bytes(safetensors.torch.save(model.state_dict(), metadata))
-
-
 def report_file(path: Path) -> None:
     """Print name, size and hash of a file, to compare runs."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -174,7 +161,7 @@ def run(folder: Path, recipe: Recipe, seed: int) -> None:
     make_data(data_file, seed)
     train_images, train_labels = read_data(data_file, "train")
     model = train(train_images, train_labels, recipe, seed)
-    save_checkpoint(model, checkpoint)
+    save_checkpoint(model, checkpoint, CONFIG_KEY, model.config)
     print(f"accuracy on {len(train_labels)} training images:", end=" ")
     print(f"{accuracy(model, train_images, train_labels):.2%}")
     test_images, test_labels = read_data(data_file, "test")

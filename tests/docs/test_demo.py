@@ -15,6 +15,8 @@ from torch import nn
 
 import torchquant
 from torchquant import cpu, demo
+from torchquant.data import digits as digits_data
+from torchquant.data import files
 from torchquant.demo import exactness, tables, training
 from torchquant.demo.exactness import Check, count_differing
 from torchquant.demo.steps import Steps
@@ -31,7 +33,7 @@ INT8_LAYERS = 8
 
 def test_data_is_what_scikit_learn_has():
     source = pytest.importorskip("sklearn.datasets").load_digits()
-    with np.load(DATA / digits.DATA_FILE) as file:
+    with np.load(DATA / digits_data.DATA_FILE) as file:
         assert np.array_equal(file["images"], source.images)
         assert np.array_equal(file["labels"], source.target)
         parts = np.concatenate([file["train_indices"], file["test_indices"]])
@@ -78,7 +80,7 @@ def test_loading_the_model_draws_no_random_numbers():
 
 @pytest.mark.parametrize("load", [load_digits_data, load_digits_model])
 def test_missing_file_is_named(load, monkeypatch, tmp_path):
-    monkeypatch.setattr(digits, "__file__", str(tmp_path / "models" / "digits.py"))
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     with pytest.raises(FileNotFoundError, match=r"file data/digits\S+ is missing; reinstall"):
         load()
 
@@ -373,6 +375,6 @@ def test_training_script_runs_in_small():
         [sys.executable, str(script), "--smoke"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for line in ("accuracy on 450 test images", digits.DATA_FILE, digits.CHECKPOINT_FILE):
+    for line in ("accuracy on 450 test images", digits_data.DATA_FILE, digits.CHECKPOINT_FILE):
         assert line in done.stdout
     assert before == {path.name: path.read_bytes() for path in DATA.iterdir()}, "writes elsewhere"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ _CHANGES_STATE = (
     "enable",
     "init",
 )
+_COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>")
 _MAX_DEPTH = 4
 
 
@@ -111,7 +112,34 @@ def may_run(module: nn.Module) -> bool:
     )
 
 
+def effect_of(module: nn.Module) -> str | None:
+    """What the module's own forward may do besides computing its result, or None.
+
+    Submodules may be called, because the caller asks about each of them. Work in place is no effect
+    here: the caller looks for it in the recorded operations.
+
+    Example:
+        >>> class Counting(nn.Module):
+        ...     def forward(self, x):
+        ...         self.calls = 1
+        ...         return x
+        >>> effect_of(nn.Sequential()), effect_of(Counting())
+        (None, 'Counting.forward may do more than compute its result (calls)')
+    """
+    cls = type(module)
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return f"the forward of {cls.__name__} is not that of its class"
+    for base in cls.__mro__:
+        if "forward" in vars(base) and base.__module__.partition(".")[0] not in _TRACED_LIBRARIES:
+            reader = _Reader(module, in_place=True, fixed=False, inherits=True, submodules=True)
+            if not reader.is_pure(vars(base)["forward"], 0):
+                found = f" ({reader.found})" if reader.found else ""
+                return f"{base.__name__}.forward may do more than compute its result{found}"
+    return None
+
+
 _LIBRARIES = ("torch", "torchquant", "transformers", "timm", "torchvision", "diffusers")
+_TRACED_LIBRARIES = ("torch", "torchquant", "timm", "torchvision")
 _UNKNOWN = object()
 _DATA = (int, float, str, tuple, torch.Tensor)
 
@@ -127,12 +155,20 @@ class _Reader:
     """Reads the functions that a module's forward calls."""
 
     def __init__(
-        self, module: nn.Module, in_place: bool, fixed: bool, inherits: bool = False
+        self,
+        module: nn.Module,
+        in_place: bool,
+        fixed: bool,
+        inherits: bool = False,
+        submodules: bool = False,
     ) -> None:
         self.module = module
         self.in_place = in_place
         self.fixed = fixed
         self.inherits = inherits  # whether super().forward may be called
+        self.submodules = submodules  # whether modules below this one may be called
+        self.known = {id(child) for child in module.modules()} if submodules else set()
+        self.found = ""  # the name at which the first function that is not pure was left
 
     def is_pure(self, function: Any, depth: int, *, bound: bool = True) -> bool:
         """True if a function, or a method of the module if ``bound``, only computes."""
@@ -144,6 +180,8 @@ class _Reader:
             return False
         if str(function.__module__).startswith("torch."):
             return True
+        if self.submodules and function.__module__.partition(".")[0] in _TRACED_LIBRARIES:
+            return True
         inherits = self.inherits and function.__code__.co_freevars == ("__class__",)
         if getattr(function, "__wrapped__", None) is not None:
             return False
@@ -152,11 +190,37 @@ class _Reader:
         return self._is_pure_code(function, depth, bound)
 
     def _is_pure_code(self, function: FunctionType, depth: int, bound: bool) -> bool:
-        code, variables = function.__code__, function.__globals__
+        code = function.__code__
         owner = code.co_varnames[0] if bound and code.co_argcount else None
+        return self._only_computes(code, function.__globals__, owner, depth, frozenset())
+
+    def _only_computes(
+        self,
+        code: CodeType,
+        variables: dict[str, Any],
+        owner: str | None,
+        depth: int,
+        outer: frozenset[str],
+    ) -> bool:
+        """True if the code does; ``outer`` names the variables of the function around it."""
+        shared = outer | frozenset(code.co_cellvars) if self.submodules else frozenset()
         value: Any = None  # what the last instructions loaded, if it is known
         for instruction in dis.get_instructions(code):
             name, argument = instruction.opname, instruction.argval
+            if self.submodules:
+                if isinstance(argument, str):
+                    self.found = argument
+                if isinstance(argument, CodeType) and not (
+                    argument.co_name in _COMPREHENSIONS
+                    and self._only_computes(argument, variables, owner, depth, shared)
+                ):
+                    return False
+                if _is_of_comprehension(instruction, code, shared):
+                    value = self.module if argument == owner else None
+                    continue
+                if _works_in_place(instruction):
+                    value = None
+                    continue
             if self.inherits and argument in ("super", "__class__"):
                 value = super
                 continue
@@ -195,20 +259,47 @@ class _Reader:
         if value is None or isinstance(value, (int, float, str, tuple, torch.Tensor, torch.dtype)):
             return True
         if isinstance(value, ModuleType):
-            return value.__name__ in _MODULES
+            return value.__name__ in _MODULES or (self.submodules and value.__name__ == "operator")
         if isinstance(value, BuiltinFunctionType):
             owner = getattr(value, "__module__", None) or ""
             return value.__module__ in ("math", None) or owner.startswith("torch")
         if isinstance(value, functools.partial):
             return "inplace" not in value.keywords and self._is_known(value.func, depth)
+        of = value.__self__ if isinstance(value, MethodType) else None
+        if isinstance(of, nn.Module) and of is not self.module and id(of) in self.known:
+            other = _Reader(of, True, False, inherits=True, submodules=True)
+            return other.is_pure(value.__func__, depth + 1)
         if isinstance(value, (FunctionType, MethodType)):
             return self.is_pure(value, depth + 1, bound=False)
         if isinstance(value, nn.Module):
+            if id(value) in self.known:
+                return True
             leaf = not value._modules and is_pure(value, in_place=self.in_place)
             return value is self.module or leaf
         if isinstance(value, type):
             return value in (torch.Tensor, float, int, bool, tuple, list)
         return type(value).__module__.startswith("torch")
+
+
+def _is_of_comprehension(
+    instruction: dis.Instruction, code: CodeType, shared: frozenset[str]
+) -> bool:
+    """True if the instruction belongs to a comprehension, or to the variables that it reads."""
+    name, argument = instruction.opname, instruction.argval
+    if name in ("LOAD_DEREF", "STORE_DEREF", "LOAD_CLASSDEREF"):
+        return argument in shared and argument != "__class__"
+    if name == "YIELD_VALUE":
+        return code.co_name == "<genexpr>"
+    return name == "MAKE_FUNCTION"  # the code of the function was read before
+
+
+def _works_in_place(instruction: dis.Instruction) -> bool:
+    """True for ``x += y`` on a variable, and for an argument ``inplace``."""
+    name, argument, text = instruction.opname, instruction.argval, instruction.argrepr
+    if name.startswith("INPLACE_") or (name == "BINARY_OP" and text.endswith("=")):
+        return True
+    named = name in ("KW_NAMES", "LOAD_CONST") and isinstance(argument, tuple)
+    return named and "inplace" in argument and "out" not in argument
 
 
 def _is_harmless(instruction: dis.Instruction) -> bool:

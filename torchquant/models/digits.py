@@ -1,4 +1,4 @@
-"""A transformer classifier of handwritten digits, with its data, small enough to ship.
+"""A transformer classifier of handwritten digits, small enough to ship.
 
 The image is cut into patches of 2 x 2 pixels, each patch becomes a token::
 
@@ -8,44 +8,24 @@ The image is cut into patches of 2 x 2 pixels, each patch becomes a token::
 The linear layers of the blocks are large enough to gain from integer kernels. The patch embedding
 (4 inputs) and the head (10 outputs) are too small and stay in float, as in real models.
 
-``examples/train_digits.py`` makes the data file and the checkpoint.
+``examples/train_digits.py`` makes the checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchquant.data.files import packaged
+from torchquant.models.checkpoint import load_checkpoint
+
 IMAGE_SIZE = 8
 PATCH_SIZE = 2
 CLASSES = 10
-MAX_PIXEL = 16  # each pixel counts the ink dots in a 4 x 4 square of the scanned bitmap
 
-DATA_FILE = "digits.npz"
 CHECKPOINT_FILE = "digits_transformer.safetensors"
-# A single metadata key: safetensors writes several keys in no fixed order, and the training script
-# must write the same bytes for the same weights.
 CONFIG_KEY = "digits_transformer"
-
-
-class DigitsData(NamedTuple):
-    """The digits, split into a part to train on and a part to test on.
-
-    Images are fp32 ``[n, 8, 8]`` with values from 0 (white) to 1 (ink), labels int64 ``[n]`` with
-    values from 0 to 9.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
 
 
 class SelfAttention(nn.Module):
@@ -152,32 +132,6 @@ def _patches(images: Tensor) -> Tensor:
     return grid.reshape(batch, side * side, PATCH_SIZE * PATCH_SIZE)
 
 
-def load_digits_data() -> DigitsData:
-    """The handwritten digits that ship with the package, without scikit-learn.
-
-    1797 images from the UCI "Optical Recognition of Handwritten Digits" data set (CC BY 4.0), as
-    scikit-learn distributes them; see ``torchquant/data/README.md``. The split is fixed.
-
-    Returns:
-        :class:`DigitsData`; images fp32 ``[n, 8, 8]`` from 0 to 1, labels int64 ``[n]``.
-
-    Raises:
-        FileNotFoundError: the data file is missing from the installed package.
-
-    Example:
-        >>> from torchquant.models import load_digits_data
-        >>> data = load_digits_data()
-        >>> data.train_images.shape, data.test_images.shape
-        (torch.Size([1347, 8, 8]), torch.Size([450, 8, 8]))
-    """
-    with np.load(_packaged(DATA_FILE)) as file:
-        images = torch.from_numpy(file["images"]).to(torch.float32) / MAX_PIXEL
-        labels = torch.from_numpy(file["labels"]).to(torch.int64)
-        train = torch.from_numpy(file["train_indices"]).to(torch.int64)
-        test = torch.from_numpy(file["test_indices"]).to(torch.int64)
-    return DigitsData(images[train], labels[train], images[test], labels[test])
-
-
 def load_digits_model() -> DigitsTransformer:
     """The trained fp32 :class:`DigitsTransformer` that ships with the package, in evaluation mode.
 
@@ -190,22 +144,9 @@ def load_digits_model() -> DigitsTransformer:
         >>> model.training, model.blocks[0].attention.qkv.weight.dtype
         (False, torch.float32)
     """
-    with safetensors.safe_open(_packaged(CHECKPOINT_FILE), framework="pt") as file:
-        config = json.loads(file.metadata()[CONFIG_KEY])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config, state = load_checkpoint(packaged(CHECKPOINT_FILE, "train_digits.py"), CONFIG_KEY)
     # The initial weights are random and unused; drawing them must not change the caller's state.
     with torch.random.fork_rng(devices=[]):
         model = DigitsTransformer(**config)
     model.load_state_dict(state)
     return model.eval()
-
-
-def _packaged(name: str) -> Path:
-    """Path of the package's data file ``name``."""
-    path = Path(__file__).resolve().parent.parent / "data" / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"torchquant: the package's file data/{name} is missing; reinstall torchquant, or "
-            "make it with examples/train_digits.py"
-        )
-    return path

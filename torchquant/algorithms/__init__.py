@@ -1,0 +1,1 @@
+"""Accuracy without training: algorithms on a prepared model, each a pure function and a verb."""

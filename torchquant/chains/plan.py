@@ -1,0 +1,355 @@
+"""Which values of a recorded forward are int8, and which calls make one step.
+
+A value is int8 if a layer with static activations reads it, or a step whose own result is int8.
+Everything else stays float32. Values that pass through unchanged (max pooling, flattening, nearest
+upsampling) share their scale with what they are made from; such a group of values is an *edge*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torchquant.chains.operations import (
+    Activate,
+    Add,
+    Concat,
+    Flatten,
+    Layer,
+    MaxPool,
+    Mul,
+    Operation,
+    Other,
+    Same,
+    Shape,
+    Upsample,
+)
+from torchquant.configs import Static
+from torchquant.graph.trace import Trace, refs
+
+_PASSING = (MaxPool, Flatten, Upsample)
+_MIXING = (Add, Mul, Concat)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The calls of one step: a layer, then perhaps an addition, then perhaps an activation.
+
+    Args:
+        calls: the indices of the calls; the result of the last one is the step's output.
+        operands: the indices of the results that the first call reads.
+        residual: the index of the result that the addition reads besides, or None.
+        activation: the function of the activation, or "none".
+    """
+
+    calls: tuple[int, ...]
+    operands: tuple[int, ...]
+    residual: int | None = None
+    activation: str = "none"
+
+    @property
+    def end(self) -> int:
+        """The index of the call whose result is the step's output."""
+        return self.calls[-1]
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """All results that the step reads."""
+        return self.operands if self.residual is None else (*self.operands, self.residual)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is int8 in a region.
+
+    Args:
+        operations: what each call computes.
+        sources: for each call the index of the result that is its own; an identity has its
+            argument's.
+        live: the calls whose results are needed.
+        edges: the quantization of each edge.
+        edge_of: the edge of each int8 value, by the index of its call.
+        points: the int8 values that are rounded right after their call; the other int8 values only
+            move integers.
+        layers: the edge that each layer reads, by the layer's path.
+        groups: the steps, by the index of their last call.
+        in_float: why a call that a step could compute does not, by its index.
+        dropped: layers that read no edge, and why.
+    """
+
+    operations: tuple[Operation, ...]
+    sources: tuple[int, ...]
+    live: frozenset[int]
+    edges: tuple[Static, ...]
+    edge_of: Mapping[int, int]
+    points: frozenset[int]
+    layers: Mapping[str, int]
+    groups: Mapping[int, Group]
+    in_float: Mapping[int, str]
+    dropped: Mapping[str, str]
+
+
+def make_plan(
+    trace: Trace,
+    operations: Sequence[Operation],
+    shapes: Sequence[Shape],
+    activations: Mapping[str, Static],
+) -> Plan:
+    """Decide which values of a region are int8.
+
+    Args:
+        trace: the calls of the region.
+        operations: what each of them computes.
+        shapes: the shape of each result in the first batch.
+        activations: the quantization of the activations that enter each layer, by path.
+    """
+    dropped: dict[str, str] = {}
+    while True:
+        used = {path: value for path, value in activations.items() if path not in dropped}
+        known = [
+            Other(f"{op.path}: {dropped.get(op.path, 'not a layer with static activations')}")
+            if isinstance(op, Layer) and op.path not in used
+            else op
+            for op in operations
+        ]
+        planner = _Planner(trace, known, shapes, used)
+        other = planner.conflicts()
+        if not other:
+            return planner.plan(dropped)
+        dropped.update(other)
+
+
+class _Planner:
+    def __init__(
+        self,
+        trace: Trace,
+        operations: Sequence[Operation],
+        shapes: Sequence[Shape],
+        activations: Mapping[str, Static],
+    ) -> None:
+        self.trace = trace
+        self.operations = operations
+        self.shapes = shapes
+        self.activations = activations
+        self.count = len(operations)
+        self.sources = self._sources()
+        self.live = self._live()
+        self.readers = self._readers()
+        self.next: dict[int, int] = {}  # the call that becomes part of the same step
+        self.residuals: dict[int, int] = {}  # by the index of the addition
+        self.in_float: dict[int, str] = {}
+        self.sequences = self._has_sequences()
+        self.able = self._able()
+        self._fuse_activations()
+        self.int8 = self._int8()
+        self.parents = {index: index for index in self.int8}
+        self._share()
+
+    # ------------------------------------------------------------ the graph without identities
+
+    def operands(self, index: int) -> tuple[int, ...]:
+        """The results that a call computes with; sizes are not among them."""
+        operation, call = self.operations[index], self.trace.calls[index]
+        reads = tuple(self.sources[read] for read in call.reads())
+        if isinstance(operation, (*_MIXING, Other)):
+            return reads
+        return reads[:1]
+
+    def _sources(self) -> list[int]:
+        found: list[int] = []
+        for index, operation in enumerate(self.operations):
+            reads = self.trace.calls[index].reads()
+            found.append(found[reads[0]] if isinstance(operation, Same) else index)
+        return found
+
+    def _live(self) -> set[int]:
+        waiting = [self.sources[read] for read in refs(self.trace.result)]
+        live: set[int] = set()
+        while waiting:
+            index = waiting.pop()
+            if index not in live:
+                live.add(index)
+                waiting += self.operands(index)
+        return live
+
+    def _readers(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self.count)]
+        for index in sorted(self.live):
+            for read in dict.fromkeys(self.operands(index)):
+                found[read].append(index)
+        for read in dict.fromkeys(self.sources[r] for r in refs(self.trace.result)):
+            found[read].append(self.count)
+        return found
+
+    # ------------------------------------------------------------ what can be a step
+
+    def _has_sequences(self) -> bool:
+        """True if three dimensions mean [n, c, l] here: a convolution makes such values."""
+        return any(
+            isinstance(operation, Layer) and not operation.linear and self._rank(index) == 3
+            for index, operation in enumerate(self.operations)
+        )
+
+    def _rank(self, index: int) -> int:
+        shape = self.shapes[index]
+        return 0 if shape is None else len(shape)
+
+    def _able(self) -> list[bool]:
+        """For each call whether a step can compute it from integers, or from quantized floats."""
+        able: list[bool] = []
+        for index, operation in enumerate(self.operations):
+            if isinstance(operation, (Same, Other)):
+                able.append(isinstance(operation, Same) and able[self.sources[index]])
+                continue
+            ranks = {self._rank(index), *map(self._rank, self.operands(index))}
+            allowed = {2, 4, 3} if self.sequences else {2, 4}
+            if isinstance(operation, Layer) and operation.linear:
+                allowed = {2}
+            if not ranks <= allowed:
+                self.in_float[index] = f"its values have {max(ranks)} dimensions"
+                able.append(False)
+            elif isinstance(operation, (Layer, *_PASSING)):
+                able.append(True)
+            else:
+                able.append(any(able[read] for read in self.operands(index)))
+        return able
+
+    def _fuse_activations(self) -> None:
+        for index in self.live:
+            operation = self.operations[index]
+            if isinstance(operation, (Layer, Add, Mul)) and self.able[index]:
+                readers = self.readers[index]
+                if len(readers) == 1 and readers[0] < self.count:
+                    after = self.operations[readers[0]]
+                    if isinstance(after, Activate):
+                        self.next[index] = readers[0]
+
+    def end(self, index: int) -> int:
+        """The last call of the step to which a call belongs."""
+        while index in self.next:
+            index = self.next[index]
+        return index
+
+    # ------------------------------------------------------------ what is int8
+
+    def _int8(self) -> set[int]:
+        found: set[int] = set()
+        for index in sorted(self.live, reverse=True):
+            operation = self.operations[index]
+            end = self.end(index)
+            if end == index and any(
+                self._wants_int8(reader, index, found) for reader in self.readers[index]
+            ):
+                found.add(index)
+            if isinstance(operation, Add) and self.able[index] and end in found:
+                self._fuse_addition(index)
+        return found
+
+    def _wants_int8(self, reader: int, index: int, found: set[int]) -> bool:
+        if reader == self.count:
+            return False
+        if isinstance(self.operations[reader], Layer):
+            return True
+        return self.able[reader] and self.end(reader) in found
+
+    def _fuse_addition(self, index: int) -> None:
+        candidates = [
+            read
+            for read in dict.fromkeys(self.operands(index))
+            if isinstance(self.operations[read], Layer)
+            and self.able[read]
+            and self.readers[read] == [index]
+        ]
+        if candidates and len(set(self.operands(index))) == 2:
+            layer = max(candidates)
+            (other,) = set(self.operands(index)) - {layer}
+            self.next[layer] = index
+            self.residuals[index] = other
+
+    # ------------------------------------------------------------ which values share a scale
+
+    def _share(self) -> None:
+        inputs: dict[str, int] = {}
+        for index in sorted(self.live):
+            operation = self.operations[index]
+            passing = isinstance(operation, _PASSING)
+            moving = isinstance(operation, Other) and operation.moves
+            if (passing or moving) and index in self.int8:
+                for read in self.operands(index):
+                    if read in self.int8:
+                        self._unite(index, read)
+            if isinstance(operation, Layer):
+                read = self.operands(index)[0]
+                self._unite(read, inputs.setdefault(operation.path, read))
+
+    def _find(self, index: int) -> int:
+        while self.parents[index] != index:
+            index = self.parents[index]
+        return index
+
+    def _unite(self, first: int, second: int) -> None:
+        a, b = sorted((self._find(first), self._find(second)))
+        self.parents[b] = a
+
+    def _layers(self) -> Iterator[tuple[str, int]]:
+        """The paths of the layers, with the first value of the edge that they read."""
+        for index in sorted(self.live):
+            operation = self.operations[index]
+            if isinstance(operation, Layer):
+                yield operation.path, self._find(self.operands(index)[0])
+
+    def conflicts(self) -> dict[str, str]:
+        """Layers that read an edge of other layers but have another quantization of activations."""
+        first: dict[int, tuple[str, Static]] = {}
+        found = {}
+        for path, edge in self._layers():
+            own = self.activations[path]
+            name, known = first.setdefault(edge, (path, own))
+            if known != own:
+                found[path] = f"it reads the value of {name}, which has other activations"
+        return found
+
+    def plan(self, dropped: Mapping[str, str]) -> Plan:
+        layers = dict(self._layers())
+        chosen = {edge: self.activations[path] for path, edge in layers.items()}
+        usual = next(iter(self.activations.values()), Static())
+        between = replace(usual, bits=8, narrow_range=None)  # read by no layer
+        firsts = sorted({self._find(index) for index in self.int8})
+        numbers = {first: number for number, first in enumerate(firsts)}
+        groups = {group.end: group for group in self._groups()}
+        return Plan(
+            tuple(self.operations),
+            tuple(self.sources),
+            frozenset(self.live),
+            tuple(chosen.get(first, between) for first in firsts),
+            {index: numbers[self._find(index)] for index in sorted(self.int8)},
+            frozenset(index for index in self.int8 if self._rounds(index)),
+            {path: numbers[edge] for path, edge in layers.items()},
+            groups,
+            {index: why for index, why in self.in_float.items() if index in self.live},
+            dict(dropped),
+        )
+
+    def _rounds(self, index: int) -> bool:
+        operation = self.operations[index]
+        moving = isinstance(operation, Other) and operation.moves
+        if not (moving or isinstance(operation, _PASSING)):
+            return True
+        return not all(read in self.int8 for read in self.operands(index)[:1])
+
+    def _groups(self) -> Iterator[Group]:
+        inner = set(self.next.values())
+        for index in sorted(self.live):
+            operation = self.operations[index]
+            if index in inner or not self.able[index] or isinstance(operation, (Same, Other)):
+                continue
+            end = self.end(index)
+            if not isinstance(operation, Layer) and end not in self.int8:
+                continue
+            calls = [index]
+            while calls[-1] in self.next:
+                calls.append(self.next[calls[-1]])
+            residual = next((self.residuals[c] for c in calls if c in self.residuals), None)
+            last = self.operations[end]
+            function = last.function if isinstance(last, Activate) else "none"
+            yield Group(tuple(calls), self.operands(index), residual, function)
