@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same_bits, check_everywhere, generator, leaf
-from support.conv_layers import TRAINING
+from support.conv_modules import TRAINING
 from torch import Tensor, nn
 
 from torchquant import ObservedQuantizer

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support import FLOATS, INF, NAN, assert_same_bits, check_everywhere, floats, leaf
-from support.conv_layers import (
+from support.conv_modules import (
     CONFIGS,
     SIZES,
     SIZES_2D,

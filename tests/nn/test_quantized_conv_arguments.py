@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.conv_layers import CONFIGS, float_conv, quantized
+from support.conv_modules import CONFIGS, float_conv, quantized
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same_bits
-from support.conv_layers import CONFIGS, SIZES, float_conv, input_of, quantized
+from support.conv_modules import CONFIGS, SIZES, float_conv, input_of, quantized
 from support.layers import assert_same_state
 from torch import nn
 
