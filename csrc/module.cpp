@@ -6,9 +6,11 @@
 #include "boxed/complete.h"
 #include "caller.h"
 #include "fast_call.h"
+#include "guard.h"
 #include "isa.h"
 #include "formats/int8_tiles.h"
 #include "operators.h"
+#include "program_binding.h"
 
 namespace {
 
@@ -50,6 +52,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
   if (PyModule_AddFunctions(m.ptr(), torchquant::caller_methods) != 0) throw pybind11::error_already_set();
+  if (torchquant::add_guard(m.ptr()) != 0) throw pybind11::error_already_set();
+  torchquant::add_program(m);
   m.def("cpu_name", &torchquant::cpu_name);
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("peak_names", &torchquant::bench::peak_names);

@@ -102,7 +102,7 @@ def cases(m: int, n: int, k: int, dtype: torch.dtype, special: bool) -> Iterator
 
         return run
 
-    activations = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+    activations = tuple(torchquant.functional.ACTIVATIONS)
     combinations = itertools.product((True, False), (False, True))
     for index, (symmetric, zero) in enumerate(combinations):
         name = f"linear_dynamic symmetric={symmetric} zero={zero}"

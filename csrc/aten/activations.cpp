@@ -106,6 +106,17 @@ at::Tensor sigmoid_of(const at::Tensor& x) {
   return torchquant::reciprocal(e + 1.0);
 }
 
+at::Tensor hardsigmoid_times_6(const at::Tensor& x) {
+  const at::Tensor a = x + 3.0;
+  const at::Tensor b = max_of(0.0, a);
+  return min_of(6.0, b);
+}
+
+at::Tensor leaky_relu_of(const at::Tensor& x) {
+  const at::Tensor a = x * constant_like(x, 0x1.47ae14p-7);
+  return at::where(a >= x, a, x);
+}
+
 at::Tensor activated(const at::Tensor& x, Activation activation) {
   switch (activation) {
     case Activation::kNone: return x;
@@ -115,6 +126,10 @@ at::Tensor activated(const at::Tensor& x, Activation activation) {
     case Activation::kSilu: return silu_of(x);
     case Activation::kTanh: return tanh_of(x);
     case Activation::kSigmoid: return sigmoid_of(x);
+    case Activation::kRelu6: return min_of(6.0, max_of(0.0, x));
+    case Activation::kHardswish: return torchquant::divide(x * hardsigmoid_times_6(x), 6.0);
+    case Activation::kHardsigmoid: return torchquant::divide(hardsigmoid_times_6(x), 6.0);
+    case Activation::kLeakyRelu: return leaky_relu_of(x);
   }
   return x;
 }

@@ -306,7 +306,13 @@ inline Activation activation_from(const char* op, std::string_view name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "tanh") return Activation::kTanh;
   if (name == "sigmoid") return Activation::kSigmoid;
-  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, got '",
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "hardswish") return Activation::kHardswish;
+  if (name == "hardsigmoid") return Activation::kHardsigmoid;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  TORCH_CHECK_VALUE(false, op,
+                    ": activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, "
+                    "hardsigmoid, leaky_relu, got '",
                     name, "'");
 }
 

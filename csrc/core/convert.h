@@ -30,7 +30,10 @@ static_assert(out_type(TQ_I8) == OutType::kI8 && out_type(TQ_U8) == OutType::kU8
 static_assert(activation_of(TQ_NONE) == Activation::kNone && activation_of(TQ_RELU) == Activation::kRelu);
 static_assert(activation_of(TQ_GELU) == Activation::kGelu && activation_of(TQ_GELU_TANH) == Activation::kGeluTanh);
 static_assert(activation_of(TQ_SILU) == Activation::kSilu && activation_of(TQ_TANH) == Activation::kTanh);
-static_assert(activation_of(TQ_SIGMOID) == Activation::kSigmoid && row_mode(TQ_STATIC) == RowMode::kStatic);
+static_assert(activation_of(TQ_SIGMOID) == Activation::kSigmoid && activation_of(TQ_RELU6) == Activation::kRelu6);
+static_assert(activation_of(TQ_HARDSWISH) == Activation::kHardswish);
+static_assert(activation_of(TQ_HARDSIGMOID) == Activation::kHardsigmoid);
+static_assert(activation_of(TQ_LEAKY_RELU) == Activation::kLeakyRelu && row_mode(TQ_STATIC) == RowMode::kStatic);
 static_assert(row_mode(TQ_SYMMETRIC) == RowMode::kSymmetric && row_mode(TQ_ASYMMETRIC) == RowMode::kAsymmetric);
 static_assert(mask_type(TQ_NO_MASK) == MaskType::kNone && mask_type(TQ_BOOL_MASK) == MaskType::kBool);
 static_assert(mask_type(TQ_FLOAT_MASK) == MaskType::kFloat);

@@ -24,13 +24,28 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#if defined(__GNUC__)
+#pragma GCC visibility push(default) /* these names can be looked up in the library that contains them */
+#endif
 
 typedef enum tq_status { TQ_OK, TQ_OUT_OF_MEMORY, TQ_UNUSABLE_ISA } tq_status;
 
 /* Element types. "Float" below means one of the first three. */
 typedef enum tq_type { TQ_F32, TQ_BF16, TQ_F16, TQ_I8, TQ_U8, TQ_I32 } tq_type;
 
-typedef enum tq_activation { TQ_NONE, TQ_RELU, TQ_GELU, TQ_GELU_TANH, TQ_SILU, TQ_TANH, TQ_SIGMOID } tq_activation;
+typedef enum tq_activation {
+  TQ_NONE,
+  TQ_RELU,
+  TQ_GELU,
+  TQ_GELU_TANH,
+  TQ_SILU,
+  TQ_TANH,
+  TQ_SIGMOID,
+  TQ_RELU6,
+  TQ_HARDSWISH,
+  TQ_HARDSIGMOID,
+  TQ_LEAKY_RELU /* slope 0.01 */
+} tq_activation;
 
 /* Where the scale of a row comes from: it is given, or from the row's own range, without or with a zero point. */
 typedef enum tq_row_mode { TQ_STATIC, TQ_SYMMETRIC, TQ_ASYMMETRIC } tq_row_mode;
@@ -197,6 +212,70 @@ bool tq_conv_is_depthwise(int64_t channels_per_group, int64_t groups);
 tq_status tq_conv(const tq_conv_call* call, const tq_parallel* parallel); /* of both kinds */
 tq_status tq_conv_depthwise(const tq_conv_call* call, const tq_parallel* parallel);
 
+/* The weight of a depthwise convolution, contiguous int8 [outputs, kernel_h, kernel_w], in the layout that the kernels
+ * read: tq_depthwise_blocks runs of tq_depthwise_block_bytes, aligned to 64. */
+int64_t tq_depthwise_blocks(int64_t outputs);
+int64_t tq_depthwise_block_bytes(int64_t kernel_h, int64_t kernel_w);
+tq_status tq_pack_depthwise(const int8_t* weight, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int8_t* packed,
+                            const tq_parallel* parallel);
+tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
+                              int8_t* weight, const tq_parallel* parallel);
+
+/* ---------------------------------------------------------------- steps between convolutions */
+
+/* A float image with any strides: channels_last, contiguous (channel_stride = h * w), or neither. */
+typedef struct tq_image_float {
+  void* data;
+  tq_type type; /* a float type */
+  int64_t n, h, w, c;
+  int64_t image_stride, row_stride, pixel_stride, channel_stride;
+} tq_image_float;
+
+/* Float images to int8 images of the same n, h, w, c, and back. NaN becomes the zero point. */
+tq_status tq_image_quantize(const tq_image_float* x, tq_qparams qparams, const tq_image* q,
+                            const tq_parallel* parallel);
+tq_status tq_image_dequantize(const tq_image* q, tq_qparams qparams, const tq_image_float* x,
+                              const tq_parallel* parallel);
+
+/* out = activation(a + b), activation(a * b): real values of int8 images, one sum or product in fp32. `out` is TQ_I8
+ * with out_qparams, or of a float type. Strides of 0 repeat: b of a product may be one pixel for each image. */
+tq_status tq_image_add(const tq_image* a, tq_qparams a_qparams, const tq_image* b, tq_qparams b_qparams,
+                       tq_activation activation, const tq_image* out, tq_qparams out_qparams,
+                       const tq_parallel* parallel);
+tq_status tq_image_mul(const tq_image* a, tq_qparams a_qparams, const tq_image* b, tq_qparams b_qparams,
+                       tq_activation activation, const tq_image* out, tq_qparams out_qparams,
+                       const tq_parallel* parallel);
+
+/* out = table[q + 128]: any function of one int8 value. `table`: int8_t [256] for TQ_I8, float [256] for TQ_F32.
+ * With `out` a slice of the channels of a wider image this is one part of a concatenation; null copies. */
+tq_status tq_image_map(const tq_image* in, const void* table, const tq_image* out, const tq_parallel* parallel);
+
+/* Windows of a pool. The padding is that of both sides; the sizes of `out` say how many windows there are. */
+typedef struct tq_window {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t dilation_h, dilation_w; /* 1 for tq_image_avg_pool */
+} tq_window;
+
+/* The greatest element of each window; -128 where a window has none. int8 to int8, with the same qparams. */
+tq_status tq_image_max_pool(const tq_image* in, const tq_window* window, const tq_image* out,
+                            const tq_parallel* parallel);
+
+/* sum of (q - zero_point) * (scale * (1 / count)), as TQ_I8 with out_qparams or as floats. count: `divisor` where it is
+ * not 0, otherwise the elements of the window, with those of the padding or without. A sum fits 32 bits. */
+tq_status tq_image_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_window* window, bool count_include_pad,
+                            int64_t divisor, const tq_image* out, tq_qparams out_qparams, const tq_parallel* parallel);
+
+/* The same over the windows [floor(i * in / out), ceil((i + 1) * in / out)). */
+tq_status tq_image_adaptive_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_image* out,
+                                     tq_qparams out_qparams, const tq_parallel* parallel);
+
+/* Pixel (y, x) of `out` is pixel (min(floor(y * scale_h), in.h - 1), ...) of `in`, in fp32. Any type. */
+tq_status tq_image_upsample_nearest(const tq_image* in, float scale_h, float scale_w, const tq_image* out,
+                                    const tq_parallel* parallel);
+
+/* Each image as one row in the order [c, h, w]: int8 [n, c * h * w], out_stride elements from row to row. */
+tq_status tq_image_flatten(const tq_image* in, int8_t* out, int64_t out_stride, const tq_parallel* parallel);
+
 /* ---------------------------------------------------------------- activations */
 
 /* out = activation(x), or activation(x) * up. Rows of `length` elements; out is contiguous. */
@@ -300,6 +379,9 @@ tq_status tq_minmax(const void* x, tq_type type, const tq_spans* spans, int64_t 
 tq_status tq_quantize_pack(const tq_rows* weight, tq_row_mode mode, int32_t qmin, int32_t qmax, int8_t* packed,
                            float* scale, int32_t* zero_point, const tq_parallel* parallel);
 
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -10,7 +10,9 @@
 #include "kernels/activations.h"
 #include "kernels/affine.h"
 #include "kernels/attention.h"
+#include "kernels/depthwise.h"
 #include "kernels/fake_quantize.h"
+#include "kernels/image.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/qat.h"
@@ -28,6 +30,13 @@ namespace torchquant {
   KERNEL(quantize_span, const SpanArgs&)                                              \
   KERNEL(dequantize_span, const SpanArgs&)                                            \
   KERNEL(activate_span, const ActivationArgs&)                                        \
+  KERNEL(quantize_pixels, const ImageConvertArgs&)                                    \
+  KERNEL(dequantize_pixels, const ImageConvertArgs&)                                  \
+  KERNEL(combine_pixels, const ImageCombineArgs&)                                     \
+  KERNEL(map_pixels, const ImageMapArgs&)                                             \
+  KERNEL(max_pool_row, const ImagePoolArgs&)                                          \
+  KERNEL(average_pool_row, const ImagePoolArgs&)                                      \
+  KERNEL(depthwise, const DepthwiseArgs&, int64_t block, int64_t row0, int64_t row1)  \
   KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                     \
   KERNEL(pack_attention, const AttentionArgs&)                                        \
   KERNEL(attend, const AttentionArgs&, int64_t q0, int64_t q1)                        \

@@ -107,7 +107,7 @@ SCALES = {"input_scale": 1.0, "weight_scale": 1.0}
             lambda: quantized_linear(X, W, **SCALES, activation="swish"),
             ValueError,
             "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
-            "sigmoid, got 'swish'",
+            "sigmoid, relu6, hardswish, hardsigmoid, leaky_relu, got 'swish'",
         ),
         (
             lambda: linear_dynamic(X, W, 1.0),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import integers, positive
+from support import ACTIVATIONS, integers, positive
 from torch import Tensor
 
 from torchquant import cpu, ops
@@ -177,7 +177,7 @@ def check_functions(rows: int, inputs: int, before: bool) -> None:
         x = torch.randn(rows, inputs).to(dtype)
         weight, bias = (beside_a_hole(torch.randn(inputs).to(dtype), before) for _ in range(2))
         for placed in (beside_a_hole(x, before), rows_beside_a_hole(x, before)):
-            for name in ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"):
+            for name in ACTIVATIONS:
                 ops.activation(placed, name, dtype=torch.float32)
                 ops.gated_activation(placed, placed, name)
             ops.rms_norm(placed, weight, 1e-6, cast_before_weight=True)

@@ -220,7 +220,7 @@ REFUSALS: Refusals = {
         lambda: dynamic(activation="swish"),
         ValueError,
         "linear_dynamic: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
-        "sigmoid, got 'swish'",
+        "sigmoid, relu6, hardswish, hardsigmoid, leaky_relu, got 'swish'",
     ),
     "linear_dynamic: output_dtype": (
         lambda: dynamic(output_dtype=torch.int8),

@@ -129,7 +129,8 @@ REFUSALS: dict[str, tuple[Tensor, dict[str, Any], type[Exception], str]] = {
         X,
         {"activations": ["relu", "mish"]},
         ValueError,
-        "activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, got 'mish'",
+        "activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, "
+        "hardswish, hardsigmoid, leaky_relu, got 'mish'",
     ),
     "a layer too few": (
         X,

@@ -115,7 +115,7 @@ REFUSALS: Refusals = {
         lambda: quantized_linear(Q, WEIGHT, **CALL, activation="mish"),
         ValueError,
         "quantized_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, tanh, "
-        "sigmoid, got 'mish'",
+        "sigmoid, relu6, hardswish, hardsigmoid, leaky_relu, got 'mish'",
     ),
 }
 

@@ -19,6 +19,10 @@ KNOWN = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "leaky_relu": nn.LeakyReLU,
 }
 KNOWN = {name: make for name, make in KNOWN.items() if name in functional.ACTIVATIONS}
 

@@ -22,7 +22,10 @@ from torchquant.nn.replaced_activation import (
 )
 from torchquant.report import FusionReport
 
-_FUNCTIONS = ("gelu", "relu", "relu_", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_")
+_FUNCTIONS = (
+    *("gelu", "relu", "relu_", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "relu6"),
+    *("hardswish", "hardsigmoid", "leaky_relu", "leaky_relu_"),
+)
 _RELU_FUNCTIONS = ("relu", "relu_")
 
 

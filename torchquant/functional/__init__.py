@@ -10,8 +10,12 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
-* :mod:`~torchquant.functional.activations`: relu, gelu, gelu_tanh, silu, tanh, sigmoid as
-  fixed fp32 sequences
+* :mod:`~torchquant.functional.images`: sums, products, functions, concatenations of int8 tensors
+* :mod:`~torchquant.functional.pools`: pools and upsampling of int8 images
+* :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
+  sequences
+* :mod:`~torchquant.functional.hard_activations`: relu, relu6, hardswish, hardsigmoid, leaky_relu
+  with torch's bits
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
 * :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward
@@ -25,7 +29,6 @@ from torchquant.functional.activations import (
     gated_activation,
     gelu,
     gelu_tanh,
-    relu,
     sigmoid,
     silu,
     tanh,
@@ -47,6 +50,20 @@ from torchquant.functional.fake_quantize import (
     positive,
     unpack_bits,
 )
+from torchquant.functional.hard_activations import (
+    hardsigmoid,
+    hardswish,
+    leaky_relu,
+    relu,
+    relu6,
+)
+from torchquant.functional.images import (
+    int8_add,
+    int8_concat,
+    int8_map,
+    int8_mul,
+    int8_table,
+)
 from torchquant.functional.linear import (
     int8_mm,
     linear_dynamic,
@@ -54,6 +71,12 @@ from torchquant.functional.linear import (
     linear_static,
 )
 from torchquant.functional.norms import layer_norm, rms_norm
+from torchquant.functional.pools import (
+    int8_adaptive_avg_pool,
+    int8_avg_pool,
+    int8_max_pool,
+    int8_upsample_nearest,
+)
 from torchquant.functional.qat import (
     mm_fake_quantized,
     qat_linear,
@@ -80,9 +103,21 @@ __all__ = [
     "gated_activation",
     "gelu",
     "gelu_tanh",
+    "hardsigmoid",
+    "hardswish",
     "in_range",
+    "int8_adaptive_avg_pool",
+    "int8_add",
+    "int8_avg_pool",
+    "int8_concat",
+    "int8_map",
+    "int8_max_pool",
     "int8_mm",
+    "int8_mul",
+    "int8_table",
+    "int8_upsample_nearest",
     "layer_norm",
+    "leaky_relu",
     "learned_zero_point",
     "linear_dynamic",
     "linear_dynamic_split",
@@ -102,6 +137,7 @@ __all__ = [
     "quantize_rows",
     "quantized_linear",
     "relu",
+    "relu6",
     "rms_norm",
     "shift_bias",
     "sigmoid",

@@ -57,6 +57,16 @@ def fmaf(a: float | Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     return odd.to(torch.float32)
 
 
+def at_least(limit: float, x: Tensor) -> Tensor:
+    """The limit where ``x`` is less, otherwise ``x``: also NaN, and a zero of either sign."""
+    return torch.where(x < limit, limit, x)
+
+
+def at_most(limit: float, x: Tensor) -> Tensor:
+    """The limit where ``x`` is greater, otherwise ``x``: also NaN, and a zero of either sign."""
+    return torch.where(x > limit, limit, x)
+
+
 def divide(numerator: Tensor, denominator: float | Tensor) -> Tensor:
     """One IEEE fp32 division, even if the denominator is a number and the device is CUDA."""
     if not isinstance(denominator, Tensor):

@@ -35,13 +35,20 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from torchquant.functional._arithmetic import fmaf
+from torchquant.functional._arithmetic import at_least, at_most, fmaf
 from torchquant.functional._checks import (
     FLOAT_DTYPES,
     describe,
     dtype_name,
     require_device,
     require_dtype,
+)
+from torchquant.functional.hard_activations import (
+    hardsigmoid,
+    hardswish,
+    leaky_relu,
+    relu,
+    relu6,
 )
 
 _MAGIC = float.fromhex("0x1.8p+23")  # adding it rounds to an integer, which lands in the low bits
@@ -89,26 +96,6 @@ _GELU = tuple(
 )
 
 
-def relu(input: Tensor) -> Tensor:
-    """``max(0, x)``: +0 for x < 0, otherwise x itself: NaN stays NaN and -0.0 stays -0.0.
-
-    Args:
-        input: fp32 tensor of any shape.
-
-    Returns:
-        fp32 tensor of the same shape.
-
-    Raises:
-        TypeError: ``input`` is not float32.
-
-    Example:
-        >>> relu(torch.tensor([-1.0, 2.0]))
-        tensor([0., 2.])
-    """
-    require_dtype("relu", "input", input, (torch.float32,))
-    return _max(0.0, input)
-
-
 def silu(input: Tensor) -> Tensor:
     """SiLU, ``x / (1 + exp(-x))``, in a fixed sequence of fp32 operations.
 
@@ -126,8 +113,8 @@ def silu(input: Tensor) -> Tensor:
         tensor([-0.2689,  0.0000,  0.7311])
     """
     require_dtype("silu", "input", input, (torch.float32,))
-    a = _max(-_SILU_LIMIT, input)
-    g = _min(_SILU_LIMIT, a)
+    a = at_least(-_SILU_LIMIT, input)
+    g = at_most(_SILU_LIMIT, a)
     e = _exp(-g)
     d = e + 1.0
     return a / d
@@ -153,8 +140,8 @@ def gelu_tanh(input: Tensor) -> Tensor:
         tensor([-0.1588,  0.0000,  0.8412])
     """
     require_dtype("gelu_tanh", "input", input, (torch.float32,))
-    a = _max(-_GELU_TANH_LIMIT, input)
-    b = _min(_GELU_TANH_LIMIT, a)
+    a = at_least(-_GELU_TANH_LIMIT, input)
+    b = at_most(_GELU_TANH_LIMIT, a)
     s = b * b
     w = fmaf(s, _GELU_TANH_CUBIC, _GELU_TANH_LINEAR)
     g = b * w
@@ -186,7 +173,7 @@ def gelu(input: Tensor) -> Tensor:
         tensor([-0.1587,  0.0000,  0.8413])
     """
     require_dtype("gelu", "input", input, (torch.float32,))
-    a = _min(_GELU_LIMIT, input.abs())
+    a = at_most(_GELU_LIMIT, input.abs())
     h = a * a
     low = fmaf(a, a, -h)
     y = h * -0.5
@@ -198,7 +185,7 @@ def gelu(input: Tensor) -> Tensor:
     p = _horner(_GELU, t)
     q = v * p
     q = q * e
-    m = _max(0.0, input)
+    m = at_least(0.0, input)
     return m - q
 
 
@@ -225,7 +212,7 @@ def tanh(input: Tensor) -> Tensor:
         tensor([-0.7616,  0.0000,  0.7616])
     """
     require_dtype("tanh", "input", input, (torch.float32,))
-    a = _min(_TANH_LIMIT, input.abs())
+    a = at_most(_TANH_LIMIT, input.abs())
     y = a + a
     r, power = _reduce_exp(y)
     h = r * r
@@ -255,8 +242,8 @@ def sigmoid(input: Tensor) -> Tensor:
         tensor([0.2689, 0.5000, 0.7311])
     """
     require_dtype("sigmoid", "input", input, (torch.float32,))
-    a = _max(-_SIGMOID_LIMIT, input)
-    g = _min(_SIGMOID_LIMIT, a)
+    a = at_least(-_SIGMOID_LIMIT, input)
+    g = at_most(_SIGMOID_LIMIT, a)
     e = _exp(-g)
     d = e + 1.0
     return torch.true_divide(torch.ones_like(d), d)
@@ -287,6 +274,10 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "silu": silu,
         "tanh": tanh,
         "sigmoid": sigmoid,
+        "relu6": relu6,
+        "hardswish": hardswish,
+        "hardsigmoid": hardsigmoid,
+        "leaky_relu": leaky_relu,
     }
 )
 
@@ -296,7 +287,8 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
 
     Args:
         input: float32, bfloat16 or float16 of any shape; widened to float32 exactly.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
         dtype: float32, bfloat16 or float16, rounded to once; by default input's.
 
     Returns:
@@ -357,15 +349,6 @@ def require_activation(who: str, activation: str) -> None:
         raise ValueError(
             f"{who}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-
-
-def _max(limit: float, x: Tensor) -> Tensor:
-    # limit > x ? limit : x, which is x for NaN and for a zero of either sign (x86 maxps(limit, x))
-    return torch.where(x < limit, limit, x)
-
-
-def _min(limit: float, x: Tensor) -> Tensor:
-    return torch.where(x > limit, limit, x)
 
 
 def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

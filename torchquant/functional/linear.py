@@ -86,7 +86,8 @@ def linear_dynamic(
         bias: fp32, bf16 or fp16 ``[N]`` or None; added in fp32.
         symmetric, activation_bits: ``symmetric`` and ``bits`` of
             :func:`torchquant.functional.quantize_per_token`.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
         output_dtype: float32, bfloat16 or float16; by default input's dtype.
 
     Returns:

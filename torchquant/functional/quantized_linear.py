@@ -65,7 +65,8 @@ def quantized_linear(
         output_bits: 2 to 8; range of an integer result.
         output_dtype: float32, bfloat16, float16; with output_scale uint8 or int8 (the default,
             float32, then means int8).
-        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu6",
+            "hardswish", "hardsigmoid" or "leaky_relu".
 
     Returns:
         ``[..., N]`` of ``output_dtype``. NaN before an integer output becomes its zero point.

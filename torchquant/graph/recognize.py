@@ -25,9 +25,15 @@ _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "relu6": F.relu6,
+    "hardswish": lambda x: torch.where(x < _HARDSWISH_OVERFLOW, F.hardswish(x), torch.inf),
+    "hardsigmoid": F.hardsigmoid,
+    "leaky_relu": F.leaky_relu,
 }
-# Error of an fp32 result divided by max(1, abs(x)); ReLU must be exact. Usual formulas in fp32 have
-# errors up to 2e-7; different functions differ by 1e-4 and more.
+_EXACT = ("relu", "relu6", "leaky_relu")
+_HARDSWISH_OVERFLOW = 3.4e38 / 6  # the product by 6 comes before the division
+# Error of an fp32 result divided by max(1, abs(x)), of those that are not exact. Usual formulas in
+# fp32 have errors up to 2e-7; different functions differ by 1e-4 and more.
 _TOLERANCE = 4e-7
 _GRADIENT_TOLERANCE = 1e-4
 _LOW_PRECISION_TOLERANCE = 8  # in eps: one rounding for each operation of a formula
@@ -42,7 +48,7 @@ def activation_of(module: nn.Module) -> str | None:
     parameters or buffers are not recognised.
 
     Example:
-        >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU()), activation_of(nn.Dropout())
+        >>> activation_of(nn.SiLU()), activation_of(nn.LeakyReLU(0.2)), activation_of(nn.Dropout())
         ('silu', None, None)
     """
     if "forward" in module.__dict__:
@@ -108,10 +114,11 @@ def _close(module: nn.Module, name: str, reference: Callable[[Tensor], Tensor], 
     got = module.forward(x.clone())
     if type(got) is not Tensor or got.dtype != torch.float32 or got.shape != x.shape:
         return False
-    if name == "relu":
+    if name in _EXACT:
         return torch.equal(got, reference(x))
     allowed = _TOLERANCE * x.double().abs().clamp(min=1)
-    return bool(((got.double() - reference(x.double())).abs() <= allowed).all())
+    wanted = reference(x.double())
+    return bool(((got == wanted) | ((got.double() - wanted).abs() <= allowed)).all())
 
 
 def _same_gradient(module: nn.Module, reference: Callable[[Tensor], Tensor], grid: Tensor) -> bool:

@@ -16,7 +16,8 @@ class Activation(nn.Module):
     """An activation function, selected by name; one pass, and the same bits on every device.
 
     Args:
-        name: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
+        name: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu6", "hardswish",
+            "hardsigmoid" or "leaky_relu".
 
     Raises:
         ValueError: ``name`` is not one of the names above.

@@ -52,8 +52,8 @@ class QuantizedLinear(QuantizedModule):
         bias: whether the layer has a bias.
         config: the configuration, with weights per channel and ``Dynamic`` or ``Static``
             activations; None is ``Int8DynamicActivationInt8WeightConfig()``.
-        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid"; applied after
-            the bias.
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu6",
+            "hardswish", "hardsigmoid" or "leaky_relu"; applied after the bias.
         device: device of the state, which is not initialised; :meth:`from_float` creates a layer
             with values.
         dtype: the dtype in which the layer works: that of its bias and its readable ``weight``;

@@ -26,6 +26,7 @@ _is_compiling = torch.compiler.is_compiling  # torch.export too
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_EXACT = frozenset(("relu", "relu6"))  # they round nothing
 _DEVICES = frozenset(("cpu", "cuda"))
 
 
@@ -96,11 +97,11 @@ def mark(output: Tensor, place: ReplacedActivation) -> Tensor:
 def has_same_bits(function: str, input: Tensor) -> bool:
     """True if a layer that applies the function gives the bits of the layer and the module.
 
-    The layer rounds its result to the dtype of the output once, the two round twice. ReLU commutes
-    with rounding, and a float32 output is not rounded.
+    The layer rounds its result to the dtype of the output once, the two round twice. ReLU and ReLU6
+    commute with rounding, and a float32 output is not rounded.
     """
     full = input.dtype is torch.float32 and not _is_any_autocast_enabled()
-    return full or function == "relu"
+    return full or function in _EXACT
 
 
 def replace_activation_(module: nn.Module, function: str) -> None:
@@ -124,8 +125,8 @@ def replace_activation_(module: nn.Module, function: str) -> None:
     """
     cls: Any = type(module)
     module.__class__ = _replacement(cls)
-    # ReLU is exact in torch, and a module that works in place must keep doing so.
-    exact = function == "relu" or bool(getattr(module, "inplace", False))
+    # These are exact in torch, and a module that works in place must keep doing so.
+    exact = function in _EXACT or bool(getattr(module, "inplace", False))
     module.__dict__.update(function=function, _uses_operator=not exact)
 
 

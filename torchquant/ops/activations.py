@@ -17,7 +17,8 @@ def activation(input: Tensor, activation: str, *, dtype: torch.dtype | None = No
 
     Args:
         input: float32, bfloat16 or float16 of any shape and strides; widened to float32 exactly.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
         dtype: float32, bfloat16 or float16, to which the result is rounded once; input's when None.
 
     Returns:

@@ -116,7 +116,8 @@ def linear_dynamic(
         out_features: N.
         symmetric: True: activations in [-127, 127]; False: in [-128, 127] with a zero point per
             token. Fewer ``activation_bits`` use the signed range of that many bits.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid, applied in float32.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu, applied in float32.
         output_dtype: float32, bfloat16 or float16; input's when None.
         activation_bits: 2 to 8.
 

@@ -79,7 +79,8 @@ def quantized_linear(
             ``output_dtype=torch.uint8``.
         output_zero_point, output_bits: zero point and number of bits of a quantized result.
         output_dtype: float32, bfloat16 or float16 (int8 or uint8 with ``output_scale``).
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
 
     Returns:
         ``[..., N]``; the bits of :func:`torchquant.functional.quantized_linear` on every device.

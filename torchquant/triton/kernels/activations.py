@@ -1,4 +1,5 @@
-"""Activation functions: torchquant/functional/activations.py line by line, and their kernel.
+"""Activation functions: torchquant/functional/activations.py and
+hard_activations.py line by line, and their kernel.
 
 As in that file, one line is one operation with one rounding. Its docstrings give the origin of the
 formulas and their errors.
@@ -18,6 +19,7 @@ _EXP_1 = tl.constexpr(float.fromhex("0x1.123a20p-7"))
 _EXP_2 = tl.constexpr(float.fromhex("0x1.5558f2p-5"))
 _EXP_3 = tl.constexpr(float.fromhex("0x1.555492p-3"))
 _EXP_4 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
+_LEAKY_SLOPE = tl.constexpr(float.fromhex("0x1.47ae14p-7"))  # 0.01 in fp32
 
 _GELU_TANH_LINEAR = tl.constexpr(float.fromhex("0x1.988454p+0"))
 _GELU_TANH_CUBIC = tl.constexpr(float.fromhex("0x1.2444f2p-4"))
@@ -83,6 +85,36 @@ def _exp(x):
 @triton.jit
 def relu(x):
     return _max(0.0, x)
+
+
+@triton.jit
+def relu6(x):
+    a = _max(0.0, x)
+    return _min(6.0, a)
+
+
+@triton.jit
+def _hardsigmoid_times_6(x):
+    a = x + 3.0
+    b = _max(0.0, a)
+    return _min(6.0, b)
+
+
+@triton.jit
+def hardsigmoid(x):
+    return divide(_hardsigmoid_times_6(x), 6.0)
+
+
+@triton.jit
+def hardswish(x):
+    d = x * _hardsigmoid_times_6(x)
+    return divide(d, 6.0)
+
+
+@triton.jit
+def leaky_relu(x):
+    a = x * _LEAKY_SLOPE
+    return tl.where(a >= x, a, x)
 
 
 @triton.jit
@@ -172,6 +204,14 @@ def apply_activation(y, ACTIVATION: tl.constexpr):
         y = tanh(y)
     elif ACTIVATION == "sigmoid":
         y = sigmoid(y)
+    elif ACTIVATION == "relu6":
+        y = relu6(y)
+    elif ACTIVATION == "hardswish":
+        y = hardswish(y)
+    elif ACTIVATION == "hardsigmoid":
+        y = hardsigmoid(y)
+    elif ACTIVATION == "leaky_relu":
+        y = leaky_relu(y)
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return y

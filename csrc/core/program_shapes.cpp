@@ -1,0 +1,129 @@
+// The shape of each value of a program, from the shapes of the arguments. Pools count their windows as torch does.
+#include <stdexcept>
+#include <string>
+
+#include "core/program.h"
+
+namespace torchquant::program {
+namespace {
+
+std::string text(const Shape& s) {
+  std::string out = "[" + std::to_string(s.n) + ", " + std::to_string(s.c);
+  if (s.rank == 4) out += ", " + std::to_string(s.h);
+  if (s.rank >= 3) out += ", " + std::to_string(s.w);
+  return out + "]";
+}
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("Program: " + what); }
+
+// Positions of a kernel along one dimension.
+int64_t positions(int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after, int64_t dilation,
+                  bool ceil_mode) {
+  const int64_t room = size + before + after - dilation * (kernel - 1) - 1;
+  if (room < 0) return 0;
+  int64_t count = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  if (ceil_mode && (count - 1) * stride >= size + before) --count;  // the last window must begin inside the image
+  return count;
+}
+
+Shape windows(const Step& s, const Shape& in, const char* what) {
+  Shape out = in;
+  out.h = positions(in.h, s.kernel[0], s.stride[0], s.before[0], s.after[0], s.dilation[0], s.ceil_mode);
+  out.w = positions(in.w, s.kernel[1], s.stride[1], s.before[1], s.after[1], s.dilation[1], s.ceil_mode);
+  if (out.h < 1 || out.w < 1) {
+    refuse(std::string(what) + ": input must be at least as large as the kernel, got " + text(in) +
+           " for a kernel of " + std::to_string(s.kernel[0]) + " x " + std::to_string(s.kernel[1]));
+  }
+  return out;
+}
+
+void require_channels(const Step& s, const Shape& in, const char* what) {
+  if (in.c != s.weight.inputs)
+    refuse(std::string(what) + ": input must have " + std::to_string(s.weight.inputs) + " channels, got " + text(in));
+}
+
+Shape conv_shape(const Step& s, const Shape& in) {
+  if (in.rank < 3) refuse("convolution: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  require_channels(s, in, "convolution");
+  Shape out = windows(s, in, "convolution");
+  out.c = s.weight.outputs;
+  return out;
+}
+
+Shape linear_shape(const Step& s, const Shape& in) {
+  if (in.rank != 2) refuse("linear layer: input must be [n, c], got " + text(in));
+  require_channels(s, in, "linear layer");
+  Shape out = in;
+  out.c = s.weight.outputs;
+  return out;
+}
+
+Shape pointwise_shape(const Step& s, const Shape& left, const Shape& right) {
+  const bool one_pixel = s.kind == Kind::kMul && right.h == 1 && right.w == 1 && right.n == left.n &&
+                         right.c == left.c && right.rank == left.rank;
+  if (!(left == right) && !one_pixel)
+    refuse("sum or product: both inputs must have one shape, got " + text(left) + " and " + text(right));
+  return left;
+}
+
+Shape concat_shape(const Step& s, const std::vector<Shape>& shapes) {
+  Shape out = shapes[static_cast<size_t>(s.inputs[0])];
+  out.c = 0;
+  for (const int32_t value : s.inputs) {
+    Shape part = shapes[static_cast<size_t>(value)];
+    const Shape whole = part;
+    out.c += part.c;
+    part.c = out.c;
+    if (!(part == out))
+      refuse("concatenation: all inputs must have the shape of the first except for the channels, got " + text(whole) +
+             " after " + text(shapes[static_cast<size_t>(s.inputs[0])]));
+  }
+  return out;
+}
+
+Shape pool_shape(const Step& s, const Shape& in) {
+  if (in.rank < 3) refuse("pooling: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  if (s.kind != Kind::kAdaptiveAvgPool) return windows(s, in, "pooling");
+  Shape out = in;
+  if (s.size[0]) out.h = s.size[0];
+  if (s.size[1]) out.w = s.size[1];
+  return out;
+}
+
+Shape upsampled_shape(const Step& s, const Shape& in) {
+  if (in.rank < 3) refuse("upsampling: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  Shape out = in;
+  out.h = s.size[0] ? s.size[0] : in.h * s.factor[0];
+  out.w = s.size[1] ? s.size[1] : in.w * s.factor[1];
+  return out;
+}
+
+}  // namespace
+
+Shape output_shape(const Step& step, const std::vector<Shape>& shapes, const Request& request) {
+  if (step.kind == Kind::kInput) return request.arguments[static_cast<size_t>(step.place)];
+  const Shape in = shapes[static_cast<size_t>(step.inputs[0])];
+  Shape out = in;
+  switch (step.kind) {
+    case Kind::kConv: out = conv_shape(step, in); break;
+    case Kind::kLinear: out = linear_shape(step, in); break;
+    case Kind::kAdd:
+    case Kind::kMul: out = pointwise_shape(step, in, shapes[static_cast<size_t>(step.inputs[1])]); break;
+    case Kind::kMaxPool:
+    case Kind::kAvgPool:
+    case Kind::kAdaptiveAvgPool: out = pool_shape(step, in); break;
+    case Kind::kConcat: out = concat_shape(step, shapes); break;
+    case Kind::kUpsample: out = upsampled_shape(step, in); break;
+    case Kind::kFlatten: out = {in.n, 1, 1, in.h * in.w * in.c, 2}; break;
+    case Kind::kInput:
+    case Kind::kMap:
+    case Kind::kOutput: break;
+  }
+  if (step.residual >= 0 && !(shapes[static_cast<size_t>(step.residual)] == out)) {
+    refuse("convolution: the residual must have the result's shape " + text(out) + ", got " +
+           text(shapes[static_cast<size_t>(step.residual)]));
+  }
+  return out;
+}
+
+}  // namespace torchquant::program

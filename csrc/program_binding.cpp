@@ -1,0 +1,168 @@
+// torchquant._C.Program(values, steps): a program (core/program.h) from Python's description.
+//
+// values: None for float32, or (scale, zero_point, qmin, qmax). steps: dictionaries with "kind" and what the step has;
+// torchquant/chains/program.py writes them.
+#include "program_binding.h"
+
+#include <map>
+#include <string>
+#include <utility>
+
+#include "common/checks.h"
+#include "cpu/core_call.h"
+#include "cpu/program.h"
+
+namespace torchquant {
+namespace {
+
+namespace py = pybind11;
+using program::Kind;
+using program::Pair;
+using program::Step;
+using program::Value;
+
+const std::map<std::string, Kind> kKinds = {
+    {"input", Kind::kInput},
+    {"conv", Kind::kConv},
+    {"linear", Kind::kLinear},
+    {"add", Kind::kAdd},
+    {"mul", Kind::kMul},
+    {"map", Kind::kMap},
+    {"max_pool", Kind::kMaxPool},
+    {"avg_pool", Kind::kAvgPool},
+    {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
+    {"concat", Kind::kConcat},
+    {"upsample", Kind::kUpsample},
+    {"flatten", Kind::kFlatten},
+    {"output", Kind::kOutput},
+};
+
+using Held = std::vector<at::Tensor>;
+
+// An alias of the tensor, which keeps its memory whatever happens to the tensor; a copy where kernels cannot read it.
+const at::Tensor& hold(Held& held, const at::Tensor& t, at::ScalarType type, int64_t alignment) {
+  const char* const op = "Program";
+  TORCH_CHECK_TYPE(t.is_cpu() && t.scalar_type() == type, op, ": a layer's tensor must be ", dtype_name(type),
+                   " on the CPU, got ", describe(t));
+  at::Tensor own = t.detach();
+  if (!own.is_contiguous() || reinterpret_cast<uintptr_t>(own.const_data_ptr()) % static_cast<uintptr_t>(alignment))
+    own = own.clone(at::MemoryFormat::Contiguous);
+  held.push_back(std::move(own));
+  return held.back();
+}
+
+// One value for each output channel.
+template <class T>
+const T* per_output(Held& held, const at::Tensor& t, at::ScalarType type, int64_t outputs) {
+  TORCH_CHECK_VALUE(t.numel() == outputs, "Program: a layer's tensor must have one element for each of ", outputs,
+                    " outputs, got ", describe(t));
+  return hold(held, t, type, alignof(T)).const_data_ptr<T>();
+}
+
+class Reader {  // of one step
+ public:
+  Reader(py::dict step, Held& held) : step_(std::move(step)), held_(held) {}
+
+  Step read() {
+    const auto kind = kKinds.find(get<std::string>("kind"));
+    TORCH_CHECK_VALUE(kind != kKinds.end(), "Program: kind must be that of a step, got ", get<std::string>("kind"));
+    Step s{};
+    s.kind = kind->second;
+    set("inputs", s.inputs);
+    set("residual", s.residual);
+    set("output", s.output);
+    set("place", s.place);
+    TORCH_CHECK_VALUE(s.place >= 0, "Program: place must not be negative, got ", s.place);
+    if (has("activation")) s.activation = activation_of("Program", get<std::string>("activation"));
+    for (auto [name, pair] : {std::pair<const char*, Pair*>{"kernel", &s.kernel}, {"stride", &s.stride},
+                              {"before", &s.before}, {"after", &s.after}, {"dilation", &s.dilation}, {"size", &s.size},
+                              {"factor", &s.factor}}) {
+      set(name, *pair);
+      const bool may_be_zero = pair == &s.before || pair == &s.after || pair == &s.size;
+      for (const int64_t n : *pair)
+        TORCH_CHECK_VALUE(n >= (may_be_zero ? 0 : 1) && n < (int64_t{1} << 31), "Program: ", name,
+                          " is out of range, got ", n);
+    }
+    set("ceil_mode", s.ceil_mode);
+    set("count_include_pad", s.count_include_pad);
+    set("divisor", s.divisor);
+    for (const auto& table : get_or<std::vector<at::Tensor>>("tables")) {
+      TORCH_CHECK_VALUE(table.numel() == 0 || table.numel() == 256, "Program: a table must have 256 elements, got ",
+                        describe(table));
+      if (s.kind == Kind::kMap && table.scalar_type() == at::kFloat) {
+        s.float_table.assign(table.const_data_ptr<float>(), table.const_data_ptr<float>() + 256);
+        continue;
+      }
+      const int8_t* const first = table.const_data_ptr<int8_t>();
+      s.tables.emplace_back(first, first + table.numel());
+    }
+    if (s.kind == Kind::kConv || s.kind == Kind::kLinear) read_weight(s.weight);
+    return s;
+  }
+
+ private:
+  bool has(const char* name) const { return step_.contains(name) && !step_[name].is_none(); }
+  template <class T>
+  T get(const char* name) const {
+    return step_[name].cast<T>();
+  }
+  template <class T>
+  T get_or(const char* name) const {
+    return has(name) ? get<T>(name) : T{};
+  }
+  template <class T>
+  void set(const char* name, T& value) const {
+    if (has(name)) value = get<T>(name);
+  }
+
+  void read_weight(program::Weight& w) {
+    set("in_channels", w.inputs);
+    set("out_channels", w.outputs);
+    set("groups", w.groups);
+    w.packed = hold(held_, get<at::Tensor>("packed"), at::kChar, 64).const_data_ptr<int8_t>();
+    w.scale = per_output<float>(held_, get<at::Tensor>("weight_scale"), at::kFloat, w.outputs);
+    if (has("weight_zero_point"))
+      w.zero_point = per_output<int32_t>(held_, get<at::Tensor>("weight_zero_point"), at::kInt, w.outputs);
+    if (has("bias")) w.bias = per_output<float>(held_, get<at::Tensor>("bias"), at::kFloat, w.outputs);
+  }
+
+  py::dict step_;
+  Held& held_;
+};
+
+std::unique_ptr<TensorProgram> make(const py::list& values, const py::list& steps) {
+  std::vector<Value> own_values;
+  for (const auto& value : values) {
+    Value v{TQ_F32, {1.0f, 0, -128, 127}};
+    if (!value.is_none()) {
+      const auto [scale, zero, qmin, qmax] = value.cast<std::tuple<float, int32_t, int32_t, int32_t>>();
+      v = {TQ_I8, {scale, zero, qmin, qmax}};
+      TORCH_CHECK_VALUE(-128 <= qmin && qmin <= zero && zero <= qmax && qmax <= 127,
+                        "Program: qmin <= zero_point <= qmax must lie within -128 .. 127, got ", qmin, ", ", zero,
+                        ", ", qmax);
+      TORCH_CHECK_VALUE(scale >= 0x1p-126f && scale <= 0x1.fffffep127f, "Program: scale must be a normal number, got ",
+                        scale);
+    }
+    own_values.push_back(v);
+  }
+  Held held;
+  std::vector<Step> own_steps;
+  for (const auto& step : steps) own_steps.push_back(Reader(step.cast<py::dict>(), held).read());
+  return std::make_unique<TensorProgram>(program::Program(std::move(own_values), std::move(own_steps)),
+                                         std::move(held));
+}
+
+}  // namespace
+
+void add_program(py::module_& m) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<TensorProgram>(m, "Program", "The steps of a chain, run by one call.")
+      .def(py::init(&make), py::arg("values"), py::arg("steps"))
+      .def("run", &TensorProgram::run, py::arg("inputs"), Released(),
+           "The results; None where an input holds NaN or infinities.")
+      .def("arena_bytes", &TensorProgram::arena_bytes, py::arg("inputs"))
+      .def_readwrite("uses_team", &TensorProgram::uses_team)
+      .def_readwrite("images_together", &TensorProgram::images_together);
+}
+
+}  // namespace torchquant
