@@ -8,13 +8,16 @@ from torchquant.report.quantization import (
     LayerReport,
     QuantizationReport,
 )
+from torchquant.report.regions import BreakReport, RegionReport
 from torchquant.report.words import human_bytes, percent, size_change
 
 __all__ = [
     "NORMS",
+    "BreakReport",
     "FusionReport",
     "LayerReport",
     "QuantizationReport",
+    "RegionReport",
     "Report",
     "RowReport",
     "fold",
