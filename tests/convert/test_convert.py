@@ -60,9 +60,9 @@ def test_convert_without_prepared_layers() -> None:
     with unchanged(model), pytest.raises(ValueError) as raised:
         convert_(model)
     assert str(raised.value) == (
-        "convert_: model must hold layers that prepare_qat_ prepared, got none; call "
-        "prepare_qat_(model, config) and train first, or quantize_(model, config) to quantize "
-        "without training"
+        "convert_: model must hold layers that prepare_ or prepare_qat_ prepared, got none; call "
+        "prepare_(model, config) and calibrate(model, loader), or prepare_qat_(model, config) and "
+        "train, or quantize_(model, config) to quantize without both"
     )
     with pytest.raises(ValueError, match=r"a bare QATLinear, .*use its to_quantized\(\)"):
         convert_(QATLinear(64, 64))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchquant.algorithms.batches import Enough, Forward, outputs_of
 from torchquant.algorithms.inputs import quantized_input
 from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_adjusted
-from torchquant.convert.qat import convert_
+from torchquant.convert.convert import convert_
 from torchquant.nn.base import QuantizedModule
 from torchquant.report.base import RowReport
 
