@@ -107,7 +107,9 @@ def taken(who: str, loader: Iterable[Any], limit: int | None = None) -> list[Any
         [0, 1, 2]
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{who}: limit must be None or a positive number of batches, got {limit!r}")
+        raise ValueError(
+            f"{who}: limit must be None or a positive number of batches, got {limit!r}"
+        )
     batches = list(islice(loader, limit))
     if not batches:
         raise ValueError(

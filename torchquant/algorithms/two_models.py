@@ -118,4 +118,3 @@ class TwoModels:
         ]
         outputs_of(self.who, self.model, self.batches[0], self.forward, dict.fromkeys(layers, see))
         return list(calls), calls
-
