@@ -66,7 +66,9 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
     except (KeyError, TypeError, ValueError) as error:
         raise Misfit(f"the entry of region {name!r} is not valid ({error})") from None
     record = _traced(root, where)
-    if [call.target for call in record.calls] != calls or not len(shapes) == len(calls) == len(flops):
+    if [call.target for call in record.calls] != calls or not len(shapes) == len(calls) == len(
+        flops
+    ):
         raise Misfit(f"{where} makes other calls than the one that was saved")
     activations = {}
     for path in layers:
