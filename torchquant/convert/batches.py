@@ -60,7 +60,7 @@ def _arguments(who: str, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...],
             signature.bind(*arguments, **named)
         except TypeError as error:
             raise ValueError(
-                f"{who}: a batch must fit the arguments of the model's forward{signature}, got "
+                f"{who}: a batch must fit the arguments of the model's {_written(signature)}, got "
                 f"{structure(batch)}: {error}; {_REMEDY}"
             ) from None
     return arguments, named
@@ -101,6 +101,13 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return inspect.signature(MethodType(type(model).forward, model))
     except (TypeError, ValueError):
         return None
+
+
+def _written(signature: inspect.Signature) -> str:
+    """``forward(x, mask=None)``, without annotations."""
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    names = [str(parameter) for parameter in plain]
+    return f"forward({_shortened(names)})"
 
 
 def structure(value: Any, depth: int = _DEPTH) -> str:

@@ -42,7 +42,7 @@ class InputObserver:
         if not isinstance(input, Tensor):
             return  # the layer itself raises
         if input.is_nested:
-            input = input.values()  # type: ignore[operator]
+            input = input.values()
         if self.observer.num_batches.device != input.device:
             self.observer.to(input.device)
         self.observer(input)

@@ -36,10 +36,12 @@ def unreached_layers(steps: list[Step], strict: bool) -> list[Step]:
         raise ValueError(f"convert_: {step.name} cannot be converted: {reason}")
     if found and strict:
         names = ", ".join(step.name for step, _ in found)
+        trained = any(isinstance(step.module, TrainedModule) for step, _ in found)
+        verb = "prepare_qat_" if trained else "prepare_"
         raise ValueError(
             "convert_: with strict=True a batch must have reached every prepared layer, got "
             f"{len(found)} without a range ({names}); run batches that reach them, exclude them "
-            "from the preparation with filter_fn, or pass strict=False to leave them in float"
+            f"from {verb} with filter_fn, or pass strict=False to leave them in float"
         )
     return [step for step, _ in found]
 
