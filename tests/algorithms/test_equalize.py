@@ -276,7 +276,7 @@ def test_layers_before_relu6_need_batches():
     model = depthwise(nn.ReLU6)
     before = copy.deepcopy(model.state_dict())
     report = equalize_(model)
-    assert "an activation cuts off at 6; pass batches" in report["0"].reason
+    assert "an activation cuts off at 6; pass a loader" in report["0"].reason
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -325,7 +325,7 @@ class Peeking(nn.Module):
 
 def test_parts_of_a_model_need_batches():
     model = Branching()
-    assert "pass batches" in equalize_(model)["body.0"].reason
+    assert "pass a loader" in equalize_(model)["body.0"].reason
     with torch.no_grad():
         model.body[0].weight[0] *= 50
     expected = model(images(4))
@@ -367,7 +367,7 @@ def test_models_without_float_layers_are_refused():
 
 
 def test_no_batches_are_refused():
-    with pytest.raises(ValueError, match=r"batches must hold at least one batch, got none"):
+    with pytest.raises(ValueError, match=r"loader must have batches, got none"):
         equalize_(depthwise(), [])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ from torchquant.algorithms.rounding import (
 )
 from torchquant.algorithms.two_models import TwoModels
 from torchquant.analysis.verify import tensors_in
-from torchquant.convert.adjustment import adjust, adjustment_of, float_weight
+from torchquant.convert.adjustment import (
+    Adjustment,
+    adjust,
+    adjustment_of,
+    float_weight,
+    is_adjusted,
+)
 from torchquant.report.base import Report, RowReport
 from torchquant.report.progress import track
 from torchquant.report.words import human_bytes
@@ -75,7 +81,7 @@ class AdaRoundReport(Report):
 @torch.no_grad()
 def adaround_(
     model: nn.Module,
-    batches: Iterable[Any],
+    loader: Iterable[Any],
     *,
     iterations: int = 1000,
     search_scales: bool = True,
@@ -90,19 +96,20 @@ def adaround_(
     the float model and in the quantized model, where the layers before it have their integers
     already, and finds the integers with the least error of the layer's outputs; see
     :func:`torchquant.algorithms.rounding.adaptive_rounding`. ``convert_`` then takes these
-    integers. The prepared model itself stays as it is, and a second call starts anew.
+    integers. The prepared model itself stays as it is, and a second call starts anew, without
+    corrections of biases.
 
     Call it after ``calibrate``. It serves weights of any number of bits, and gains most at few.
 
     Args:
         model: a model that ``prepare_`` prepared and that saw data in ``calibrate``.
-        batches: inputs, as for ``calibrate``. A few hundred samples are enough. All batches are
+        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough. All batches are
             kept in memory, and each layer runs the model up to this layer on all of them.
         iterations: number of learning steps per layer; 0 only corrects single weights.
         search_scales: whether to choose the scales of the weights, too, by the error of the
             outputs; a smaller scale cuts off the greatest weights.
         limit: the greatest number of batches; None for all.
-        forward: takes the model and a batch, and calls the model; None calls it with the batch.
+        forward: a function of ``(model, batch)`` that calls the model, as for ``calibrate``.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -111,7 +118,7 @@ def adaround_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is not prepared and calibrated, batches is empty, or iterations is not an
+        ValueError: model is not prepared and calibrated, loader has no batches, or iterations is not an
             integer of at least 0. The model is unchanged.
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020).
@@ -120,7 +127,7 @@ def adaround_(
         raise ValueError(
             f"adaround_: iterations must be an integer of at least 0, got {iterations!r}"
         )
-    models = TwoModels("adaround_", model, batches, limit, forward, without_integers=True)
+    models = TwoModels("adaround_", model, loader, limit, forward, anew=True)
     rows: list[RowReport] = []
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name in track(models.order, "adaround_", progress):
@@ -140,10 +147,14 @@ def adaround_(
         before, after = ((error + outputs) / outputs if outputs else 0.0 for error in errors)
         words = f"error {before:.1e} to {after:.1e}"
         rows.append(RoundedLayer(name, kind, "rounded", words, before, after))
+    corrected = any(adjustment_of(module).bias is not None for module in model.modules())
+    for module in model.modules():
+        if is_adjusted(module):
+            adjust(module, Adjustment())
     for name, (qweight, scale) in found.items():
-        layer = models.float_layer(name)
-        adjust(layer, replace(adjustment_of(layer), qweight=qweight, weight_scale=scale))
-    return AdaRoundReport((*rows, *models.left))
+        adjust(models.float_layer(name), Adjustment(qweight, scale))
+    notes = ("Corrections of biases were for other integers; call correct_bias_ again.",)
+    return AdaRoundReport((*rows, *models.left), notes if corrected else ())
 
 
 def _refusal(layer: Any, quantized: Any) -> str | None:

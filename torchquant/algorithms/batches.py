@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchquant.analysis.verify import tensors_in
+from torchquant.convert.batches import call
 
 Forward = Callable[[nn.Module, Any], Any]
 # Takes the name of a module, its first argument and its output.
@@ -22,6 +24,7 @@ class Enough(Exception):
 
 @torch.no_grad()
 def outputs_of(
+    who: str,
     model: nn.Module,
     batch: Any,
     forward: Forward | None = None,
@@ -30,9 +33,9 @@ def outputs_of(
     """The tensors that a model in evaluation mode computes from a batch; modes are restored.
 
     Args:
+        who: the verb, with which messages start.
         model: the model.
-        batch: a tensor, a tuple or list of arguments, or a mapping of arguments by name; anything
-            with ``forward``.
+        batch: as for :func:`torchquant.calibrate`; anything with ``forward``.
         forward: takes the model and the batch, and calls the model.
         hooks: functions that are called after each call of a module, by the name of the module. If
             one raises :class:`Enough`, the result is empty.
@@ -40,7 +43,7 @@ def outputs_of(
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten())
         >>> seen = {"0": lambda name, input, output: print(name, output.tolist())}
-        >>> outputs_of(net, torch.tensor([[-1.0, 2.0]]), hooks=seen)
+        >>> outputs_of("verb", net, torch.tensor([[-1.0, 2.0]]), hooks=seen)
         0 [[0.0, 2.0]]
         [tensor([[0., 2.]])]
     """
@@ -57,7 +60,8 @@ def outputs_of(
             stack.callback(handle.remove)
         try:
             model.eval()
-            return [*tensors_in(_call(model, batch, forward))]
+            result = call(who, model, batch) if forward is None else forward(model, batch)
+            return [*tensors_in(result)]
         except Enough:
             return []
         finally:
@@ -92,9 +96,24 @@ class Undo:
             parameter.copy_(value)
 
 
-def _call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
-    if forward is not None:
-        return forward(model, batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+def taken(who: str, loader: Iterable[Any], limit: int | None = None) -> list[Any]:
+    """The batches of a loader, at most ``limit``.
+
+    Raises:
+        ValueError: there is none, or limit is not a positive integer.
+
+    Example:
+        >>> taken("verb", range(10), 3)
+        [0, 1, 2]
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(
+            f"{who}: limit must be None or a positive number of batches, got {limit!r}"
+        )
+    batches = list(islice(loader, limit))
+    if not batches:
+        raise ValueError(
+            f"{who}: loader must have batches, got none; an iterator can be used only once, so pass "
+            "a list or a DataLoader"
+        )
+    return batches

@@ -80,7 +80,7 @@ class BiasCorrectionReport(Report):
 @torch.no_grad()
 def correct_bias_(
     model: nn.Module,
-    batches: Iterable[Any],
+    loader: Iterable[Any],
     *,
     limit: int | None = None,
     forward: Forward | None = None,
@@ -98,10 +98,10 @@ def correct_bias_(
 
     Args:
         model: a model that ``prepare_`` prepared and that saw data in ``calibrate``.
-        batches: inputs, as for ``calibrate``. A few hundred samples are enough. All batches are
+        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough. All batches are
             kept in memory, and each layer runs the model up to this layer on all of them.
         limit: the greatest number of batches; None for all.
-        forward: takes the model and a batch, and calls the model; None calls it with the batch.
+        forward: a function of ``(model, batch)`` that calls the model, as for ``calibrate``.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -110,13 +110,13 @@ def correct_bias_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is not prepared and calibrated, or batches is empty. The model is
+        ValueError: model is not prepared and calibrated, or loader has no batches. The model is
             unchanged.
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
     (2019), the empirical correction.
     """
-    models = TwoModels("correct_bias_", model, batches, limit, forward)
+    models = TwoModels("correct_bias_", model, loader, limit, forward)
     rows: list[RowReport] = []
     found: dict[str, Tensor] = {}
     for name in track(models.order, "correct_bias_", progress):

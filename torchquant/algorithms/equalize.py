@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchquant.algorithms.batches import Undo, outputs_of
+from torchquant.algorithms.batches import Undo, outputs_of, taken
 from torchquant.algorithms.consecutive import (
     Pair,
     dimensions,
@@ -64,7 +64,7 @@ class EqualizationReport(Report):
         rows: one row per layer of a kind that torchquant quantizes.
         notes: sentences that the user should read.
         difference: the greatest difference of the model's outputs on the first batch, relative to
-            their greatest magnitude; None without batches.
+            their greatest magnitude; None without a loader.
     """
 
     rows: tuple[EqualizedLayer, ...]
@@ -89,8 +89,9 @@ class EqualizationReport(Report):
 @torch.no_grad()
 def equalize_(
     model: nn.Module,
-    batches: Iterable[Any] | None = None,
+    loader: Iterable[Any] | None = None,
     *,
+    limit: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> EqualizationReport:
@@ -106,14 +107,15 @@ def equalize_(
     ranges of the data between layers change.
 
     ReLU6 cuts off at 6, so a channel that is scaled before it must not reach this value. With
-    ``batches`` the verb observes which channels stay below; others keep their scale. Without
-    batches, layers before a ReLU6 are left. A model whose forward cannot be recorded as a whole
-    needs batches as well: its outputs are then compared before and after.
+    a ``loader`` the verb observes which channels stay below; others keep their scale. Without one,
+    layers before a ReLU6 are left. A model whose forward cannot be recorded as a whole needs a
+    loader as well: its outputs are then compared before and after.
 
     Args:
         model: a float model, or one that ``prepare_`` prepared; in any training mode.
-        batches: inputs, as for ``calibrate``: tensors, tuples, dictionaries; or None.
-        forward: takes the model and a batch, and calls the model; None calls it with the batch.
+        loader: batches, as for :func:`torchquant.calibrate`; or None.
+        limit: the greatest number of batches; None for all.
+        forward: a function of ``(model, batch)`` that calls the model, as for ``calibrate``.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -122,7 +124,7 @@ def equalize_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model holds no float layer that can be quantized; batches is empty; ranges have
+        ValueError: model holds no float layer that can be quantized; loader has no batches; ranges have
             been observed already; or the outputs change by more than rounding. The model is
             unchanged.
 
@@ -141,9 +143,7 @@ def equalize_(
         True
     """
     _check(model)
-    chosen = None if batches is None else list(batches)
-    if chosen is not None and not chosen:
-        raise ValueError("equalize_: batches must hold at least one batch, got none")
+    chosen = None if loader is None else taken("equalize_", loader, limit)
     pairs, reasons = _pairs(model, observed=chosen is not None)
     bounded = [pair for pair in pairs if pair.bound is not None]
     limits: dict[str, Limits] = {}
@@ -151,7 +151,7 @@ def equalize_(
     if chosen is not None:
         greatest = _greatest_outputs(model, [pair.first for pair in bounded], chosen, forward)
         limits = {p.first: _limits(greatest[p.first], p.bound) for p in bounded if p.bound}
-        expected = outputs_of(model, chosen[0], forward)
+        expected = outputs_of("equalize_", model, chosen[0], forward)
     layers = {name: _Layer.of(model, name) for p in pairs for name in (p.first, p.second)}
     spreads = {p.first: layers[p.first].spread() for p in pairs}
     _balance(pairs, layers, limits, progress)
@@ -160,7 +160,7 @@ def equalize_(
         layer.write()
     difference = None
     if chosen is not None:
-        difference = _difference(expected, outputs_of(model, chosen[0], forward))
+        difference = _difference(expected, outputs_of("equalize_", model, chosen[0], forward))
         if not difference <= _TOLERANCE:
             undo.restore()
             raise ValueError(
@@ -255,11 +255,11 @@ def _pairs(model: nn.Module, observed: bool) -> tuple[list[Pair], dict[str, str]
             if region.path and not observed:
                 why = refusals[0].reason if refusals else "its forward is not the whole model's"
                 reasons[pair.first] = (
-                    f"{why}; pass batches, so that outputs are compared before and after"
+                    f"{why}; pass a loader, so that outputs are compared before and after"
                 )
             elif pair.bound is not None and not observed:
                 reasons[pair.first] = (
-                    f"an activation cuts off at {pair.bound:g}; pass batches, which show the "
+                    f"an activation cuts off at {pair.bound:g}; pass a loader, whose batches show the "
                     "channels that stay below"
                 )
             else:
@@ -292,7 +292,7 @@ def _greatest_outputs(
         greatest[name] = torch.maximum(greatest[name], most) if name in greatest else most
 
     for batch in batches if names else ():
-        outputs_of(model, batch, forward, dict.fromkeys(names, see))
+        outputs_of("equalize_", model, batch, forward, dict.fromkeys(names, see))
     for name in names:
         if name not in greatest:
             layer: Any = model.get_submodule(name)

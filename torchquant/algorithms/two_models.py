@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.algorithms.batches import Enough, Forward, outputs_of
+from torchquant.algorithms.batches import Enough, Forward, outputs_of, taken
 from torchquant.algorithms.inputs import quantized_input
-from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_adjusted
-from torchquant.convert.qat import convert_
+from torchquant.convert.adjustment import Adjustment, adjust
+from torchquant.convert.convert import convert_
 from torchquant.nn.base import QuantizedModule
 from torchquant.report.base import RowReport
 
@@ -28,11 +28,10 @@ class TwoModels:
     Args:
         who: the verb, with which messages start.
         model: a prepared and calibrated model; it stays unchanged.
-        batches: inputs; they are kept until the end.
+        loader: the batches; they are kept until the end.
         limit: the greatest number of batches; None for all.
         forward: takes a model and a batch, and calls the model.
-        without_integers: if True, the copy has the nearest integers also where an earlier call of
-            a verb found others.
+        anew: if True, the copy is without what earlier calls of verbs found.
 
     Attributes:
         order: names of the layers in the order of their first calls.
@@ -47,20 +46,19 @@ class TwoModels:
         self,
         who: str,
         model: nn.Module,
-        batches: Iterable[Any],
+        loader: Iterable[Any],
         limit: int | None,
         forward: Forward | None,
         *,
-        without_integers: bool = False,
+        anew: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
-        self.batches = _taken(who, batches, limit)
-        self.model, self.forward = model, forward
+        self.batches = taken(who, loader, limit)
+        self.who, self.model, self.forward = who, model, forward
         self.quantized = copy.deepcopy(model)
-        for module in self.quantized.modules() if without_integers else ():
-            if is_adjusted(module):
-                adjust(module, Adjustment(bias=adjustment_of(module).bias))
+        for module in self.quantized.modules() if anew else ():
+            adjust(module, Adjustment())
         try:
             convert_(self.quantized, progress=False)
         except ValueError as error:
@@ -104,7 +102,7 @@ class TwoModels:
             if once:
                 raise Enough
 
-        outputs_of(model, batch, self.forward, {name: see})
+        outputs_of(self.who, model, batch, self.forward, {name: see})
         return seen
 
     def _order(self) -> tuple[list[str], Counter[str]]:
@@ -118,18 +116,5 @@ class TwoModels:
             for name, layer in self.quantized.named_modules()
             if isinstance(layer, QuantizedModule)
         ]
-        outputs_of(self.model, self.batches[0], self.forward, dict.fromkeys(layers, see))
+        outputs_of(self.who, self.model, self.batches[0], self.forward, dict.fromkeys(layers, see))
         return list(calls), calls
-
-
-def _taken(who: str, batches: Iterable[Any], limit: int | None) -> list[Any]:
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{who}: limit must be None or an integer of at least 1, got {limit!r}")
-    taken = []
-    for batch in batches:
-        taken.append(batch)
-        if len(taken) == limit:
-            break
-    if not taken:
-        raise ValueError(f"{who}: batches must hold at least one batch, got none")
-    return taken

@@ -105,7 +105,7 @@ def float_weight(module: Any) -> Tensor:
     return weight if weight.dim() > 2 else FloatForm.of(module).matrix(weight)
 
 
-def _is_current(module: nn.Module, layer: QuantizedModule, qweight: Tensor, scale: Tensor) -> bool:
+def _is_current(module: Any, layer: QuantizedModule, qweight: Tensor, scale: Tensor) -> bool:
     """True if each integer is next to the weight, below or above, or at the end of the range."""
     weight = float_weight(module)
     if weight.shape != qweight.shape:
@@ -114,4 +114,5 @@ def _is_current(module: nn.Module, layer: QuantizedModule, qweight: Tensor, scal
     qweight = qweight.to(weight.device)
     position = weight / scale.to(weight.device).view(-1, *[1] * (weight.dim() - 1))
     apart = (position.clamp(qmin, qmax) - qweight).abs().amax()
-    return bool(apart <= _DOWN_OR_UP)
+    dtype: torch.dtype = module.weight.dtype
+    return bool(apart <= _DOWN_OR_UP + qmax * torch.finfo(dtype).eps / 2)

@@ -14,6 +14,7 @@ from torchquant.files.atomic import replacing
 from torchquant.files.buffers import stored_buffers
 from torchquant.files.entries import layer_entry
 from torchquant.files.format import FORMAT, KEY, digest
+from torchquant.files.regions import region_entries
 from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.folded_norm import FoldedNorm
@@ -75,6 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, FoldedNorm) and module.original is None
     ]
     projections = groups_of(model)
+    regions = region_entries(model)
     buffers, buffer_keys = stored_buffers(model)
     tensors = {**tensors, **buffers}
     header = {
@@ -85,6 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         **({"activations": activations} if activations else {}),
         **({"folded": folded} if folded else {}),
         **({"projections": projections} if projections else {}),
+        **({"regions": regions} if regions else {}),
         **({"buffers": buffer_keys} if buffer_keys else {}),
         "aliases": aliases,
     }

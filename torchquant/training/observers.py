@@ -390,8 +390,8 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         model: any module.
 
     Returns:
-        layer name -> count, for counts above 0. The name is the layer's path if ``prepare_qat_``
-        made the observer, otherwise the observer's own path in the model.
+        layer name -> count, for counts above 0. The name is the layer's path if ``prepare_`` or
+        ``prepare_qat_`` made the observer, otherwise the observer's own path in the model.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -408,11 +408,13 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         raise TypeError(f"report_nonfinite: model must be an nn.Module, got {type(model).__name__}")
     counts: dict[str, int] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Observer) and not module.nonfinite.is_meta:
-            count = int(module.nonfinite.item())
-            if count:
-                name = module.layer_name or path
-                counts[name] = counts.get(name, 0) + count
+        hooks = (getattr(hook, "observer", None) for hook in module._forward_pre_hooks.values())
+        for observer in (module, *hooks):
+            if isinstance(observer, Observer) and not observer.nonfinite.is_meta:
+                count = int(observer.nonfinite.item())
+                if count:
+                    name = observer.layer_name or path
+                    counts[name] = counts.get(name, 0) + count
     return counts
 
 
