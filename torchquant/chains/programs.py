@@ -83,8 +83,15 @@ class Programs:
             not runs_hooks(module)
             for module in (*self.interpreter.modules.values(), *_inner(self.interpreter))
         )
-        qparams = _qparams(region, self.plan)
         self.items: list[tuple[Item, Program | None]] = []
+        try:
+            self._make(region)
+        except ValueError:  # a layer's own scale is not that of the value which it reads
+            self.ready = False
+        self.guard = _Guard(_entries(region.root, self.interpreter, self.plan))
+
+    def _make(self, region: Quantized) -> None:
+        qparams = _qparams(region, self.plan)
         for item in make_schedule(region.trace, self.plan):
             program = None
             if isinstance(item, Segment):
@@ -92,7 +99,6 @@ class Programs:
                     make_steps(item, self.plan, qparams, self.interpreter.modules.__getitem__)
                 )
             self.items.append((item, program))
-        self.guard = _Guard(_entries(region.root, self.interpreter, self.plan))
 
     def holds(self) -> bool:
         """True if no tensor of the layers, no scale and no hook changed."""

@@ -277,6 +277,10 @@ class RegionForward:
 
         def rounded(value: Tensor) -> Tensor:
             scale, zero_point = self.edge_qparams(edge)
+            if _is_channels_last(value):  # the operator returns contiguous tensors
+                value = value.permute(0, 2, 3, 1)
+                y = ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
+                return y.permute(0, 3, 1, 2)
             return ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
 
         return rounded
@@ -296,6 +300,11 @@ class RegionForward:
         assert self.plan is not None
         edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
         return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return last and not value.is_contiguous()
 
 
 def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:
