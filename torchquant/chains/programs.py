@@ -129,7 +129,7 @@ class Programs:
             if program is None:
                 assert isinstance(item, int)
                 if item not in results:
-                    found = _Resolved(results, sources)
+                    found = _Resolved(results, self.interpreter, sources)
                     results[item] = self.interpreter.call(item, calls[item], found, inputs)
                 continue
             assert isinstance(item, Segment)
@@ -141,18 +141,28 @@ class Programs:
                 return REFUSED
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
-        return filled(self.trace.result, _Resolved(results, sources).__getitem__)
+        return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
 
 
 class _Resolved(Mapping[int, Any]):
-    """Results by the index of a call, in which an identity has the result of its argument."""
+    """Results by the index of a call, in which an identity has the result of its argument.
 
-    def __init__(self, results: Mapping[int, Any], sources: Sequence[int]) -> None:
+    ``x.contiguous()`` is an identity to a step, but not to ``x.view()`` in Python: it runs.
+    """
+
+    def __init__(
+        self, results: Mapping[int, Any], interpreter: Interpreter, sources: Sequence[int]
+    ) -> None:
         self.results = results
+        self.interpreter = interpreter
         self.sources = sources
 
     def __getitem__(self, index: int) -> Any:
-        return self.results[self.sources[index]]
+        source = self.sources[index]
+        call = self.interpreter.trace.calls[index]
+        if source == index or call.kind == "module":
+            return self.results[source]
+        return self.interpreter.call(index, call, self, ())
 
     def __iter__(self) -> Any:
         return iter(self.results)
