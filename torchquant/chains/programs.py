@@ -61,7 +61,7 @@ def may_use_kernels(inputs: Sequence[Any]) -> bool:
         ...     may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([torch.zeros(1, 4).double()])
         (True, False)
     """
-    if not hasattr(load(), "Program") or torch.is_grad_enabled() or _is_any_autocast_enabled():
+    if torch.is_grad_enabled() or _is_any_autocast_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False

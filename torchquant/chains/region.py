@@ -109,6 +109,8 @@ class RegionForward:
         inputs = self._inputs(args, kwargs)
         if inputs is None:
             return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._interpreted(inputs) if self.quantized else self.original(*inputs)
         kernels = self.quantized and may_use_kernels(inputs)
         if kernels and self._programs is not None and self._programs.holds():
             result = self._programs.run(inputs)
@@ -245,6 +247,7 @@ class RegionForward:
         self.observers = {}
         self.expected = expectations(self.root, self.trace)
         self._forget()
+        self._interpreter = self._quantized_interpreter()  # torch.compile cannot make it
 
     def edge_qparams(self, edge: int) -> Qparams:
         """Scale and zero point of an edge, one number each, as they are now."""
@@ -265,10 +268,11 @@ class RegionForward:
 
     def _interpreted(self, inputs: Sequence[Any]) -> Any:
         if self._interpreter is None:
-            self._interpreter = Interpreter(
-                self.trace, self.root, self.substitutes(), self.rounding_points()
-            )
+            self._interpreter = self._quantized_interpreter()
         return self._interpreter(inputs)
+
+    def _quantized_interpreter(self) -> Interpreter:
+        return Interpreter(self.trace, self.root, self.substitutes(), self.rounding_points())
 
     def rounding_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """The functions that round the int8 values, by the index of their call."""
