@@ -87,8 +87,8 @@ def observe_input(layer: nn.Module, name: str, config: QuantizationConfig) -> In
         config: what it is prepared for; its activations name the observer.
     """
     parameter = next(layer.parameters(), None)
-    device = None if parameter is None else parameter.device
-    observer = observer_for(config.activations, device)
+    known = parameter is not None and not parameter.is_meta
+    observer = observer_for(config.activations, parameter.device if known else "cpu")
     observer.set_layer_name(name)
     hook = InputObserver(config, observer)
     layer.register_forward_pre_hook(hook, with_kwargs=True)
