@@ -366,6 +366,8 @@ def test_files_keep_the_observer_and_old_files_have_none(tmp_path: Path) -> None
     model = mlp()
     prepare_(model, static(observer=Percentile(99.5, 64)))
     calibrate(model, rows())
+    with pytest.warns(RuntimeWarning, match=r"no observed ranges, but 2 layers .* \(0, 2\); call"):
+        torchquant.save(model, tmp_path / "file")
     convert_(model)
     torchquant.save(model, tmp_path / "file")
     loaded = mlp(seed=1)
