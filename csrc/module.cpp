@@ -28,6 +28,8 @@ PyMethodDef fast_calls[] = {
     FastCall<ops::linear_dynamic, &autocast_type>::method(),
     FastCall<ops::linear_dynamic_split, &autocast_type>::method(),
     FastCall<ops::linear_static>::method(),
+    FastCall<ops::conv_dynamic, &autocast_type>::method(),
+    FastCall<ops::conv_static>::method(),
     FastCall<ops::activation>::method(),
     FastCall<ops::gated_activation>::method(),
     FastCall<ops::rms_norm>::method(),

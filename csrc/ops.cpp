@@ -43,6 +43,26 @@ void define_operators(torch::Library& m) {
       "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
       "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
 
+  // ---- conv
+  // int8 [O, C / groups, kh, kw] or [O, C / groups, k] <-> the packed layout (csrc/formats/int8_conv.h); on CUDA int8
+  // [O, (C / groups) * kh * kw].
+  m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
+  m.def("unpack_conv_weight(Tensor packed, int[] weight_shape, int groups) -> Tensor");
+  // int8 input [N, C, H, W] or [N, C, L], or float input, which is quantized to int8 in [input_qmin, input_qmax].
+  // padding: before and after, for each spatial dimension. residual: float32, or int8 with residual_scale, added before
+  // the activation. With output_scale the result is int8, clamped to [output_qmin, output_qmax].
+  m.def(
+      "conv_static(Tensor input, Tensor input_scale, Tensor? input_zero_point, Tensor packed, Tensor weight_scale, "
+      "Tensor? bias, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+      "str activation=\"none\", Tensor? residual=None, Tensor? residual_scale=None, int residual_zero_point=0, "
+      "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
+      "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
+  // Float input, which is quantized per sample to activation_bits bits. output_dtype: input's unless given.
+  m.def(
+      "conv_dynamic(Tensor input, Tensor packed, Tensor weight_scale, Tensor? bias, int[] weight_shape, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool symmetric=True, str activation=\"none\", "
+      "ScalarType? output_dtype=None, int activation_bits=8) -> Tensor");
+
   // ---- activations
   // Elementwise, in the epilogue's arithmetic; dtype: input's unless given. gated: activation(gate) * up.
   m.def("activation(Tensor input, str activation, ScalarType? dtype=None) -> Tensor");

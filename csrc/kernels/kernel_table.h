@@ -10,6 +10,7 @@
 #include "kernels/activations.h"
 #include "kernels/affine.h"
 #include "kernels/attention.h"
+#include "kernels/conv.h"
 #include "kernels/depthwise.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/image.h"
@@ -27,6 +28,7 @@ namespace torchquant {
   KERNEL(copy_rows, const CopyRowsArgs&, int64_t m0, int64_t m1)                      \
   KERNEL(quantize_pack, const QuantizePackArgs&, int64_t tile0, int64_t tile1)        \
   KERNEL(gemm, const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
+  KERNEL(gather_rows, const GatherArgs&, int64_t m0, int64_t m1)                      \
   KERNEL(quantize_span, const SpanArgs&)                                              \
   KERNEL(dequantize_span, const SpanArgs&)                                            \
   KERNEL(activate_span, const ActivationArgs&)                                        \
@@ -53,6 +55,9 @@ struct KernelTable {
   int64_t row_block;      // rows of a register tile (the unit in which threads share rows)
   int64_t tile_block;     // weight tiles of a register tile (the unit in which threads share columns)
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
+  // The product with an int8 output and its panel's rows by the number of weight tiles side by side, or null.
+  void (*gemm_int8)(const GemmArgs&, const Int8Channels&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
+  int64_t int8_rows[5];
 #define TQ_FIELD(name, ...) void (*name)(__VA_ARGS__);
   TQ_KERNELS(TQ_FIELD)
 #undef TQ_FIELD

@@ -20,8 +20,17 @@ struct CopyRowsArgs {
   int32_t* row_term;        // [m] or null
 };
 
+// A tensor that is added to the result before its activation: floats, or int8 (q - zero) * scale.
+struct Residual {
+  const void* data;  // null: none
+  int64_t stride;    // elements from row to row
+  bool is_int8;
+  float scale;
+  int32_t zero;
+};
+
 // C[m, n] = out(activation((sum_k (A[m,k] - row_zero[m]) (W[n,k] - weight_zero[n]) + bias_i32[n]) row_scale
-// weight_scale + bias))
+// weight_scale + bias + residual))
 struct GemmArgs {
   const uint8_t* a;  // the panel
   int64_t panel_rows, k, n;
@@ -34,6 +43,7 @@ struct GemmArgs {
   const int32_t* weight_zero;  // [n] or null
   const float* bias;           // [n] or null
   const int32_t* bias_i32;     // [n] or null: makes the sum 64-bit
+  Residual residual;
   Activation activation;
   OutType out_type;
   float inv_out_scale;   // int8 and uint8 output: q = clamp(rint(y * inv), lo, hi) + zero

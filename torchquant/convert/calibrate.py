@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchquant.convert.batches import call, samples, structure
 from torchquant.convert.calibration_hooks import InputObserver, prepared_layers
+from torchquant.convert.regions import observing
 from torchquant.report.calibration import CalibrationReport, RangeReport
 from torchquant.report.progress import track
 
@@ -75,7 +76,7 @@ def calibrate(
     seen: int | None = 0
     if limit is not None:
         total = limit if total is None else min(limit, total)
-    with _observing(model, hooks.values()):
+    with _observing(model, hooks.values()), observing(model):
         batches = islice(iter(loader), limit)
         for batch in track(batches, _WHO, False if progress is False else None, total):
             run(_plain(model), batch)

@@ -19,6 +19,7 @@ from torchquant.convert.notes import plan_notes, untied_note
 from torchquant.convert.plan import Step, check_model, find_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.ranges import Calibrated, calibrated
+from torchquant.convert.regions import Ranges, quantize, ranges, region_reports
 from torchquant.convert.unreached import (
     UNREACHED,
     activations_to_restore,
@@ -89,7 +90,8 @@ def convert_(
     check_model("convert_", model, trained=_BARE)
     fusion = check_fusion("convert_", fusion)
     plan = find_layers(model)
-    steps = _prepared_steps(plan)
+    observed = ranges(model)
+    steps = _prepared_steps(plan, observed)
     unreached = unreached_layers(steps, strict)
     left = {id(step.module) for step in unreached}
     steps = [step for step in steps if id(step.module) not in left]
@@ -109,18 +111,28 @@ def convert_(
     notes += plan_notes(model, plan, account, "convert")
     calibrated_layers = [step.module for step in steps if isinstance(step.prepared, Calibrated)]
     fusions = tuple(_fuse(model, calibrated_layers, new_layers.values(), fusion))
+    quantize(observed)
     layers, others = account.filled(rows)
     return QuantizationReport(
-        layers, bytes_before, tensor_bytes(model), tuple(notes), fusions, "converted", others
+        layers,
+        bytes_before,
+        tensor_bytes(model),
+        tuple(notes),
+        fusions,
+        "converted",
+        others,
+        region_reports(model, (), observed.useless),
     )
 
 
-def _prepared_steps(plan: list[Step]) -> list[Step]:
+def _prepared_steps(plan: list[Step], observed: Ranges) -> list[Step]:
     """The steps of the prepared layers; the other ones get the reason why they stay."""
     steps = []
     for step in plan:
         trained = isinstance(step.module, TrainedModule)
         step.prepared = step.module if trained else calibrated(step.module)
+        if isinstance(step.prepared, Calibrated):
+            step.prepared.share(observed.layers.get(id(step.module)))
         if step.prepared is not None:
             steps.append(step)
         else:

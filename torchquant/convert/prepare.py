@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torchquant.configs import (
 from torchquant.convert.account import account_of
 from torchquant.convert.batches import call, structure
 from torchquant.convert.calibration_hooks import hook_of, observe_input
+from torchquant.convert.fold import fold_batch_norms, folded_rows
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
+from torchquant.convert.regions import cover, find, learn, region_reports
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
@@ -104,13 +106,34 @@ def prepare_(
         check_strict(_WHO, plan, account.others, problems)
     steps = [step for step in plan if step.skip is None]
     missed = [] if example_inputs is None else _unreached(model, steps, example_inputs)
+    found = find(model, _wanted(steps))
     size = tensor_bytes(model)
+    foldings = fold_batch_norms(model, found.regions, _wanted(steps))
     for step in track(steps, _WHO, progress):
         observe_input(step.module, step.name, step.config)
+    regions = cover(found)
+    if example_inputs is not None:
+        with learn(regions):
+            _run(model, example_inputs)
     rows = [step.skipped() if step.skip else step.marked("prepared") for step in plan]
     layers, others = account.filled(rows)
     notes = (*sentences(problems), *plan_notes(model, plan, account, "prepare"), *_notes(missed))
-    return QuantizationReport(layers, size, size, notes, (), "prepared", others)
+    return QuantizationReport(
+        layers,
+        size,
+        tensor_bytes(model),
+        notes,
+        tuple(foldings),
+        "prepared",
+        folded_rows(others, foldings),
+        region_reports(model, found.refusals),
+    )
+
+
+def _wanted(steps: Iterable[Step]) -> Callable[[nn.Module], bool]:
+    """Is a module one of the layers that are or will be prepared?"""
+    chosen = {id(step.module) for step in steps}
+    return lambda module: id(module) in chosen or hook_of(module) is not None
 
 
 def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
@@ -150,16 +173,13 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
 def _unreached(model: nn.Module, steps: Iterable[Step], example: Any) -> list[str]:
     """The names of the layers that a run of the model with an example does not reach."""
     called: set[int] = set()
-    modes = [(module, module.training) for module in model.modules()]
     steps = list(steps)
     handles = [
         step.module.register_forward_pre_hook(lambda module, args: called.add(id(module)))
         for step in steps
     ]
     try:
-        model.eval()
-        with torch.no_grad():
-            call(_WHO, model, example)
+        _run(model, example)
     except Exception as error:
         raise ValueError(
             f"{_WHO}: example_inputs must be a batch with which the model can be called, got "
@@ -168,9 +188,19 @@ def _unreached(model: nn.Module, steps: Iterable[Step], example: Any) -> list[st
     finally:
         for handle in handles:
             handle.remove()
+    return [step.name for step in steps if id(step.module) not in called]
+
+
+def _run(model: nn.Module, example: Any) -> None:
+    """Run the model in evaluation mode, without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            call(_WHO, model, example)
+    finally:
         for module, training in modes:
             module.training = training
-    return [step.name for step in steps if id(step.module) not in called]
 
 
 def _notes(missed: list[str]) -> Iterator[str]:

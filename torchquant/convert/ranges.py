@@ -34,14 +34,19 @@ class Calibrated:
     def __init__(self, layer: nn.Module, hook: InputObserver) -> None:
         self.layer, self.config = layer, hook.config
         self.observer: Observer = hook.observer.reduced()
+        self.shared: tuple[Tensor, Tensor] | None = None
+
+    def share(self, qparams: tuple[Tensor, Tensor] | None) -> None:
+        """Take the scale and zero point of a value that others read or make, too."""
+        self.shared = qparams
 
     def missing_range(self) -> str | None:
         """Why the layer cannot be deployed yet, or None if it can."""
-        return missing_range(self.observer)
+        return None if self.shared is not None else missing_range(self.observer)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the layer's input."""
-        return self.observer.calculate_qparams()
+        return self.shared or self.observer.calculate_qparams()
 
     def to_quantized(self) -> QuantizedModule:
         """The layer to deploy.

@@ -7,6 +7,7 @@ from torch import nn
 from torchquant.convert.calibration_hooks import hook_of, release
 from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
+from torchquant.convert.regions import forget
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import restore_norms
@@ -76,6 +77,7 @@ def to_float_(model: nn.Module) -> QuantizationReport:
             parent._modules[attribute] = place.original.train(place.training)
     for module in model.modules():
         restore_activation_(module)
+    forget(model)
     prepared = [module for module in model.modules() if hook_of(module) is not None]
     for module in prepared:
         release(module)

@@ -17,6 +17,12 @@ from torchquant.ops import _flops  # noqa: F401  (FLOPs of the operators)
 from torchquant.ops.activations import activation, gated_activation
 from torchquant.ops.affine import dequantize, quantize, quantize_per_token
 from torchquant.ops.attention import attention
+from torchquant.ops.conv import (
+    conv_dynamic,
+    conv_static,
+    pack_conv_weight,
+    unpack_conv_weight,
+)
 from torchquant.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -43,6 +49,8 @@ __all__ = [
     "PackedWeight",
     "activation",
     "attention",
+    "conv_dynamic",
+    "conv_static",
     "dequantize",
     "fake_quantize",
     "fake_quantize_learned",
@@ -58,6 +66,7 @@ __all__ = [
     "mask_gradient",
     "minmax",
     "mm_fake_quantized",
+    "pack_conv_weight",
     "pack_weight",
     "positive",
     "qat_linear",
@@ -67,5 +76,6 @@ __all__ = [
     "quantize_rows",
     "quantized_linear",
     "rms_norm",
+    "unpack_conv_weight",
     "unpack_weight",
 ]

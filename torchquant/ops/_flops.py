@@ -1,8 +1,9 @@
 """What the operators count in ``torch.utils.flop_counter.FlopCounterMode``.
 
-As torch does, a product of M x K by K x N counts 2 M K N, whatever the type of its elements;
-quantization, bias and activation count nothing. In backward the operators run others of this table
-and torch's own products, which are counted by themselves.
+As torch does, a product of M x K by K x N counts 2 M K N, whatever the type of its elements, and a
+convolution counts the products of each output pixel; quantization, bias and activation count
+nothing. In backward the operators run others of this table and torch's own products, which are
+counted by themselves.
 
 Importing torch's counter takes about 0.1 s, because it imports Triton. It is therefore not imported
 here; the formulas are registered when another module imports it.
@@ -61,6 +62,48 @@ def _linear_static(
     return _linear(input, out_features)
 
 
+def _conv(
+    input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape
+) -> int:
+    pixels = 1
+    for i, (size, kernel) in enumerate(zip(input[2:], weight[2:], strict=True)):
+        room = size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel - 1) - 1
+        pixels *= room // stride[i] + 1
+    return 2 * input[0] * pixels * math.prod(weight)
+
+
+def _conv_static(
+    input: Shape,
+    input_scale: Shape,
+    input_zero_point: Shape | None,
+    packed: Shape,
+    weight_scale: Shape,
+    bias: Shape | None,
+    weight_shape: Shape,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return _conv(input, weight_shape, stride, padding, dilation)
+
+
+def _conv_dynamic(
+    input: Shape,
+    packed: Shape,
+    weight_scale: Shape,
+    bias: Shape | None,
+    weight_shape: Shape,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return _conv(input, weight_shape, stride, padding, dilation)
+
+
 def _qat_linear(input: Shape, weight: Shape, *rest: Any, **options: Any) -> int:
     return _linear(input, weight[0])
 
@@ -79,6 +122,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_dynamic": _linear_on_packed,
     "linear_dynamic_split": _linear_on_packed,
     "linear_static": _linear_static,
+    "conv_static": _conv_static,
+    "conv_dynamic": _conv_dynamic,
     "qat_linear": _qat_linear,
     "mm_fake_quantized": _mm_fake_quantized,
     "attention": _attention,

@@ -1,0 +1,276 @@
+// How one convolution is cut into work: blocks of output pixels, groups, tiles of output channels, threads.
+//
+// The values that the kernel covers at a block of output pixels are gathered into a panel, which stays in a core's
+// caches, and the panel is multiplied by the packed weight of its group. A matrix of the whole image is never made.
+// Threads share either the output pixels (each reads all weights) or, where the image is small and the weights are
+// large, the output channels (each gathers all pixels for itself: a copy of K bytes costs far less than their products
+// with a share of the channels). No result depends on the choice, because the sums are integers.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "core/convert.h"
+#include "core/threads.h"
+#include "core/workspace.h"
+#include "formats/int8_conv.h"
+#include "formats/int8_panel.h"
+#include "isa.h"
+
+namespace torchquant::conv {
+namespace {
+
+constexpr int64_t kPanelBytes = 1 << 18;         // a quarter of a common second-level cache
+constexpr int64_t kSmallPanelBytes = 1 << 15;    // where rows are read in one pass over all channels
+constexpr int64_t kLeastRows = 48;               // rows of a panel, unless there are fewer: as many as gemm's chunks
+constexpr float kThreadingPays = 4500.0f;        // ns of work from which on a second thread is faster
+constexpr int64_t kSharedWeightBytes = 1 << 19;  // weights that every thread may read for itself
+
+struct Conv {
+  const KernelTable& table;
+  const tq_conv_call& call;
+  ConvShape shape;
+  int64_t rows;     // output pixels of all images
+  int64_t uniform;  // from row to row of so many rows, output and residual have one stride
+  int64_t tiles;    // of a group
+  int64_t panel_rows = table.panel_rows, row_block = table.row_block, tile_block = table.tile_block;
+  Int8Channels channels{};  // of the first group; start is null unless the product has an int8 output of its own
+};
+
+// Rows from which on the distance of two pixels in memory may differ.
+int64_t uniform_rows(const tq_image& image) {
+  if (image.row_stride != image.w * image.pixel_stride && image.h > 1) return image.w;
+  if (image.image_stride != image.h * image.w * image.pixel_stride && image.n > 1) return image.h * image.w;
+  return image.n * image.h * image.w;
+}
+
+int64_t pixel_at(const tq_image& image, int64_t row) {
+  const int64_t pixels = image.h * image.w, in_image = row % pixels;
+  return row / pixels * image.image_stride + in_image / image.w * image.row_stride +
+         in_image % image.w * image.pixel_stride;
+}
+
+// A panel and what the epilogue needs about each of its rows.
+struct Panel {
+  uint8_t* q;  // null: no memory
+  int64_t height, block_rows;
+  float* row_scale;
+  int32_t* row_zero;
+};
+
+int64_t panel_height(const Conv& conv, int64_t rows) {
+  const int64_t block = conv.row_block, bytes = conv.channels.start ? kSmallPanelBytes : kPanelBytes;
+  const int64_t most = std::max(kLeastRows, bytes / panel_row_bytes(conv.shape.k())) / block * block;
+  return std::min(rows, std::max(block, most));
+}
+
+Panel make_panel(const Conv& conv, int64_t rows) {
+  const int64_t height = panel_height(conv, rows), block = balanced(height, conv.panel_rows);
+  const int64_t bytes = panel_bytes(height, conv.shape.k(), block), arrays = ceil_div(height, 16) * 64;
+  uint8_t* base = Workspace::of_this_thread().get(bytes + 2 * arrays);
+  if (!base) return {};
+  return {base, height, block, reinterpret_cast<float*>(base + bytes),
+          reinterpret_cast<int32_t*>(base + bytes + arrays)};
+}
+
+void set_row_parameters(const Conv& conv, const Panel& panel, int64_t first, int64_t count) {
+  const tq_conv_call& call = conv.call;
+  const int64_t pixels = call.out.h * call.out.w;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t image = call.per_image ? (first + i) / pixels : 0;
+    panel.row_scale[i] = call.input_scale[image];
+    panel.row_zero[i] = (call.input_zero_point ? call.input_zero_point[image] : 0) + conv.table.panel_offset;
+  }
+}
+
+void gather(const Conv& conv, const Panel& panel, int64_t group, int64_t first, int64_t count) {
+  const tq_conv_call& call = conv.call;
+  GatherArgs g{};
+  g.x = static_cast<const int8_t*>(call.input.data) + group * conv.shape.channels;
+  g.h = call.input.h;
+  g.w = call.input.w;
+  g.c = conv.shape.channels;
+  g.image_stride = call.input.image_stride;
+  g.row_stride = call.input.row_stride;
+  g.pixel_stride = call.input.pixel_stride;
+  g.kernel_h = call.kernel_h;
+  g.kernel_w = call.kernel_w;
+  g.stride_h = call.stride_h;
+  g.stride_w = call.stride_w;
+  g.pad_top = call.pad_top;
+  g.pad_left = call.pad_left;
+  g.dilation_h = call.dilation_h;
+  g.dilation_w = call.dilation_w;
+  g.out_h = call.out.h;
+  g.out_w = call.out.w;
+  g.first = first;
+  g.shift = conv.table.panel_offset;
+  g.q = panel.q;
+  g.panel_rows = panel.block_rows;
+  g.row_zero = panel.row_zero;
+  conv.table.gather_rows(g, 0, count);
+}
+
+GemmArgs gemm_args(const Conv& conv, const Panel& panel, int64_t group, int64_t first) {
+  const tq_conv_call& call = conv.call;
+  const int64_t n = conv.shape.n(), channel = group * n;
+  GemmArgs g{};
+  g.a = panel.q;
+  g.panel_rows = panel.block_rows;
+  g.k = conv.shape.k();
+  g.n = n;
+  g.packed = call.packed + group * packed_group_bytes(conv.shape);
+  g.row_scale = panel.row_scale;
+  g.row_zero = panel.row_zero;
+  g.same_row_zero = !call.per_image || !call.input_zero_point;
+  g.weight_scale = call.weight_scale + channel;
+  g.bias = call.bias ? call.bias + channel : nullptr;
+  if (const tq_image* residual = call.residual) {
+    g.residual.data = element_at(residual->data, residual->type, pixel_at(*residual, first) + channel);
+    g.residual.stride = residual->pixel_stride;
+    g.residual.is_int8 = residual->type == TQ_I8;
+    g.residual.scale = call.residual_qparams.scale;
+    g.residual.zero = call.residual_qparams.zero_point;
+  }
+  g.activation = activation_of(call.activation);
+  g.out_type = out_type(call.out.type);
+  if (call.out.type == TQ_I8) {
+    const tq_qparams& q = call.out_qparams;
+    g.inv_out_scale = 1.0f / q.scale;
+    g.out_lo = static_cast<float>(q.qmin - q.zero_point);
+    g.out_hi = static_cast<float>(q.qmax - q.zero_point);
+    g.out_zero = q.zero_point;
+  }
+  g.c = element_at(call.out.data, call.out.type, pixel_at(call.out, first) + channel);
+  g.ldc = call.out.pixel_stride;
+  return g;
+}
+
+Int8Channels channels_of(const Conv& conv, int64_t group) {
+  Int8Channels c = conv.channels;
+  const int64_t first = group * conv.tiles * kTileN;
+  c.start += first;
+  c.scale += first;
+  c.bias += first;
+  return c;
+}
+
+// The number of tiles side by side that leaves the least to do for what remains of them.
+int64_t tiles_side_by_side(int64_t tiles) {
+  if (tiles <= 4) return tiles;
+  if (tiles % 4 == 0) return 4;
+  return tiles % 3 == 0 || tiles % 4 == 1 ? 3 : 4;
+}
+
+// Makes the product with an int8 output the one to use, where its conditions hold (Int8Channels in kernels/conv.h).
+// memory: what conv.channels points to.
+void prefer_int8(Conv& conv, std::unique_ptr<float[]>& memory) {
+  const tq_conv_call& call = conv.call;
+  const ConvShape& shape = conv.shape;
+  const bool relu = call.activation == TQ_RELU;
+  if (!conv.table.gemm_int8 || call.out.type != TQ_I8 || call.per_image || shape.k() > kMaxExactK ||
+      (call.activation != TQ_NONE && !relu) || (call.residual && call.residual->type != TQ_I8))
+    return;
+  const int64_t width = conv.tiles * kTileN, count = shape.groups * width, n = shape.n();
+  memory.reset(new (std::nothrow) float[static_cast<size_t>(3 * count)]);
+  if (!memory) return;
+  float* const scale = memory.get();
+  float* const bias = scale + count;
+  int32_t* const start = reinterpret_cast<int32_t*>(bias + count);
+  const uint32_t zero =
+      static_cast<uint32_t>((call.input_zero_point ? *call.input_zero_point : 0) + conv.table.panel_offset);
+  const float greatest_sum = 255.0f * 128.0f * static_cast<float>(shape.k());
+  float greatest = 0.0f;
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const int8_t* packed = call.packed + group * packed_group_bytes(shape);
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = group * width + i, channel = group * n + i;
+      const uint32_t sum = static_cast<uint32_t>(tile_sums(tile_at(packed, shape.k(), i / kTileN), shape.k())[i % kTileN]);
+      start[at] = static_cast<int32_t>(0u - zero * sum);
+      scale[at] = i < n ? call.input_scale[0] * call.weight_scale[channel] : 0.0f;
+      bias[at] = i < n && call.bias ? call.bias[channel] : 0.0f;
+      const float magnitude = greatest_sum * std::fabs(scale[at]) + std::fabs(bias[at]);
+      greatest = magnitude <= greatest ? greatest : magnitude;  // NaN stays
+    }
+  }
+  const tq_qparams& q = call.out_qparams;
+  if (call.residual) greatest += 255.0f * call.residual_qparams.scale;
+  if (!(greatest * (1.0f / q.scale) <= 0x1p30f) || !(greatest <= 0x1p100f)) return;
+  conv.channels = {start, scale, bias, static_cast<int8_t>(relu ? std::max(q.qmin, q.zero_point) : q.qmin),
+                   static_cast<int8_t>(q.qmax)};
+  conv.tile_block = tiles_side_by_side(conv.tiles);
+  conv.panel_rows = conv.row_block = conv.table.int8_rows[conv.tile_block];
+}
+
+// Rows [m0, m1) times the tiles [tile0, tile1) of the groups [group0, group1), on this thread.
+tq_status convolve(const Conv& conv, int64_t m0, int64_t m1, int64_t group0, int64_t group1, int64_t tile0,
+                   int64_t tile1) {
+  if (m0 >= m1) return TQ_OK;
+  const Panel panel = make_panel(conv, m1 - m0);
+  if (!panel.q) return TQ_OUT_OF_MEMORY;
+  for (int64_t first = m0, count; first < m1; first += count) {
+    count = std::min({panel.height, m1 - first, conv.uniform - first % conv.uniform});
+    set_row_parameters(conv, panel, first, count);
+    for (int64_t group = group0; group < group1; ++group) {
+      gather(conv, panel, group, first, count);
+      const GemmArgs g = gemm_args(conv, panel, group, first);
+      if (conv.channels.start) conv.table.gemm_int8(g, channels_of(conv, group), 0, count, tile0, tile1);
+      else conv.table.gemm(g, 0, count, tile0, tile1);
+    }
+  }
+  return TQ_OK;
+}
+
+// One thread's time for the whole call, in ns, roughly.
+float estimated_ns(const Conv& conv) {
+  const float rows = static_cast<float>(conv.rows), outputs = static_cast<float>(conv.shape.outputs),
+              inputs = static_cast<float>(conv.shape.k());
+  return rows * outputs * inputs / conv.table.products_per_ns + rows * (10.0f + 0.06f * (outputs + inputs));
+}
+
+tq_status run(const Conv& conv, const tq_parallel* parallel) {
+  const int64_t groups = conv.shape.groups, rows = conv.rows;
+  const int64_t threads = parallel && estimated_ns(conv) >= kThreadingPays ? threads_of(parallel) : 1;
+  if (threads == 1) return convolve(conv, 0, rows, 0, groups, 0, conv.tiles);
+  const int64_t row_block = conv.row_block, row_blocks = ceil_div(rows, row_block);
+  const int64_t tile_block = conv.tile_block, tile_blocks = ceil_div(conv.tiles, tile_block);
+  const bool small_weights = groups * packed_group_bytes(conv.shape) <= kSharedWeightBytes;
+  std::atomic<tq_status> status{TQ_OK};
+  const auto keep = [&](tq_status of_part) {
+    if (of_part != TQ_OK) status = of_part;
+  };
+  const bool by_rows = row_blocks >= 8 * threads && (small_weights || rows >= conv.shape.n());
+  if (!by_rows && groups >= threads) {
+    parallel_for(parallel, 0, groups, 1,
+                 [&](int64_t first, int64_t last) { keep(convolve(conv, 0, rows, first, last, 0, conv.tiles)); });
+  } else if (!by_rows && tile_blocks >= threads) {
+    parallel_for(parallel, 0, tile_blocks, 1, [&](int64_t first, int64_t last) {
+      keep(convolve(conv, 0, rows, 0, groups, first * tile_block, std::min(conv.tiles, last * tile_block)));
+    });
+  } else {
+    parallel_for(parallel, 0, row_blocks, 1, [&](int64_t first, int64_t last) {
+      keep(convolve(conv, first * row_block, std::min(rows, last * row_block), 0, groups, 0, conv.tiles));
+    });
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace torchquant::conv
+
+using namespace torchquant;
+
+bool tq_conv_is_depthwise(int64_t /*channels_per_group*/, int64_t /*groups*/) { return false; }
+
+tq_status tq_conv(const tq_conv_call* call, const tq_parallel* parallel) {
+  const tq_image& out = call->out;
+  if (out.n == 0) return TQ_OK;
+  const ConvShape shape{out.c, call->input.c / call->groups, call->kernel_h, call->kernel_w, call->groups};
+  int64_t uniform = conv::uniform_rows(out);
+  if (call->residual) uniform = std::min(uniform, conv::uniform_rows(*call->residual));
+  conv::Conv convolution{kernels(), *call, shape, out.n * out.h * out.w, uniform, num_tiles(shape.n())};
+  std::unique_ptr<float[]> channels;
+  conv::prefer_int8(convolution, channels);
+  return conv::run(convolution, parallel);
+}
