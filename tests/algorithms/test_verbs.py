@@ -281,9 +281,7 @@ def test_other_models_are_refused(name):
 @pytest.mark.parametrize("name", VERBS)
 def test_loaders_without_batches_and_wrong_limits_are_refused(name):
     model = prepared()
-    with pytest.raises(
-        ValueError, match=rf"{name}: loader must have batches, got none"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}: loader must have batches, got none"):
         VERBS[name](model, [])
     for limit in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=rf"{name}: limit must be None or a positive number"):

@@ -24,6 +24,8 @@ def render(result: DemoResult) -> RenderableType:
         Text(),
         training_table(result),
         Text(),
+        networks_table(result),
+        Text(),
         conclusion(result),
     )
 
@@ -117,6 +119,34 @@ def training_table(result: DemoResult) -> Table:
     )
     verified = f"{training.differing_bits:,} differing bits in {training.values:,} values"
     table.add_row("Converted", "", "", "", f"{verified},\n{plural(isas, 'instruction set')}")
+    return table
+
+
+def networks_table(result: DemoResult) -> Table:
+    """The convolutional networks: float, calibrated, and trained with integers."""
+    count = result.networks[0].test_images
+    first = result.networks[0]
+    table = titled_table(
+        f"Convolutional networks in static int8, on {count} augmented test images",
+        f"calibrated with {first.calibration_images} images; trained for "
+        f"{plural(first.steps, 'step')}",
+    )
+    table.add_column("")
+    for heading in ("float32", "calibrated", "trained", "size", "latency in ms"):
+        table.add_column(heading, justify="right")
+    for network in result.networks:
+        correct = (network.float_correct, network.static_correct, network.trained_correct)
+        sizes = human_bytes(network.float_bytes), human_bytes(network.int8_bytes)
+        times = (
+            f"{plural(one.batch, 'image')}: {one.float_ms:.2f} -> {one.int8_ms:.2f}"
+            for one in network.latencies
+        )
+        table.add_row(
+            network.name,
+            *(f"{number / count:.2%}" for number in correct),
+            "\n-> ".join(sizes),
+            "\n".join(times),
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""The demo's convolutional networks: static int8 by calibration, and by quantization-aware training.
+"""The convolutional networks of the demo: static int8 by calibration, and by training.
 
 Both start from the float network. `calibrate` shows it some training images, and `convert_` makes
 integers of it. `prepare_qat_` trains it for a few steps with the integers that will be deployed.
