@@ -72,10 +72,10 @@ def demo_command(
     as_json: JsonOption = False,
     progress: ProgressOption = True,
 ) -> None:
-    """Quantize and fine-tune a bundled model; compare accuracy, size, speed and exactness.
+    """Quantize and fine-tune bundled models; compare accuracy, size, speed and exactness.
 
-    The model is a small transformer that classifies handwritten digits. torchquant contains it and
-    its test images.
+    The models are a small transformer, a VGG and a ResNet that classify handwritten digits.
+    torchquant contains them and their test images.
 
     The exit code is 1 if a check of exactness fails.
     """
