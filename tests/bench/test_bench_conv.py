@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from torchquant.bench import conv, machine, networks, tables
+from torchquant.bench import conv, machine, networks, peers, tables
 from torchquant.bench.cnn_worker import NetworkServer
 from torchquant.bench.conv import CnnOptions, ConvOptions, installed
 from torchquant.bench.conv_results import CnnRun, ConvRun, library_ratio
@@ -26,7 +26,7 @@ from torchquant.bench.conv_shapes import (
 )
 from torchquant.bench.conv_worker import ConvServer
 from torchquant.bench.networks import NETWORKS, NetworkCase
-from torchquant.bench.peers import CNN, CONV, OURS, PeerInfo
+from torchquant.bench.peers import CNN, CONV, OURS
 from torchquant.bench.peers.base import NotInThisTorch
 from torchquant.bench.results import CaseResult
 from torchquant.bench.roofline import Roofline
@@ -64,7 +64,7 @@ def test_the_shapes_are_the_layers_of_four_networks_with_both_batches() -> None:
     assert both.networks == ("MobileNetV2", "EfficientNet")
 
 
-@pytest.mark.parametrize("name", ["ResNet-50", "MobileNetV2"])
+@pytest.mark.parametrize("name", ["MobileNetV2", pytest.param("ResNet-50", marks=pytest.mark.slow)])
 @needs_vision
 def test_the_shapes_are_those_of_the_real_network(name: str) -> None:
     """Every convolution of torchvision's network is one of the benchmark's shapes."""
@@ -176,7 +176,14 @@ def test_a_convolution_that_computes_something_else_is_found_out() -> None:
     assert server.input(1, 8, 8)["error"] > 0.05
 
 
-@pytest.mark.parametrize("name", CNN)
+# One engine of torch.ao suffices: they differ in a name.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("ao-onednn", "ao-fbgemm") else ())
+        for name in CNN
+    ],
+)
 @needs_vision
 def test_every_peer_computes_the_network(name: str) -> None:
     info = CNN[name]
@@ -188,7 +195,7 @@ def test_every_peer_computes_the_network(name: str) -> None:
         server.load("ResNet-18", PIXELS)
         answer = server.input(2)
         exact = name in ("fp32", "onnxruntime-fp32")
-        assert answer["error"] < (1e-4 if exact else 0.2)
+        assert answer["error"] < (1e-4 if exact else 0.35)
         block = server.block(0.0001)
         assert block["seconds"]
         assert block.get("megabytes", 1.0) > 0
@@ -393,19 +400,25 @@ def test_wrong_usage_is_refused_before_anything_runs(arguments: list[str], messa
     assert message in " ".join(outcome.stderr.replace("│", " ").split())
 
 
-def test_conv_writes_table_page_lines_and_figure(tmp_path: Path) -> None:
+def test_conv_writes_table_page_lines_and_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the torch peer and ours; a peer without its library is named."""
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
     files = {name: tmp_path / f"a.{name}" for name in ("jsonl", "md", "png")}
     outcome = invoke(
-        *("conv", "--shapes", "1x8x6x6-16k3,2x8x6x6-16k3", "--peers", "torchquant,fp32"),
+        *("conv", "--shapes", "1x8x6x6-16k3,2x8x6x6-16k3", "--peers", "torchquant,fp32,openvino"),
         *("--threads", "1", "--rounds", "1", "--block", "0.001", "--no-progress"),
         *("--output", str(files["jsonl"]), "--markdown", str(files["md"])),
         *("--figure", str(files["png"])),
     )
     assert outcome.exit_code == 0, outcome.output
+    assert "without openvino: not installed; pip install openvino onnx" in outcome.stderr
     assert "fp32's time over ours, geometric mean over 2 shapes" in outcome.stdout
     records = [json.loads(line) for line in files["jsonl"].read_text().splitlines()]
     assert [record["kind"] for record in records] == ["run", "shape", "shape", "summary"]
     assert records[1]["us"].keys() == {"torchquant", "fp32"}
+    assert records[0]["missing"].keys() == {"openvino"}
     assert records[1]["shape"] == "1x8x6x6-16k3"
     assert "| 1x8x6x6-16k3 |" in files["md"].read_text()
     assert files["png"].exists() or "matplotlib is not installed" in outcome.stderr
@@ -421,24 +434,10 @@ def test_conv_smoke_measures_a_curve_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_vision
 def test_cnn_smoke_measures_time_and_memory() -> None:
-    outcome = invoke("cnn", "--smoke", "--json", "--no-progress", "--peers", "torchquant,fp32")
+    outcome = invoke("cnn", "--smoke", "--json", "--no-progress", "--peers", "torchquant")
     assert outcome.exit_code == 0, outcome.output
     header, case, summary = json.loads(outcome.stdout)
     assert header["isa"] != "-"
-    assert case["us"].keys() == {"torchquant", "fp32"}
+    assert case["us"].keys() == {"torchquant"}
     assert case["failures"] == {}
-    assert summary["networks"][0]["ratio"] > 0
-
-
-def test_a_peer_without_its_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchquant.bench import peers
-
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    outcome = invoke(
-        *("conv", "--shapes", "1x8x6x6-16k3", "--json", "--threads", "1", "--rounds", "1"),
-        *("--block", "0.001", "--no-progress", "--peers", "fp32,onnxruntime"),
-    )
-    assert outcome.exit_code == 0, outcome.output
-    assert "without onnxruntime: not installed; pip install onnxruntime onnx" in outcome.stderr
-    assert json.loads(outcome.stdout)[0]["missing"].keys() == {"onnxruntime"}
-    assert PeerInfo("a:B", ("json",), "").missing() == ["json"]
+    assert summary["networks"][0]["ms"] > 0

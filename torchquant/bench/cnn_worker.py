@@ -22,12 +22,10 @@ from typing import Any
 import torch
 
 from torchquant.bench.layer_worker import Server
-from torchquant.bench.networks import images, random_network
+from torchquant.bench.networks import images, random_network, statistics_images
 from torchquant.bench.peers import make_peer
 from torchquant.bench.peers.cnn_base import NetworkPeer
 from torchquant.bench.workers import Answer, peak_megabytes, release_freed_memory, serve
-
-CALIBRATION_IMAGES = 4
 
 
 class NetworkServer(Server):
@@ -50,7 +48,7 @@ class NetworkServer(Server):
         model = random_network(network, pixels)
         with torch.inference_mode():
             self.expected = {n: model(images(n, pixels)) for n in (1,)}
-        calibration = images(CALIBRATION_IMAGES, pixels)
+        calibration = images(statistics_images(pixels), pixels)
         _forget_peak()
         self.imported = self.imported or (peak_megabytes() or 0.0) - _megabytes(model)
         with torch.no_grad():

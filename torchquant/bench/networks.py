@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 PIXELS = 224
-STATISTICS_IMAGES = 4  # that give batch norms the statistics of their inputs
+STATISTICS_IMAGES = 4  # of 224 x 224, as many pixels as of other sizes
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def random_network(name: str, pixels: int = PIXELS) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = None  # the average over all batches: of the only one
     with torch.no_grad():
-        model.train()(images(STATISTICS_IMAGES, pixels))
+        model.train()(images(statistics_images(pixels), pixels))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     for parameter in model.parameters():
@@ -120,6 +120,11 @@ def create(name: str) -> nn.Module:
     make = getattr(importlib.import_module(network.module), network.function)
     model: nn.Module = make(*network.arguments)
     return model
+
+
+def statistics_images(pixels: int) -> int:
+    """How many images suffice for statistics: the last layers have few pixels of each."""
+    return max(STATISTICS_IMAGES, round(STATISTICS_IMAGES * (PIXELS / pixels) ** 2))
 
 
 def images(count: int, pixels: int = PIXELS) -> Tensor:
