@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(options.values, options.batches) < 1:
         parser.error("--values and --batches must be at least 1")
     if options.smoke:
-        options.values, options.batches = 20_000, 2
+        options.values, options.batches, options.bits = 20_000, 2, options.bits[:1]
     console = Console()
     for place, bits in enumerate(options.bits):
         found = tensors(bits, options.values, options.batches)

@@ -18,7 +18,10 @@ Example:
   torch. :mod:`torchquant.cpu` selects the instruction set, :mod:`torchquant.cuda` the path on GPUs.
 """
 
-from torchquant import configs, cpu, cuda, functional, nn, observers, ops, qat
+from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers, ops, qat
+from torchquant.algorithms.adaround import adaround_
+from torchquant.algorithms.bias_correction import correct_bias_
+from torchquant.algorithms.equalize import equalize_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
     Dynamic,
@@ -120,11 +123,15 @@ __all__ = [
     "VerifyReport",
     "Weights",
     "__version__",
+    "adaround_",
+    "algorithms",
     "calibrate",
     "configs",
     "convert_",
+    "correct_bias_",
     "cpu",
     "cuda",
+    "equalize_",
     "functional",
     "load",
     "nn",

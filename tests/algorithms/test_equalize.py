@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchquant.algorithms.consecutive import Pair, find_pairs, is_float_layer, is_leaf
+from torchquant.algorithms.consecutive import Pair, find_pairs, is_float_layer
 from torchquant.algorithms.equalize import equalize_
 from torchquant.configs import Weights
-from torchquant.graph.regions import find_regions
+from torchquant.convert.regions import find
 from torchquant.models import SmallResNet
 from torchquant.nn.conv_weight import quantize_weight
 from torchquant.scheme import PerTensor
@@ -24,8 +24,7 @@ def images(channels=3, size=12):
 
 
 def pairs_of(model):
-    regions, _ = find_regions(model, is_float_layer, is_leaf)
-    found = [find_pairs(model, region) for region in regions]
+    found = [find_pairs(model, region) for region in find(model, is_float_layer).regions]
     pairs = [pair for one, _ in found for pair in one]
     return pairs, {name: reason for _, reasons in found for name, reason in reasons.items()}
 

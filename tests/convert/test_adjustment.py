@@ -36,7 +36,7 @@ def test_integers_and_bias_reach_the_layer():
     module, qweight = layer_with_integers()
     layer = QuantizedLinear.from_float(module)
     assert not torch.equal(layer.qweight, qweight)
-    apply_adjustment("fc", module, layer)
+    apply_adjustment(module, layer)
     assert torch.equal(layer.qweight, qweight)
     assert torch.equal(layer.bias.detach(), torch.linspace(-1, 1, 32))
     assert isinstance(layer.bias, nn.Parameter)
@@ -50,7 +50,7 @@ def test_without_an_adjustment_nothing_changes():
     layer = QuantizedLinear.from_float(module)
     before = copy.deepcopy(layer.state_dict())
     bias = layer.bias
-    apply_adjustment("fc", module, layer)
+    apply_adjustment(module, layer)
     assert layer.bias is bias
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
@@ -60,8 +60,8 @@ def test_a_weight_that_has_changed_is_refused():
     with torch.no_grad():
         module.weight[3, 5] += 0.05
     layer = QuantizedLinear.from_float(module)
-    with pytest.raises(ValueError, match=r"convert_: the weight of fc must be the one for which"):
-        apply_adjustment("fc", module, layer)
+    with pytest.raises(ValueError, match=r"the weight must be the one for which adaround_"):
+        apply_adjustment(module, layer)
 
 
 def test_a_weight_of_another_shape_is_refused():
@@ -69,7 +69,7 @@ def test_a_weight_of_another_shape_is_refused():
     module.weight = nn.Parameter(torch.randn(32, 128))
     layer = QuantizedLinear.from_float(module)
     with pytest.raises(ValueError, match=r"it has changed since; call adaround_ again"):
-        apply_adjustment("fc", module, layer)
+        apply_adjustment(module, layer)
 
 
 def test_weights_cut_off_by_a_smaller_scale_are_accepted():
@@ -78,7 +78,7 @@ def test_weights_cut_off_by_a_smaller_scale_are_accepted():
     qweight = (module.weight.detach() / scale.unsqueeze(1)).round().clamp(-127, 127)
     adjust(module, Adjustment(qweight.to(torch.int8), scale))
     layer = QuantizedLinear.from_float(module)
-    apply_adjustment("fc", module, layer)
+    apply_adjustment(module, layer)
     assert torch.equal(layer.weight_scale, scale)
     assert torch.equal(layer.qweight, qweight.to(torch.int8))
 
@@ -95,7 +95,7 @@ def test_half_precision():
     module, qweight = layer_with_integers()
     module = module.bfloat16()
     layer = QuantizedLinear.from_float(module)
-    apply_adjustment("fc", module, layer)
+    apply_adjustment(module, layer)
     assert torch.equal(layer.qweight, qweight)
     assert layer.bias.dtype == torch.bfloat16
 

@@ -49,6 +49,10 @@ class RoundedLayer(RowReport):
         nearest_error: the mean squared error of the outputs with weights rounded to the nearest
             integer, relative to the mean square of the outputs.
         learned_error: the same with the integers that were found.
+
+    Example:
+        >>> print(RoundedLayer("fc", "Linear", "rounded", "error 4.0e-03 to 1.0e-03", 4e-3, 1e-3))
+        rounded: fc (Linear): error 4.0e-03 to 1.0e-03
     """
 
     nearest_error: float = 0.0
@@ -62,6 +66,10 @@ class AdaRoundReport(Report):
     Attributes:
         rows: one row per layer that ``convert_`` quantizes.
         notes: sentences that the user should read.
+
+    Example:
+        >>> AdaRoundReport((RoundedLayer("fc", "Linear", "rounded", "", 4e-3, 1e-3),)).summary()
+        '1 rounded, 0 left; 25% of the squared error of rounding to the nearest is left'
     """
 
     rows: tuple[RowReport, ...]
@@ -103,8 +111,9 @@ def adaround_(
 
     Args:
         model: a model that ``prepare_`` prepared and that saw data in ``calibrate``.
-        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough. All batches are
-            kept in memory, and each layer runs the model up to this layer on all of them.
+        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough.
+            All batches are kept in memory, and each layer runs the model up to this layer on all of
+            them.
         iterations: number of learning steps per layer; 0 only corrects single weights.
         search_scales: whether to choose the scales of the weights, too, by the error of the
             outputs; a smaller scale cuts off the greatest weights.
@@ -118,10 +127,23 @@ def adaround_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is not prepared and calibrated, loader has no batches, or iterations is not an
-            integer of at least 0. The model is unchanged.
+        ValueError: model is not prepared and calibrated, loader has no batches, or iterations is
+            not an integer of at least 0. The model is unchanged.
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020).
+
+    Example:
+        >>> import torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> batches = [torch.randn(64, 64) for _ in range(4)]
+        >>> config = torchquant.IntxActivationIntxWeightConfig(weight_bits=4, static=True)
+        >>> _ = torchquant.prepare_(model, config)
+        >>> _ = torchquant.calibrate(model, batches)
+        >>> report = adaround_(model, batches, iterations=100)
+        >>> report["0"].learned_error < report["0"].nearest_error
+        True
+        >>> print(torchquant.convert_(model).layers[0].action)
+        converted
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(

@@ -113,7 +113,7 @@ def taken(who: str, loader: Iterable[Any], limit: int | None = None) -> list[Any
     batches = list(islice(loader, limit))
     if not batches:
         raise ValueError(
-            f"{who}: loader must have batches, got none; an iterator can be used only once, so pass "
-            "a list or a DataLoader"
+            f"{who}: loader must have batches, got none; an iterator can be used only once, so "
+            "pass a list or a DataLoader"
         )
     return batches

@@ -50,8 +50,12 @@ class CorrectedLayer(RowReport):
         name: name of the layer.
         kind: the name of its class.
         action: "corrected" or "left".
-        reason: why the layer was left; or empty.
+        reason: why the layer was left; or the error below, in words.
         error: the greatest mean error of an output channel before the correction.
+
+    Example:
+        >>> print(CorrectedLayer("fc", "Linear", "corrected", "error 0.1", 0.1))
+        corrected: fc (Linear): error 0.1
     """
 
     error: float = 0.0
@@ -64,6 +68,10 @@ class BiasCorrectionReport(Report):
     Attributes:
         rows: one row per layer that ``convert_`` quantizes.
         notes: sentences that the user should read.
+
+    Example:
+        >>> BiasCorrectionReport((CorrectedLayer("fc", "Linear", "corrected", "", 0.1),))
+        <BiasCorrectionReport: 1 corrected, 0 left; greatest mean error 0.1>
     """
 
     rows: tuple[RowReport, ...]
@@ -98,8 +106,9 @@ def correct_bias_(
 
     Args:
         model: a model that ``prepare_`` prepared and that saw data in ``calibrate``.
-        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough. All batches are
-            kept in memory, and each layer runs the model up to this layer on all of them.
+        loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough.
+            All batches are kept in memory, and each layer runs the model up to this layer on all of
+            them.
         limit: the greatest number of batches; None for all.
         forward: a function of ``(model, batch)`` that calls the model, as for ``calibrate``.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
@@ -115,6 +124,18 @@ def correct_bias_(
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
     (2019), the empirical correction.
+
+    Example:
+        >>> import torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> batches = [torch.randn(64, 64) for _ in range(4)]
+        >>> _ = torchquant.prepare_(model)
+        >>> _ = torchquant.calibrate(model, batches)
+        >>> report = correct_bias_(model, batches)
+        >>> [row.action for row in report]
+        ['corrected', 'corrected']
+        >>> print(torchquant.convert_(model).layers[0].action)
+        converted
     """
     models = TwoModels("correct_bias_", model, loader, limit, forward)
     rows: list[RowReport] = []
@@ -133,7 +154,8 @@ def correct_bias_(
             continue
         found[name] = layer.bias - error.to(layer.bias.dtype)
         quantized.bias.copy_(found[name])
-        rows.append(CorrectedLayer(name, kind, "corrected", "", float(error.abs().max())))
+        most = float(error.abs().max())
+        rows.append(CorrectedLayer(name, kind, "corrected", f"error {most:.1e}", most))
     for name, bias in found.items():
         layer = models.float_layer(name)
         adjust(layer, replace(adjustment_of(layer), bias=bias))

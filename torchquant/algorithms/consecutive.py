@@ -11,6 +11,7 @@ from torch import nn
 from torchquant.graph.regions import Region
 from torchquant.graph.trace import Call, Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
 
 # f(s x) = s f(x) for positive s, for each channel on its own.
@@ -18,6 +19,7 @@ _MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU,
     nn.LeakyReLU,
     nn.Identity,
+    FoldedNorm,
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -76,10 +78,9 @@ def find_pairs(model: nn.Module, region: Region) -> tuple[list[Pair], dict[str, 
         The pairs in the order of the calls, and reasons by the names of layers.
 
     Example:
-        >>> from torchquant.graph.regions import find_regions
+        >>> from torchquant.convert.regions import find
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8))
-        >>> (region,), _ = find_regions(net, is_float_layer, is_leaf)
-        >>> find_pairs(net, region)
+        >>> find_pairs(net, find(net, is_float_layer).regions[0])
         ([Pair(first='0', second='2', bound=6.0, block=1)], {'2': 'the model returns its output'})
     """
     finder = _Finder(model, region)
@@ -105,18 +106,6 @@ def is_float_layer(module: nn.Module) -> bool:
     """
     kind = kind_of(module)
     return kind is not None and type(module) in kind.float_types
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """True if a call of the module is one entry of the record of a forward.
-
-    Example:
-        >>> is_leaf(nn.ReLU()), is_leaf(nn.Sequential())
-        (True, False)
-    """
-    if isinstance(module, (QuantizedModule, TrainedModule)):
-        return True
-    return type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential
 
 
 def dimensions(layer: nn.Module) -> int:

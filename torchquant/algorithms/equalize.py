@@ -15,7 +15,6 @@ from torchquant.algorithms.consecutive import (
     dimensions,
     find_pairs,
     is_float_layer,
-    is_leaf,
 )
 from torchquant.algorithms.scaling import (
     channel_ranges,
@@ -23,7 +22,9 @@ from torchquant.algorithms.scaling import (
     range_spread,
     scale_channels,
 )
-from torchquant.graph.regions import find_regions
+from torchquant.convert.calibration_hooks import prepared_layers
+from torchquant.convert.regions import find, regions_in
+from torchquant.graph.regions import Region
 from torchquant.nn.kinds import kind_of
 from torchquant.report.base import Report, RowReport
 from torchquant.report.progress import track
@@ -50,6 +51,10 @@ class EqualizedLayer(RowReport):
         spread_before: how many times the greatest range of a channel exceeded the least, in the
             weights that produce the channels; 0 for a layer that was left.
         spread_after: the same afterwards.
+
+    Example:
+        >>> print(EqualizedLayer("fc", "Linear", "equalized", "with head", 1000.0, 1.5))
+        equalized: fc (Linear): with head
     """
 
     spread_before: float = 0.0
@@ -65,6 +70,11 @@ class EqualizationReport(Report):
         notes: sentences that the user should read.
         difference: the greatest difference of the model's outputs on the first batch, relative to
             their greatest magnitude; None without a loader.
+
+    Example:
+        >>> row = EqualizedLayer("fc", "Linear", "equalized", "with head", 1000.0, 1.0)
+        >>> EqualizationReport((row,)).summary()
+        '1 equalized, 0 left; ranges of channels: at most 1:1,000 before, 1:1 after'
     """
 
     rows: tuple[EqualizedLayer, ...]
@@ -124,8 +134,8 @@ def equalize_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model holds no float layer that can be quantized; loader has no batches; ranges have
-            been observed already; or the outputs change by more than rounding. The model is
+        ValueError: model holds no float layer that can be quantized; loader has no batches; ranges
+            have been observed already; or the outputs change by more than rounding. The model is
             unchanged.
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
@@ -245,22 +255,28 @@ def _balance(
 
 def _pairs(model: nn.Module, observed: bool) -> tuple[list[Pair], dict[str, str]]:
     """The pairs to balance, and the reasons for the other layers that were found."""
-    regions, refusals = find_regions(model, is_float_layer, is_leaf)
+    prepared = [Region(one.name, one.root, one.trace) for one in regions_in(model)]
+    found = find(model, is_float_layer)
+    regions = prepared or found.regions
     pairs: list[Pair] = []
     reasons: dict[str, str] = {}
     for region in regions:
-        found, left = find_pairs(model, region)
+        candidates, left = find_pairs(model, region)
         reasons.update(left)
-        for pair in found:
+        for pair in candidates:
             if region.path and not observed:
-                why = refusals[0].reason if refusals else "its forward is not the whole model's"
+                why = (
+                    found.refusals[0].reason
+                    if found.refusals
+                    else "its forward is not the whole model's"
+                )
                 reasons[pair.first] = (
                     f"{why}; pass a loader, so that outputs are compared before and after"
                 )
             elif pair.bound is not None and not observed:
                 reasons[pair.first] = (
-                    f"an activation cuts off at {pair.bound:g}; pass a loader, whose batches show the "
-                    "channels that stay below"
+                    f"an activation cuts off at {pair.bound:g}; pass a loader, whose batches show "
+                    "the channels that stay below"
                 )
             else:
                 pairs.append(pair)
@@ -274,6 +290,15 @@ def _check(model: nn.Module) -> None:
         raise ValueError(
             "equalize_: model must hold float layers that can be quantized, got none; call it "
             "before convert_ or quantize_"
+        )
+    observed = [
+        name for name, hook in prepared_layers(model).items() if int(hook.observer.num_batches)
+    ]
+    if observed:
+        raise ValueError(
+            "equalize_: model must not be calibrated yet, because the ranges between layers "
+            f"change, got ranges of {', '.join(observed)}; call to_float_(model), prepare_, "
+            "equalize_ and then calibrate"
         )
 
 

@@ -30,7 +30,7 @@ def columns(layer: Any, input: Tensor, most: int | None = None, seed: int = 0) -
         float32 ``[G, K, columns]`` with G groups, as :func:`grouped_weight` has them.
 
     Example:
-        >>> layer = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+        >>> layer = torch.nn.Conv2d(4, 6, 3, groups=2, bias=False)
         >>> x = torch.randn(5, 4, 8, 8)
         >>> product = grouped_weight(layer, layer.weight) @ columns(layer, x)
         >>> product.shape
@@ -66,7 +66,7 @@ def grouped_weight(layer: Any, weight: Tensor) -> Tensor:
     """A weight ``[O, ...]`` as ``[G, O / G, K]``.
 
     Example:
-        >>> grouped_weight(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
+        >>> grouped_weight(torch.nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
         torch.Size([2, 3, 6])
     """
     groups = getattr(layer, "groups", 1)
@@ -81,7 +81,7 @@ def quantized_input(layer: QuantizedModule, input: Tensor) -> Tensor:
         >>> config = torchquant.Int8StaticActivationInt8WeightConfig()
         >>> scale = torch.tensor([0.5])
         >>> layer = torchquant.QuantizedLinear.from_float(
-        ...     nn.Linear(2, 64), config, input_scale=scale)
+        ...     torch.nn.Linear(2, 64), config, input_scale=scale)
         >>> quantized_input(layer, torch.tensor([[0.3, 1.1]]))
         tensor([[0.5000, 1.0000]])
     """

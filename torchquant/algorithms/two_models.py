@@ -40,6 +40,19 @@ class TwoModels:
     Raises:
         TypeError: model is not a module.
         ValueError: there is no batch, or the model cannot be converted yet.
+
+    Example:
+        >>> import torch, torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> batches = [torch.randn(8, 64)]
+        >>> _ = torchquant.prepare_(model)
+        >>> _ = torchquant.calibrate(model, batches)
+        >>> models = TwoModels("verb", model, batches, None, None)
+        >>> models.order, type(models.quantized_layer("2")).__name__
+        (['0', '2'], 'QuantizedLinear')
+        >>> ((floating, quantized),) = models.inputs("2")
+        >>> 0 < (quantized - floating).abs().max() < 0.1
+        tensor(True)
     """
 
     def __init__(

@@ -20,7 +20,7 @@ _DOWN_OR_UP = 1.01  # an integer is less than 1 away from the number that it rou
 _ATTRIBUTE = "_torchquant_adjustment"  # of the float layer: copies and pickles of a model have it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adjustment:
     """The integers and the bias that a layer gets when it is converted.
 
@@ -48,21 +48,23 @@ def adjustment_of(module: nn.Module) -> Adjustment:
 
 
 def adjust(module: nn.Module, adjustment: Adjustment) -> None:
-    """Keep an adjustment with a float layer; it replaces the one from before."""
-    module.__dict__[_ATTRIBUTE] = adjustment
+    """Keep an adjustment with a float layer, in place of the one from before."""
+    if adjustment.qweight is None and adjustment.bias is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = adjustment
 
 
 def is_adjusted(module: nn.Module) -> bool:
     """True if an algorithm found something for the layer."""
-    return adjustment_of(module) != Adjustment()
+    return _ATTRIBUTE in module.__dict__
 
 
 @torch.no_grad()
-def apply_adjustment(name: str, module: nn.Module, layer: QuantizedModule) -> None:
+def apply_adjustment(module: nn.Module, layer: QuantizedModule) -> None:
     """Give a new quantized layer what was found for its float layer.
 
     Args:
-        name: name of the layer, for messages.
         module: the float layer.
         layer: the layer that was made from it.
 
@@ -75,7 +77,7 @@ def apply_adjustment(name: str, module: nn.Module, layer: QuantizedModule) -> No
         >>> layer = QuantizedLinear.from_float(module)
         >>> found = Adjustment(layer.qweight, layer.weight_scale, torch.ones(32))
         >>> adjust(module, found)
-        >>> apply_adjustment("fc", module, layer)
+        >>> apply_adjustment(module, layer)
         >>> layer.bias[0].item()
         1.0
     """
@@ -83,8 +85,8 @@ def apply_adjustment(name: str, module: nn.Module, layer: QuantizedModule) -> No
     if found.qweight is not None and found.weight_scale is not None:
         if not _is_current(module, layer, found.qweight, found.weight_scale):
             raise ValueError(
-                f"convert_: the weight of {name} must be the one for which adaround_ found "
-                "integers, but it has changed since; call adaround_ again"
+                "the weight must be the one for which adaround_ found integers, but it has changed "
+                "since; call adaround_ again"
             )
         tensors = {"qweight": found.qweight, "qweight_scale": found.weight_scale}
         layer.load_state_dict({**layer.state_dict(), **tensors})
@@ -92,6 +94,9 @@ def apply_adjustment(name: str, module: nn.Module, layer: QuantizedModule) -> No
         bias: Any = module.bias
         value = found.bias.to(bias.device, bias.dtype, copy=True)
         layer.bias = nn.Parameter(value, requires_grad=bias.requires_grad)
+    form = layer.__dict__.get("float_form", FloatForm())
+    for copied in (layer, *form.empty):  # plain attributes of the float layer
+        copied.__dict__.pop(_ATTRIBUTE, None)
 
 
 def float_weight(module: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torchquant.convert.adjustment import Adjustment, adjust, apply_adjustment
 from torchquant.convert.calibration_hooks import InputObserver, hook_of, missing_range, release
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.kinds import kind_of
@@ -59,11 +60,13 @@ class Calibrated:
         quantized: QuantizedModule = kind.quantized.from_float(  # type: ignore[call-arg]
             self.layer, self.config, input_scale=scale, input_zero_point=zero_point
         )
+        apply_adjustment(self.layer, quantized)
         return quantized
 
     def release(self) -> None:
-        """Remove the hook of the layer."""
+        """Remove the hook of the layer, and what an algorithm found for it."""
         release(self.layer)
+        adjust(self.layer, Adjustment())
 
 
 def calibrated(layer: nn.Module) -> Calibrated | None:

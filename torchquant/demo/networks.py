@@ -1,4 +1,4 @@
-"""The demo's convolutional networks: static int8 by calibration, and by quantization-aware training.
+"""The convolutional networks of the demo: static int8 by calibration, and by training.
 
 Both start from the float network. `calibrate` shows it some training images, and `convert_` makes
 integers of it. `prepare_qat_` trains it for a few steps with the integers that will be deployed.
@@ -21,6 +21,7 @@ from torchquant.convert.calibrate import calibrate
 from torchquant.convert.convert import convert_
 from torchquant.convert.prepare import prepare_
 from torchquant.convert.qat import prepare_qat_
+from torchquant.convert.stages import freeze_statistics_
 from torchquant.data import ImageData, augment
 from torchquant.demo.exactness import ORACLE, Check, forced_isa
 from torchquant.demo.measure import Latency, measure_latency, state_dict_bytes
@@ -37,6 +38,7 @@ CALIBRATION_BATCHES = 8
 BATCH = 32
 STEPS = 10
 LEARNING_RATE = 1e-4
+LABEL_SMOOTHING = 0.05  # as in the training of the float networks
 VERIFIED_IMAGES = 16
 
 
@@ -127,14 +129,19 @@ def _batch(data: ImageData, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def _train(model: nn.Module, data: ImageData, generator: torch.Generator) -> None:
+    # So few steps would only make the running statistics of the batch norms worse.
+    freeze_statistics_(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     model.train()
     for _ in range(STEPS):
         images, labels = _batch(data, generator)
-        loss = nn.functional.cross_entropy(model(images), labels)
+        logits = model(images)
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     model.eval()
 
 
