@@ -25,7 +25,7 @@ from torchquant import ops
 from torchquant.chains import region as region_module
 from torchquant.chains.region import RegionForward
 from torchquant.convert.regions import regions_in
-from torchquant.nn import QuantizedConv2d
+from torchquant.nn import QuantizedConv2d, QuantizedLinear
 
 CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
 
@@ -431,3 +431,16 @@ def test_a_record_with_other_results_is_dropped() -> None:
     assert not regions_in(model) and isinstance(model.third, QuantizedConv2d)
     with torch.no_grad():
         assert torch.equal(model(x), Aliases.forward(model, x))  # type: ignore[arg-type]
+
+
+def test_float_layers_of_a_region_can_be_quantized_later() -> None:
+    model, x, _ = converted(Functional)
+    assert type(model.fc) is nn.Linear  # too small to benefit
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        torchquant.quantize_(model, filter_fn="fc")
+        assert isinstance(model.fc, QuantizedLinear)
+        got = model(x)
+        assert 0 < (got - wanted).abs().max() < 0.05
+        torchquant.to_float_(model)
