@@ -54,7 +54,8 @@ def prepare_(
     Between layers, values stay int8 in the converted model (residual additions, activations,
     pooling, concatenation), wherever the forward that connects them can be followed without
     running it on data. The report's ``regions`` say where that is, and where it is not and why;
-    with ``example_inputs`` also how much of the arithmetic will run on integers. The model keeps its class, its submodules and its code.
+    with ``example_inputs`` also how much of the arithmetic will run on integers. The model keeps
+    its class, its submodules and its code.
 
     A prepared model can be copied with ``copy.deepcopy``, pickled, and stored with ``torch.save``,
     observers included. Its state dict has no observers, and no folded batch norms.
