@@ -363,14 +363,14 @@ def test_bfloat16_models() -> None:
 
 
 def test_files_keep_the_observer_and_old_files_have_none(tmp_path: Path) -> None:
-    model = mlp()
+    model = mlp().eval()
     prepare_(model, static(observer=Percentile(99.5, 64)))
     calibrate(model, rows())
     with pytest.warns(RuntimeWarning, match=r"no observed ranges, but 2 layers .* \(0, 2\); call"):
         torchquant.save(model, tmp_path / "file")
     convert_(model)
     torchquant.save(model, tmp_path / "file")
-    loaded = mlp(seed=1)
+    loaded = mlp(seed=1).eval()
     torchquant.load(tmp_path / "file", loaded)
     assert loaded[0].config.activations.observer == Percentile(99.5, 64)
     x = floats(5, 64)
