@@ -8,6 +8,7 @@
 namespace torchquant {
 namespace {
 
+constexpr int64_t kStripUnit = 28;             // pixels: 4 and 7 divide it
 constexpr int64_t kStripBytes = 16 << 10;      // half of a common first-level cache
 constexpr int64_t kRegionBytes = 256 << 10;    // of the image that blocks of channels read one after the other
 constexpr int64_t kUnitProducts = 1 << 17;     // of a unit of work, about: threads share units
@@ -19,8 +20,8 @@ int64_t strip_pixels(const tq_conv_call& call) {
   const int64_t column_bytes = depthwise_quads(call.kernel_h) * kStripQuadBytes / 2;
   const int64_t reach = (call.kernel_w - 1) * call.dilation_w;  // columns that a strip shares with the next
   const int64_t columns = std::max(kStripBytes / column_bytes, 4 * reach);
-  const int64_t pixels = std::max<int64_t>(kActivatedPixels, (columns - reach) / call.stride_w);
-  return std::min(call.out.w, pixels / kActivatedPixels * kActivatedPixels);
+  const int64_t pixels = std::max<int64_t>(kStripUnit, (columns - reach) / call.stride_w);
+  return std::min(call.out.w, pixels / kStripUnit * kStripUnit);
 }
 
 DepthwiseArgs args_of(const tq_conv_call& call) {
@@ -99,6 +100,8 @@ tq_status tq_conv_depthwise(const tq_conv_call* c, const tq_parallel* parallel) 
     const int64_t row_bytes = std::max<int64_t>(1, call.stride_h * in.w * in.pixel_stride);
     rows = std::min(rows, std::max<int64_t>(4, kRegionBytes / row_bytes));
   }
+  const int64_t strip_rows = depthwise_strip_rows(call.kernel_h, call.stride_h, call.dilation_h);
+  rows = ceil_div(rows, strip_rows) * strip_rows;
   const int64_t parts = ceil_div(out.h, rows), columns = strip_columns(base.strip_pixels, call.stride_w, call.kernel_w,
                                                                        call.dilation_w);
   const int64_t scratch = std::max(depthwise_scratch(columns, call.kernel_h, call.kernel_w),

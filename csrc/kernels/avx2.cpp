@@ -84,7 +84,7 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 }
 
 // A lane of the depthwise convolution: the four bytes of a quad as two pairs of 16-bit numbers, exact for all bytes.
-constexpr int kFlip = 0, kParts = 2, kPixels = 2;
+constexpr int kFlip = 0, kParts = 2, kPixels = 4;
 TQ_INLINE void split(I quads, I (&parts)[2]) {
   parts[0] = _mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8);
   parts[1] = _mm256_srai_epi16(quads, 8);

@@ -32,15 +32,19 @@ struct DepthwiseArgs {
   int64_t strip_pixels;  // of a row of the result that are computed together
 };
 
-// A strip of the image as the kernel reads it: quads of `kernel_h` rows for all columns under `pixels` pixels of the
+// A strip of the image as the kernel reads it: quads of the kernel's rows for all columns under `pixels` pixels of the
 // result. Some instruction sets split every quad into two halves of 16-bit numbers.
 constexpr int64_t strip_columns(int64_t pixels, int64_t stride_w, int64_t kernel_w, int64_t dilation_w) {
   return (pixels - 1) * stride_w + (kernel_w - 1) * dilation_w + 1;
 }
 inline constexpr int64_t kStripQuadBytes = 2 * kDepthwiseChannels * kQuadRows;
-inline constexpr int64_t kActivatedPixels = 8;  // results that an activation function follows, as floats
-constexpr int64_t depthwise_scratch(int64_t columns, int64_t kernel_h, int64_t kernel_w) {
-  return (columns + kernel_w) * depthwise_quads(kernel_h) * kStripQuadBytes + 16 * depthwise_quads(kernel_h) * kQuadRows;
+
+// Rows of the result that use one strip: as many as its quads have rows for.
+constexpr int64_t depthwise_strip_rows(int64_t kernel_h, int64_t stride_h, int64_t dilation_h) {
+  return dilation_h == 1 ? (depthwise_quads(kernel_h) * kQuadRows - kernel_h) / stride_h + 1 : 1;
+}
+constexpr int64_t depthwise_scratch(int64_t columns, int64_t kernel_h, int64_t kernel_w) {  // at most kQuadRows rows
+  return (columns + kQuadRows * kernel_w) * depthwise_quads(kernel_h) * kStripQuadBytes;
 }
 
 }  // namespace torchquant

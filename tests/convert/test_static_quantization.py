@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ from torchquant import (
     quantize_,
     to_float_,
 )
-from torchquant.configs import Percentile
+from torchquant.configs import Percentile, config_from_dict, config_to_dict
 from torchquant.nn import QuantizedLinear
 
 CONFIGS = {name: static(observer=name) for name in CALIBRATIONS}
@@ -358,3 +360,37 @@ def test_bfloat16_models() -> None:
     convert_(model)
     assert model(rows()[0].bfloat16()).dtype == torch.bfloat16
     assert model[0].input_scale.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_files_keep_the_observer_and_old_files_have_none(tmp_path: Path) -> None:
+    model = mlp().eval()
+    prepare_(model, static(observer=Percentile(99.5, 64)))
+    calibrate(model, rows())
+    with pytest.warns(RuntimeWarning, match=r"no observed ranges, but 2 layers .* \(0, 2\); call"):
+        torchquant.save(model, tmp_path / "file")
+    convert_(model)
+    torchquant.save(model, tmp_path / "file")
+    loaded = mlp(seed=1).eval()
+    torchquant.load(tmp_path / "file", loaded)
+    assert loaded[0].config.activations.observer == Percentile(99.5, 64)
+    x = floats(5, 64)
+    assert_same_bits(loaded(x), model(x))
+    old = config_to_dict(static())
+    del old["activations"]["observer"]  # as files before the field have it
+    assert config_from_dict(old) == static()
+
+
+def test_batches_are_not_kept() -> None:
+    alive: list[Any] = []
+
+    def batches() -> Any:
+        for index in range(20):
+            batch = floats(4, 64, seed=index)
+            alive.append(weakref.ref(batch))
+            assert sum(reference() is not None for reference in alive) <= 2
+            yield batch
+            del batch
+
+    model = mlp()
+    prepare_(model)
+    assert calibrate(model, batches()).batches == 20

@@ -110,7 +110,7 @@ def test_gradients_are_those_of_rounded_floats(name: str, config: str) -> None:
     x, same = leaf(input_of(name)), leaf(input_of(name))
     y, want = layer(x), other(same)
     torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
-    kept = ((y > 1e-3) == (want > 1e-3)) & ((y > 1e-3) | (y == 0))  # the sign is the same
+    kept = ((y > 1e-3) & (want > 1e-3)) | ((y == 0) & (want == 0))  # the ReLU is the same
     grad = torch.randn_like(y) * kept
     y.backward(grad)
     want.backward(grad)
@@ -165,9 +165,8 @@ def test_the_backward_pass_needs_int8_activations() -> None:
 def test_a_second_derivative_is_refused() -> None:
     layer = trained()
     x = leaf(input_of())
-    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_training_learns() -> None:

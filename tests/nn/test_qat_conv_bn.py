@@ -1,4 +1,4 @@
-"""QATConvBn2d: float batch norm as the oracle in training, bits of the deployed layer when frozen."""
+"""QATConvBn2d: the float batch norm is the oracle in training, the deployed layer when frozen."""
 
 import copy
 import pickle

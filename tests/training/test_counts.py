@@ -6,18 +6,28 @@ import pickle
 import random
 import tracemalloc
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FLOATS, INF, NAN, assert_same_bits, floats
+from support import FLOATS, INF, NAN, assert_same_bits, floats, threads
 from support.calibration_data import DISTRIBUTIONS, divisions
 from support.calibration_processes import OBSERVERS, observed, reduced_in_process, state
 from support.processes import in_processes
 from torch import Tensor, nn
 
-from torchquant import MovingAverageMinMaxObserver, PerAxis, PerGroup, PerToken
+from torchquant import (
+    MovingAverageMinMaxObserver,
+    ObservedQuantizer,
+    PerAxis,
+    PerGroup,
+    PerToken,
+    Static,
+)
+from torchquant.configs import Calibration, config_from_dict, config_to_dict
 from torchquant.observers import (
     CountingObserver,
     EntropyObserver,
@@ -25,7 +35,10 @@ from torchquant.observers import (
     MinMaxObserver,
     Observer,
     PercentileObserver,
+    observer_for,
+    register_observer,
 )
+from torchquant.training import calibration
 from torchquant.training.counts import FINEST, bins_per_sign
 
 COUNTING = {
@@ -281,3 +294,49 @@ def test_arguments_are_checked(make: type[Observer], message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("make", COUNTING.values(), ids=COUNTING)
+def test_threads_change_nothing(make: type[CountingObserver]) -> None:
+    x = floats(40, 10_000, seed=5)
+    one, two = make(), make()
+    with threads(1):
+        one(x)
+        expected = one.calculate_range()
+    with threads(2):
+        two(x)
+        for got, end in zip(two.calculate_range(), expected, strict=True):
+            assert_same_bits(got, end)
+    same_state(two, one)
+
+
+def test_an_observer_that_searches_for_its_range_is_not_for_training() -> None:
+    with pytest.raises(TypeError, match=r"got EntropyObserver, which searches all batches"):
+        ObservedQuantizer(EntropyObserver())
+
+
+def test_configurations_can_name_another_observer(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Fixed(Calibration):
+        high: float = 1.0
+
+    class FixedObserver(MinMaxObserver):
+        def __init__(self, high: float, **options: Any) -> None:
+            super().__init__(**options)
+            self.high = high
+
+        def calculate_range(self) -> tuple[Tensor, Tensor]:
+            return torch.zeros(1), torch.full((1,), self.high)
+
+    with pytest.raises(TypeError, match=r"observer must be one of MinMax, .*got .*Fixed"):
+        observer_for(Static(observer=Fixed()))
+    with pytest.raises(TypeError, match=r"must be a subclass of torchquant\.configs.Calibration"):
+        register_observer(FixedObserver, FixedObserver)  # type: ignore[arg-type]
+    monkeypatch.setattr(calibration, "_OBSERVERS", dict(calibration._OBSERVERS))
+    register_observer(Fixed, FixedObserver)
+    config = Static(observer=Fixed(2.55))
+    assert config_from_dict(config_to_dict(config)) == config
+    observer = observer_for(config)
+    observer(torch.ones(3))
+    scale, zero_point = observer.calculate_qparams()
+    assert (round(float(scale), 6), int(zero_point)) == (0.01, -128)

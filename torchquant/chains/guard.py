@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.chains.arguments import attributes_of
+from torchquant.chains.arguments import attributes_of, depends_on_mode
 from torchquant.graph.modules import HOOKS
 from torchquant.graph.trace import Trace
+from torchquant.nn.base import QuantizedModule
 
 _INTERNAL = frozenset(
     (
@@ -36,10 +37,14 @@ class Expectation:
     value: Any
     child: bool = False
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """The dictionary that holds the attribute or the child."""
+        return self.module._modules if self.child else self.module.__dict__
+
     def holds(self) -> bool:
         """True if the attribute has the value."""
-        place = self.module._modules if self.child else self.module.__dict__
-        found = place.get(self.name, _MISSING)
+        found = self.place.get(self.name, _MISSING)
         if found is self.value:
             return True
         same = type(found) is type(self.value) and isinstance(found, _PLAIN)
@@ -73,10 +78,15 @@ def expectations(root: nn.Module, trace: Trace) -> list[Expectation]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        found.append(Expectation(module, "training", False))
+        if path in followed or (depends_on_mode(module) and not _is_layer(module)):
+            found.append(Expectation(module, "training", False))
         names = _plain_names(module) if path in followed else attributes_of(module)
         found += (Expectation(module, name, module.__dict__[name]) for name in names)
     return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedModule)
 
 
 def _prefixes(path: str) -> Iterator[str]:

@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from torchquant._extension import load
+from torchquant.chains.guard import Expectation
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.program import Program
 from torchquant.chains.schedule import Item, Segment, make_schedule, make_steps
 from torchquant.chains.steps import Qparams
-from torchquant.graph.modules import HOOKS
 from torchquant.graph.trace import Trace, filled
 
 _Guard = load().Guard
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_HOOK_DICTIONARIES = tuple(name for name in HOOKS if name != "_is_full_backward_hook")
+# Every hook is in one of these; further dictionaries say more about some of them.
+_HOOK_DICTIONARIES = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+)
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
@@ -38,6 +41,7 @@ class Quantized(Protocol):
     root: nn.Module
     trace: Trace
     plan: Plan | None
+    expected: list[Expectation]
 
     def edge_qparams(self, edge: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of an edge."""
@@ -70,7 +74,11 @@ def may_use_kernels(inputs: Sequence[Any]) -> bool:
 
 
 class Programs:
-    """The programs of one region, for the tensors that its layers have now."""
+    """The programs of one region, for the tensors that its layers have now.
+
+    Args:
+        region: a region whose expectations hold.
+    """
 
     def __init__(self, region: Quantized) -> None:
         assert region.plan is not None
@@ -83,8 +91,20 @@ class Programs:
             not runs_hooks(module)
             for module in (*self.interpreter.modules.values(), *_inner(self.interpreter))
         )
-        qparams = _qparams(region, self.plan)
         self.items: list[tuple[Item, Program | None]] = []
+        try:
+            self._make(region)
+        except ValueError:  # a layer's own scale is not that of the value which it reads
+            self.ready = False
+        self.guard = _Guard(
+            [
+                *((one.place, one.name, one.place[one.name]) for one in region.expected),
+                *_entries(region.root, self.interpreter, self.plan),
+            ]
+        )
+
+    def _make(self, region: Quantized) -> None:
+        qparams = _qparams(region, self.plan)
         for item in make_schedule(region.trace, self.plan):
             program = None
             if isinstance(item, Segment):
@@ -92,10 +112,9 @@ class Programs:
                     make_steps(item, self.plan, qparams, self.interpreter.modules.__getitem__)
                 )
             self.items.append((item, program))
-        self.guard = _Guard(_entries(region.root, self.interpreter, self.plan))
 
     def holds(self) -> bool:
-        """True if no tensor of the layers, no scale and no hook changed."""
+        """True if the record of the forward holds, and no tensor of a layer and no hook changed."""
         return bool(self.guard.holds())
 
     def run(self, inputs: Sequence[Any]) -> Any:
@@ -110,7 +129,7 @@ class Programs:
             if program is None:
                 assert isinstance(item, int)
                 if item not in results:
-                    found = _Resolved(results, sources)
+                    found = _Resolved(results, self.interpreter, sources)
                     results[item] = self.interpreter.call(item, calls[item], found, inputs)
                 continue
             assert isinstance(item, Segment)
@@ -122,18 +141,28 @@ class Programs:
                 return REFUSED
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
-        return filled(self.trace.result, _Resolved(results, sources).__getitem__)
+        return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
 
 
 class _Resolved(Mapping[int, Any]):
-    """Results by the index of a call, in which an identity has the result of its argument."""
+    """Results by the index of a call, in which an identity has the result of its argument.
 
-    def __init__(self, results: Mapping[int, Any], sources: Sequence[int]) -> None:
+    ``x.contiguous()`` is an identity to a step, but not to ``x.view()`` in Python: it runs.
+    """
+
+    def __init__(
+        self, results: Mapping[int, Any], interpreter: Interpreter, sources: Sequence[int]
+    ) -> None:
         self.results = results
+        self.interpreter = interpreter
         self.sources = sources
 
     def __getitem__(self, index: int) -> Any:
-        return self.results[self.sources[index]]
+        source = self.sources[index]
+        call = self.interpreter.trace.calls[index]
+        if source == index or call.kind == "module":
+            return self.results[source]
+        return self.interpreter.call(index, call, self, ())
 
     def __iter__(self) -> Any:
         return iter(self.results)

@@ -107,15 +107,19 @@ class RegionForward:
         if self.failure or not (self.quantized or self.observing):
             return self.original(*args, **kwargs)
         inputs = self._inputs(args, kwargs)
-        if inputs is None or not self._is_intact():
+        if inputs is None:
+            return self.original(*args, **kwargs)
+        kernels = self.quantized and may_use_kernels(inputs)
+        if kernels and self._programs is not None and self._programs.holds():
+            result = self._programs.run(inputs)
+            return self._interpreted(inputs) if result is REFUSED else result
+        if not self._is_intact():
             return self.original(*args, **kwargs)
         if not self.quantized:
             return self._observed(inputs)
-        if may_use_kernels(inputs):
-            programs = self._programs
-            if programs is None or not programs.holds():
-                programs = self._programs = Programs(self)
-            result = programs.run(inputs)
+        if kernels:
+            self._programs = Programs(self)
+            result = self._programs.run(inputs)
             if result is not REFUSED:
                 return result
         return self._interpreted(inputs)
@@ -159,7 +163,7 @@ class RegionForward:
                 f"{where}: {reason}, so the values between its layers are float instead of int8; "
                 "call eval(), or prepare_, calibrate and convert_ a float model with the change",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return False
 
@@ -277,6 +281,10 @@ class RegionForward:
 
         def rounded(value: Tensor) -> Tensor:
             scale, zero_point = self.edge_qparams(edge)
+            if _is_channels_last(value):  # the operator returns contiguous tensors
+                value = value.permute(0, 2, 3, 1)
+                y = ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
+                return y.permute(0, 3, 1, 2)
             return ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
 
         return rounded
@@ -296,6 +304,11 @@ class RegionForward:
         assert self.plan is not None
         edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
         return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return last and not value.is_contiguous()
 
 
 def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:

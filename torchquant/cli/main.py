@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import torchquant
-from torchquant.cli import info
+from torchquant.cli import bench_conv, info
 from torchquant.cli.bench import app as bench_app
 from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
 from torchquant.cli.output import error_console, print_json, progress_bar
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 
+bench_conv.register(bench_app)
 app.add_typer(bench_app)
 
 

@@ -86,9 +86,8 @@ def observe_input(layer: nn.Module, name: str, config: QuantizationConfig) -> In
         name: its name in the model, for messages.
         config: what it is prepared for; its activations name the observer.
     """
-    parameter = next(layer.parameters(), None)
-    device = None if parameter is None else parameter.device
-    observer = observer_for(config.activations, device)
+    devices = [parameter.device for parameter in layer.parameters() if not parameter.is_meta]
+    observer = observer_for(config.activations, devices[0] if devices else "cpu")
     observer.set_layer_name(name)
     hook = InputObserver(config, observer)
     layer.register_forward_pre_hook(hook, with_kwargs=True)

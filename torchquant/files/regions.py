@@ -13,6 +13,7 @@ from torchquant.chains.region import SCALE, ZERO_POINT, RegionForward
 from torchquant.configs import Static
 from torchquant.convert.regions import is_leaf, regions_in
 from torchquant.files.fit import Misfit
+from torchquant.graph.in_place import without_in_place
 from torchquant.graph.trace import Trace, Untraceable, trace
 from torchquant.nn.base import QuantizedModule
 from torchquant.training.calibration import observer_for
@@ -66,9 +67,8 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
     except (KeyError, TypeError, ValueError) as error:
         raise Misfit(f"the entry of region {name!r} is not valid ({error})") from None
     record = _traced(root, where)
-    if [call.target for call in record.calls] != calls or not len(shapes) == len(calls) == len(
-        flops
-    ):
+    same = [call.target for call in record.calls] == calls
+    if not same or not len(shapes) == len(calls) == len(flops):
         raise Misfit(f"{where} makes other calls than the one that was saved")
     activations = {}
     for path in layers:
@@ -93,7 +93,7 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
 def _traced(root: nn.Module, where: str) -> Trace:
     before = root.__dict__.pop("forward", None)
     try:
-        return trace(root, is_leaf)
+        return without_in_place(trace(root, is_leaf), root)
     except Untraceable as reason:
         raise Misfit(f"{where} cannot be followed: {reason}") from None
     finally:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
+from torchquant.convert.calibration_hooks import prepared_layers
 from torchquant.convert.projections import groups_of
 from torchquant.files.atomic import replacing
 from torchquant.files.buffers import stored_buffers
@@ -27,7 +29,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the state of a model and the configuration of its quantized layers to one file.
 
     The file is written under a temporary name and renamed when it is complete, so a crash does not
-    damage an older file. :mod:`torchquant.files.format` describes the format.
+    damage an older file. :mod:`torchquant.files.format` describes the format. The observers of a
+    model that :func:`torchquant.prepare_` prepared are not stored; a warning says so.
 
     Args:
         model: any module; quantized layers are stored as int8 integers with their scales, and
@@ -54,6 +57,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
+    prepared = prepared_layers(model)
+    if prepared:
+        warnings.warn(
+            f"save: the file holds no observed ranges, but {len(prepared)} layers are prepared for "
+            f"calibration ({', '.join(prepared)}); call convert_(model) before save, or keep the "
+            "prepared model with torch.save(model, path)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     tensors, aliases = unique_tensors(model)
     layers = {
         name: layer_entry(module)

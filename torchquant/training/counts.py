@@ -23,7 +23,7 @@ from torchquant.training.state import inside_backward
 load()
 
 FINEST = -100  # the least exponent: smaller values than 2^-100 are in bin 0
-_BLOCK = 1 << 17  # values counted at a time
+_BLOCK = 1 << 18  # values counted at a time
 _SPLITS = 4  # the least number of bins per bin of the user; see bins_per_sign
 
 
@@ -155,16 +155,23 @@ def _add(
     rows, size = counts.shape
     values = input.reshape(1, -1) if axis is None else input.movedim(axis, 0).reshape(rows, -1)
     factor = widths(-exponent)[:, None]
-    # Positions of one row fit into int32, which is faster.
-    dtype = torch.int32 if rows == 1 else torch.int64
-    start = size // 2 + size * torch.arange(rows, dtype=dtype, device=counts.device)[:, None]
     flat = counts.view(-1)
-    for block in values.split(max(1, _BLOCK // rows), 1):
-        block = block.float()
-        if all_finite:
-            position = (block * factor).to(dtype).add_(start).reshape(-1)
-            flat += torch.bincount(position, minlength=flat.numel())
-        else:
+    start = size // 2 + size * torch.arange(rows, device=counts.device)[:, None]
+    if not all_finite:
+        for block in values.split(max(1, _BLOCK // rows), 1):
+            block = block.float()
             finite = block.isfinite()
-            position = (torch.where(finite, block, 0.0) * factor).to(torch.int64).add_(start)
+            position = (torch.where(finite, block, 0.0) * factor).to(torch.int64) + start
             flat.index_add_(0, position.reshape(-1), finite.reshape(-1).to(torch.int64))
+        return
+    # Positions of one row fit into int32, which is faster; so is memory that is used again.
+    width = min(values.shape[1], max(1, _BLOCK // rows))
+    quotient = torch.empty(rows, width, dtype=torch.float32)
+    position = torch.empty(rows, width, dtype=torch.int32 if rows == 1 else torch.int64)
+    start = start.to(position.dtype)
+    for block in values.split(width, 1):
+        used = block.shape[1]
+        torch.mul(block, factor, out=quotient[:, :used])
+        position[:, :used].copy_(quotient[:, :used]).add_(start)
+        found = position[:, :used].reshape(-1)
+        flat += torch.bincount(found, minlength=flat.numel())

@@ -226,7 +226,7 @@ class Observer(LayerPart):
         if processes_of(name) == 1:
             return result
         described = f"{self.title()} ({self.extra_repr()})"
-        shape = common_shape(tuple(self.min_val.shape), described, who, name)
+        shape = common_shape(self.min_val, described, who, name)
         if self.min_val.shape != shape:
             result._set_shape(shape)
         one, own = copy.deepcopy(result), dict(result.named_buffers())

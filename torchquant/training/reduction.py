@@ -13,17 +13,24 @@ from torchquant.training.processes import gather
 _MOST_DIMENSIONS = 8
 
 
-def common_shape(shape: tuple[int, ...], described: str, who: str, group_name: str | None) -> Any:
+def common_shape(like: Tensor, described: str, who: str, group_name: str | None) -> Any:
     """The shape of the scales in the processes that have data; ``(0,)`` if none has.
 
     All processes call this function and raise the same error.
 
+    Args:
+        like: the scales of this process; its device carries the collective.
+        described: class and arguments of the observer, which must be the same everywhere.
+        who: what messages start with.
+        group_name: the processes.
+
     Raises:
         ValueError: the processes describe their observers differently, or the shapes differ.
     """
+    shape = tuple(like.shape)
     values = [zlib.crc32(described.encode()), len(shape), *shape]
     values += [0] * (_MOST_DIMENSIONS + 2 - len(values))
-    everyone = gather(torch.tensor(values, dtype=torch.int64), group_name).tolist()
+    everyone = gather(like.new_tensor(values, dtype=torch.int64), group_name).tolist()
     if len({row[0] for row in everyone}) > 1:
         raise ValueError(
             f"{who}: all processes must hold observers with the same arguments, got others than "

@@ -16,9 +16,9 @@ from torchquant.training.counting_observer import CountingObserver
 from torchquant.training.counts import widths
 
 _HALVINGS = 10  # candidates per end in the first grid; each is half of the one before
-_AROUND = 3  # candidates to both sides of the best one in a finer grid
-_PART = 1 << 14  # levels of candidates at a time
-_ROUNDS = 3  # finer grids; each has a quarter of the step of the one before
+# The finer grids: the part of a halving between candidates, and how many to both sides.
+_FINER = ((1 / 4, 3), (1 / 32, 4))
+_PART = 1 << 15  # levels of candidates at a time
 
 
 class HistogramObserver(CountingObserver):
@@ -75,9 +75,9 @@ class ErrorSearch:
         centers = (place + place.sign() / 2) * width
         values = counts.double()
         self.square = (values * centers.square()).sum()
-        # Both sums of the values below an edge in one row, so that one look-up finds them.
-        sums = torch.stack([values, values * centers]).cumsum(1)
-        self.below = torch.nn.functional.pad(sums, (1, 0)).t().contiguous()
+        # The number and the sum of the values in the first 0, 1, ... bins.
+        self.count = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+        self.total = torch.nn.functional.pad((values * centers).cumsum(0), (1, 0))
         steps = torch.arange(qmin, qmax, dtype=torch.float64, device="cpu")
         self.steps = steps + 0.5
 
@@ -92,13 +92,11 @@ class ErrorSearch:
         # In a symmetric range the larger magnitude decides alone.
         moving = torch.tensor([True, False]) if self.symmetric else ends != 0
         first = torch.arange(_HALVINGS, dtype=torch.float64, device="cpu")
-        best, step = self._choose(ends, _grid(first, moving)), 1.0
-        around = torch.arange(-_AROUND, _AROUND + 1, dtype=torch.float64, device="cpu")
-        for _ in range(_ROUNDS):
-            step /= 4
-            nearby = best + _grid(around * step, moving)
+        best = self._choose(ends, _grid(first, moving))
+        for step, around in _FINER:
+            steps = torch.arange(-around, around + 1, dtype=torch.float64, device="cpu") * step
             # The best candidate comes first, so that it wins ties.
-            nearby = torch.cat([best[None], nearby]).clamp(min=0.0)
+            nearby = torch.cat([best[None], best + _grid(steps, moving)]).clamp(min=0.0)
             best = self._choose(ends, nearby)
         low, high = self._ends(ends, best[None])
         return float(low), float(high)
@@ -131,17 +129,16 @@ class ErrorSearch:
         )
         s, z = scale.double(), zero_point.double()
         edges = (self.steps - z[:, None]) * s[:, None]
-        place = edges / self.width
         # The number of bins whose middle is below the edge; bin 0 has the middle 0.
-        upper = (place - 0.5).ceil_().sub_(1.0).clamp_(min=0.0).add_(self.middle + 1)
-        lower = (place + 0.5).ceil_().clamp_(max=0.0).add_(self.middle)
-        bins = torch.where(edges > 0, upper, lower).clamp_(0, 2 * self.middle + 1).long()
-        found = self.below.index_select(0, bins.view(-1)).view(*bins.shape, 2)
-        between = (found[..., 1] - edges * found[..., 0]).sum(1)
+        place = edges / self.width
+        bins = torch.nn.functional.softshrink(place, 0.5).ceil_()
+        bins += (bins == 0) & (place > 0)
+        bins = bins.add_(self.middle).clamp_(0, 2 * self.middle + 1).long().view(-1)
+        below = self.total.index_select(0, bins).view(edges.shape)
+        below -= self.count.index_select(0, bins).view(edges.shape).mul_(edges)
         top = (self.qmax - z) * s
-        count, total = self.below[-1]
-        errors: Tensor = self.square - 2 * top * total + top.square() * count + 2 * s * between
-        return errors
+        errors: Tensor = self.square - 2 * top * self.total[-1] + top.square() * self.count[-1]
+        return errors.add_(2 * s * below.sum(1))
 
 
 def _grid(steps: Tensor, moving: Tensor) -> Tensor:
