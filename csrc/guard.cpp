@@ -31,13 +31,13 @@ struct Entry {
   PyObject* dictionary;
   PyObject* key;
   PyObject* expected;
-  Py_ssize_t position = 0;      // after the entry, as PyDict_Next leaves it, minus one step
-  Py_ssize_t length = -1;       // of an expected dictionary
+  Py_ssize_t position = 0;  // after the entry, as PyDict_Next leaves it, minus one step
+  Py_ssize_t length = -1;   // of an expected dictionary
   const c10::TensorImpl* tensor = nullptr;
-  const void* data = nullptr;   // of an expected tensor
+  const void* data = nullptr;  // of an expected tensor
   uint32_t version = 0;
   bool has_version = false;
-  std::string values;           // of a small tensor without version
+  std::string values;  // of a small tensor without version
 };
 
 const void* data_of(const at::Tensor& t) {  // also where reading it would be an error (fake tensors)
@@ -94,8 +94,7 @@ int entry_holds(Entry& e) {
 }
 
 struct Guard {
-  PyObject_HEAD
-  std::vector<Entry>* entries;
+  PyObject_HEAD std::vector<Entry>* entries;
 };
 
 int traverse(PyObject* self, visitproc visit, void* arg) {

@@ -22,18 +22,10 @@ using program::Step;
 using program::Value;
 
 const std::map<std::string, Kind> kKinds = {
-    {"input", Kind::kInput},
-    {"conv", Kind::kConv},
-    {"linear", Kind::kLinear},
-    {"add", Kind::kAdd},
-    {"mul", Kind::kMul},
-    {"map", Kind::kMap},
-    {"max_pool", Kind::kMaxPool},
-    {"avg_pool", Kind::kAvgPool},
-    {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
-    {"concat", Kind::kConcat},
-    {"upsample", Kind::kUpsample},
-    {"flatten", Kind::kFlatten},
+    {"input", Kind::kInput},      {"conv", Kind::kConv},         {"linear", Kind::kLinear},
+    {"add", Kind::kAdd},          {"mul", Kind::kMul},           {"map", Kind::kMap},
+    {"max_pool", Kind::kMaxPool}, {"avg_pool", Kind::kAvgPool},  {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
+    {"concat", Kind::kConcat},    {"upsample", Kind::kUpsample}, {"flatten", Kind::kFlatten},
     {"output", Kind::kOutput},
 };
 
@@ -74,8 +66,12 @@ class Reader {  // of one step
     set("place", s.place);
     TORCH_CHECK_VALUE(s.place >= 0, "Program: place must not be negative, got ", s.place);
     if (has("activation")) s.activation = activation_of("Program", get<std::string>("activation"));
-    for (auto [name, pair] : {std::pair<const char*, Pair*>{"kernel", &s.kernel}, {"stride", &s.stride},
-                              {"before", &s.before}, {"after", &s.after}, {"dilation", &s.dilation}, {"size", &s.size},
+    for (auto [name, pair] : {std::pair<const char*, Pair*>{"kernel", &s.kernel},
+                              {"stride", &s.stride},
+                              {"before", &s.before},
+                              {"after", &s.after},
+                              {"dilation", &s.dilation},
+                              {"size", &s.size},
                               {"factor", &s.factor}}) {
       set(name, *pair);
       const bool may_be_zero = pair == &s.before || pair == &s.after || pair == &s.size;
@@ -138,8 +134,8 @@ std::unique_ptr<TensorProgram> make(const py::list& values, const py::list& step
       const auto [scale, zero, qmin, qmax] = value.cast<std::tuple<float, int32_t, int32_t, int32_t>>();
       v = {TQ_I8, {scale, zero, qmin, qmax}};
       TORCH_CHECK_VALUE(-128 <= qmin && qmin <= zero && zero <= qmax && qmax <= 127,
-                        "Program: qmin <= zero_point <= qmax must lie within -128 .. 127, got ", qmin, ", ", zero,
-                        ", ", qmax);
+                        "Program: qmin <= zero_point <= qmax must lie within -128 .. 127, got ", qmin, ", ", zero, ", ",
+                        qmax);
       TORCH_CHECK_VALUE(scale >= 0x1p-126f && scale <= 0x1.fffffep127f, "Program: scale must be a normal number, got ",
                         scale);
     }

@@ -225,8 +225,12 @@ class Dequantizer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self) -> dict[str, Any]:
-        """Write the float model, and a rotated model with the same results, for the workers."""
+    def save(self, layers: int | None) -> dict[str, Any]:
+        """Write the float model, and a rotated model with the same results, for the workers.
+
+        Args:
+            layers: how many of the model's layers to keep, from the first one on; all without.
+        """
         import torch
 
         offline()
@@ -237,6 +241,9 @@ class Dequantizer:
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
         model.hf_quantizer, model.config.quantization_config = None, None  # the model is float now
+        if layers is not None:
+            model.model.layers = model.model.layers[:layers]
+            model.config.num_hidden_layers = layers
         model.save_pretrained(self.folder / "model")
         with torch.no_grad():
             calibration = np.load(self.folder / "inputs.npz")["calibration"]
@@ -345,7 +352,7 @@ class LanguageModelComparison(Comparison):
         self.text.save_inputs(self.folder / "inputs.npz", self.options.windows, self.options.window)
         dequantizer = self.start("dequantize")
         try:
-            dequantizer.ask("save")
+            dequantizer.ask("save", layers=self.options.layers)
         finally:
             dequantizer.close()
         return names
@@ -384,8 +391,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.threads, options.windows, options.rounds, options.steps) < 1:
         parser.error("--threads, --windows, --rounds and --steps must be at least 1")
-    options.window, options.sample = WINDOW, SAMPLE_TOKENS
+    options.window, options.sample, options.layers = WINDOW, SAMPLE_TOKENS, None
     if options.smoke:
+        options.layers = 2
         options.windows, options.window, options.rounds, options.seconds = 1, 64, 1, 0.0
         options.steps = options.sample = 4
     options.engines = selected(options.engines or (SMOKE_ENGINES if options.smoke else ENGINES))

@@ -8,16 +8,20 @@ Example:
 
 - :func:`quantize_` replaces the linear layers of a model by int8 layers, in place;
   :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention.
-- :func:`prepare_qat_` and :func:`convert_` are for quantization-aware training and for static
-  quantization; :mod:`torchquant.qat` has the stages of training. :func:`verify` compares the
-  converted model with the trained model. :func:`to_float_` converts back.
+- :func:`prepare_`, :func:`calibrate` and :func:`convert_` are for static quantization, with the
+  observers of :mod:`torchquant.observers`; :func:`prepare_qat_` and :func:`convert_` are for
+  quantization-aware training, whose stages are in :mod:`torchquant.qat`. :func:`verify` compares
+  the converted model with the trained model. :func:`to_float_` converts back.
 - :func:`save` and :func:`load` store a model in a safetensors file.
 - :mod:`torchquant.configs` has the configurations, :mod:`torchquant.nn` the layers,
   :mod:`torchquant.ops` the operators, and :mod:`torchquant.functional` their specification in plain
   torch. :mod:`torchquant.cpu` selects the instruction set, :mod:`torchquant.cuda` the path on GPUs.
 """
 
-from torchquant import configs, cpu, cuda, functional, nn, observers, ops, qat
+from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers, ops, qat
+from torchquant.algorithms.adaround import adaround_
+from torchquant.algorithms.bias_correction import correct_bias_
+from torchquant.algorithms.equalize import equalize_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
     Dynamic,
@@ -29,8 +33,11 @@ from torchquant.configs import (
     Static,
     Weights,
 )
+from torchquant.convert.calibrate import calibrate
+from torchquant.convert.convert import convert_
 from torchquant.convert.norms import NormReport, NormsReport, replace_norms_, restore_norms_
-from torchquant.convert.qat import convert_, prepare_qat_
+from torchquant.convert.prepare import prepare_
+from torchquant.convert.qat import prepare_qat_
 from torchquant.convert.quantize import quantize_
 from torchquant.convert.stages import QATSchedule
 from torchquant.convert.to_float import to_float_
@@ -46,7 +53,14 @@ from torchquant.integrations.transformers.attention import (
 )
 from torchquant.nn import QATLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
-from torchquant.report import FusionReport, LayerReport, QuantizationReport, Report, RowReport
+from torchquant.report import (
+    CalibrationReport,
+    FusionReport,
+    LayerReport,
+    QuantizationReport,
+    Report,
+    RowReport,
+)
 from torchquant.scheme import (
     Granularity,
     PerAxis,
@@ -72,6 +86,7 @@ from torchquant.version import __version__
 __all__ = [
     "AttentionReport",
     "AttentionRow",
+    "CalibrationReport",
     "Dynamic",
     "FakeQuantize",
     "Fusion",
@@ -108,16 +123,22 @@ __all__ = [
     "VerifyReport",
     "Weights",
     "__version__",
+    "adaround_",
+    "algorithms",
+    "calibrate",
     "configs",
     "convert_",
+    "correct_bias_",
     "cpu",
     "cuda",
+    "equalize_",
     "functional",
     "load",
     "nn",
     "observers",
     "ops",
     "parameter_groups",
+    "prepare_",
     "prepare_qat_",
     "qat",
     "quant_range",

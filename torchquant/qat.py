@@ -1,9 +1,11 @@
 """Quantization-aware training: prepare a model, train it in stages, convert it.
 
-This is the public face of :mod:`torchquant.convert.qat` and :mod:`torchquant.convert.stages`.
+This is the public face of :mod:`torchquant.convert.qat`, :mod:`torchquant.convert.convert` and
+:mod:`torchquant.convert.stages`.
 """
 
-from torchquant.convert.qat import convert_, prepare_qat_
+from torchquant.convert.convert import convert_
+from torchquant.convert.qat import prepare_qat_
 from torchquant.convert.stages import (
     QATSchedule,
     freeze_,

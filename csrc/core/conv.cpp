@@ -261,12 +261,15 @@ tq_status run(const Conv& conv, const tq_parallel* parallel) {
 
 using namespace torchquant;
 
-bool tq_conv_is_depthwise(int64_t /*channels_per_group*/, int64_t /*groups*/) { return false; }
+bool tq_conv_is_depthwise(int64_t channels_per_group, int64_t groups) {
+  return ConvShape{groups, channels_per_group, 1, 1, groups}.is_depthwise();
+}
 
 tq_status tq_conv(const tq_conv_call* call, const tq_parallel* parallel) {
   const tq_image& out = call->out;
   if (out.n == 0) return TQ_OK;
   const ConvShape shape{out.c, call->input.c / call->groups, call->kernel_h, call->kernel_w, call->groups};
+  if (shape.is_depthwise()) return tq_conv_depthwise(call, parallel);
   int64_t uniform = conv::uniform_rows(out);
   if (call->residual) uniform = std::min(uniform, conv::uniform_rows(*call->residual));
   conv::Conv convolution{kernels(), *call, shape, out.n * out.h * out.w, uniform, num_tiles(shape.n())};

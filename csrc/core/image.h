@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 
 #include "core/convert.h"
@@ -117,8 +118,11 @@ inline ResultArgs result_args(const tq_image& out, tq_qparams q, tq_activation* 
   r.lo = static_cast<float>(q.qmin - q.zero_point);
   r.hi = static_cast<float>(q.qmax - q.zero_point);
   r.zero = q.zero_point;
-  if (activation && *activation == TQ_RELU) {  // rint keeps the order of numbers and the sign: 0 is the lower end
+  // Multiplying and rounding keep the order of numbers: a clamp may come after them, with its ends multiplied and
+  // rounded too.
+  if (activation && (*activation == TQ_RELU || *activation == TQ_RELU6)) {
     r.lo = std::max(r.lo, 0.0f);
+    if (*activation == TQ_RELU6) r.hi = std::min(r.hi, std::nearbyint(6.0f * r.inv));
     *activation = TQ_NONE;
   }
   return r;

@@ -187,7 +187,7 @@ tq_status run_map(const Run& run, const Step& s) {
 tq_status run_pool(const Run& run, const Step& s) {
   const tq_image in = run.image(s.inputs[0]), out = run.image(s.output);
   const tq_qparams &inq = run.qparams(s.inputs[0]), &outq = run.qparams(s.output);
-  const tq_window window = {s.kernel[0], s.kernel[1],   s.stride[0],   s.stride[1],
+  const tq_window window = {s.kernel[0], s.kernel[1], s.stride[0],   s.stride[1],
                             s.before[0], s.before[1], s.dilation[0], s.dilation[1]};
   if (s.kind == Kind::kMaxPool) return tq_image_max_pool(&in, &window, &out, run.parallel);
   if (s.kind == Kind::kAdaptiveAvgPool) return tq_image_adaptive_avg_pool(&in, inq, &out, outq, run.parallel);
@@ -219,9 +219,11 @@ tq_status run_concat(const Run& run, const Step& s) {
 
 tq_status run_upsample(const Run& run, const Step& s) {
   const tq_image in = run.image(s.inputs[0]), out = run.image(s.output);
-  const auto scale = [&](int i, int64_t from, int64_t to) {  // as torch: in float32 from the sizes, or the factor's inverse
-    return s.size[static_cast<size_t>(i)] ? static_cast<float>(from) / static_cast<float>(to)
-                                          : static_cast<float>(1.0 / static_cast<double>(s.factor[static_cast<size_t>(i)]));
+  const auto scale = [&](int i, int64_t from,
+                         int64_t to) {  // as torch: in float32 from the sizes, or the factor's inverse
+    return s.size[static_cast<size_t>(i)]
+               ? static_cast<float>(from) / static_cast<float>(to)
+               : static_cast<float>(1.0 / static_cast<double>(s.factor[static_cast<size_t>(i)]));
   };
   return tq_image_upsample_nearest(&in, scale(0, in.h, out.h), scale(1, in.w, out.w), &out, run.parallel);
 }
@@ -314,8 +316,8 @@ Plan Program::plan(const Request& request) const {
   return plan;
 }
 
-tq_status Program::run(const Plan& plan, const tq_image_float* arguments, const tq_image_float* results,
-                       uint8_t* arena, const tq_parallel* parallel) const {
+tq_status Program::run(const Plan& plan, const tq_image_float* arguments, const tq_image_float* results, uint8_t* arena,
+                       const tq_parallel* parallel) const {
   const Run run{values_, plan, arguments, results, arena, parallel};
   for (size_t i = 0; i < steps_.size(); ++i) {
     if (!plan.runs[i]) continue;

@@ -79,18 +79,18 @@ struct Request {  // what a plan depends on
   bool operator==(const Request& o) const { return channels_last == o.channels_last && arguments == o.arguments; }
 };
 
-struct Place {              // where a value lies
-  int32_t result = -1;      // in this result; -1: in the arena
-  int64_t offset = 0;       // bytes from there
+struct Place {               // where a value lies
+  int32_t result = -1;       // in this result; -1: in the arena
+  int64_t offset = 0;        // bytes from there
   int64_t pixel_stride = 0;  // elements; more than c in a part of a concatenation
 };
 
 struct Plan {
   Request request;
-  std::vector<Shape> shapes;   // of values
-  std::vector<Shape> results;  // of results
-  std::vector<Place> places;   // of values
-  std::vector<bool> runs;      // of steps: false where the output lies in its place already
+  std::vector<Shape> shapes;     // of values
+  std::vector<Shape> results;    // of results
+  std::vector<Place> places;     // of values
+  std::vector<bool> runs;        // of steps: false where the output lies in its place already
   std::vector<int64_t> touched;  // of steps: bytes read and written, without weights
   int64_t arena_bytes = 0;
 };

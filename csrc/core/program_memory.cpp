@@ -80,8 +80,8 @@ void place_values(const std::vector<Value>& values, const std::vector<Step>& ste
     const Home whole = homes[at(step.output)];
     int64_t channel = 0;
     for (const int32_t part : step.inputs) {
-      const bool held = values[at(part)].type == TQ_I8 &&
-                        is_held(values[at(part)].qparams, values[at(step.output)].qparams);
+      const bool held =
+          values[at(part)].type == TQ_I8 && is_held(values[at(part)].qparams, values[at(step.output)].qparams);
       if (held && is_free(part) && steps[at(writer[at(part)])].kind != Kind::kFlatten)
         homes[at(part)] = {whole.owner, whole.offset + channel, whole.pixel_stride};
       channel += plan.shapes[at(part)].c;

@@ -212,6 +212,15 @@ bool tq_conv_is_depthwise(int64_t channels_per_group, int64_t groups);
 tq_status tq_conv(const tq_conv_call* call, const tq_parallel* parallel); /* of both kinds */
 tq_status tq_conv_depthwise(const tq_conv_call* call, const tq_parallel* parallel);
 
+/* The weight of a depthwise convolution, contiguous int8 [outputs, kernel_h, kernel_w], in the layout that the kernels
+ * read: tq_depthwise_blocks runs of tq_depthwise_block_bytes, aligned to 64. */
+int64_t tq_depthwise_blocks(int64_t outputs);
+int64_t tq_depthwise_block_bytes(int64_t kernel_h, int64_t kernel_w);
+tq_status tq_pack_depthwise(const int8_t* weight, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int8_t* packed,
+                            const tq_parallel* parallel);
+tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
+                              int8_t* weight, const tq_parallel* parallel);
+
 /* ---------------------------------------------------------------- steps between convolutions */
 
 /* A float image with any strides: channels_last, contiguous (channel_stride = h * w), or neither. */

@@ -19,12 +19,17 @@ at::Tensor pack_conv_weight(const at::Tensor& weight, int64_t groups) {
   const ConvShape shape = check_conv_weight("pack_conv_weight", weight, groups);
   const at::Tensor four = weight.dim() == 4 ? weight : weight.unsqueeze(2);
   const at::Tensor ordered = four.permute({0, 2, 3, 1}).contiguous();  // [O, kh, kw, C / groups]
-  const int64_t n = shape.n(), k = shape.k(), bytes = packed_group_bytes(shape);
   const PackedShape size = packed_shape(shape);
   at::Tensor packed = at::empty({size.rows, size.columns}, weight.options());
+  const int8_t* const from = ordered.const_data_ptr<int8_t>();
+  int8_t* const to = packed.mutable_data_ptr<int8_t>();
+  if (shape.is_depthwise()) {
+    check_status(tq_pack_depthwise(from, shape.outputs, shape.kernel_h, shape.kernel_w, to, &kTorchThreads));
+    return packed;
+  }
+  const int64_t n = shape.n(), k = shape.k(), bytes = packed_group_bytes(shape);
   for (int64_t group = 0; group < groups; ++group)
-    check_status(tq_pack_weight(ordered.const_data_ptr<int8_t>() + group * n * k, k, 1, n, k,
-                                packed.mutable_data_ptr<int8_t>() + group * bytes, &kTorchThreads));
+    check_status(tq_pack_weight(from + group * n * k, k, 1, n, k, to + group * bytes, &kTorchThreads));
   return packed;
 }
 
@@ -34,7 +39,7 @@ void check_packed_conv(const char* op, const at::Tensor& packed, const ConvShape
   const PackedShape size = packed_shape(shape);
   TORCH_CHECK_VALUE(packed.dim() == 2 && packed.size(0) == size.rows && packed.size(1) == size.columns &&
                         packed.is_contiguous() &&
-                        is_tile_of(packed.const_data_ptr<int8_t>(), shape.n(), shape.k()),
+                        is_packed_conv(packed.const_data_ptr<int8_t>(), shape),
                     op, ": packed must be the int8 [", size.rows, ", ", size.columns,
                     "] result of pack_conv_weight for weight_shape and groups = ", shape.groups, ", got ",
                     describe(packed));
@@ -44,11 +49,16 @@ at::Tensor unpack_conv_weight(const at::Tensor& packed, at::IntArrayRef weight_s
   const char* op = "unpack_conv_weight";
   const ConvShape shape = conv_shape(op, weight_shape, groups);
   check_packed_conv(op, packed, shape);
-  const int64_t n = shape.n(), k = shape.k(), bytes = packed_group_bytes(shape);
   at::Tensor ordered = at::empty({shape.outputs, shape.kernel_h, shape.kernel_w, shape.channels}, packed.options());
-  for (int64_t group = 0; group < groups; ++group)
-    check_status(tq_unpack_weight(packed.const_data_ptr<int8_t>() + group * bytes, n, k,
-                                  ordered.mutable_data_ptr<int8_t>() + group * n * k, &kTorchThreads));
+  const int8_t* const from = packed.const_data_ptr<int8_t>();
+  int8_t* const to = ordered.mutable_data_ptr<int8_t>();
+  if (shape.is_depthwise()) {
+    check_status(tq_unpack_depthwise(from, shape.outputs, shape.kernel_h, shape.kernel_w, to, &kTorchThreads));
+  } else {
+    const int64_t n = shape.n(), k = shape.k(), bytes = packed_group_bytes(shape);
+    for (int64_t group = 0; group < groups; ++group)
+      check_status(tq_unpack_weight(from + group * bytes, n, k, to + group * n * k, &kTorchThreads));
+  }
   return ordered.permute({0, 3, 1, 2}).contiguous().view(weight_shape);
 }
 

@@ -43,14 +43,14 @@ struct TensorProgram::Prepared {
   Request request;
   int64_t threads, images_together;  // asked for
   int64_t together = 1, groups = 0;
-  bool apart = false;                   // every thread runs groups of its own, otherwise all threads share each group
-  Plan whole, group, last;              // whole: of all images, for the results' shapes
+  bool apart = false;       // every thread runs groups of its own, otherwise all threads share each group
+  Plan whole, group, last;  // whole: of all images, for the results' shapes
 };
 
 namespace {
 
-constexpr size_t kPlans = 16;            // remembered
-constexpr size_t kArenas = 16;           // kept
+constexpr size_t kPlans = 16;             // remembered
+constexpr size_t kArenas = 16;            // kept
 constexpr int64_t kCacheBytes = 1 << 20;  // half of a common second-level cache
 constexpr int64_t kStepBytes = 1 << 14;   // what memory could deliver while a step is set up
 constexpr int64_t kMostTogether = 64;
@@ -131,9 +131,9 @@ std::vector<at::Tensor> empty_results(const Plan& plan) {
     if (s.rank == 2) results.push_back(at::empty({s.n, s.c}, options));
     else if (s.rank == 3) results.push_back(at::empty({s.n, s.c, s.w}, options));
     else
-      results.push_back(at::empty({s.n, s.c, s.h, s.w}, options,
-                                  plan.request.channels_last ? at::MemoryFormat::ChannelsLast
-                                                             : at::MemoryFormat::Contiguous));
+      results.push_back(
+          at::empty({s.n, s.c, s.h, s.w}, options,
+                    plan.request.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
   }
   return results;
 }

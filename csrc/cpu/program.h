@@ -41,7 +41,7 @@ class TensorProgram {
 
   const program::Program program_;
   const std::vector<at::Tensor> held_;
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;                                       // of what follows
   std::vector<std::shared_ptr<const Prepared>> prepared_;  // the latest last
   std::vector<std::unique_ptr<Arena>> arenas_;             // not in use
 };

@@ -15,8 +15,8 @@ namespace torchquant {
 namespace {
 
 constexpr int64_t kMostThreads = 64;
-constexpr auto kSpin = std::chrono::microseconds(50);   // then other programs may have the core
-constexpr auto kYield = std::chrono::milliseconds(2);   // then the thread sleeps
+constexpr auto kSpin = std::chrono::microseconds(50);  // then other programs may have the core
+constexpr auto kYield = std::chrono::milliseconds(2);  // then the thread sleeps
 constexpr auto kSleep = std::chrono::microseconds(100);
 
 inline void pause() {

@@ -19,6 +19,7 @@ namespace amxint8 {
 #include "amx_tiles.inc"
 #include "attention_avx512.inc"
 #define TQ_ATTENTION_PRODUCTS "attention_amx.inc"
+#define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "linear_amx.inc"
 #include "conv_gather_avx512.inc"

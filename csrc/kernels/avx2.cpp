@@ -83,6 +83,16 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
       micro_widen(a + r * kAlignK, step, b + t * tile_stride, quads, acc + (r * T + t) * kTileN, resume);
 }
 
+// A lane of the depthwise convolution: the four bytes of a quad as two pairs of 16-bit numbers, exact for all bytes.
+constexpr int kFlip = 0, kParts = 2, kPixels = 4;
+TQ_INLINE void split(I quads, I (&parts)[2]) {
+  parts[0] = _mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8);
+  parts[1] = _mm256_srai_epi16(quads, 8);
+}
+TQ_INLINE I dot(I sums, const I (&x)[2], const I (&w)[2]) {
+  return _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(x[0], w[0]), _mm256_madd_epi16(x[1], w[1])));
+}
+#define TQ_DEPTHWISE "depthwise_256.inc"
 #include "all.inc"
 
 static constexpr KernelTable make_table() {

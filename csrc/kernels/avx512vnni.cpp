@@ -12,6 +12,7 @@ namespace avx512vnni {
 #include "vec_avx512.inc"
 #include "linear_avx512.inc"
 #include "attention_avx512.inc"
+#define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "conv_gather_avx512.inc"
 #include "conv_avx512.inc"

@@ -44,6 +44,11 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
   store_sums<R, T>(acc, c);
 }
 
+// A lane of the depthwise convolution: four unsigned bytes times four signed ones.
+constexpr int kFlip = 128, kParts = 1, kPixels = 4;
+TQ_INLINE void split(I quads, I (&parts)[1]) { parts[0] = quads; }
+TQ_INLINE I dot(I sums, const I (&x)[1], const I (&w)[1]) { return _mm256_dpbusd_avx_epi32(sums, x[0], w[0]); }
+#define TQ_DEPTHWISE "depthwise_256.inc"
 #include "all.inc"
 
 static constexpr KernelTable make_table() {

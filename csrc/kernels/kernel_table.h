@@ -11,6 +11,7 @@
 #include "kernels/affine.h"
 #include "kernels/attention.h"
 #include "kernels/conv.h"
+#include "kernels/depthwise.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/image.h"
 #include "kernels/linear.h"
@@ -37,6 +38,7 @@ namespace torchquant {
   KERNEL(map_pixels, const ImageMapArgs&)                                             \
   KERNEL(max_pool_row, const ImagePoolArgs&)                                          \
   KERNEL(average_pool_row, const ImagePoolArgs&)                                      \
+  KERNEL(depthwise, const DepthwiseArgs&, int64_t block, int64_t row0, int64_t row1)  \
   KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                     \
   KERNEL(pack_attention, const AttentionArgs&)                                        \
   KERNEL(attend, const AttentionArgs&, int64_t q0, int64_t q1)                        \

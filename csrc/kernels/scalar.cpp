@@ -93,6 +93,7 @@ static void micro(const uint8_t* a, int64_t step, const int8_t* b, int64_t tile_
 }
 #endif
 
+#define TQ_DEPTHWISE "depthwise_scalar.inc"
 #include "all.inc"
 
 static constexpr KernelTable make_table() {

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from torchquant.bench import machine, tables, timing, workers
-from torchquant.bench.layer_worker import LayerServer, start_layer_worker
-from torchquant.bench.linear import Bench, Entry, Options, Pace
+from torchquant.bench.layer_worker import LayerServer
+from torchquant.bench.linear import Options
 from torchquant.bench.peers import OURS, SUITES, PeerInfo, make_linear_peer
 from torchquant.bench.peers.base import NotInThisTorch
 from torchquant.bench.results import Run, ShapeResult, summarise, summary_lines
@@ -30,6 +30,7 @@ from torchquant.bench.shapes import (
     random_shapes,
     select,
 )
+from torchquant.bench.side_by_side import Bench, Entry, Pace
 
 
 def test_the_shapes_are_those_of_the_readme_and_come_layer_by_layer() -> None:
@@ -197,7 +198,7 @@ def test_the_header_cuts_absolute_paths_from_the_command(monkeypatch: pytest.Mon
 
 
 def test_a_worker_measures_and_reports_failure_in_its_peers_words() -> None:
-    worker = start_layer_worker("dynamic", "fp32", 1)
+    worker = Entry("dynamic", "fp32").start(1)
     try:
         worker.ask("load", n=8, k=4)
         answer = worker.ask("input", m=2)
@@ -272,7 +273,7 @@ def test_a_slow_way_of_calling_is_measured_once_only() -> None:
 
 
 def test_a_peer_that_cannot_be_made_or_that_dies_says_so() -> None:
-    worker = start_layer_worker("dynamic", "no-such-peer", 1)
+    worker = Entry("dynamic", "no-such-peer").start(1)
     try:
         with pytest.raises(workers.WorkerError, match=r"KeyError: 'no-such-peer'"):
             worker.ask("about")

@@ -60,9 +60,9 @@ def test_convert_without_prepared_layers() -> None:
     with unchanged(model), pytest.raises(ValueError) as raised:
         convert_(model)
     assert str(raised.value) == (
-        "convert_: model must hold layers that prepare_qat_ prepared, got none; call "
-        "prepare_qat_(model, config) and train first, or quantize_(model, config) to quantize "
-        "without training"
+        "convert_: model must hold layers that prepare_ or prepare_qat_ prepared, got none; call "
+        "prepare_(model, config) and calibrate(model, loader), or prepare_qat_(model, config) and "
+        "train, or quantize_(model, config) to quantize without both"
     )
     with pytest.raises(ValueError, match=r"a bare QATLinear, .*use its to_quantized\(\)"):
         convert_(QATLinear(64, 64))
@@ -169,10 +169,13 @@ def test_to_float_without_prepared_or_quantized_layers() -> None:
         to_float_(QATLinear(64, 64))
 
 
-def test_quantize_names_the_verbs_of_training() -> None:
+def test_quantize_names_the_verbs_of_calibration_and_training() -> None:
     model = Classifier()
     with unchanged(model):
-        with pytest.raises(ValueError, match=r"prepare_qat_\(model, config\).*convert_\(model\)"):
+        three = r"prepare_\(model, config\), calibrate\(model, loader\) and convert_\(model\)"
+        with pytest.raises(
+            ValueError, match=rf"{three}, or train with prepare_qat_\(model, config"
+        ):
             quantize_(model, Int8StaticActivationInt8WeightConfig())
         with pytest.raises(TypeError, match=r"prepare_qat_\(model, config\).*convert_\(model\)"):
             quantize_(model, QATConfig())  # type: ignore[arg-type]

@@ -353,12 +353,14 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], text:
     assert str(raised.value) == text
 
 
-def test_a_model_without_linear_layers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+def test_a_model_without_layers_of_a_kind() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3))
     with unchanged(model):
         report = prepare_qat_(model, QATConfig(edge_bits=8), strict=True)
     assert report.layers == ()
-    assert report.notes == ("The model has no linear layers; there was nothing to prepare.",)
+    assert report.notes == (
+        "The model has no linear, conv1d or conv2d layers; there was nothing to prepare.",
+    )
 
 
 def test_learned_steps_are_announced() -> None:

@@ -133,13 +133,15 @@ def test_a_scripted_model_is_refused() -> None:
     assert outcome(report) == {"1": "quantized"}
 
 
-def test_a_model_without_linear_layers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+def test_a_model_without_layers_of_a_kind() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.ReLU())
     with unchanged(model):
         report = quantize_(model, strict=True)
     assert report.layers == ()
     assert report.bytes_before == report.bytes_after == (8 * 3 * 9 + 8) * 4
-    assert report.notes == ("The model has no linear layers; there was nothing to quantize.",)
+    assert report.notes == (
+        "The model has no linear, conv1d or conv2d layers; there was nothing to quantize.",
+    )
 
 
 def test_quantizing_twice_changes_nothing_and_is_reported() -> None:

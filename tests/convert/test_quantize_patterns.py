@@ -20,7 +20,7 @@ def model() -> nn.ModuleDict:
     encoder = nn.ModuleList(
         nn.ModuleDict({"q_proj": nn.Linear(64, 64), "small": nn.Linear(4, 4)}) for _ in range(3)
     )
-    parts = {"encoder": encoder, "stem": nn.Conv2d(3, 8, 3), "norm": nn.LayerNorm(64)}
+    parts = {"encoder": encoder, "stem": nn.ConvTranspose2d(3, 8, 3), "norm": nn.LayerNorm(64)}
     return nn.ModuleDict({**parts, "head": nn.Linear(64, 64), "a[0]": nn.Linear(64, 64)})
 
 
@@ -99,8 +99,8 @@ def test_what_matches_nothing(verb: Verb, arguments: dict[str, Any], problem: st
 
 
 SELECTS_A_CONVOLUTION: dict[str, Any] = {
-    "type": lambda module, name: isinstance(module, nn.Conv2d),
-    "types": lambda module, name: isinstance(module, (nn.Linear, nn.Conv2d)),
+    "type": lambda module, name: isinstance(module, nn.ConvTranspose2d),
+    "types": lambda module, name: isinstance(module, (nn.Linear, nn.ConvTranspose2d)),
     "name": lambda module, name: name in ("stem", "head"),
     "pattern": "stem",
     "patterns": ["head", "ste*", "norm"],
@@ -115,11 +115,11 @@ def test_a_selected_convolution(verb: Verb, chosen: Any) -> None:
         verb(net, filter_fn=chosen, strict=True)
     assert str(raised.value) == (
         f"{verb.__name__}: with strict=True every selected layer must be quantizable, got 1 that "
-        "cannot be quantized (stem: Conv2d, no integer path yet; selected by filter_fn); exclude "
-        "them with filter_fn, or pass strict=False to leave them in float"
+        "cannot be quantized (stem: ConvTranspose2d, no integer path yet; selected by filter_fn); "
+        "exclude them with filter_fn, or pass strict=False to leave them in float"
     )
     report = verb(net, filter_fn=chosen)
-    assert report["stem"].reason == "Conv2d, no integer path yet; selected by filter_fn"
+    assert report["stem"].reason == "ConvTranspose2d, no integer path yet; selected by filter_fn"
     assert "selected" not in report["norm"].reason
 
 
@@ -137,7 +137,7 @@ def test_a_selected_convolution(verb: Verb, chosen: Any) -> None:
 )
 def test_a_filter_that_asks_for_no_convolution_in_particular(chosen: Any) -> None:
     report = quantize_(model(), filter_fn=chosen, strict=True)
-    assert report["stem"].reason == "Conv2d, no integer path yet"
+    assert report["stem"].reason == "ConvTranspose2d, no integer path yet"
     assert len(report.quantized) >= 4
 
 
@@ -212,8 +212,8 @@ def test_empty_patterns(patterns: Any) -> None:
 
 
 def test_strict_lists_everything_at_once() -> None:
-    net = nn.ModuleDict({"sub": Subclass(64, 64), "conv": nn.Conv2d(1, 1, 1)})
-    with pytest.raises(ValueError, match=r"got 2 .*sub: Subclass.*; conv: Conv2d, no integer"):
+    net = nn.ModuleDict({"sub": Subclass(64, 64), "conv": nn.Conv3d(1, 1, 1)})
+    with pytest.raises(ValueError, match=r"got 2 .*sub: Subclass.*; conv: Conv3d, no integer"):
         quantize_(net, filter_fn=["sub", "conv"], strict=True)
 
 

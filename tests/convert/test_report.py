@@ -135,7 +135,7 @@ def test_notes_and_an_empty_report() -> None:
     text = str(quantize_(nn.Sequential(nn.ReLU())))
     assert text.splitlines() == [
         "0 quantized, 0 skipped; model 0 B -> 0 B (same size)",
-        "The model has no linear layers; there was nothing to quantize.",
+        "The model has no linear, conv1d or conv2d layers; there was nothing to quantize.",
     ]
 
 

@@ -42,7 +42,7 @@ class LoRALinear(nn.Linear):
 
 
 def shared() -> nn.Module:
-    linear, conv = nn.Linear(64, 64), nn.Conv1d(8, 8, 3)
+    linear, conv = nn.Linear(64, 64), nn.ConvTranspose1d(8, 8, 3)
     return nn.ModuleList([linear, conv, nn.Sequential(linear, conv)])
 
 
@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "classifier": Classifier,
     "language_model": LanguageModel,
     "convolutions": lambda: nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv1d(2, 2, 1)
+        nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv3d(2, 2, 1), nn.Conv2d(8, 8, 3)
     ),
     "recurrent": lambda: nn.ModuleList([nn.LSTM(8, 16, 2), nn.GRU(8, 8), nn.LSTMCell(8, 8)]),
     "embeddings": lambda: nn.ModuleList([nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)]),
@@ -86,14 +86,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tied_linears": tied_linears,
     "parametrized": lambda: nn.Sequential(
         parametrizations.weight_norm(nn.Linear(64, 64)),
-        parametrizations.weight_norm(nn.Conv1d(8, 8, 3)),
+        parametrizations.weight_norm(nn.Conv3d(8, 8, 3)),
         parametrizations.orthogonal(nn.Linear(64, 64)),
     ),
     "pruned": lambda: nn.Sequential(
         prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5),
         prune.l1_unstructured(nn.Conv1d(8, 8, 3), "weight", 0.5),
     ),
-    "lazy": lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyConv2d(8, 3), nn.Linear(64, 64)),
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyConv3d(8, 3), nn.Linear(64, 64)),
     "meta": lambda: nn.Sequential(nn.Linear(64, 64), nn.Embedding(9, 4)).to("meta"),
     "empty": nn.Sequential,
     "no_parameters": lambda: nn.Sequential(nn.ReLU()),
@@ -150,7 +150,7 @@ def test_shares_add_up_in_training(make: Callable[[], nn.Module]) -> None:
 
 
 ROWS = {
-    "convolutions": ("0", "convolutions", "Conv2d, no integer path yet"),
+    "convolutions": ("0", "convolutions", "ConvTranspose2d, no integer path yet"),
     "recurrent": ("0", "recurrent layers", "LSTM, no integer path yet"),
     "embeddings": ("1", "embeddings", "EmbeddingBag, no integer path yet"),
     "experts": ("1", "experts", "Experts, no integer path yet: gate_up_proj, down_proj"),
@@ -162,12 +162,12 @@ ROWS = {
     ),
     "raw": ("(model)", "raw parameters", "parameters of Patches, no integer path yet: position"),
     "norms": ("2", "norms", "RMSNorm"),
-    "shared": ("1", "convolutions", "Conv1d, no integer path yet; also at 2.1"),
-    "parametrized": ("1", "convolutions", "ParametrizedConv1d, no integer path yet"),
+    "shared": ("1", "convolutions", "ConvTranspose1d, no integer path yet; also at 2.1"),
+    "parametrized": ("1", "convolutions", "ParametrizedConv3d, no integer path yet"),
     "lazy": (
         "1",
         "convolutions",
-        "LazyConv2d, no integer path yet; has no shape before the first call",
+        "LazyConv3d, no integer path yet; has no shape before the first call",
     ),
 }
 
@@ -185,7 +185,7 @@ def test_a_parametrized_module_has_one_row() -> None:
     elements_of_conv = sum(p.numel() for p in model[1].parameters())
     report = quantize_(model)
     assert [row.name for row in report] == ["0", "2", "1"]
-    assert report["1"].parameters == elements_of_conv == 8 * 8 * 3 + 8 + 8
+    assert report["1"].parameters == elements_of_conv == 8 * 8 * 27 + 8 + 8
 
 
 def test_experts_are_in_the_summary() -> None:

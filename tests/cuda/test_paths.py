@@ -4,7 +4,11 @@ The fallback runs all tests of `FILES`, except those with the marker ``cpu_only`
 tests with the marker ``triton_path``.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
+from support.ahead import ahead, selected
 from support.paths import run_tests
 
 FAKE_QUANTIZE = (
@@ -12,6 +16,7 @@ FAKE_QUANTIZE = (
     "ops/test_fake_quantize_gradients.py",
     "ops/test_fake_quantize_values.py",
 )
+TRITON = "Triton"
 FILES = {
     "exactness": (
         "ops/test_affine_exactness.py",
@@ -55,13 +60,30 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("files", FILES.values(), ids=FILES.keys())
-def test_existing_tests_over_the_fallback(files: tuple[str, ...]) -> None:
-    result = run_tests("aten", files)
+# What runs, by the name of the test.
+RUNS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    **{name: ("aten", files, "") for name, files in FILES.items()},
+    TRITON: ("triton", FAKE_QUANTIZE, "triton_path"),
+}
+
+
+@pytest.fixture(scope="module")
+def result_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
+    """The ended process of a run."""
+    names = selected(request, "name")
+    if any(item.name == test_existing_tests_over_triton.__name__ for item in request.session.items):
+        names.append(TRITON)
+    with ahead(lambda name: run_tests(*RUNS[name]), names) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_existing_tests_over_the_fallback(name: str, result_of: Callable[[str], Any]) -> None:
+    result = result_of(name)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-def test_existing_tests_over_triton() -> None:
+def test_existing_tests_over_triton(result_of: Callable[[str], Any]) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    result = run_tests("triton", FAKE_QUANTIZE, "triton_path")
+    result = result_of(TRITON)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

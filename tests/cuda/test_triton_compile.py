@@ -13,13 +13,17 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ahead import ahead, selected
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+PARTS = 2  # of the kernels, each compiled in a process of its own
 # Shared memory that a program may have, by compute capability.
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 NARROW = ("n", "columns", "k", "out_stride", "x_stride", "w_stride", "q_stride")
@@ -120,7 +124,8 @@ def _epilogue(
     )
 
 
-def compile_all(capability: int) -> list[dict]:
+def compile_part(capability: int, part: int) -> list[dict]:
+    """Facts about every `PARTS`-th kernel."""
     import torch
 
     from torchquant.triton.gemm import configs as gemm_configs
@@ -170,28 +175,28 @@ def compile_all(capability: int) -> list[dict]:
         out = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
         return Problem(x, w, torch.empty(n, device="meta"), out, k)
 
-    facts = []
+    jobs: list[Callable[[], dict]] = []
     for m in (8, 64, 8192):
         config = gemm_configs.candidates(problem(m, 8192, 8192), device)[0]
-        facts.append(product(config, "bf16", "rows" if m == 8192 else "few rows"))
+        jobs.append(partial(product, config, "bf16", "rows" if m == 8192 else "few rows"))
     everything = {"activation": "gelu", "zero_points": True}
     # Hopper: the large tiles with the longest epilogue and the widest output.
     for tile in (*gemm_configs._TMA, *gemm_configs._POINTER[:2]) if capability == 90 else (config,):
-        facts.append(product(tile, "fp32", "rows", **everything))
-    facts.append(product(config, "i8", "rows", activation="silu", to_int8=True))
+        jobs.append(partial(product, tile, "fp32", "rows", **everything))
+    jobs.append(partial(product, config, "i8", "rows", activation="silu", to_int8=True))
     small = dataclasses.replace(gemm_configs._POINTER[-1])
     for activation in ("relu", "gelu_tanh", "tanh", "sigmoid"):
-        facts.append(product(small, "fp16", "other", activation=activation, to_int8=False))
+        jobs.append(partial(product, small, "fp16", "other", activation=activation, to_int8=False))
     # A size of 1 is a constant to Triton, without what only its tensors have.
     one = dict.fromkeys(("n", "columns", "x_stride", "out_stride"), 1)
     out = types | {"out_ptr": "*u8", "epilogue": _epilogue(**everything, k=1)}
     constants = {**shapes(small), "EVEN_K": False, "SPLIT": 1, **one}
     kernel = gemm_kernels.pointer_kernel
-    facts.append(_compile("ones", kernel, capability, out, constants, num_warps=4))
+    jobs.append(partial(_compile, "ones", kernel, capability, out, constants, num_warps=4))
     out = types | {"out_ptr": "*bf16", "epilogue": _epilogue()}
     constants = {"SPLIT": 4, "BLOCK_M": 4, "BLOCK_N": 256}
     kernel = gemm_kernels.add_kernel
-    facts.append(_compile("add", kernel, capability, out, constants, num_warps=4))
+    jobs.append(partial(_compile, "add", kernel, capability, out, constants, num_warps=4))
 
     for mode, pack, k in (
         ("symmetric", False, 4096),
@@ -214,8 +219,9 @@ def compile_all(capability: int) -> list[dict]:
             constants |= {"given_scale_ptr": None, "given_zero_ptr": None}
         if not pack:
             constants |= {"sums_ptr": None}
-        facts.append(
-            _compile(
+        jobs.append(
+            partial(
+                _compile,
                 f"quantize {mode} {pack} {blocks}",
                 rows._quantize_rows_kernel,
                 capability,
@@ -224,26 +230,48 @@ def compile_all(capability: int) -> list[dict]:
                 num_warps=blocks.warps,
             )
         )
-    return facts
+    return [job() for job in jobs[part::PARTS]]
 
 
 # ---------------------------------------------------------------- in this one
 
 
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[tuple[int, int]], Any]]:
+    """The ended process that compiled one part of the kernels for a capability."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    keys = [
+        (capability, part) for capability in selected(request, "compiled") for part in range(PARTS)
+    ]
+    caches = {key: str(tmp_path_factory.mktemp("triton")) for key in keys}
+
+    def run(key: tuple[int, int]) -> "subprocess.CompletedProcess[str]":
+        code = f"import json, test_triton_compile as t; print(json.dumps(t.compile_part{key}))"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**env, "TRITON_CACHE_DIR": caches[key]},
+            capture_output=True,
+            text=True,
+        )
+
+    with ahead(run, keys) as found:
+        yield found
+
+
 # 10.0 takes as long as both others, and no GPU of that capability has run the kernels.
 @pytest.fixture(scope="module", params=[80, 90, pytest.param(100, marks=pytest.mark.slow)])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[int, list[dict]]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    code = (
-        f"import json, test_triton_compile as t; print(json.dumps(t.compile_all({request.param})))"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return request.param, json.loads(ran.stdout.splitlines()[-1])
+def compiled(
+    request: pytest.FixtureRequest, result_of: Callable[[tuple[int, int]], Any]
+) -> tuple[int, list[dict]]:
+    facts = []
+    for part in range(PARTS):
+        ran = result_of((request.param, part))
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        facts += json.loads(ran.stdout.splitlines()[-1])
+    return request.param, facts
 
 
 def test_no_rounding_but_the_written_ones(compiled: tuple[int, list[dict]]) -> None:

@@ -8,14 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ahead import ahead, selected
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 CAPABILITIES = (80, 90, pytest.param(100, marks=pytest.mark.slow))  # as in test_triton_compile
+PARTS = 2  # of the kernels, each compiled in a process of its own
 PER_THREAD = 16  # elements
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # accesses of 16 bytes that they take
 TILES = {
@@ -108,12 +111,13 @@ def arguments_of(name: str) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     return kernel, pointers, constants, warps
 
 
-def main(capability: int) -> None:
+def main(capability: int, part: int) -> None:
+    """Compile every `PARTS`-th kernel."""
     from support.triton_compile import compile_kernel
 
     facts = {}
     numbers = dict.fromkeys(("qmin", "qmax", "size", "eps"), "fp32")
-    for name in CASES if capability == 90 else OTHERS:
+    for name in list(CASES if capability == 90 else OTHERS)[part::PARTS]:
         kernel, pointers, constants, warps = arguments_of(name)
         names = [n for n in kernel.arg_names if n not in constants]
         facts[name] = compile_kernel(
@@ -131,20 +135,38 @@ def main(capability: int) -> None:
 # ---------------------------------------------------------------- here
 
 
-@pytest.fixture(scope="module", params=CAPABILITIES, ids=lambda c: f"sm_{c}")
-def facts(request: Any, tmp_path_factory: Any) -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[tuple[int, int]], Any]]:
+    """The ended process that compiled one part of the kernels for a capability."""
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     here = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    ran = subprocess.run(
-        [sys.executable, __file__, str(request.param)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    found: dict[str, dict[str, Any]] = json.loads(ran.stdout)
+    keys = [
+        (capability, part) for capability in selected(request, "facts") for part in range(PARTS)
+    ]
+    caches = {key: str(tmp_path_factory.mktemp("triton")) for key in keys}
+
+    def run(key: tuple[int, int]) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, __file__, *map(str, key)],
+            env={**environment, "TRITON_CACHE_DIR": caches[key]},
+            capture_output=True,
+            text=True,
+        )
+
+    with ahead(run, keys) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES, ids=lambda c: f"sm_{c}")
+def facts(request: Any, result_of: Callable[[tuple[int, int]], Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for part in range(PARTS):
+        ran = result_of((request.param, part))
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        found |= json.loads(ran.stdout)
     return found
 
 
@@ -211,4 +233,4 @@ def test_data_stays_in_registers(facts: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*(int(number) for number in sys.argv[1:]))

@@ -8,11 +8,13 @@ The interpreter and a compilation by hand (test_triton_compile.py) do without al
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.ahead import ahead, selected
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -88,18 +90,32 @@ def main(rows: int, outputs: int, inputs: int) -> None:
             function(*arguments)  # and once more, where the kernel is known
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
-def test_every_operator_gets_to_its_launch(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Any]]:
+    """The ended process of one of `SIZES`."""
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     here = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, __file__, *map(str, sizes)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    names = selected(request, "name")
+    caches = {name: str(tmp_path_factory.mktemp(name)) for name in names}
+
+    def run(name: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, __file__, *map(str, SIZES[name])],
+            env={**environment, "TRITON_CACHE_DIR": caches[name]},
+            capture_output=True,
+            text=True,
+        )
+
+    with ahead(run, names) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_operator_gets_to_its_launch(name: str, result_of: Callable[[str], Any]) -> None:
+    ran = result_of(name)
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 

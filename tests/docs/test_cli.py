@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from support.demo import with_few_images
 from typer.testing import CliRunner
 
 import torchquant
@@ -15,7 +16,6 @@ from torchquant import cpu, cuda, demo
 from torchquant.cli import info
 from torchquant.cli import main as cli
 from torchquant.cuda.host import triton_version
-from torchquant.models import load_digits_data
 
 
 def invoke(*arguments):
@@ -42,10 +42,8 @@ def flat(text):
 @pytest.fixture(scope="module")
 def result():
     """A real result, but of a few images."""
-    data = load_digits_data()
-    few = data._replace(test_images=data.test_images[:4], test_labels=data.test_labels[:4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_digits_data", lambda: few)
+        with_few_images(patch, 4)
         patch.setattr(demo.exactness, "SAMPLED_ROWS", 4)
         return demo.run_demo(latency_seconds=0)
 

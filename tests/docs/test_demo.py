@@ -11,6 +11,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from support.demo import (
+    NETWORK_CALIBRATION,
+    NETWORK_IMAGES,
+    NETWORK_STEPS,
+    NETWORK_VERIFIED,
+    with_few_images,
+)
 from torch import nn
 
 import torchquant
@@ -131,12 +138,8 @@ def steps():
 @pytest.fixture(scope="module")
 def result(steps):
     """The demo on some of the images; on all of them it runs as its docstring's example."""
-    data = load_digits_data()
-    some = data._replace(
-        test_images=data.test_images[:IMAGES], test_labels=data.test_labels[:IMAGES]
-    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_digits_data", lambda: some)
+        with_few_images(patch, IMAGES)
         patch.setattr(exactness, "SAMPLED_ROWS", SAMPLED_ROWS)
         patch.setattr(training, "STEPS", TRAINING_STEPS)
         patch.setattr(training, "VERIFIED_IMAGES", VERIFIED_IMAGES)
@@ -180,7 +183,29 @@ def test_demo_compares_all_it_says(result):
         "training": VERIFIED_IMAGES * (16 * per_row + 10),
     }
     for check in result.checks:
-        assert check.values == values[check.name], check
+        if check.name != "networks":
+            assert check.values == values[check.name], check
+    logits = 2 * NETWORK_VERIFIED * 10
+    layers = {"VGG": 16 * 2 * 32 * 32, "ResNet": 16 * 3 * 32 * 32}  # of the largest images
+    compared = [check.values for check in result.checks if check.name == "networks"]
+    assert len(compared) == 2 * len(cpu.available_isas())
+    for values, least in zip((compared[0], compared[-1]), layers.values(), strict=True):
+        assert values > logits + NETWORK_VERIFIED * least
+
+
+def test_demo_networks(result):
+    assert [network.name for network in result.networks] == ["VGG", "ResNet"]
+    for network in result.networks:
+        assert network.test_images == NETWORK_IMAGES
+        assert network.float_correct >= NETWORK_IMAGES - 2
+        assert abs(network.float_correct - network.static_correct) <= 1
+        assert abs(network.float_correct - network.trained_correct) <= 1
+        assert 3 < network.float_bytes / network.int8_bytes < 4
+        assert [latency.batch for latency in network.latencies] == [1, 16]
+        assert (network.calibration_images, network.steps) == (
+            32 * NETWORK_CALIBRATION,
+            NETWORK_STEPS,
+        )
 
 
 def test_demo_accuracy_size_and_report(result):
@@ -222,6 +247,7 @@ def test_demo_result_as_json(result):
     assert len(data["layers"]) == INT8_LAYERS + 2
     assert data["training"]["differing_bits"] == 0
     assert {check["name"] for check in data["checks"]} == set(exactness.CHECKS)
+    assert [network["name"] for network in data["networks"]] == ["VGG", "ResNet"]
 
 
 # The proof finds what it should find

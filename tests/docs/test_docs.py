@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from importlib.metadata import requires
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.ahead import ahead, selected
 
 import torchquant
 
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("examples/*.py")), *sorted(ROOT.glob("benchmarks/bench_*.py"))]
 SCRIPT_SECONDS = 600
+SmokeRun = Callable[[Path], "subprocess.CompletedProcess[str]"]
 DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 USER_COMMAND = "pip install . && torchquant demo"
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
@@ -147,19 +150,35 @@ def run_time_modules() -> set[str]:
     return {"torchquant", *(re.split(r"[^\w-]", r)[0].replace("-", "_") for r in requirements)}
 
 
+@pytest.fixture(scope="module")
+def smoke_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SmokeRun]:
+    """The ended process of a script, which ran below a folder of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    environment |= {"MPLBACKEND": "Agg", "COLUMNS": "120"}
+    scripts = selected(request, "script")
+    folders = {script: tmp_path_factory.mktemp(script.stem) for script in scripts}
+
+    def run(script: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), "--smoke"],
+            cwd=folders[script],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SCRIPT_SECONDS,
+        )
+
+    with ahead(run, scripts) as result_of:
+        yield result_of
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_script_smoke_run(script: Path, tmp_path: Path) -> None:
+def test_script_smoke_run(script: Path, smoke_run: SmokeRun) -> None:
     """`--smoke` does everything that the script does, on small data, below the current folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MPLBACKEND": "Agg", "COLUMNS": "120"}
-    result = subprocess.run(
-        [sys.executable, str(script), "--smoke"],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SCRIPT_SECONDS,
-    )
+    result = smoke_run(script)
     output = result.stdout + result.stderr
     missing = re.search(r"No module named '([\w.]+)'", output)
     if result.returncode != 0 and missing:

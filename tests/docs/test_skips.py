@@ -11,10 +11,11 @@ from support.skips import FORCED, kind_of
 
 TESTS = Path(__file__).resolve().parents[1]
 REASON = r"(?:pytest\.skip\(|reason=)\s*\"([^\"{]+)\"[,)]"
+# The plugin without the rest of its package, whose imports take seconds.
 CONFTEST = """
 import os, sys
-sys.path.insert(0, {tests!r})
-from support.skips import SkipCounter
+sys.path.insert(0, {support!r})
+from skips import SkipCounter
 def pytest_configure(config):
     config.pluginmanager.register(SkipCounter(strict=os.environ.get("CI") == "true"))
 """
@@ -22,7 +23,7 @@ def pytest_configure(config):
 
 def run_pytest(folder: Path, body: str, ci: bool) -> tuple[int, str]:
     """Exit status and output of pytest over one test file."""
-    (folder / "conftest.py").write_text(CONFTEST.format(tests=str(TESTS)))
+    (folder / "conftest.py").write_text(CONFTEST.format(support=str(TESTS / "support")))
     (folder / "test_it.py").write_text(f"import pytest\ndef test_passes(): pass\n{body}\n")
     environment = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTEST_ADDOPTS")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]

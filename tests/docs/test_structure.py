@@ -14,6 +14,7 @@ LAYERS = (
     ("cli",),
     ("demo", "bench"),
     ("__init__",),
+    ("algorithms",),
     ("integrations", "analysis"),
     ("files",),
     ("qat",),

@@ -154,7 +154,7 @@ WHOLE = Window(1, 1, 1, 1, 0, 0, 1, 1)
 # ---------------------------------------------------------------- element by element
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
 @pytest.mark.parametrize("step", ["add", "mul", "mul by a pixel"])
 def test_add_and_mul(step: str, activation: str) -> None:
     asked = 0

@@ -11,12 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support import ACTIVATIONS, integers, positive
+from support.ahead import ahead, selected
 from torch import Tensor
 
 from torchquant import cpu, ops
@@ -289,14 +290,24 @@ def run_guarded(what: str, allocator: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, allocator: Path
+) -> Iterator[Callable[[str], "subprocess.CompletedProcess[str]"]]:
+    """The ended process of a fault, or of an instruction set."""
+    whats = [*selected(request, "what"), *selected(request, "name")]
+    with ahead(lambda what: run_guarded(what, allocator), whats) as found:
+        yield found
+
+
 @pytest.mark.parametrize("what", ["reads too far", "reads before", "writes too far"])
-def test_the_guard_guards(what, allocator):
-    assert run_guarded(what, allocator).returncode == -11  # SIGSEGV
+def test_the_guard_guards(what, result_of):
+    assert result_of(what).returncode == -11  # SIGSEGV
 
 
 @pytest.mark.parametrize("name", cpu.available_isas())
-def test_nothing_outside_the_tensors_is_touched(name, allocator):
-    result = run_guarded(name, allocator)
+def test_nothing_outside_the_tensors_is_touched(name, result_of):
+    result = result_of(name)
     assert result.stdout.strip() == "untouched", f"{result.returncode}\n{result.stderr}"
     assert result.returncode == 0
 

@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import random
 from collections.abc import Callable
-from ctypes import Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -44,6 +44,28 @@ class Qparams(Structure):
     _fields_ = (
         ("scale", c_float),
         *((name, c_int32) for name in ("zero_point", "qmin", "qmax")),
+    )
+
+
+class ConvCall(Structure):
+    """tq_conv_call."""
+
+    _fields_ = (
+        ("input", Image),
+        ("input_scale", c_void_p),
+        ("input_zero_point", c_void_p),
+        ("per_image", c_bool),
+        *((name, c_int64) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w")),
+        *((name, c_int64) for name in ("pad_top", "pad_left", "dilation_h", "dilation_w")),
+        ("groups", c_int64),
+        ("packed", c_void_p),
+        ("weight_scale", c_void_p),
+        ("bias", c_void_p),
+        ("activation", c_int),
+        ("residual", c_void_p),
+        ("residual_qparams", Qparams),
+        ("out", Image),
+        ("out_qparams", Qparams),
     )
 
 
@@ -114,7 +136,7 @@ def float_image(x: Tensor) -> FloatImage:
 
 def call(name: str, *arguments: Any, parallel: Divided | None = None) -> None:
     """Call a function of the interface; structs that are Images or Windows go by reference."""
-    by_reference = (Image, FloatImage, Window)
+    by_reference = (Image, FloatImage, Window, ConvCall)
     given = [ctypes.byref(a) if isinstance(a, by_reference) else a for a in arguments]
     function = getattr(LIBRARY, name)
     function.restype = c_int

@@ -84,7 +84,8 @@ def run_tests(
     search = os.pathsep.join(filter(None, (str(ROOT), folder, os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [*command, *(str(ROOT / "tests" / name) for name in files)],
-        env={**os.environ, VARIABLE: path, "PYTHONPATH": search},
+        # The path has no threads of its own, and several processes share the cores.
+        env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: path, "PYTHONPATH": search},
         cwd=ROOT,
         capture_output=True,
         text=True,

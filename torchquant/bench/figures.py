@@ -96,7 +96,7 @@ def _roofline(axes: Any, run: Run) -> None:
     axes.set_ylabel("10¹² operations per second", fontsize=9)
     axes.set_title("roofline: measured limits of this machine, this run", fontsize=9, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    _plain(axes)
+    plain(axes)
 
 
 def _ratios(axes: Any, results: list[ShapeResult]) -> None:
@@ -117,7 +117,7 @@ def _ratios(axes: Any, results: list[ShapeResult]) -> None:
     axes.set_xlabel("operations of a call", fontsize=9)
     axes.set_title("best peer's time / ours", fontsize=9, loc="left")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _plain(axes)
+    plain(axes)
 
 
 def _ratio_map(axes: Any, results: list[ShapeResult], layers: list[str]) -> None:
@@ -192,10 +192,11 @@ def _throughput(axes: Any, results: list[ShapeResult], peak_gops: float | None) 
     )
     axes.tick_params(axis="y", labelsize=7)
     axes.minorticks_off()
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """A light grid, and no frame at the top and on the right."""
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

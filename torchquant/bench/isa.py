@@ -17,11 +17,12 @@ from rich.table import Table
 from torchquant import cpu
 from torchquant._extension import load
 from torchquant.bench import machine
-from torchquant.bench.linear import Bench, Entry, Options, Pace, Progress
+from torchquant.bench.linear import Options
 from torchquant.bench.peers import OURS
 from torchquant.bench.results import ShapeResult
 from torchquant.bench.roofline import Roofline, measure_roofline
 from torchquant.bench.shapes import LinearShape
+from torchquant.bench.side_by_side import Bench, Entry, Pace, Progress
 
 FBGEMM_AVX2 = "fbgemm, AVX2"
 LARGE = ((1024, 1024, 1024), (1024, 4096, 4096), (1024, 3072, 768))  # M, N, K
@@ -75,7 +76,9 @@ def _run_threads(
     seconds = 0.01 if options.smoke else 0.2
     sizes = [shape.weight_bytes for shape in shapes]
     before = measure_roofline(threads, sizes, seconds)
-    bench = Bench(entries(), threads, options, console, pace, all_to_the_end=True)
+    bench: Bench[LinearShape] = Bench(
+        entries(), threads, options, console, pace, all_to_the_end=True
+    )
     try:
         bench.start()
         bench.run(shapes, on_shape)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,23 +20,36 @@ import torch
 from torchquant.bench.peers import make_linear_peer
 from torchquant.bench.peers.base import LinearPeer
 from torchquant.bench.timing import seconds_per_call
-from torchquant.bench.workers import Answer, Worker, serve
+from torchquant.bench.workers import Answer, serve
 
 CHECKED_ROWS = 4
 SLOWER_WAY = 1.3  # a way of calling that takes this many times as long as the fastest is dropped
 
 
-def start_layer_worker(
-    suite: str, peer: str, threads: int, environment: Mapping[str, str] | None = None
-) -> Worker:
-    """The process of one peer."""
-    return Worker(["-m", "torchquant.bench.layer_worker", suite, peer, str(threads)], environment)
+class Server:
+    """What the workers of all benchmarks have in common: calls by name, and their blocks."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Callable[[], Any]] = {}
+
+    def block(self, seconds: float) -> Answer:
+        """Median seconds per call, for every way of calling that is nearly as fast as the best."""
+        with torch.inference_mode():
+            found = {name: seconds_per_call(call, seconds) for name, call in self.calls.items()}
+        limit = SLOWER_WAY * min(found.values())
+        self.calls = {name: call for name, call in self.calls.items() if found[name] <= limit}
+        return {"seconds": found}
+
+    def seconds_once(self) -> dict[str, float]:
+        """Seconds of one call in every way."""
+        return {name: _seconds_once(call) for name, call in self.calls.items()}
 
 
-class LayerServer:
+class LayerServer(Server):
     """A peer's answers."""
 
     def __init__(self, peer: LinearPeer) -> None:
+        super().__init__()
         self.peer = peer
 
     @classmethod
@@ -59,16 +72,8 @@ class LayerServer:
         with torch.inference_mode():
             self.calls = self.peer.calls(x)
             error = max(self._error(x, call()) for call in self.calls.values())
-            seconds = {name: _seconds_once(call) for name, call in self.calls.items()}
+            seconds = self.seconds_once()
         return {"error": error, "seconds": seconds}
-
-    def block(self, seconds: float) -> Answer:
-        """Median seconds per call, for every way of calling that is nearly as fast as the best."""
-        with torch.inference_mode():
-            found = {name: seconds_per_call(call, seconds) for name, call in self.calls.items()}
-        limit = SLOWER_WAY * min(found.values())
-        self.calls = {name: call for name, call in self.calls.items() if found[name] <= limit}
-        return {"seconds": found}
 
     def about(self) -> Answer:
         """Versions and settings of the peer's library."""

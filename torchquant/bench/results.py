@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic
 
-from torchquant.bench.peers import OURS, SUITES
+from torchquant.bench.case import C
+from torchquant.bench.peers import EVERY_SUITE, OURS
 from torchquant.bench.roofline import Limit, Roofline
 from torchquant.bench.shapes import LinearShape
 from torchquant.bench.timing import geometric_mean
@@ -20,22 +21,26 @@ STREAM_BYTES = 32 << 20  # larger weights are read from the outermost cache or f
 
 
 @dataclass
-class ShapeResult:
-    """Times of one shape.
+class CaseResult(Generic[C]):
+    """Times of one case, and what its peers needed.
 
-    `blocks` holds, by peer and by way of calling it, the median seconds per call of each block.
+    `blocks` holds, by peer and by way of calling it, the median seconds per call of each block;
+    `megabytes` the most memory that a peer held while it ran, where its worker says so.
     """
 
-    shape: LinearShape
+    shape: C
     blocks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     limit: Limit | None = None
     uncompared: frozenset[str] = (
         frozenset()
     )  # other ways of using torchquant, which are not compared
+    megabytes: dict[str, float] = field(default_factory=dict)
 
-    def add(self, peer: str, seconds: dict[str, float]) -> None:
-        """Add one block's times, by way of calling."""
+    def add(self, peer: str, seconds: dict[str, float], megabytes: float | None = None) -> None:
+        """Add one block's times, by way of calling, and the peer's memory."""
+        if megabytes is not None:
+            self.megabytes[peer] = max(megabytes, self.megabytes.get(peer, 0.0))
         for variant, value in seconds.items():
             self.blocks.setdefault(peer, {}).setdefault(variant, []).append(value)
 
@@ -82,9 +87,7 @@ class ShapeResult:
         """The shape's line of the results file."""
         return {
             "kind": "shape",
-            "n": self.shape.n,
-            "k": self.shape.k,
-            "m": self.shape.m,
+            **self.shape.fields(),
             "us": {name: _microseconds(self.seconds(name)) for name in self.blocks},
             "variant": {
                 name: self.variant(name) for name, ways in self.blocks.items() if len(ways) > 1
@@ -101,8 +104,12 @@ class ShapeResult:
                 }
                 for name, ways in self.blocks.items()
             },
+            **({"megabytes": self.megabytes} if self.megabytes else {}),
             "failures": self.failures,
         }
+
+
+ShapeResult = CaseResult[LinearShape]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -187,15 +194,23 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A table of texts, heading first."""
+
+    title: str
+    rows: list[list[str]]
+
+
 @dataclass
-class Run:
-    """One suite on one number of threads: header, shapes, and the limits measured in the run."""
+class AnyRun(Generic[C]):
+    """One suite on one number of threads: header, cases, and the limits measured in the run."""
 
     suite: str
     threads: int
     isa: str
     header: dict[str, Any]
-    results: list[ShapeResult]
+    results: list[CaseResult[C]]
     roofline: Roofline
 
     @property
@@ -207,14 +222,71 @@ class Run:
     def title(self) -> str:
         """Suite, machine and date on one line."""
         return (
-            f"{self.suite} int8 linear, {self.header['cpu']}, {_threads(self.threads)}, "
+            f"{self.what}, {self.header['cpu']}, {_threads(self.threads)}, "
             f"{self.isa}, {self.header['date']}"
         )
+
+    @property
+    def what(self) -> str:
+        """What was measured."""
+        return f"int8 {self.suite}"
+
+    @property
+    def first_column(self) -> str:
+        """The heading over the cases."""
+        return "M x N x K"
+
+    @property
+    def note(self) -> str:
+        """What a call is, and what its times are measured in."""
+        return ""
+
+    def time(self, seconds: float | None) -> str:
+        """A time as text, in the table's unit: microseconds."""
+        if seconds is None:
+            return "-"
+        value = seconds * 1e6
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+    @property
+    def limit_words(self) -> str:
+        """What `Case.limit_bytes` counts."""
+        return "the weights"
+
+    def extras(self) -> list[Extra]:
+        """Tables beside the one of the cases."""
+        return []
+
+    def extra_records(self) -> list[dict[str, Any]]:
+        """What else belongs into a results file."""
+        return []
+
+    def summary(self) -> dict[str, Any]:
+        """A few numbers about all cases."""
+        raise NotImplementedError
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        raise NotImplementedError
 
     def columns(self) -> list[str]:
         """The peers that ran, in the suite's order."""
         ran = {name for result in self.results for name in result.blocks}
-        return [name for name in SUITES[self.suite] if name in ran]
+        return [name for name in EVERY_SUITE[self.suite] if name in ran]
+
+
+class Run(AnyRun[LinearShape]):
+    """A run over linear layers."""
+
+    @property
+    def what(self) -> str:
+        """What was measured."""
+        return f"{self.suite} int8 linear"
+
+    @property
+    def note(self) -> str:
+        """What a call is, and what its times are measured in."""
+        return f"Microseconds per call, {INPUTS[self.suite]}, weights cache-warm."
 
     def summary(self) -> dict[str, Any]:
         """Ratios to the best peer, and fractions of the machine's limits."""
@@ -273,6 +345,10 @@ class Run:
         return lines
 
 
+INPUTS = {
+    "dynamic": "fp32 in and out (bf16: bf16 in and out)",
+    "prequantized": "int8 or uint8 in, fp32 out (torch.ao: uint8 out; columns *-in: that type in)",
+}
 LIMIT_WORDS = {
     "large_of_peak": "all dimensions >= 1024, fraction of the measured {isa} peak",
     "large_of_vpdpbusd": "all dimensions >= 1024, fraction of the measured vpdpbusd peak",

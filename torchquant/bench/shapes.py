@@ -33,6 +33,11 @@ class LinearShape:
         return self.n * self.k
 
     @property
+    def limit_bytes(self) -> int:
+        """The weight's bytes: whatever the number of rows, all of them are read."""
+        return self.weight_bytes
+
+    @property
     def traffic_bytes(self) -> int:
         """The least bytes of a call's reads and writes: int8 weight, fp32 input and result."""
         return self.n * self.k + 4 * self.m * (self.n + self.k)
@@ -46,6 +51,18 @@ class LinearShape:
     def layer(self) -> str:
         """The layer's size as text, outputs first: `"768x3072"`."""
         return f"{self.n}x{self.k}"
+
+    def load_request(self) -> dict[str, int]:
+        """The layer."""
+        return {"n": self.n, "k": self.k}
+
+    def input_request(self) -> dict[str, int]:
+        """The rows."""
+        return {"m": self.m}
+
+    def fields(self) -> dict[str, int]:
+        """The shape in a results file."""
+        return {"n": self.n, "k": self.k, "m": self.m}
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"

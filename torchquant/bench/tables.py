@@ -1,29 +1,31 @@
-"""Tables of linear runs, for the terminal and for a page, and their records for a file."""
+"""Tables of runs, for the terminal and for a page, and their records for a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-from torchquant.bench.results import Run, ShapeResult
+from torchquant.bench.results import AnyRun, CaseResult, Extra
 from torchquant.bench.roofline import Roofline
 
-LEFT_ALIGNED = ("M x N x K", "best peer", "bound by")
+LEFT_ALIGNED = ("best peer", "bound by")
 
 
-def rows(run: Run) -> list[list[str]]:
+def rows(run: AnyRun[Any]) -> list[list[str]]:
     """The table's cells, heading first."""
     peers = run.columns()
     peak = run.peak_gops
-    heading = ["M x N x K", *peers, "best peer", "ratio", "GOPS", "of peak", "of limit", "bound by"]
+    heading = [run.first_column, *peers, "best peer", "ratio"]
+    heading += ["GOPS", "of peak", "of limit", "bound by"]
     lines = [heading]
     for result in run.results:
         gops = result.gops()
         lines.append(
             [
                 str(result.shape),
-                *(short_microseconds(result.seconds(name)) for name in peers),
+                *(run.time(result.seconds(name)) for name in peers),
                 result.best_peer() or "-",
                 number(result.ratio(), ".2f"),
                 number(gops, ".0f"),
@@ -35,15 +37,15 @@ def rows(run: Run) -> list[list[str]]:
     return lines
 
 
-def rich_table(run: Run) -> Table:
+def rich_table(run: AnyRun[Any]) -> Table:
     """Microseconds per call, for the terminal: red where a peer is faster."""
     heading, *body = rows(run)
     table = Table(
-        title=f"{run.title}\nmicroseconds per call; ratio = best peer's time / ours",
+        title=f"{run.title}\n{run.note} Ratio: best peer's time over ours.",
         title_justify="left",
     )
     for name in heading:
-        left = name in LEFT_ALIGNED
+        left = name in (run.first_column, *LEFT_ALIGNED)
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for index, (result, line) in enumerate(zip(run.results, body, strict=True)):
         ratio = result.ratio()
@@ -52,11 +54,11 @@ def rich_table(run: Run) -> Table:
     return table
 
 
-def _ends_layer(results: list[ShapeResult], index: int) -> bool:
+def _ends_layer(results: list[CaseResult[Any]], index: int) -> bool:
     if index + 1 == len(results):
         return True
-    layer, following = results[index].shape.layer, results[index + 1].shape.layer
-    alone = index == 0 or results[index - 1].shape.layer != layer
+    layer, following = (result.shape.load_request() for result in results[index : index + 2])
+    alone = index == 0 or results[index - 1].shape.load_request() != layer
     return layer != following and not alone  # no line after each random shape
 
 
@@ -79,7 +81,7 @@ def roofline_tables(before: Roofline, after: Roofline | None = None) -> list[Tab
     return [peaks, reads]
 
 
-def markdown(runs: list[Run]) -> str:
+def markdown(runs: Sequence[AnyRun[Any]]) -> str:
     """The tables as a Markdown page, with all facts that are needed to judge them."""
     lines: list[str] = []
     for run in runs:
@@ -87,7 +89,7 @@ def markdown(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def _markdown_of(run: Run) -> list[str]:
+def _markdown_of(run: AnyRun[Any]) -> list[str]:
     header = run.header
     heading, *body = rows(run)
     versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items())
@@ -110,10 +112,23 @@ def _markdown_of(run: Run) -> list[str]:
         *(f"- {name}, {count} shapes: {why}" for name, why, count in grouped_failures(run)),
         *(f"- {line}" for line in run.lines()),
         "",
-        f"Microseconds per call, {INPUTS[run.suite]}, weights cache-warm. Ratio: best peer's time "
-        "over ours. Of peak: GOPS over the measured peak of the instruction set. Of limit: the "
-        "least possible time, from that peak and from the bandwidth measured on a buffer of the "
-        "weights' size, over ours; then which of the two it is.",
+        f"{run.note} Ratio: best peer's time over ours. Of peak: GOPS over the measured peak of "
+        f"the instruction set. Of limit: the least possible time, from that peak and from the "
+        f"bandwidth measured on a buffer of the size of {run.limit_words}, over ours; then which "
+        "of the two it is.",
+        "",
+        "| " + " | ".join(heading) + " |",
+        "|---" * len(heading) + "|",
+        *("| " + " | ".join(line) + " |" for line in body),
+        "",
+        *(line for extra in run.extras() for line in _extra_markdown(extra)),
+    ]
+
+
+def _extra_markdown(extra: Extra) -> list[str]:
+    heading, *body = extra.rows
+    return [
+        extra.title,
         "",
         "| " + " | ".join(heading) + " |",
         "|---" * len(heading) + "|",
@@ -122,13 +137,21 @@ def _markdown_of(run: Run) -> list[str]:
     ]
 
 
-INPUTS = {
-    "dynamic": "fp32 in and out (bf16: bf16 in and out)",
-    "prequantized": "int8 or uint8 in, fp32 out (torch.ao: uint8 out; columns *-in: that type in)",
-}
+def extra_tables(run: AnyRun[Any]) -> list[Table]:
+    """The run's other tables, for the terminal."""
+    tables = []
+    for extra in run.extras():
+        table = Table(title=extra.title, title_justify="left")
+        heading, *body = extra.rows
+        for index, name in enumerate(heading):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for line in body:
+            table.add_row(*line)
+        tables.append(table)
+    return tables
 
 
-def grouped_failures(run: Run) -> list[tuple[str, str, int]]:
+def grouped_failures(run: AnyRun[Any]) -> list[tuple[str, str, int]]:
     """(peer, reason, number of shapes), so that one reason is one line."""
     counts: dict[tuple[str, str], int] = {}
     for result in run.results:
@@ -137,19 +160,12 @@ def grouped_failures(run: Run) -> list[tuple[str, str, int]]:
     return [(name, reason, count) for (name, reason), count in counts.items()]
 
 
-def records(run: Run) -> list[dict[str, Any]]:
-    """The header, one record per shape, the summary."""
-    return [run.header, *(result.record() for result in run.results), run.summary()]
+def records(run: AnyRun[Any]) -> list[dict[str, Any]]:
+    """The header, one record per case, what else was measured, the summary."""
+    cases = [result.record() for result in run.results]
+    return [run.header, *cases, *run.extra_records(), run.summary()]
 
 
 def number(value: float | None, form: str) -> str:
     """The formatted number, or a dash for None."""
     return "-" if value is None else format(value, form)
-
-
-def short_microseconds(seconds: float | None) -> str:
-    """Microseconds as text, with one decimal below 100."""
-    if seconds is None:
-        return "-"
-    value = seconds * 1e6
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -22,7 +22,7 @@ def arguments_of(call: Call, module: nn.Module | None) -> tuple[str, Mapping[str
         ('flatten', {'input': Ref(index=3), 'start_dim': 1})
     """
     if module is not None:
-        if type(module).__module__.startswith("torchquant.nn.") and hasattr(module, "folded_into"):
+        if isinstance(module, nn.Identity):  # also in place of a folded batch norm
             return "identity", {}
         name = _MODULES.get(type(module))
         name = name or _MODULES.get(getattr(type(module), "original_class", type(module)))
@@ -79,7 +79,6 @@ _MODULES: dict[type, str] = {
     nn.Upsample: "interpolate",
     nn.UpsamplingNearest2d: "interpolate",
     nn.Flatten: "flatten",
-    nn.Identity: "identity",
     nn.Dropout: "identity",
     nn.Dropout1d: "identity",
     nn.Dropout2d: "identity",
@@ -151,3 +150,25 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "dropout": ("input", "p", "training"),
     "contiguous": ("input", "memory_format"),
 }
+
+
+def depends_on_mode(module: nn.Module) -> bool:
+    """True unless a module surely computes the same in training and in evaluation.
+
+    Example:
+        >>> depends_on_mode(nn.ReLU()), depends_on_mode(nn.Dropout())
+        (False, True)
+    """
+    name = _MODULES.get(type(module))
+    return name is None or name == "identity"
+
+
+def attributes_of(module: nn.Module) -> list[str]:
+    """The names of the attributes with which a known module computes.
+
+    Example:
+        >>> attributes_of(nn.LeakyReLU())
+        ['negative_slope']
+    """
+    name = _MODULES.get(type(module), "")
+    return [key for key in _ATTRIBUTES.get(name, ()) if key in module.__dict__]

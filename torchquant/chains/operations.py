@@ -35,7 +35,13 @@ class Add:
 
 @dataclass(frozen=True)
 class Mul:
-    """The product of two results of one shape, or with one factor per channel."""
+    """The product of two results of one shape, or with one factor per channel.
+
+    Args:
+        left_is_factor: True if the first result is the factor per channel.
+    """
+
+    left_is_factor: bool = False
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,8 @@ class _Planner:
         candidates = [
             read
             for read in dict.fromkeys(self.operands(index))
-            if isinstance(self.operations[read], Layer)
+            if isinstance(operation := self.operations[read], Layer)
+            and not operation.linear
             and self.able[read]
             and self.readers[read] == [index]
         ]

@@ -113,7 +113,7 @@ def _mul(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     channels = (*shape[:2], *[1] * (len(shape) - 2))
     whole = [read == shape for read in reads]
     fits = all(read in (shape, channels) for read in reads) and any(whole)
-    return Mul() if fits and len(shape) in (2, 3, 4) else None
+    return Mul(not whole[0]) if fits and len(shape) in (2, 3, 4) else None
 
 
 def _max_pool(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
@@ -295,5 +295,5 @@ def _holds_ref(value: Any) -> bool:
 def _words(call: Call, module: nn.Module | None) -> str:
     """What a call is, for the report."""
     if module is not None:
-        return f"{type(module).__name__} ({call.target})"
+        return type(module).__name__
     return call.target.rpartition(":")[2] if call.kind == "function" else call.target

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import torchquant
-from torchquant.cli import info
+from torchquant.cli import bench_conv, info
 from torchquant.cli.bench import app as bench_app
 from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
 from torchquant.cli.output import error_console, print_json, progress_bar
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 
+bench_conv.register(bench_app)
 app.add_typer(bench_app)
 
 
@@ -72,10 +73,10 @@ def demo_command(
     as_json: JsonOption = False,
     progress: ProgressOption = True,
 ) -> None:
-    """Quantize and fine-tune a bundled model; compare accuracy, size, speed and exactness.
+    """Quantize and fine-tune bundled models; compare accuracy, size, speed and exactness.
 
-    The model is a small transformer that classifies handwritten digits. torchquant contains it and
-    its test images.
+    The models are a small transformer, a VGG and a ResNet that classify handwritten digits.
+    torchquant contains them and their test images.
 
     The exit code is 1 if a check of exactness fails.
     """

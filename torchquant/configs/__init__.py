@@ -7,6 +7,15 @@ frozen dataclasses, and layers decide by the class of a part. A subclass of :cla
 :class:`Activations` is a new part, which files can store without further code.
 """
 
+from torchquant.configs.calibration import (
+    Calibration,
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    calibration_named,
+)
 from torchquant.configs.fusion import Fusion, check_fusion
 from torchquant.configs.layers import (
     Activations,
@@ -25,15 +34,22 @@ from torchquant.configs.part import Part, config_from_dict, config_to_dict
 
 __all__ = [
     "Activations",
+    "Calibration",
     "Dynamic",
+    "Entropy",
     "Fusion",
+    "Histogram",
     "Int8DynamicActivationInt8WeightConfig",
     "Int8StaticActivationInt8WeightConfig",
     "IntxActivationIntxWeightConfig",
+    "MinMax",
+    "MovingAverage",
     "Part",
+    "Percentile",
     "QuantizationConfig",
     "Static",
     "Weights",
+    "calibration_named",
     "check_config",
     "check_fusion",
     "config_from_dict",

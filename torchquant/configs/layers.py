@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torchquant.configs.calibration import Calibration
 from torchquant.configs.part import GRANULARITIES, Part, require_bits, require_booleans
 from torchquant.scheme import PER_CHANNEL, Granularity, PerTensor, quant_range
 
@@ -118,9 +119,12 @@ class Static(Activations):
         symmetric: if True, activations have no zero point.
         narrow_range: whether the least integer is excluded; None excludes it only for symmetric
             activations of 8 bits, as for observed ranges. Learned steps use all integers.
+        observer: how :func:`torchquant.calibrate` chooses the range, for example
+            ``torchquant.configs.Percentile(99.9)``; None is ``Histogram()``.
 
     Raises:
-        TypeError: a flag is not a bool.
+        TypeError: a flag is not a bool, or observer is not a
+            :class:`torchquant.configs.Calibration`.
         ValueError: bits is not an integer from 2 to 8.
 
     Example:
@@ -132,11 +136,17 @@ class Static(Activations):
     bits: int = 8
     symmetric: bool = False
     narrow_range: bool | None = None
+    observer: Calibration | None = None
 
     def __post_init__(self) -> None:
         require_bits(type(self).__name__, "bits", self.bits)
         require_booleans(self, "symmetric")
         require_booleans(self, "narrow_range", optional=True)
+        if self.observer is not None and not isinstance(self.observer, Calibration):
+            raise TypeError(
+                "Static: observer must be None or a part of torchquant.configs such as "
+                f"Percentile(99.9), got {self.observer!r}"
+            )
 
     @property
     def range(self) -> tuple[int, int]:

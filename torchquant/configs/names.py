@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchquant.configs.calibration import Calibration, calibration_named
 from torchquant.configs.layers import Dynamic, QuantizationConfig, Static, Weights
 from torchquant.configs.part import require_bits, require_boolean
 
@@ -37,33 +38,42 @@ def Int8StaticActivationInt8WeightConfig(
     activation_symmetric: bool = False,
     weight_symmetric: bool = True,
     activation_narrow_range: bool | None = None,
+    observer: Calibration | str | None = None,
 ) -> QuantizationConfig:
     """int8 weights with one scale per output channel; int8 activations with one scale per tensor.
 
-    The scale of the activations has to be observed or learned before, with
-    :func:`torchquant.prepare_qat_` and :func:`torchquant.convert_`.
+    The scale of the activations has to be observed or learned before: observed with
+    :func:`torchquant.prepare_` and :func:`torchquant.calibrate`, or in training with
+    :func:`torchquant.prepare_qat_`; :func:`torchquant.convert_` then makes the layers.
 
     Args:
         activation_symmetric: if True, activations have no zero point.
         weight_symmetric: if True, weights are in [-127, 127]; if False, they are in [-128, 127],
             with one zero point per channel.
         activation_narrow_range: see :class:`Static`.
+        observer: how the range of the activations is chosen: "histogram" (least squared error; used
+            for None), "minmax", "moving_average", "percentile", "entropy", or a part with other
+            arguments, such as ``torchquant.configs.Percentile(99.9)``.
 
     Returns:
         The configuration in parts.
 
     Raises:
-        TypeError: a flag is not a bool.
+        TypeError: a flag is not a bool, or observer is none of these.
+        ValueError: observer is a string that is no name.
 
     Example:
         >>> Int8StaticActivationInt8WeightConfig().activations.range
         (-128, 127)
+        >>> Int8StaticActivationInt8WeightConfig(observer="entropy").activations.observer
+        Entropy(bins=2048, levels=128)
     """
     who = "Int8StaticActivationInt8WeightConfig"
     flags = _flags(who, activation_symmetric, weight_symmetric)
     if activation_narrow_range is not None:
         require_boolean(who, "activation_narrow_range", activation_narrow_range, ", or None")
-    activations = Static(8, flags[0], activation_narrow_range)
+    chosen = calibration_named(who, observer)
+    activations = Static(8, flags[0], activation_narrow_range, chosen)
     return QuantizationConfig(Weights(symmetric=flags[1]), activations)
 
 
@@ -73,6 +83,7 @@ def IntxActivationIntxWeightConfig(
     static: bool = False,
     activation_symmetric: bool = False,
     weight_symmetric: bool = True,
+    observer: Calibration | str | None = None,
 ) -> QuantizationConfig:
     """Weights and activations of 2 to 8 bits each, on the int8 kernels.
 
@@ -86,13 +97,16 @@ def IntxActivationIntxWeightConfig(
             per token, computed at run time.
         activation_symmetric: if True, activations have no zero point.
         weight_symmetric: if True, weights have no zero point.
+        observer: how the range of static activations is chosen, see
+            :func:`Int8StaticActivationInt8WeightConfig`.
 
     Returns:
         The configuration in parts.
 
     Raises:
-        TypeError: a flag is not a bool.
-        ValueError: weight_bits or activation_bits is not an integer from 2 to 8.
+        TypeError: a flag is not a bool, or observer is not of the types above.
+        ValueError: weight_bits or activation_bits is not an integer from 2 to 8; observer is a
+            string that is no name, or is given although activations are dynamic.
 
     Example:
         >>> config = IntxActivationIntxWeightConfig(weight_bits=4)
@@ -104,10 +118,16 @@ def IntxActivationIntxWeightConfig(
     require_bits(who, "activation_bits", activation_bits)
     require_boolean(who, "static", static)
     flags = _flags(who, activation_symmetric, weight_symmetric)
-    activations = Static if static else Dynamic
-    return QuantizationConfig(
-        Weights(weight_bits, flags[1]), activations(activation_bits, flags[0])
-    )
+    chosen = calibration_named(who, observer)
+    if chosen is not None and not static:
+        raise ValueError(
+            f"{who}: observer must be None for dynamic activations, got {observer!r}; their ranges "
+            "are computed at run time, and static=True observes them"
+        )
+    activations: Dynamic | Static = Dynamic(activation_bits, flags[0])
+    if static:
+        activations = Static(activation_bits, flags[0], observer=chosen)
+    return QuantizationConfig(Weights(weight_bits, flags[1]), activations)
 
 
 def _flags(who: str, activation: bool, weight: bool) -> tuple[bool, bool]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchquant.convert.account import Other
 from torchquant.convert.adapters import adapter_reasons
+from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.families import other_library
 from torchquant.convert.selection import Selection
 from torchquant.graph.held import Held, held_modules
@@ -53,6 +54,7 @@ class Step:
     leave: str | None = None  # the reason why it should not be changed, although it could
     config: Any = None  # what the verb makes of it
     pattern: str | None = None  # the key under which config was given
+    prepared: Any = None  # what convert_ makes the new layer from
     reads: Reads | None = None  # how the code of other modules uses its weight
     tied: bool = False
     tied_to: list[str] = field(default_factory=list)  # other parameters with the weight's memory
@@ -68,7 +70,8 @@ class Step:
     @property
     def already(self) -> bool:
         """True if the layer was quantized or prepared before the verb."""
-        return isinstance(self.module, (QuantizedModule, TrainedModule))
+        ours = isinstance(self.module, (QuantizedModule, TrainedModule))
+        return ours or hook_of(self.module) is not None
 
     @property
     def skip(self) -> str | None:
@@ -95,6 +98,11 @@ class Step:
         """The row of the report for a layer that stays unchanged."""
         size = tensor_bytes(self.module)
         return self._row(self.module, "skipped", self.remark(), size, size, self.already)
+
+    def marked(self, action: Action, remark: str = "") -> LayerReport:
+        """The row for a layer that stays the same object, although the verb changed it."""
+        size = tensor_bytes(self.module)
+        return self._row(self.module, action, self.remark(remark), size, size)
 
     def replaced(self, new: nn.Module | None, action: Action, remark: str = "") -> LayerReport:
         """Replace the layer by ``new``, or leave it if ``new`` is None; return the report's row."""

@@ -1,17 +1,18 @@
-"""Quantization-aware training: prepare a model, train it in stages, convert it.
+"""prepare_qat_: the layers of a model train with the integers to deploy.
 
 ``prepare_qat_`` replaces every linear layer by a :class:`torchquant.nn.QATLinear` with the same
 parameter objects, so that an existing optimizer, tie or distributed wrapper stays valid. Like every
 verb, it changes the model only after all new layers have been created: an error leaves the model
 unchanged.
 
-The stages of training are in :mod:`torchquant.convert.stages`, the conversion back to float is in
+The stages of training are in :mod:`torchquant.convert.stages`, the conversion to the quantized
+model is in :mod:`torchquant.convert.convert`, and the one back to float in
 :mod:`torchquant.convert.to_float`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +22,16 @@ from torchquant.configs import QuantizationConfig
 from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
-from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
-from torchquant.convert.plan import Step, check_model, check_strict, find_layers, plan_layers
-from torchquant.convert.projections import group_projections
+from torchquant.convert.calibration_hooks import hook_of
+from torchquant.convert.notes import asked_problems, plan_notes, sentences
+from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.selection import FilterFn, Selection, selection
-from torchquant.convert.unreached import (
-    UNREACHED,
-    activations_to_restore,
-    restore_activations,
-    unreached_layers,
-    unreached_notes,
-)
 from torchquant.graph.modules import tensor_bytes
 from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.folded_norm import places_of, restore_norms
 from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
-from torchquant.report import FusionReport, QuantizationReport
+from torchquant.report import QuantizationReport
 from torchquant.report.progress import track
 from torchquant.training.configuration import TrainingConfig, training_config
 from torchquant.training.layer_part import LayerPart
@@ -110,7 +103,7 @@ def prepare_qat_(
         >>> print(report.fusions[0])
         fused: 0 with 1 (relu)
         >>> model(torch.randn(8, 64)).square().mean().backward()
-        >>> print(convert_(model).summary().partition(";")[0])
+        >>> print(torchquant.convert_(model).summary().partition(";")[0])
         2 converted (100 % of parameters), 0 skipped
     """
     check_model(
@@ -156,90 +149,6 @@ def prepare_qat_(
     )
 
 
-def convert_(
-    model: nn.Module, strict: bool = False, *, progress: bool | None = None
-) -> QuantizationReport:
-    """Convert a prepared model into the quantized model to deploy, in place.
-
-    Every :class:`torchquant.nn.QATLinear` becomes the :class:`torchquant.nn.QuantizedLinear` with
-    whose computation it was trained; so do convolutions, with the batch norms that are part of
-    them. In eager mode, the outputs of the model in evaluation mode
-    keep their bits (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`,
-    layers that are applied to the same tensor are computed together, which changes no bits.
-
-    A layer with static activations that no batch reached has no range (an expert without tokens, a
-    layer that dropped out in every step, a layer whose inputs were all 0). It becomes a float layer
-    again, and the report gives the reason. :func:`torchquant.quantize_` can then quantize it with
-    dynamic activations, which need no range.
-
-    Args:
-        model: a model that :func:`prepare_qat_` prepared. A bare ``QATLinear`` cannot be replaced
-            in place: use its ``to_quantized()``.
-        strict: if True, raise before anything is changed if a layer has no range.
-        progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
-            after two seconds.
-
-    Returns:
-        A report; ``print`` it for a table.
-
-    Raises:
-        TypeError: model is not a module, or is a scripted module.
-        ValueError: model is a bare layer, contains no prepared layer, or contains a layer that
-            cannot be converted; no layer has a range; or, with ``strict``, a layer has none. The
-            message names the layer; the model is unchanged.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(64, 64))
-        >>> _ = prepare_qat_(model)
-        >>> print(convert_(model).layers[0].action, type(model[0]).__name__)
-        converted QuantizedLinear
-    """
-    check_model("convert_", model, trained=f"{_IN_PLACE} its to_quantized()")
-    plan = find_layers(model)
-    steps = [step for step in plan if isinstance(step.module, TrainedModule)]
-    if not steps:
-        raise ValueError(
-            "convert_: model must hold layers that prepare_qat_ prepared, got none; call "
-            "prepare_qat_(model, config) and train first, or quantize_(model, config) to quantize "
-            "without training"
-        )
-    for step in plan:
-        if isinstance(step.module, QuantizedModule):
-            step.leave = "already quantized"
-        elif not isinstance(step.module, TrainedModule):
-            step.leave = "not prepared"
-    unreached = unreached_layers(steps, strict)
-    left = {id(step.module) for step in unreached}
-    steps = [step for step in steps if id(step.module) not in left]
-    restored = activations_to_restore(model, unreached)
-    account = account_of(model, [step.module for step in plan])
-    new_layers = {id(step.module): _converted(step) for step in track(steps, "convert_", progress)}
-    notes = [*_conversion_notes(steps), *unreached_notes(unreached)]
-    bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes; nothing can fail
-    for step in plan:
-        if id(step.module) in left:
-            norms = _layer(step).norms
-            rows.append(step.replaced(_layer(step).to_float(), "skipped", UNREACHED))
-            restore_norms(model, norms)
-            continue
-        new = new_layers.get(id(step.module))
-        if new is not None:
-            for place in places_of(model, _layer(step).norms):
-                place.release()
-        fused = step.module._fuses_activation if new is not None else False
-        rows.append(step.replaced(new, "converted", step.untied))
-        if new is not None:
-            new.fuse_activation(bool(fused))
-    restore_activations(model, restored)
-    notes += plan_notes(model, plan, account, "convert")
-    fusions = tuple(_together(model, list(new_layers.values())))
-    layers, others = account.filled(rows)
-    return QuantizationReport(
-        layers, bytes_before, tensor_bytes(model), tuple(notes), fusions, "converted", others
-    )
-
-
 # ---------------------------------------------------------------- the plan
 
 
@@ -254,6 +163,8 @@ class _Edge:
 def _plan(model: nn.Module, chosen: Selection[TrainingConfig]) -> list[Step]:
     def done(step: Step) -> str | None:
         module: Any = step.module
+        if hook_of(module) is not None:
+            return "prepared for calibration; to_float_(model) takes that back"
         if isinstance(module, QuantizedModule):
             return "already quantized; to_float_(model) makes it trainable again"
         config = chosen.config_of(step.names)[1]
@@ -325,37 +236,7 @@ def _notes(plan: list[Step]) -> Iterator[str]:
         )
 
 
-def _conversion_notes(steps: list[Step]) -> Iterator[str]:
-    floating = [step.name for step in steps if not bool(_layer(step).quantize_enabled)]
-    if floating:
-        yield (
-            "Converted in the stage 'observe', in which layers compute in float: "
-            f"{', '.join(floating)}."
-        )
-    simulated = [step.name for step in steps if _layer(step).simulate]
-    if simulated:
-        yield (
-            "Trained with a simulation in float, whose results differ from the integers by "
-            f"rounding: {', '.join(simulated)}."
-        )
-    called = {step.name: _layer(step).was_called for step in steps}
-    never = [name for name, was_called in called.items() if was_called is False]
-    if never and any(called.values()):
-        yield (
-            "Not called by any forward since prepare_qat_, so not trained with the integers: "
-            f"{', '.join(never)}."
-        )
-    untied = [step.name for step in steps if step.tied]
-    if untied:
-        yield untied_note(untied)
-
-
 # ---------------------------------------------------------------- the new layers
-
-
-def _layer(step: Step) -> TrainedModule:
-    assert isinstance(step.module, TrainedModule)
-    return step.module
 
 
 def _trained(kind: Kind) -> type[TrainedModule]:
@@ -375,16 +256,4 @@ def _prepared(step: Step, config: TrainingConfig, pair: Pair | None) -> TrainedM
     return new
 
 
-def _converted(step: Step) -> QuantizedModule:
-    try:
-        return _layer(step).to_quantized()
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"convert_: {step.name} cannot be converted: {error}") from error
-
-
-def _together(model: nn.Module, layers: Iterable[QuantizedModule]) -> Iterator[FusionReport]:
-    names = {id(module): name for name, module in model.named_modules()}
-    yield from group_projections(model, layers, names)
-
-
-__all__ = ["convert_", "prepare_qat_"]
+__all__ = ["prepare_qat_"]

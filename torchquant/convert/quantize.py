@@ -10,6 +10,7 @@ from torch import nn
 from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
 from torchquant.convert.account import Account, account_of
 from torchquant.convert.activations import fuse_activations
+from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.projections import group_projections
@@ -133,8 +134,8 @@ def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
     if config.activations.needs_calibration:
         raise ValueError(
             f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
-            "inputs has to be observed or learned first; use prepare_qat_(model, config), run or "
-            "train the model, and call convert_(model)"
+            "inputs has to be observed first; call prepare_(model, config), calibrate(model, "
+            "loader) and convert_(model), or train with prepare_qat_(model, config)"
         )
     return config
 
@@ -142,6 +143,8 @@ def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
 def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]:
     def done(step: Step) -> str | None:
         module: Any = step.module
+        if hook_of(module) is not None:
+            return "prepared for calibration; calibrate(model, loader) and convert_(model) follow"
         if isinstance(module, TrainedModule):
             return "prepared for training; convert_(model) quantizes it"
         config = chosen.config_of(step.names)[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchquant.convert.calibration_hooks import hook_of, release
 from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
+from torchquant.convert.regions import forget
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import restore_norms
@@ -23,6 +25,7 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     values that the integers represent. Activation modules are restored, and so are norms that
     :func:`torchquant.replace_norms_` replaced, and batch norms that a prepared layer trains. A
     batch norm that was converted with its convolution stays part of it.
+    Observers that :func:`torchquant.prepare_` attached are removed.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -74,9 +77,16 @@ def to_float_(model: nn.Module) -> QuantizationReport:
             parent._modules[attribute] = place.original.train(place.training)
     for module in model.modules():
         restore_activation_(module)
+    forget(model)
+    prepared = [module for module in model.modules() if hook_of(module) is not None]
+    for module in prepared:
+        release(module)
     restored = sum(restore_norm(module) for module in model.modules())
     notes = tuple(kept_notes(steps))
-    if not steps:
+    if prepared:
+        have = "1 layer has" if len(prepared) == 1 else f"{len(prepared)} layers have"
+        notes += (f"{have} no observer any more.",)
+    elif not steps:
         notes = ("The model has no prepared or quantized layers; none was restored.",)
     if restored:
         have = "norm has its" if restored == 1 else "norms have their"

@@ -30,16 +30,18 @@ def unreached_layers(steps: list[Step], strict: bool) -> list[Step]:
         >>> unreached_layers([], strict=False)
         []
     """
-    found = [(step, reason) for step in steps if (reason := _layer(step).missing_range())]
+    found = [(step, reason) for step in steps if (reason := step.prepared.missing_range())]
     if found and len(found) == len(steps):
         step, reason = found[0]
         raise ValueError(f"convert_: {step.name} cannot be converted: {reason}")
     if found and strict:
         names = ", ".join(step.name for step, _ in found)
+        trained = any(isinstance(step.module, TrainedModule) for step, _ in found)
+        verb = "prepare_qat_" if trained else "prepare_"
         raise ValueError(
             "convert_: with strict=True a batch must have reached every prepared layer, got "
             f"{len(found)} without a range ({names}); run batches that reach them, exclude them "
-            "from prepare_qat_ with filter_fn, or pass strict=False to leave them in float"
+            f"from {verb} with filter_fn, or pass strict=False to leave them in float"
         )
     return [step for step, _ in found]
 
@@ -63,18 +65,19 @@ def activations_to_restore(model: nn.Module, steps: list[Step]) -> list[FusedAct
     Raises:
         ValueError: a layer computes an activation that cannot be restored.
     """
-    needed = {_layer(step).activation for step in steps} - {"none"}
+    trained = [(step, step.module) for step in steps if isinstance(step.module, TrainedModule)]
+    needed = {layer.activation for _, layer in trained} - {"none"}
     places = [
         module
         for module in model.modules()
         if isinstance(module, FusedActivation) and module.activation in needed
     ]
     possible = {place.activation for place in places} & {"relu"}
-    for step in steps:
-        activation = _layer(step).activation
+    for step, layer in trained:
+        activation = layer.activation
         if activation in needed - possible:
             raise ValueError(
-                f"convert_: {step.name} cannot be converted: {_layer(step).missing_range()}; nor "
+                f"convert_: {step.name} cannot be converted: {layer.missing_range()}; nor "
                 f"can it be left in float, because it computes activation {activation!r}, which "
                 "was not a module of the model"
             )
@@ -87,8 +90,3 @@ def restore_activations(model: nn.Module, places: list[FusedActivation]) -> None
     for place in places:
         for parent, attribute in owners[id(place)]:
             parent._modules[attribute] = place.original.train(place.training)
-
-
-def _layer(step: Step) -> TrainedModule:
-    assert isinstance(step.module, TrainedModule)
-    return step.module

@@ -3,42 +3,35 @@
 * `run_demo` measures and returns a `DemoResult`, plain numbers
 * :mod:`~torchquant.demo.exactness`: the proof
 * :mod:`~torchquant.demo.training`: the same model with few bits, fine-tuned
+* :mod:`~torchquant.demo.networks`: two convolutional networks, calibrated and trained
 * :mod:`~torchquant.demo.tables`: the result as tables
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import torchquant
 from torchquant import cpu
+from torchquant.data import digit_images
 from torchquant.demo.exactness import Check, check_file, check_layers, check_logits, torch_threads
+from torchquant.demo.measure import Latency, measure_latency, state_dict_bytes
+from torchquant.demo.networks import Network, run_networks, steps_needed
 from torchquant.demo.steps import Listener, Steps
 from torchquant.demo.training import Training, train_digits
 from torchquant.models import load_digits_data, load_digits_model
 from torchquant.nn import QuantizedModule
 from torchquant.report import QuantizationReport
 
-__all__ = ["Check", "DemoResult", "Latency", "Training", "run_demo"]
+__all__ = ["Check", "DemoResult", "Latency", "Network", "Training", "run_demo"]
 
 LATENCY_BATCHES = (1, 64)
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Median milliseconds of one forward pass over ``batch`` images."""
-
-    batch: int
-    float_ms: float
-    int8_ms: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,7 @@ class DemoResult:
     int8_bytes: int
     latencies: list[Latency]
     training: Training
+    networks: list[Network]
     checks: list[Check]
     compared_threads: int
     seconds: float
@@ -89,6 +83,7 @@ class DemoResult:
             "bytes": {"float": self.float_bytes, "int8": self.int8_bytes},
             "latency": [asdict(latency) for latency in self.latencies],
             "training": asdict(self.training),
+            "networks": [asdict(network) for network in self.networks],
             "checks": [asdict(check) for check in self.checks],
             "exact": not self.failures,
             "seconds": self.seconds,
@@ -103,9 +98,11 @@ def run_demo(
     latency_seconds: float = 2.0,
     on_step: Listener | None = None,
 ) -> DemoResult:
-    """Quantize the digits transformer and measure accuracy, size, latency and exactness.
+    """Quantize models of handwritten digits; measure accuracy, size, latency and exactness.
 
-    Then it is fine-tuned with weights of few bits, converted, and compared with what was trained.
+    A transformer is quantized with dynamic activations, then fine-tuned with weights of few bits,
+    converted, and compared with what was trained. Two convolutional networks follow, calibrated,
+    and trained with integers.
 
     Args:
         isa: instruction set for accuracy and latency; None takes the active one.
@@ -123,6 +120,8 @@ def run_demo(
         ([], True)
         >>> result.training.trained_correct > result.training.rounded_correct
         True
+        >>> [network.name for network in result.networks]
+        ['VGG', 'ResNet']
     """
     start = time.perf_counter()
     model, data = load_digits_model(), load_digits_data()
@@ -131,7 +130,8 @@ def run_demo(
     report = torchquant.quantize_(int8_model, torchquant.Int8DynamicActivationInt8WeightConfig())
     layers = sum(isinstance(module, QuantizedModule) for module in int8_model.modules())
     isas = len(cpu.available_isas())
-    steps = Steps(3 + len(LATENCY_BATCHES) + 2 * isas + layers, on_step)
+    own_steps = 3 + len(LATENCY_BATCHES) + 2 * isas + layers
+    steps = Steps(own_steps + steps_needed(), on_step)
     with (
         nullcontext() if isa is None else cpu.use_isa(isa),
         torch_threads(threads or torch.get_num_threads()),
@@ -144,11 +144,12 @@ def run_demo(
             steps.begin(f"latency, batch of {batch}")
             latencies.append(measure_latency(model, int8_model, images[:batch], latency_seconds))
         training, trained = train_digits(data, steps)
+        networks, compared = run_networks(digit_images(), latency_seconds, steps)
     compared_threads = max(2, used_threads)
     checks = check_logits(int8_model, images, steps)
     checks += check_layers(int8_model, images, compared_threads, steps)
     checks += check_file(int8_model, images, steps)
-    checks += trained
+    checks += trained + compared
     return DemoResult(
         isa=used_isa,
         threads=used_threads,
@@ -161,38 +162,8 @@ def run_demo(
         int8_bytes=state_dict_bytes(int8_model),
         latencies=latencies,
         training=training,
+        networks=networks,
         checks=checks,
         compared_threads=compared_threads,
         seconds=time.perf_counter() - start,
     )
-
-
-def state_dict_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors in the model's state dict, which a file of it contains.
-
-    Example:
-        >>> import torch
-        >>> from torchquant.demo import state_dict_bytes
-        >>> state_dict_bytes(torch.nn.Linear(10, 2))
-        88
-    """
-    tensors = (value for value in model.state_dict().values() if isinstance(value, Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def measure_latency(
-    float_model: nn.Module, int8_model: nn.Module, images: Tensor, seconds: float
-) -> Latency:
-    """Time both models for about ``seconds``, in turns, so that a drifting clock affects both."""
-    times: dict[nn.Module, list[float]] = {float_model: [], int8_model: []}
-    for model in times:
-        for _ in range(5):
-            model(images)
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times[int8_model]) < 5:
-        for model, durations in times.items():
-            begin = time.perf_counter()
-            model(images)
-            durations.append(1e3 * (time.perf_counter() - begin))
-    medians = (statistics.median(durations) for durations in times.values())
-    return Latency(len(images), *medians)

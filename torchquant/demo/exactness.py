@@ -35,6 +35,10 @@ CHECKS = {
     "specification": "rows of the int8 layers, against the specification in plain torch",
     "file": "the logits of all test images, before saving to a file and after loading it",
     "training": "outputs of the trained model and its layers, before and after conversion",
+    "networks": (
+        f"convolutional networks: the trained one, before and after conversion; the logits of the "
+        f"calibrated one, against those of {ORACLE}"
+    ),
 }
 
 

@@ -24,6 +24,8 @@ def render(result: DemoResult) -> RenderableType:
         Text(),
         training_table(result),
         Text(),
+        networks_table(result),
+        Text(),
         conclusion(result),
     )
 
@@ -117,6 +119,34 @@ def training_table(result: DemoResult) -> Table:
     )
     verified = f"{training.differing_bits:,} differing bits in {training.values:,} values"
     table.add_row("Converted", "", "", "", f"{verified},\n{plural(isas, 'instruction set')}")
+    return table
+
+
+def networks_table(result: DemoResult) -> Table:
+    """The convolutional networks: float, calibrated, and trained with integers."""
+    networks = result.networks
+    count = networks[0].test_images
+    table = titled_table(
+        f"Convolutional networks in int8 from layer to layer, {count} test images",
+        "size and latency: float32, and int8 after calibration",
+    )
+    table.add_column("")
+    for network in networks:
+        table.add_column(network.name, justify="right")
+    seconds = max(network.seconds for network in networks)
+    images, steps = networks[0].calibration_images, networks[0].steps
+    for label, name in (
+        ("Accuracy, float32", "float_correct"),
+        (f"Accuracy, int8, calibrated with {images} images", "static_correct"),
+        (f"Accuracy, int8, trained: {plural(steps, 'step')} in {seconds:.1f} s", "trained_correct"),
+    ):
+        table.add_row(label, *(f"{getattr(network, name) / count:.2%}" for network in networks))
+    sizes = ((human_bytes(one.float_bytes), human_bytes(one.int8_bytes)) for one in networks)
+    table.add_row("Size of the state dict", *(" -> ".join(pair) for pair in sizes))
+    for place, latency in enumerate(networks[0].latencies):
+        times = [network.latencies[place] for network in networks]
+        label = f"Latency, {plural(latency.batch, 'image')}"
+        table.add_row(label, *(f"{one.float_ms:.2f} -> {one.int8_ms:.2f} ms" for one in times))
     return table
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from torchquant import cpu
 from torchquant.analysis.verify import VerifyReport, verify
-from torchquant.convert.qat import convert_, prepare_qat_
+from torchquant.convert.convert import convert_
+from torchquant.convert.qat import prepare_qat_
 from torchquant.demo.exactness import Check, forced_isa
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsData, load_digits_model

@@ -21,15 +21,18 @@ of its weight (:mod:`torchquant.nn.weight`), the dtype in which it works (that o
 uses the library's operator to the name of its function. ``absorbed``, which older versions wrote,
 does so for modules that became part of the preceding layer for good; they are identities.
 ``folded`` lists the batch norms that became part of the convolution before them; they are
-identities without tensors, and the convolution has a bias. ``projections`` lists the layers that
-are computed together, in the order of their calls; a reader MAY ignore it. ``aliases`` maps keys to the key whose tensor they share; the tensor is stored once.
+identities without tensors, and the convolution has a bias. ``regions`` maps the name of each module
+whose values stay int8 between layers to what its first batch showed
+(:mod:`torchquant.files.regions`). ``projections`` lists the layers that are computed together, in
+the order of their calls; a reader MAY ignore it. ``aliases`` maps keys to the key whose tensor they
+share; the tensor is stored once.
 ``buffers`` maps the name of each non-persistent buffer to the key of its tensor. A reader uses them
 only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
 ``activations``, ``absorbed``, ``folded``, ``projections`` and ``buffers`` are absent if they would
-be empty. A reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries` reads older
-formats:
+be empty. A reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries`
+reads older formats:
 
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
   ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
@@ -119,6 +122,7 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         and isinstance(header.get("absorbed", {}), dict)
         and isinstance(header.get("activations", {}), dict)
         and _is_list_of_lists_of_names([header.get("folded", [])])
+        and isinstance(header.get("regions", {}), dict)
         and _is_list_of_lists_of_names(header.get("projections", []))
         and (header["format"] > 1 or not header.keys() & {"absorbed", "activations", "projections"})
         and _is_dict_of_keys(header.get("buffers", {}), tensors)

@@ -10,6 +10,7 @@ from torch import nn
 
 from torchquant.convert.activations import fuse_again
 from torchquant.convert.projections import group_again
+from torchquant.convert.regions import install
 from torchquant.files.buffers import MissingValues
 from torchquant.files.entries import current_names
 from torchquant.files.fit import check_fit, current_tensors, refusing
@@ -20,6 +21,7 @@ from torchquant.files.places import (
     new_layers,
     norm_places,
 )
+from torchquant.files.regions import new_regions
 from torchquant.files.ties import as_tied
 from torchquant.files.undo import undoing
 from torchquant.graph.held import held_modules
@@ -88,6 +90,7 @@ def load(
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
         activations = checked_activations(header.get("activations", {}), model)
+        regions = new_regions(header.get("regions", {}), model)
         state = current_names(state, model, header["format"])
         current = current_tensors(model)
         check_fit(state, current)
@@ -98,6 +101,9 @@ def load(
     for old, new in replaced:  # nothing can fail any more
         for reference in held.get(id(old), ()):
             reference.replace(new)
+    for region in regions:
+        region.settle()
+        install(region)
     fuse_again(model, activations)
     group_again(model, header.get("projections", []))
     return model

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
+from torchquant.convert.calibration_hooks import prepared_layers
 from torchquant.convert.projections import groups_of
 from torchquant.files.atomic import replacing
 from torchquant.files.buffers import stored_buffers
 from torchquant.files.entries import layer_entry
 from torchquant.files.format import FORMAT, KEY, digest
+from torchquant.files.regions import region_entries
 from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.folded_norm import FoldedNorm
@@ -26,7 +29,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the state of a model and the configuration of its quantized layers to one file.
 
     The file is written under a temporary name and renamed when it is complete, so a crash does not
-    damage an older file. :mod:`torchquant.files.format` describes the format.
+    damage an older file. :mod:`torchquant.files.format` describes the format. The observers of a
+    model that :func:`torchquant.prepare_` prepared are not stored; a warning says so.
 
     Args:
         model: any module; quantized layers are stored as int8 integers with their scales, and
@@ -53,6 +57,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: model must be an nn.Module, got {type(model).__name__}")
+    prepared = prepared_layers(model)
+    if prepared:
+        warnings.warn(
+            f"save: the file holds no observed ranges, but {len(prepared)} layers are prepared for "
+            f"calibration ({', '.join(prepared)}); call convert_(model) before save, or keep the "
+            "prepared model with torch.save(model, path)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     tensors, aliases = unique_tensors(model)
     layers = {
         name: layer_entry(module)
@@ -75,6 +88,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, FoldedNorm) and module.original is None
     ]
     projections = groups_of(model)
+    regions = region_entries(model)
     buffers, buffer_keys = stored_buffers(model)
     tensors = {**tensors, **buffers}
     header = {
@@ -85,6 +99,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         **({"activations": activations} if activations else {}),
         **({"folded": folded} if folded else {}),
         **({"projections": projections} if projections else {}),
+        **({"regions": regions} if regions else {}),
         **({"buffers": buffer_keys} if buffer_keys else {}),
         "aliases": aliases,
     }

@@ -10,12 +10,12 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
-* :mod:`~torchquant.functional.images`: sums, products, functions, concatenations of int8 tensors
-* :mod:`~torchquant.functional.pools`: pools and upsampling of int8 images
 * :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
   sequences
 * :mod:`~torchquant.functional.hard_activations`: relu, relu6, hardswish, hardsigmoid, leaky_relu
   with torch's bits
+* :mod:`~torchquant.functional.images`: sums, products, functions, concatenations of int8 tensors
+* :mod:`~torchquant.functional.pools`: pools and upsampling of int8 images
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
 * :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward

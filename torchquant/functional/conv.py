@@ -137,7 +137,9 @@ def conv_static(
             who, residual, residual_scale, residual_zero_point, result
         )
     elif residual_scale is not None:
-        raise ValueError(f"{who}: residual_scale must come with a residual, got residual_scale alone")
+        raise ValueError(
+            f"{who}: residual_scale must come with a residual, got residual_scale alone"
+        )
     require_activation(who, activation)
     return _finish(
         who,

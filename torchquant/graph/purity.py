@@ -130,11 +130,17 @@ def effect_of(module: nn.Module) -> str | None:
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return f"the forward of {cls.__name__} is not that of its class"
     for base in cls.__mro__:
-        if "forward" in vars(base) and base.__module__.partition(".")[0] not in _TRACED_LIBRARIES:
-            reader = _Reader(module, in_place=True, fixed=False, inherits=True, submodules=True)
-            if not reader.is_pure(vars(base)["forward"], 0):
-                found = f" ({reader.found})" if reader.found else ""
-                return f"{base.__name__}.forward may do more than compute its result{found}"
+        forward = vars(base).get("forward")
+        if forward is None:
+            continue
+        if base.__module__.partition(".")[0] in _TRACED_LIBRARIES:
+            return None
+        reader = _Reader(module, in_place=True, fixed=False, inherits=True, submodules=True)
+        if not reader.is_pure(forward, 0):
+            found = f" ({reader.found})" if reader.found else ""
+            return f"{base.__name__}.forward may do more than compute its result{found}"
+        if "super" not in forward.__code__.co_names:
+            return None
     return None
 
 

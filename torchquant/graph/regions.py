@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torchquant.graph.in_place import without_in_place
 from torchquant.graph.modules import is_container
 from torchquant.graph.trace import Trace, Untraceable, trace
 
@@ -76,7 +77,7 @@ def find_regions(
             return
         if not is_container(module):
             try:
-                found = trace(module, is_leaf)
+                found = without_in_place(trace(module, is_leaf), module)
             except Untraceable as reason:
                 refusals.append(Refusal(path, module, str(reason)))
             else:

@@ -262,7 +262,7 @@ class _Tracer(torch.fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         self.require_pure(m)
         start, given = len(self.graph.nodes), (_copied(args), _copied(kwargs))
-        result = forward(*args, **kwargs)
+        result = type(m).forward(m, *args, **kwargs)  # without hooks, which are user code
         self.scopes_found.append((path, start, len(self.graph.nodes), *given, _copied(result)))
         return result
 

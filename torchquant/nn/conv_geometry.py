@@ -125,7 +125,7 @@ def padded(layer: Any, input: Tensor) -> tuple[Tensor, list[int]]:
         both[2 * place + side] for place in reversed(range(len(both) // 2)) for side in (0, 1)
     ]
     result = nn.functional.pad(input, last_first, mode=layer.padding_mode)
-    if _is_channels_last(input):
+    if is_channels_last(input):
         result = result.contiguous(memory_format=torch.channels_last)
     return result, [0] * len(both)
 
@@ -176,6 +176,18 @@ def check_input(layer: Any, input: Any, device: torch.device, remedy: str) -> No
         )
 
 
+def is_channels_last(input: Tensor) -> bool:
+    """True if the channels of an image are adjacent in memory, and not its rows.
+
+    Example:
+        >>> is_channels_last(torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last))
+        True
+    """
+    if input.dim() != 4 or input.is_contiguous():
+        return False
+    return input.is_contiguous(memory_format=torch.channels_last)
+
+
 def random_input(layer: Any, rows: int, generator: torch.Generator) -> Tensor:
     """``rows`` random float32 samples on the CPU, about as small as the layer permits."""
     both = before_and_after(layer)
@@ -215,12 +227,6 @@ def sizes_text(layer: Any) -> str:
 def plain_value(value: Any) -> Any:
     """A size as JSON stores it: a tuple is a list."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    if input.dim() != 4 or input.is_contiguous():
-        return False
-    return input.is_contiguous(memory_format=torch.channels_last)
 
 
 def _size(who: str, name: str, value: Any, least: int = 1) -> int:

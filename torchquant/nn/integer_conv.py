@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant import ops
+from torchquant.nn.conv_geometry import is_channels_last
 
 
 class Sizes(NamedTuple):
@@ -62,7 +63,7 @@ def quantize_samples(
         >>> quantize_samples(torch.tensor([[[-3.0, 1.0]]]), None, None, -2, 1, False).q
         tensor([[[-2,  1]]], dtype=torch.int8)
     """
-    last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    last = is_channels_last(input)
     pixels = input.permute(0, 2, 3, 1) if last else input
     rows = pixels.reshape(pixels.shape[0], -1)
     q, scales, zeros = ops.quantize_rows(
@@ -153,8 +154,12 @@ class _IntegerConv(torch.autograd.Function):
         ctx.dtypes = values.dtype, weight.dtype, None if bias is None else bias.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "QATConv: no gradient of the gradient (create_graph=True), the straight-through "
+                "estimator has none; use the float layer (to_float()) for it"
+            )
         q, scale, zero_point, qweight, qweight_scale, positive = ctx.saved_tensors
         grad = grads[0].to(torch.float32)
         if positive is not None:

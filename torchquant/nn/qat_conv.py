@@ -16,6 +16,7 @@ from torchquant.nn.conv import QuantizedConv, QuantizedConv1d, QuantizedConv2d, 
 from torchquant.nn.conv_geometry import (
     SIZES,
     check_input,
+    is_channels_last,
     padded,
     set_sizes,
     sizes_text,
@@ -279,10 +280,13 @@ class QATConv(TrainedModule):
         quantizer = self.input_quantizer
         if quantizer is None:
             return input, None, None
+        last = is_channels_last(input)  # quantizers return contiguous tensors
+        pixels = input.permute(0, 2, 3, 1) if last else input
         if isinstance(quantizer, ObservedQuantizer):
-            values = quantizer(input)
-            return values, *quantizer.qparams()
-        values, scale, offset = learned_values(quantizer, input, input, PER_TENSOR)
+            values = quantizer(pixels)
+            return values.permute(0, 3, 1, 2) if last else values, *quantizer.qparams()
+        values, scale, offset = learned_values(quantizer, pixels, pixels, PER_TENSOR)
+        values = values.permute(0, 3, 1, 2) if last else values
         zero_point = functional.learned_zero_point(scale, offset, quantizer.qmin, quantizer.qmax)
         if offset is not None:  # integers have no NaN
             scale = torch.where(offset.isnan(), float("nan"), scale)

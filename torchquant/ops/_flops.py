@@ -62,9 +62,7 @@ def _linear_static(
     return _linear(input, out_features)
 
 
-def _conv(
-    input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape
-) -> int:
+def _conv(input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape) -> int:
     pixels = 1
     for i, (size, kernel) in enumerate(zip(input[2:], weight[2:], strict=True)):
         room = size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel - 1) - 1

@@ -49,6 +49,10 @@ def _(weight: Tensor, groups: int) -> Tensor:
     outputs, inputs = weight.shape[0], weight.shape[1:].numel()
     if layout_of(weight.device) == "rows":
         return torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
+    if weight.shape[1] == 1 and groups > 1:  # csrc/formats/int8_depthwise.h
+        quads = (weight.shape[2] + 3) // 4 * weight.shape[3] if weight.dim() == 4 else inputs
+        shape = ((outputs + 63) // 64, 256 * quads + 320)
+        return torch.empty(shape, dtype=torch.int8, device=weight.device)
     rows, width = linear_packed_shape(outputs // groups, inputs, weight.device)
     return torch.empty((groups * rows, width), dtype=torch.int8, device=weight.device)
 

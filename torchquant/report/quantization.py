@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchquant.report.base import NAME, RESULT, Report, RowLine, RowReport
 from torchquant.report.folding import Line, fold_items
+from torchquant.report.regions import RegionReport
 from torchquant.report.table import Column
 from torchquant.report.words import human_bytes, percent, size_change
 
@@ -105,6 +106,8 @@ class QuantizationReport(Report):
             :func:`torchquant.convert_`, "restored" by :func:`torchquant.to_float_`.
         others: one row per module with parameters that belongs to no kind, such as a convolution,
             an embedding, or a module with parameters of its own. The verb leaves them in float.
+        regions: the parts of the model in which values stay int8 from layer to layer, and the
+            modules in which they cannot.
 
     Example:
         >>> from torch import nn
@@ -124,6 +127,7 @@ class QuantizationReport(Report):
     fusions: tuple[FusionReport, ...] = field(default=())
     action: Action = "quantized"
     others: tuple[LayerReport, ...] = field(default=())
+    regions: tuple[RegionReport, ...] = field(default=())
 
     @property
     def rows(self) -> tuple[LayerReport, ...]:  # type: ignore[override]
@@ -150,6 +154,11 @@ class QuantizationReport(Report):
     def skipped(self) -> tuple[LayerReport, ...]:
         """The layers that stayed unchanged; their ``reason`` gives the cause."""
         return tuple(layer for layer in self.layers if layer.action == "skipped")
+
+    @property
+    def foldings(self) -> tuple[FusionReport, ...]:
+        """The fusions of layers with the batch norms after them, made or rejected."""
+        return tuple(fusion for fusion in self.fusions if fusion.kind == "batch norm")
 
     @property
     def parameters(self) -> int:
@@ -222,6 +231,7 @@ class QuantizationReport(Report):
             *layers, what = line.names
             row = replace(line.items[0], layers=tuple(layers), what=what, reason=line.texts[0])
             yield f"{row} ({len(line.items)} times)" if len(line.items) > 1 else str(row)
+        yield from map(str, self.regions)
 
 
 _MOST_FAMILIES = 4  # in the summary; the table has all

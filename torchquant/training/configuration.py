@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from torchquant.configs import (
     Activations,
     Dynamic,
+    MovingAverage,
     Part,
     QuantizationConfig,
     Static,
@@ -78,7 +79,7 @@ class ObservedActivations(Activations):
 
     Example:
         >>> ObservedActivations().deployed()
-        Static(bits=8, symmetric=False, narrow_range=None)
+        Static(bits=8, symmetric=False, narrow_range=None, observer=None)
     """
 
     bits: int = 8
@@ -119,7 +120,7 @@ class LearnedActivations(Activations):
 
     Example:
         >>> LearnedActivations(4, "unsigned").range, LearnedActivations(4, "unsigned").deployed()
-        ((0, 15), Static(bits=4, symmetric=False, narrow_range=None))
+        ((0, 15), Static(bits=4, symmetric=False, narrow_range=None, observer=None))
     """
 
     bits: int = 8
@@ -333,7 +334,8 @@ def training_config(who: str, config: TrainingConfig | QuantizationConfig | None
 
     Raises:
         TypeError: config is not a configuration; the message starts with ``who``.
-        ValueError: config has a range of activations that needs learned steps.
+        ValueError: config has a range of activations that needs learned steps, or an observer that
+            training cannot use.
 
     Example:
         >>> from torchquant import Int8StaticActivationInt8WeightConfig
@@ -347,7 +349,16 @@ def training_config(who: str, config: TrainingConfig | QuantizationConfig | None
     config = check_config(who, config)
     activations = config.activations
     if isinstance(activations, Static):
-        activations = ObservedActivations(activations.bits, activations.symmetric)
+        observer = activations.observer or MovingAverage()
+        if not isinstance(observer, MovingAverage):
+            raise ValueError(
+                f"{who}: config must have observer=None or MovingAverage(), got {observer}, whose "
+                "range would need all batches at once; training averages over the batches, and "
+                "prepare_(model, config) with calibrate(model, loader) needs no training"
+            )
+        activations = ObservedActivations(
+            activations.bits, activations.symmetric, observer.averaging_constant
+        )
     training = TrainingConfig(config.weights, activations)
     if training.activations.deployed().range != config.activations.range:
         raise ValueError(

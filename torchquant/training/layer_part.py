@@ -13,7 +13,7 @@ class LayerPart(Float32State):
 
     Attributes:
         layer_name: path of the layer in the model, used in warnings, errors and reports; "" until
-            :meth:`set_layer_name` is called, as ``prepare_qat_`` does.
+            :meth:`set_layer_name` is called, as ``prepare_`` and ``prepare_qat_`` do.
 
     Example:
         >>> part = LayerPart()

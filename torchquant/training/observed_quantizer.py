@@ -31,12 +31,13 @@ class ObservedQuantizer(LayerPart):
     methods below; do not write into their buffers.
 
     Args:
-        observer: any :class:`~torchquant.observers.Observer`; None means
+        observer: a ``MinMaxObserver`` or ``MovingAverageMinMaxObserver``, or another
+            :class:`~torchquant.observers.Observer` whose range is that of its values; None means
             ``MovingAverageMinMaxObserver()``: 8 bits, asymmetric, per tensor.
         observer_enabled, fake_quant_enabled: initial values of the switches.
 
     Raises:
-        TypeError: observer is not an Observer.
+        TypeError: observer is not an Observer, or searches all batches for its range.
         RuntimeError: a forward that does not observe runs before there is a range.
 
     Example:
@@ -69,6 +70,12 @@ class ObservedQuantizer(LayerPart):
             raise TypeError(
                 "ObservedQuantizer: observer must be a torchquant observer such as "
                 f"MovingAverageMinMaxObserver(), got {describe(observer)}"
+            )
+        if type(observer).calculate_range is not Observer.calculate_range:
+            raise TypeError(
+                "ObservedQuantizer: observer must be one whose range is that of its values, such "
+                f"as MinMaxObserver(), got {type(observer).__name__}, which searches all batches "
+                "for a range; use it with prepare_(model, config) and calibrate(model, loader)"
             )
         self.observer = observer
         shape, device = observer.min_val.shape, observer.min_val.device

@@ -11,9 +11,10 @@ useless. They are counted instead. An observer warns about its first ones, and
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from torchquant.scheme import (
     quant_range,
 )
 from torchquant.training.layer_part import LayerPart
-from torchquant.training.processes import process_group_name
+from torchquant.training.processes import process_group_name, processes_of
 from torchquant.training.ranges import range_to_qparams, update_range, update_range_operator
+from torchquant.training.reduction import common_shape, states_of_processes
 from torchquant.training.state import adopt_shapes, inside_backward
 
 _INF = float("inf")
@@ -79,6 +81,8 @@ class Observer(LayerPart):
     nonfinite: Tensor
     # Weight of the newest batch in a moving average; None if the range only grows.
     averaging_constant: float | None = None
+    # The buffers whose shape follows from that of the scales.
+    shaped: ClassVar[tuple[str, ...]] = ("min_val", "max_val")
 
     def __init__(
         self,
@@ -149,7 +153,89 @@ class Observer(LayerPart):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return range_to_qparams(self.min_val, self.max_val, self.qmin, self.qmax, self.symmetric)
+        least, greatest = self.calculate_range()
+        return range_to_qparams(least, greatest, self.qmin, self.qmax, self.symmetric)
+
+    def calculate_range(self) -> tuple[Tensor, Tensor]:
+        """The range that :meth:`calculate_qparams` uses: least and greatest value, float32.
+
+        Scales without data have the least value +inf and the greatest value -inf.
+        """
+        return self.min_val, self.max_val
+
+    def merge(self, other: Observer) -> None:
+        """Add what another observer has seen, as if its batches had come to this one.
+
+        The result is exact, and the same for every order. Only a moving average depends on the
+        order; two averages become their mean, weighted by their numbers of batches.
+
+        Args:
+            other: an observer of the same class with the same arguments; it stays unchanged.
+
+        Raises:
+            TypeError: other is of another class.
+            ValueError: other has other arguments, or ranges of another shape.
+
+        Example:
+            >>> first, second = MinMaxObserver(), MinMaxObserver()
+            >>> _ = first(torch.tensor([-1.0, 2.0])), second(torch.tensor([0.5, 3.0]))
+            >>> first.merge(second)
+            >>> first.min_val, first.max_val
+            (tensor([-1.]), tensor([3.]))
+        """
+        who = f"{type(self).__name__}.merge"
+        if type(other) is not type(self):
+            raise TypeError(
+                f"{who}: other must be a {type(self).__name__}, got {type(other).__name__}"
+            )
+        if other.extra_repr() != self.extra_repr():
+            raise ValueError(
+                f"{who}: other must have the same arguments ({self.extra_repr()}), got "
+                f"{other.extra_repr()}"
+            )
+        unshaped = [list(part.min_val.shape) == [0] for part in (self, other)]
+        if unshaped[0]:
+            self._set_shape(tuple(other.min_val.shape))
+        elif not unshaped[1] and self.min_val.shape != other.min_val.shape:
+            raise ValueError(
+                f"{who}: other must have ranges of shape {list(self.min_val.shape)}, got "
+                f"{list(other.min_val.shape)}"
+            )
+        with torch.no_grad():
+            if not unshaped[1]:
+                self._merge_ranges(other)
+            self.num_batches += other.num_batches
+            self.nonfinite += other.nonfinite
+
+    def reduced(self, process_group: Any = None) -> Any:
+        """A copy that has seen the batches of all processes; without torch.distributed a copy.
+
+        All processes must call this method. The result is the same in all of them, and, except for
+        moving averages, the result of one process that sees all batches.
+
+        Args:
+            process_group: processes to reduce over; None is the default group.
+
+        Raises:
+            ValueError: the processes hold observers with other arguments, or with ranges of other
+                shapes.
+        """
+        who = f"{type(self).__name__}.reduced"
+        name = process_group_name(who, process_group)
+        result = copy.deepcopy(self)
+        if processes_of(name) == 1:
+            return result
+        described = f"{self.title()} ({self.extra_repr()})"
+        shape = common_shape(self.min_val, described, who, name)
+        if self.min_val.shape != shape:
+            result._set_shape(shape)
+        one, own = copy.deepcopy(result), dict(result.named_buffers())
+        states = states_of_processes(own, name)
+        result.reset()
+        for state in states:
+            one._buffers.update(state)
+            result.merge(one)
+        return result
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -181,14 +267,19 @@ class Observer(LayerPart):
                 f"{list(self.min_val.shape)} as before, got {list(input.shape)}, whose ranges for "
                 f"{self.granularity} have shape {list(shape)}; use one observer for each tensor"
             )
+        self._set_shape(shape)
+
+    def _set_shape(self, shape: tuple[int, ...]) -> None:
+        """Create the state of scales of the given shape, without data."""
         # Tensors made in inference mode could not be updated outside it.
         with torch.inference_mode(False):
-            self.min_val = torch.full(
-                shape, _INF, dtype=torch.float32, device=self.num_batches.device
-            )
-            self.max_val = torch.full(
-                shape, -_INF, dtype=torch.float32, device=self.num_batches.device
-            )
+            options: Any = {"dtype": torch.float32, "device": self.num_batches.device}
+            self.min_val = torch.full(shape, _INF, **options)
+            self.max_val = torch.full(shape, -_INF, **options)
+
+    def _merge_ranges(self, other: Any) -> None:
+        self.min_val.copy_(torch.minimum(self.min_val, other.min_val))
+        self.max_val.copy_(torch.maximum(self.max_val, other.max_val))
 
     def _warn_nonfinite(self) -> None:
         if self._warned or self.nonfinite.is_meta:
@@ -206,7 +297,7 @@ class Observer(LayerPart):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
-        adopt_shapes(self, state_dict, prefix, "min_val", "max_val")
+        adopt_shapes(self, state_dict, prefix, *self.shaped)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
 
@@ -284,6 +375,13 @@ class MovingAverageMinMaxObserver(Observer):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, averaging_constant={self.averaging_constant}"
 
+    def _merge_ranges(self, other: Any) -> None:
+        mine, its = self.num_batches.double(), other.num_batches.double()
+        share = its / (mine + its).clamp(min=1.0)
+        for own, new in ((self.min_val, other.min_val), (self.max_val, other.max_val)):
+            mean = (own.double() + share * (new.double() - own.double())).float()
+            own.copy_(torch.where(new.isinf(), own, torch.where(own.isinf(), new, mean)))
+
 
 def report_nonfinite(model: nn.Module) -> dict[str, int]:
     """Numbers of NaN and infinite values that the observers of a model counted, by layer.
@@ -292,8 +390,8 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         model: any module.
 
     Returns:
-        layer name -> count, for counts above 0. The name is the layer's path if ``prepare_qat_``
-        made the observer, otherwise the observer's own path in the model.
+        layer name -> count, for counts above 0. The name is the layer's path if ``prepare_`` or
+        ``prepare_qat_`` made the observer, otherwise the observer's own path in the model.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -310,11 +408,13 @@ def report_nonfinite(model: nn.Module) -> dict[str, int]:
         raise TypeError(f"report_nonfinite: model must be an nn.Module, got {type(model).__name__}")
     counts: dict[str, int] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Observer) and not module.nonfinite.is_meta:
-            count = int(module.nonfinite.item())
-            if count:
-                name = module.layer_name or path
-                counts[name] = counts.get(name, 0) + count
+        hooks = (getattr(hook, "observer", None) for hook in module._forward_pre_hooks.values())
+        for observer in (module, *hooks):
+            if isinstance(observer, Observer) and not observer.nonfinite.is_meta:
+                count = int(observer.nonfinite.item())
+                if count:
+                    name = observer.layer_name or path
+                    counts[name] = counts.get(name, 0) + count
     return counts
 
 

@@ -1,7 +1,8 @@
 """The peers: one class each, listed here without importing their libraries.
 
-There are two suites, each of comparable peers. `dynamic`: fp32 in, fp32 out, quantization inside
-the call. `prequantized`: 8-bit integers in, fp32 out.
+Each suite is of comparable peers. Linear layers: `dynamic`, fp32 in, fp32 out, quantization inside
+the call; `prequantized`, 8-bit integers in, fp32 out. `conv`: a convolution with bias and relu,
+8-bit integers in and out. `cnn`: a whole network, fp32 in and out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchquant.bench.peers.base import LinearPeer
@@ -105,17 +106,74 @@ PREQUANTIZED = {
     ),
 }
 
+CONV = {
+    OURS: PeerInfo("ours_conv:TorchquantConv", (), "torchquant.ops.conv_static, int8 in and out"),
+    "fp32": PeerInfo("torch_conv:TorchConv", (), "F.conv2d and relu, fp32, channels-last"),
+    "bf16": PeerInfo("torch_conv:TorchConvBfloat16", (), "the same in bf16"),
+    "onednn": PeerInfo(
+        "torch_ao_conv:OnednnConv", (), "torch.ops.onednn.qconv_pointwise, uint8 in and out"
+    ),
+    "ao-onednn": PeerInfo(
+        "torch_ao_conv:TorchAoConvOnednn", (), "quantized::conv2d_relu, engine onednn"
+    ),
+    "ao-x86": PeerInfo("torch_ao_conv:TorchAoConvX86", (), "quantized::conv2d_relu, engine x86"),
+    "ao-fbgemm": PeerInfo(
+        "torch_ao_conv:TorchAoConvFbgemm", (), "quantized::conv2d_relu, engine fbgemm"
+    ),
+    "onnxruntime": PeerInfo(
+        "onnx_conv:OnnxRuntimeConv",
+        ("onnxruntime", "onnx"),
+        "QLinearConv, uint8 in and out, NHWC and NCHW",
+    ),
+    "openvino": PeerInfo(
+        "onnx_conv:OpenvinoConv", ("openvino", "onnx"), "int8 inference of a QDQ file, NHWC"
+    ),
+}
+
+CNN = {
+    OURS: PeerInfo(
+        "ours_cnn:TorchquantNetwork", (), "prepare_, calibrate, convert_ on the network as it is"
+    ),
+    "fp32": PeerInfo("torch_cnn:TorchNetwork", (), "fp32, channels-last, batch norm folded"),
+    "bf16": PeerInfo("torch_cnn:TorchNetworkBfloat16", (), "the same in bf16, bf16 in and out"),
+    "ao-onednn": PeerInfo("torch_cnn:TorchAoNetworkOnednn", (), "torch.ao FX, engine onednn"),
+    "ao-x86": PeerInfo("torch_cnn:TorchAoNetworkX86", (), "torch.ao FX, engine x86"),
+    "ao-fbgemm": PeerInfo("torch_cnn:TorchAoNetworkFbgemm", (), "torch.ao FX, engine fbgemm"),
+    "onnxruntime-fp32": PeerInfo(
+        "onnx_cnn:OnnxRuntimeFloatNetwork", ("onnxruntime", "onnx"), "fp32, batch norm folded"
+    ),
+    "onnxruntime": PeerInfo(
+        "onnx_cnn:OnnxRuntimeNetwork", ("onnxruntime", "onnx"), "int8 QDQ, weights per channel"
+    ),
+    "openvino": PeerInfo(
+        "onnx_cnn:OpenvinoNetwork", ("openvino", "onnx"), "int8 inference of the same QDQ file"
+    ),
+}
+
 SUITES = {"dynamic": DYNAMIC, "prequantized": PREQUANTIZED}
 
 
+EVERY_SUITE = SUITES | {"conv": CONV, "cnn": CNN}
+
+
 def all_peer_names() -> list[str]:
-    """Every name of every suite, once."""
+    """Every name of every suite of linear layers, once."""
     return list(dict.fromkeys(name for peers in SUITES.values() for name in peers))
 
 
-def make_linear_peer(suite: str, name: str, threads: int) -> LinearPeer:
+def peer_info(suite: str, name: str) -> PeerInfo:
+    """What is known of a peer; of a name that no suite has, a peer without requirements."""
+    return EVERY_SUITE[suite].get(name, PeerInfo("", (), ""))
+
+
+def make_peer(suite: str, name: str, threads: int) -> Any:
     """Import the peer's library and create the peer, in the peer's own process."""
-    module, _, class_name = SUITES[suite][name].target.partition(":")
+    module, _, class_name = EVERY_SUITE[suite][name].target.partition(":")
     module = f"torchquant.bench.peers.{module}"
-    peer: LinearPeer = getattr(importlib.import_module(module), class_name)(threads)
+    return getattr(importlib.import_module(module), class_name)(threads)
+
+
+def make_linear_peer(suite: str, name: str, threads: int) -> LinearPeer:
+    """A peer of a suite of linear layers."""
+    peer: LinearPeer = make_peer(suite, name, threads)
     return peer

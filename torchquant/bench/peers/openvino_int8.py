@@ -1,16 +1,14 @@
 """openvino: one linear layer as a graph, each of the ways in which it can run int8 weights.
 
-Latency hint, one stream, the benchmark's number of threads; an inference request whose input and
-output tensors stay the same. What was tried and is never the fastest here: group sizes of 0 and 32,
-a uint8 weight with a zero point, uint8 input with `Convert, Subtract, Multiply` in front of a
-weight that is stored as int8 (it then computes in fp32 or bf16), a fixed number of rows.
+What was tried and is never the fastest here: group sizes of 0 and 32, a uint8 weight with a zero
+point, uint8 input with `Convert, Subtract, Multiply` in front of a weight that is stored as int8
+(it then computes in fp32 or bf16), a fixed number of rows.
 """
 
 # mypy: disable-error-code="import-untyped,import-not-found"
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,40 +21,18 @@ from torchquant.bench.peers.base import (
     quantize_input,
     quantize_weight,
 )
+from torchquant.bench.peers.openvino_core import OpenvinoCore
 
 
 class Openvino(LinearPeer):
-    """The common part of both suites: compiling a graph, and a call on bound tensors."""
+    """The common part of both suites."""
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        import openvino
-
-        self.core = openvino.Core()
+        self.openvino = OpenvinoCore(threads)
 
     def about(self) -> dict[str, str]:
-        return {"openvino": version("openvino")}
-
-    def _compile(self, model: Any, **options: Any) -> Any:
-        settings = {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-        }
-        return self.core.compile_model(model, "CPU", settings | options)
-
-    def _call(self, compiled: Any, x: np.ndarray[Any, Any]) -> Call:
-        import openvino
-
-        request = compiled.create_infer_request()
-        request.set_input_tensor(openvino.Tensor(x))
-        infer = request.infer
-
-        def call() -> Any:
-            infer()
-            return request.get_output_tensor().data
-
-        return call
+        return self.openvino.about()
 
 
 class OpenvinoDynamic(Openvino):
@@ -67,16 +43,17 @@ class OpenvinoDynamic(Openvino):
     """
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        model = _weight_only(weight, bias)
+        model, compile = _weight_only(weight, bias), self.openvino.compile
         int8 = {"INFERENCE_PRECISION_HINT": "f32"}
         self.compiled = {
-            "group128": self._compile(model, DYNAMIC_QUANTIZATION_GROUP_SIZE=128, **int8),
-            "row": self._compile(model, DYNAMIC_QUANTIZATION_GROUP_SIZE=weight.shape[1], **int8),
-            "default": self._compile(model),
+            "group128": compile(model, DYNAMIC_QUANTIZATION_GROUP_SIZE=128, **int8),
+            "row": compile(model, DYNAMIC_QUANTIZATION_GROUP_SIZE=weight.shape[1], **int8),
+            "default": compile(model),
         }
 
     def calls(self, x: torch.Tensor) -> dict[str, Call]:
-        return {name: self._call(compiled, x.numpy()) for name, compiled in self.compiled.items()}
+        call = self.openvino.call
+        return {name: call(compiled, x.numpy()) for name, compiled in self.compiled.items()}
 
 
 class OpenvinoStatic(Openvino):
@@ -90,11 +67,11 @@ class OpenvinoStatic(Openvino):
 
     def calls(self, x: torch.Tensor) -> dict[str, Call]:
         q, scale = quantize_input(x)
-        signed = self._compile(_quantized_input(self.weight, self.bias, scale))
-        unsigned = self._compile(_quantized_weight(self.weight, self.bias, scale))
+        signed = self.openvino.compile(_quantized_input(self.weight, self.bias, scale))
+        unsigned = self.openvino.compile(_quantized_weight(self.weight, self.bias, scale))
         return {
-            "int8": self._call(signed, q.numpy()),
-            "uint8": self._call(unsigned, as_uint8(q).numpy()),
+            "int8": self.openvino.call(signed, q.numpy()),
+            "uint8": self.openvino.call(unsigned, as_uint8(q).numpy()),
         }
 
 

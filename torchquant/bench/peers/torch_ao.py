@@ -27,6 +27,23 @@ def require_quantized_tensors() -> None:
         raise NotInThisTorch(f"torch {torch.__version__} has no torch.{gone[0]} any more")
 
 
+def select_engine(engine: str) -> None:
+    """Make torch's quantized operators run on `engine`, without their announcements.
+
+    Raises:
+        NotInThisTorch: this torch has no quantized tensors.
+        RuntimeError: this torch has no such engine.
+    """
+    require_quantized_tensors()
+    warnings.filterwarnings("ignore")  # the whole stack announces its removal
+    engines = torch.backends.quantized.supported_engines
+    if engine not in engines:
+        raise RuntimeError(
+            f"this torch has no quantized engine {engine!r}, only {', '.join(engines)}"
+        )
+    torch.backends.quantized.engine = engine
+
+
 class TorchAoDynamic(LinearPeer):
     """Per-channel int8 weights, uint8 activations with one scale per tensor: its only scheme."""
 
@@ -35,14 +52,7 @@ class TorchAoDynamic(LinearPeer):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        require_quantized_tensors()
-        warnings.filterwarnings("ignore")  # the whole stack announces its removal
-        engines = torch.backends.quantized.supported_engines
-        if self.engine not in engines:
-            raise RuntimeError(
-                f"this torch has no quantized engine {self.engine!r}, only {', '.join(engines)}"
-            )
-        torch.backends.quantized.engine = self.engine
+        select_engine(self.engine)
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         try:

@@ -1,0 +1,77 @@
+"""Models that nobody rewrites by hand: at least 90 % of their multiply-adds run int8."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.chain_models import images, with_statistics
+from torch import nn
+
+import torchquant
+from torchquant.chains import region as region_module
+from torchquant.convert.regions import regions_in
+
+CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
+
+# Name -> size of the images, and where the values are float.
+MODELS: dict[str, tuple[int, set[str]]] = {
+    "resnet18": (64, set()),
+    "mobilenet_v3_small": (64, set()),
+}
+SLOW_MODELS: dict[str, tuple[int, set[str]]] = {
+    "mobilenet_v2": (64, set()),
+    "efficientnet_b0": (64, set()),
+    "regnet_y_400mf": (64, set()),
+    "regnet_x_400mf": (64, set()),
+    "convnext_tiny": (64, {"LayerNorm", "layer_norm", "mul", "permute"}),
+    "densenet121": (64, {"BatchNorm2d"}),
+    "shufflenet_v2_x1_0": (64, {"view", "transpose", "getitem"}),
+    "inception_v3": (96, {"BatchNorm2d"}),
+    "googlenet": (64, set()),
+    "vgg11_bn": (64, set()),
+    "squeezenet1_1": (64, set()),
+    "mnasnet0_5": (64, set()),
+    "resnext50_32x4d": (64, set()),
+}
+
+
+def built(name: str) -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    quiet = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    model: nn.Module = getattr(torchvision.models, name)(weights=None, **quiet)
+    return with_statistics(model)
+
+
+def check(name: str, size: int, breaks: set[str], monkeypatch: Any) -> None:
+    model, x = built(name), images(2, size)
+    with torch.no_grad():
+        wanted = model(x)
+        torchquant.prepare_(model, CONFIG)
+        torchquant.calibrate(model, [x])
+        report = torchquant.convert_(model)
+        (region,) = report.regions
+        assert region.name == "" and region.action == "int8"
+        assert region.share is not None and region.share >= 0.9
+        reasons = {one.reason for one in region.breaks}
+        assert {reason for reason in reasons if "between float values" not in reason} <= breaks | {
+            "linear: its values have 4 dimensions",
+            "gelu: its values have 4 dimensions",
+        }
+        fast = model(x)
+        assert (fast - wanted).norm() < 0.1 * wanted.norm()
+        monkeypatch.setattr(region_module, "may_use_kernels", lambda inputs: False)
+        assert torch.equal(model(x), fast)
+    assert all(row.action == "fused" for row in report.foldings)
+    assert len(regions_in(model)) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, *MODELS[name], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_MODELS)
+def test_more_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, *SLOW_MODELS[name], monkeypatch)

@@ -1,0 +1,153 @@
+"""Batch norms become part of the layers before them, or stay with a reason."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.chain_models import Functional, images, with_statistics
+from torch import Tensor, nn
+
+from torchquant.convert.fold import fold_batch_norms
+from torchquant.convert.regions import find
+from torchquant.nn.folded_norm import FoldedNorm
+from torchquant.report import FusionReport
+
+PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
+    "conv1d": lambda: (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+    "conv2d": lambda: (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "grouped": lambda: (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "conv3d": lambda: (nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3), (1, 2, 4, 4, 4)),
+    "transposed": lambda: (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+        nn.BatchNorm2d(6),
+        (2, 4, 5, 5),
+    ),
+    "transposed 1-d": lambda: (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 5)),
+    "linear": lambda: (nn.Linear(4, 6), nn.BatchNorm1d(6), (3, 4)),
+    "not affine": lambda: (nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, affine=False), (2, 4, 5, 5)),
+}
+
+
+def fold(model: nn.Module, *, regions: bool) -> list[FusionReport]:
+    found = find(model, lambda module: isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv1d)))
+    return fold_batch_norms(model, found.regions if regions else [], lambda layer: True)
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    return bool((got - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+
+
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str, regions: bool) -> None:
+    layer, norm, shape = PAIRS[name]()
+    head = nn.Linear(shape[-1], 2) if regions else nn.Identity()  # makes it a region
+    model = with_statistics(nn.Sequential(layer, norm, nn.ReLU()))
+    x = torch.randn(shape)
+    wanted = model(x)
+    before = [p.requires_grad for p in layer.parameters()]
+    rows = fold(nn.Sequential(model, head), regions=regions and isinstance(layer, nn.Linear))
+    assert [row.action for row in rows] == ["fused"]
+    assert model[0] is layer and isinstance(model[1], FoldedNorm)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    assert before and all(p.requires_grad for p in layer.parameters())
+    assert close(model(x), wanted)
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_a_model(regions: bool) -> None:
+    model, x = with_statistics(Functional()), images(2)
+    wanted = model(x)
+    rows = fold(model, regions=regions)
+    assert [(row.layers, row.what, row.action) for row in rows] == [
+        (("first.0",), "first.1 (BatchNorm2d)", "fused"),
+        (("second.0",), "second.1 (BatchNorm2d)", "fused"),
+    ]
+    assert close(model(x), wanted)
+
+
+class Twice(nn.Module):
+    """The convolution is called twice, or its output has another reader."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "layer":
+            return self.norm(self.conv(self.conv(x)))
+        if self.way == "norm":
+            return self.norm(self.norm(self.conv(x)))
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("way", ["layer", "norm", "output"])
+def test_shared_modules_and_values_stay(way: str, regions: bool) -> None:
+    model, x = with_statistics(Twice(way)), images(2)
+    wanted = model(x)
+    rows = fold(model, regions=regions)
+    assert [row.action for row in rows] == ["not fused"]
+    assert rows[0].reason
+    assert type(model.norm) is nn.BatchNorm2d and torch.equal(model(x), wanted)
+
+
+def tied(model: Any) -> None:
+    model.other = nn.Conv2d(3, 3, 1)
+    model.other.weight = model.conv.weight
+
+
+def hooked(model: Any) -> None:
+    model.conv.register_forward_hook(lambda module, args, output: None)
+
+
+def without_statistics(model: Any) -> None:
+    model.norm = nn.BatchNorm2d(3, track_running_stats=False).eval()
+
+
+def half(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def other_size(model: Any) -> None:
+    model.norm = nn.BatchNorm2d(4).eval()
+
+
+def infinite(model: Any) -> None:
+    model.norm.running_var.fill_(float("nan"))
+
+
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+REASONS = {
+    tied: "shares a parameter",
+    hooked: "a hook sees the output",
+    without_statistics: "no running statistics",
+    half: "would round more",
+    other_size: "a batch norm of 4 channels after 3",
+    infinite: "differs by",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("regions", [True, False])
+def test_reasons(change: Callable[[Any], None], regions: bool) -> None:
+    model = with_statistics(Once())
+    change(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = fold(model, regions=regions)
+    assert [row.action for row in rows] == ["not fused"]
+    assert REASONS[change] in rows[0].reason
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before if "var" not in name)

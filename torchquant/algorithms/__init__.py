@@ -1,0 +1,53 @@
+"""Accuracy without training: algorithms on a prepared model, each a pure function and a verb.
+
+The verbs are called between ``prepare_`` and ``convert_``, in this order; each can be left out:
+
+1. ``prepare_(model, config)``
+2. :func:`equalize_`: balance the ranges of consecutive layers
+3. ``calibrate(model, loader)``
+4. :func:`adaround_`: learn whether to round each weight down or up
+5. :func:`correct_bias_`: take the mean error of each layer out of its bias
+6. ``convert_(model)``
+"""
+
+from torchquant.algorithms.adaround import AdaRoundReport, RoundedLayer, adaround_
+from torchquant.algorithms.bias_correction import (
+    BiasCorrectionReport,
+    CorrectedLayer,
+    correct_bias_,
+    mean_output_error,
+)
+from torchquant.algorithms.equalize import EqualizationReport, EqualizedLayer, equalize_
+from torchquant.algorithms.rounding import (
+    Moments,
+    adaptive_rounding,
+    least_error_scale,
+    rounding_error,
+)
+from torchquant.algorithms.scaling import (
+    channel_ranges,
+    equalization_factors,
+    range_spread,
+    scale_channels,
+)
+
+__all__ = [
+    "AdaRoundReport",
+    "BiasCorrectionReport",
+    "CorrectedLayer",
+    "EqualizationReport",
+    "EqualizedLayer",
+    "Moments",
+    "RoundedLayer",
+    "adaptive_rounding",
+    "adaround_",
+    "channel_ranges",
+    "correct_bias_",
+    "equalization_factors",
+    "equalize_",
+    "least_error_scale",
+    "mean_output_error",
+    "range_spread",
+    "rounding_error",
+    "scale_channels",
+]

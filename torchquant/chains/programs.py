@@ -1,0 +1,219 @@
+"""Runs a quantized region by programs of int8 steps, and by calls in Python between them.
+
+The bits are those of :mod:`torchquant.chains.interpreter`, which runs in every other situation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from torchquant._extension import load
+from torchquant.chains.guard import Expectation
+from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
+from torchquant.chains.plan import Group, Plan
+from torchquant.chains.program import Program
+from torchquant.chains.schedule import Item, Segment, make_schedule, make_steps
+from torchquant.chains.steps import Qparams
+from torchquant.graph.trace import Trace, filled
+
+_Guard = load().Guard
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+# Every hook is in one of these; further dictionaries say more about some of them.
+_HOOK_DICTIONARIES = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+)
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+REFUSED = object()  # the result of a run that the interpreter has to do
+
+
+class Quantized(Protocol):
+    """What programs need of a region."""
+
+    root: nn.Module
+    trace: Trace
+    plan: Plan | None
+    expected: list[Expectation]
+
+    def edge_qparams(self, edge: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of an edge."""
+
+    def substitutes(self) -> dict[int, Substitute]:
+        """The functions with the bits of the kernels."""
+
+    def rounding_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        """The functions that round the int8 values."""
+
+
+def may_use_kernels(inputs: Sequence[Any]) -> bool:
+    """True if nothing but the values of the results can be asked for: no gradients, no modes.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([torch.zeros(1, 4).double()])
+        (True, False)
+    """
+    if not hasattr(load(), "Program") or torch.is_grad_enabled() or _is_any_autocast_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(
+        type(item) is Tensor and item.dtype is torch.float32 and item.is_cpu and not item.is_nested
+        for item in inputs
+    )
+
+
+class Programs:
+    """The programs of one region, for the tensors that its layers have now.
+
+    Args:
+        region: a region whose expectations hold.
+    """
+
+    def __init__(self, region: Quantized) -> None:
+        assert region.plan is not None
+        self.trace = region.trace
+        self.plan = _without_unsupported(region, region.plan)
+        self.interpreter = Interpreter(
+            region.trace, region.root, region.substitutes(), region.rounding_points()
+        )
+        self.ready = all(
+            not runs_hooks(module)
+            for module in (*self.interpreter.modules.values(), *_inner(self.interpreter))
+        )
+        self.items: list[tuple[Item, Program | None]] = []
+        try:
+            self._make(region)
+        except ValueError:  # a layer's own scale is not that of the value which it reads
+            self.ready = False
+        self.guard = _Guard(
+            [
+                *((one.place, one.name, one.place[one.name]) for one in region.expected),
+                *_entries(region.root, self.interpreter, self.plan),
+            ]
+        )
+
+    def _make(self, region: Quantized) -> None:
+        qparams = _qparams(region, self.plan)
+        for item in make_schedule(region.trace, self.plan):
+            program = None
+            if isinstance(item, Segment):
+                program = Program(
+                    make_steps(item, self.plan, qparams, self.interpreter.modules.__getitem__)
+                )
+            self.items.append((item, program))
+
+    def holds(self) -> bool:
+        """True if the record of the forward holds, and no tensor of a layer and no hook changed."""
+        return bool(self.guard.holds())
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        """The result of the forward, or ``REFUSED``."""
+        if not self.ready:
+            return REFUSED
+        results: dict[int, Any] = {}
+        calls, sources = self.trace.calls, self.plan.sources
+        for index, place in self.interpreter.inputs.items():
+            results[index] = inputs[place]
+        for item, program in self.items:
+            if program is None:
+                assert isinstance(item, int)
+                if item not in results:
+                    found = _Resolved(results, self.interpreter, sources)
+                    results[item] = self.interpreter.call(item, calls[item], found, inputs)
+                continue
+            assert isinstance(item, Segment)
+            try:
+                made = program.run([results[index] for index in item.reads])
+            except ValueError:  # sizes that the steps do not take; the calls say what is wrong
+                return REFUSED
+            if made is None:
+                return REFUSED
+            for index, value in zip(item.writes, made, strict=True):
+                results[index] = value
+        return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
+
+
+class _Resolved(Mapping[int, Any]):
+    """Results by the index of a call, in which an identity has the result of its argument.
+
+    ``x.contiguous()`` is an identity to a step, but not to ``x.view()`` in Python: it runs.
+    """
+
+    def __init__(
+        self, results: Mapping[int, Any], interpreter: Interpreter, sources: Sequence[int]
+    ) -> None:
+        self.results = results
+        self.interpreter = interpreter
+        self.sources = sources
+
+    def __getitem__(self, index: int) -> Any:
+        source = self.sources[index]
+        call = self.interpreter.trace.calls[index]
+        if source == index or call.kind == "module":
+            return self.results[source]
+        return self.interpreter.call(index, call, self, ())
+
+    def __iter__(self) -> Any:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+def _qparams(region: Quantized, plan: Plan) -> list[Qparams]:
+    found = []
+    for edge, activations in enumerate(plan.edges):
+        scale, zero_point = region.edge_qparams(edge)
+        found.append(Qparams(float(scale), int(zero_point), *activations.range))
+    return found
+
+
+def _without_unsupported(region: Quantized, plan: Plan) -> Plan:
+    """The plan without the steps that no program can run; their calls run in Python."""
+    qparams = _qparams(region, plan)
+    kept: dict[int, Group] = {}
+    for end, group in plan.groups.items():
+        segment = Segment((group,), (), ())
+        (step,) = make_steps(segment, plan, qparams, region.root.get_submodule)
+        if Program.supports(step):
+            kept[end] = group
+    return replace(plan, groups=kept)
+
+
+def _inner(interpreter: Interpreter) -> list[nn.Module]:
+    return [module for _, module in interpreter.scopes]
+
+
+def _entries(
+    root: nn.Module, interpreter: Interpreter, plan: Plan
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """What has to stay for the programs to hold."""
+    entries: list[tuple[dict[str, Any], str, Any]] = []
+    modules = {
+        id(module): module for module in (*interpreter.modules.values(), *_inner(interpreter))
+    }
+    for module in modules.values():
+        entries += ((module.__dict__, name, module.__dict__[name]) for name in _HOOK_DICTIONARIES)
+    entries += (
+        (vars(global_hooks), name, getattr(global_hooks, name))
+        for name in _GLOBAL_HOOKS
+        if isinstance(getattr(global_hooks, name), dict)
+    )
+    places: list[dict[str, Any]] = [root._buffers]
+    for path in plan.layers:
+        layer = interpreter.modules[path]
+        places += [layer._buffers, layer._parameters]
+    for place in places:
+        entries += ((place, name, tensor) for name, tensor in place.items())
+    return entries

@@ -1,0 +1,344 @@
+"""The forward of a region: a module whose values stay int8 from layer to layer.
+
+It replaces the forward on the instance, so the module keeps its class, its submodules, its hooks
+and the names of its state. A region is in one of two states. While it *observes*, it runs the calls
+of the module's forward in float and shows the values that will be int8 to their observers. Once it
+is *quantized*, it rounds these values to their integers.
+
+If something that the record of the forward relies on was changed (a module was replaced, an
+attribute was set, training mode), the forward of the module's class runs instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant import ops
+from torchquant.chains.averages import average
+from torchquant.chains.first_batch import FirstBatch
+from torchquant.chains.guard import expectations
+from torchquant.chains.interpreter import Interpreter, Substitute
+from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
+from torchquant.chains.plan import Plan
+from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
+from torchquant.configs import Static
+from torchquant.graph.trace import Trace
+from torchquant.training.observers import Observer
+
+SCALE, ZERO_POINT = "chain_scale", "chain_zero_point"  # the buffers of a region's root
+
+Qparams = tuple[Tensor, Tensor]
+
+
+class RegionForward:
+    """The forward of one region.
+
+    The observers of the layers' inputs are hooks of the layers. The region itself has observers for
+    int8 values that no layer reads, such as the summands of an addition.
+
+    Args:
+        root: the module.
+        name: its name in the model, for messages.
+        trace: the calls of its forward.
+        activations: the quantization of the activations that enter each layer, by path.
+        make_observer: makes the observer of an int8 value that no layer reads.
+        pausing: takes the root; a context in which its layers do not observe.
+
+    Attributes:
+        observing: True during calibration.
+
+    Example:
+        >>> from torchquant.graph.trace import trace
+        >>> from torchquant.observers import MinMaxObserver
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+        >>> static = {"0": Static(), "2": Static()}
+        >>> record = trace(net, lambda module: True)
+        >>> region = RegionForward(net, "", record, static, lambda part: MinMaxObserver())
+        >>> net.forward, region.observing = region, True
+        >>> _ = net(torch.randn(8, 4))
+        >>> region.plan.layers
+        {'0': 0, '2': 1}
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        name: str,
+        trace: Trace,
+        activations: Mapping[str, Static],
+        make_observer: Callable[[Static], Observer],
+        pausing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.root = root
+        self.name = name
+        self.trace = trace
+        self.activations = dict(activations)
+        self.make_observer = make_observer
+        self.pausing = pausing
+        self.plan: Plan | None = None
+        self.facts: FirstBatch | None = None
+        self.observers: dict[int, Observer] = {}  # by the edge
+        self.observing = False
+        self.quantized = False
+        self.scale: Tensor | None = None  # a copy of the scales, which ``.to(dtype)`` rounds
+        self.failure = ""  # why the region does not run its calls; found by the first batch
+        self.expected = expectations(root, trace)
+        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what follows from the rest and does not belong in copies."""
+        self._interpreter: Interpreter | None = None
+        self._programs: Programs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_interpreter": None, "_programs": None}
+
+    # ------------------------------------------------------------ calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module."""
+        if self.failure or not (self.quantized or self.observing):
+            return self.original(*args, **kwargs)
+        inputs = self._inputs(args, kwargs)
+        if inputs is None:
+            return self.original(*args, **kwargs)
+        kernels = self.quantized and may_use_kernels(inputs)
+        if kernels and self._programs is not None and self._programs.holds():
+            result = self._programs.run(inputs)
+            return self._interpreted(inputs) if result is REFUSED else result
+        if not self._is_intact():
+            return self.original(*args, **kwargs)
+        if not self.quantized:
+            return self._observed(inputs)
+        if kernels:
+            self._programs = Programs(self)
+            result = self._programs.run(inputs)
+            if result is not REFUSED:
+                return result
+        return self._interpreted(inputs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class, on float values between the layers."""
+        return type(self.root).forward(self.root, *args, **kwargs)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The tensor arguments in their order; None if the record does not hold for the call."""
+        names = self.trace.inputs
+        if len(args) == len(names) and not kwargs:
+            inputs = list(args)
+        else:
+            every = (*names, *self.trace.defaults)
+            given = {**dict(zip(every, args, strict=False)), **kwargs}
+            if len(args) > len(every) or not given.keys() <= set(every):
+                return None
+            for name, default in self.trace.defaults.items():
+                if given.get(name, default) is not default:
+                    return None
+            if not all(name in given for name in names):
+                return None
+            inputs = [given[name] for name in names]
+        return inputs if all(isinstance(item, Tensor) for item in inputs) else None
+
+    def _is_intact(self) -> bool:
+        """True if what the record relies on is as it was; warns once if it is not."""
+        changed = next((one for one in self.expected if not one.holds()), None)
+        if changed is None:
+            return True
+        if not self._warned:
+            self._warned = True
+            where = "the model" if not self.name else self.name
+            reason = (
+                "training mode is on"
+                if changed.name == "training" and not changed.child
+                else f"{type(changed.module).__name__}.{changed.name} was changed"
+            )
+            warnings.warn(
+                f"{where}: {reason}, so the values between its layers are float instead of int8; "
+                "call eval(), or prepare_, calibrate and convert_ a float model with the change",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        return False
+
+    # ------------------------------------------------------------ observing
+
+    def _observed(self, inputs: Sequence[Any]) -> Any:
+        if self.plan is None:
+            self.take_first_batch(inputs)
+            if self.failure:
+                return self.original(*inputs)
+        if self._interpreter is None:
+            self._interpreter = Interpreter(self.trace, self.root, points=self._observing_points())
+        return self._interpreter(inputs)
+
+    def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        assert self.plan is not None
+        edges = {index: self.plan.edge_of[index] for index in self.plan.points}
+        return {
+            index: _observing(self.observers[edge])
+            for index, edge in edges.items()
+            if edge in self.observers
+        }
+
+    def take_first_batch(self, inputs: Sequence[Any]) -> None:
+        """Compare the record with the forward, learn the sizes, and decide what is int8."""
+        facts = FirstBatch(self.root, self.trace)
+        with self.pausing(self.root):
+            self.failure = facts.compare(self.original, inputs)
+        if not self.failure:
+            self.facts = facts
+            self.set_plan(facts.plan(self.activations))
+
+    def set_plan(self, plan: Plan) -> None:
+        """Take a plan; observers of edges that it has in common with the last one stay."""
+        if not plan.layers:
+            self.failure = "no layer with static activations is called"
+            return
+        firsts = _firsts(plan)
+        known = {} if self.plan is None else _firsts(self.plan)
+        kept = {known[edge]: observer for edge, observer in self.observers.items()}
+        read = set(plan.layers.values())
+        self.plan, self.observers = plan, {}
+        for edge, activations in enumerate(plan.edges):
+            if edge in read:
+                continue
+            observer = kept.get(firsts[edge]) or self.make_observer(activations)
+            target = self.trace.calls[firsts[edge]].target
+            observer.set_layer_name(f"{self.name}.{target}" if self.name else target)
+            self.observers[edge] = observer
+        self._forget()
+
+    def restart(self) -> None:
+        """Forget what the observers of the region have seen."""
+        if self.plan is not None:
+            self.observers = {}
+            self.set_plan(self.plan)
+
+    # ------------------------------------------------------------ quantized
+
+    def quantize(self, qparams: Sequence[Qparams]) -> None:
+        """Round the int8 values from now on; the layers have been replaced by quantized ones.
+
+        Args:
+            qparams: scale float32 ``[1]`` and zero point int32 ``[1]`` of each edge.
+        """
+        scale = torch.cat([one.detach().to(torch.float32).cpu() for one, _ in qparams])
+        zero_point = torch.cat([one.detach().to(torch.int32).cpu() for _, one in qparams])
+        device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
+        self.root.register_buffer(SCALE, scale.to(device))
+        self.root.register_buffer(ZERO_POINT, zero_point.to(device))
+        self.settle()
+
+    def settle(self) -> None:
+        """Be quantized from now on, with the layers and the scales that are there."""
+        scale = self.root._buffers[SCALE]
+        assert scale is not None
+        self.scale = scale.detach().to("cpu", torch.float32, copy=True)
+        self.quantized, self.observing = True, False
+        self.observers = {}
+        self.expected = expectations(self.root, self.trace)
+        self._forget()
+
+    def edge_qparams(self, edge: int) -> Qparams:
+        """Scale and zero point of an edge, one number each, as they are now."""
+        scale, zero_point = self.root._buffers[SCALE], self.root._buffers[ZERO_POINT]
+        assert scale is not None and zero_point is not None
+        if scale.dtype is not torch.float32:
+            scale = self._restored(scale)
+        return scale[edge : edge + 1], zero_point[edge : edge + 1]
+
+    def _restored(self, scale: Tensor) -> Tensor:
+        """The scales in float32 again, after ``.to(dtype)`` of the model has rounded them."""
+        exact = scale.to(torch.float32)
+        if self.scale is not None and self.scale.shape == scale.shape:
+            kept = self.scale.to(scale.device)
+            exact = kept if torch.equal(kept.to(scale.dtype), scale) else exact
+        self.root._buffers[SCALE] = exact
+        return exact
+
+    def _interpreted(self, inputs: Sequence[Any]) -> Any:
+        if self._interpreter is None:
+            self._interpreter = Interpreter(
+                self.trace, self.root, self.substitutes(), self.rounding_points()
+            )
+        return self._interpreter(inputs)
+
+    def rounding_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        """The functions that round the int8 values, by the index of their call."""
+        assert self.plan is not None
+        return {index: self._rounding(self.plan.edge_of[index]) for index in self.plan.points}
+
+    def _rounding(self, edge: int) -> Callable[[Tensor], Tensor]:
+        assert self.plan is not None
+        qmin, qmax = self.plan.edges[edge].range
+
+        def rounded(value: Tensor) -> Tensor:
+            scale, zero_point = self.edge_qparams(edge)
+            if _is_channels_last(value):  # the operator returns contiguous tensors
+                value = value.permute(0, 2, 3, 1)
+                y = ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
+                return y.permute(0, 3, 1, 2)
+            return ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
+
+        return rounded
+
+    def substitutes(self) -> dict[int, Substitute]:
+        """The functions with the bits of the kernels, by the index of the call they replace."""
+        assert self.plan is not None
+        found: dict[int, Substitute] = {}
+        for index, operation in enumerate(self.plan.operations):
+            if isinstance(operation, Activate):
+                found[index] = _activation(operation.function)
+            elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
+                found[index] = self._average(index, operation)
+        return found
+
+    def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
+        assert self.plan is not None
+        edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
+        return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return last and not value.is_contiguous()
+
+
+def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:
+    def seen(value: Tensor) -> Tensor:
+        if observer.num_batches.device != value.device:
+            observer.to(value.device)
+        observer(value)
+        return value
+
+    return seen
+
+
+def _firsts(plan: Plan) -> dict[int, int]:
+    """The first value of each edge."""
+    firsts: dict[int, int] = {}
+    for index, edge in plan.edge_of.items():
+        firsts.setdefault(edge, index)
+    return firsts
+
+
+def _activation(function: str) -> Substitute:
+    return lambda value, *rest: ops.activation(value, function)
+
+
+def region_of(module: nn.Module) -> RegionForward | None:
+    """The region of which a module is the root, or None.
+
+    Example:
+        >>> print(region_of(nn.ReLU()))
+        None
+    """
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, RegionForward) else None

@@ -1,0 +1,176 @@
+"""The order in which a region runs: programs of int8 steps, and calls in Python between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import nn
+
+from torchquant.chains import operations as known
+from torchquant.chains import steps
+from torchquant.chains.plan import Group, Plan
+from torchquant.chains.steps import Qparams, Step, Value
+from torchquant.graph.trace import Trace, refs
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps of one program.
+
+    Args:
+        groups: the calls of each step.
+        reads: the indices of the results that the program takes, in the order of its arguments.
+        writes: the indices of the results that other calls read, in the order of its results.
+    """
+
+    groups: tuple[Group, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+Item: TypeAlias = Segment | int  # an int: the index of a call that runs in Python
+
+
+def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
+    """Divide the calls of a region into programs and calls in Python.
+
+    A call in Python that needs no result of the program before it runs before that program, so that
+    programs are as long as possible. Calls whose results nothing needs do not run.
+    """
+    count = len(trace.calls)
+    stepped = {call for group in plan.groups.values() for call in group.calls}
+    ends = {group.end: group for group in plan.groups.values()}
+    needed = _needed(trace, plan, stepped)
+    items: list[Item | list[Group]] = []
+    open_groups: list[Group] = []
+    made: set[int] = set()  # by the open program
+
+    def close() -> None:
+        if open_groups:
+            items.append(list(open_groups))
+            open_groups.clear()
+            made.clear()
+
+    for index in range(count):
+        group = ends.get(index)
+        if group is not None:
+            open_groups.append(group)
+            made.add(index)
+        elif index in needed and index not in stepped:
+            if made.intersection(plan.sources[read] for read in trace.calls[index].reads()):
+                close()
+            items.append(index)
+    close()
+    return _with_borders(trace, plan, items)
+
+
+def _needed(trace: Trace, plan: Plan, stepped: set[int]) -> set[int]:
+    """The calls that run in Python or in a program."""
+    waiting = [plan.sources[read] for read in refs(trace.result)]
+    by_call = {call: group for group in plan.groups.values() for call in group.calls}
+    needed: set[int] = set()
+    while waiting:
+        index = waiting.pop()
+        if index in needed:
+            continue
+        needed.add(index)
+        if index in stepped:
+            waiting += by_call[index].reads
+        else:
+            waiting += (plan.sources[read] for read in trace.calls[index].reads())
+    return needed
+
+
+def _with_borders(trace: Trace, plan: Plan, items: Sequence[Item | list[Group]]) -> list[Item]:
+    reads: list[set[int]] = []
+    for item in items:
+        if isinstance(item, int):
+            reads.append({plan.sources[read] for read in trace.calls[item].reads()})
+        elif isinstance(item, list):
+            reads.append({read for group in item for read in group.reads})
+    results = {plan.sources[read] for read in refs(trace.result)}
+    found: list[Item] = []
+    for place, item in enumerate(items):
+        if not isinstance(item, list):
+            found.append(item)
+            continue
+        own = {group.end for group in item}
+        outside = results.union(*reads[:place], *reads[place + 1 :])
+        found.append(
+            Segment(tuple(item), tuple(sorted(reads[place] - own)), tuple(sorted(own & outside)))
+        )
+    return found
+
+
+def make_steps(
+    segment: Segment,
+    plan: Plan,
+    qparams: Sequence[Qparams],
+    module_of: Callable[[str], nn.Module],
+) -> list[Step]:
+    """The steps of a program.
+
+    Args:
+        segment: its calls.
+        plan: the plan of the region.
+        qparams: scale and integers of each edge.
+        module_of: returns the layer at a path.
+    """
+    values: dict[int, Value] = {}
+
+    def value(index: int) -> Value:
+        if index not in values:
+            edge = plan.edge_of.get(index)
+            values[index] = Value(len(values), None if edge is None else qparams[edge])
+        return values[index]
+
+    found: list[Step] = [
+        steps.Input(value(index), place) for place, index in enumerate(segment.reads)
+    ]
+    for group in segment.groups:
+        found += _steps(group, plan, value, module_of)
+    found += (steps.Output(value(index), place) for place, index in enumerate(segment.writes))
+    return found
+
+
+def _steps(
+    group: Group,
+    plan: Plan,
+    value: Callable[[int], Value],
+    module_of: Callable[[str], nn.Module],
+) -> list[Step]:
+    operation = plan.operations[group.calls[0]]
+    operands = [value(index) for index in group.operands]
+    residual = None if group.residual is None else value(group.residual)
+    output = value(group.end)
+    if isinstance(operation, known.Layer):
+        kind = steps.Linear if operation.linear else steps.Conv
+        layer = module_of(operation.path)
+        return [kind(operands[0], output, layer, group.activation, residual)]
+    if isinstance(operation, known.Concat):
+        return [steps.Concat(tuple(operands), output)]
+    if isinstance(operation, (known.Add, known.Mul)):
+        left, right = operands if len(operands) == 2 else operands * 2
+        if isinstance(operation, known.Add):
+            return [steps.Add(left, right, output, group.activation)]
+        if operation.left_is_factor:
+            left, right = right, left
+        return [steps.Mul(left, right, output, group.activation)]
+    return _unary(operation, operands[0], output)
+
+
+def _unary(operation: known.Operation, input: Value, output: Value) -> list[Step]:
+    if isinstance(operation, known.Activate):
+        return [steps.Map(input, output, operation.function)]
+    if isinstance(operation, known.MaxPool):
+        return [steps.MaxPool(input, output, **vars(operation))]
+    if isinstance(operation, known.AvgPool):
+        return [steps.AvgPool(input, output, **vars(operation))]
+    if isinstance(operation, known.Upsample):
+        return [steps.Upsample(input, output, **vars(operation))]
+    if isinstance(operation, known.AdaptiveAvgPool):
+        return [steps.AdaptiveAvgPool(input, output, operation.size)]
+    assert isinstance(operation, known.Flatten)
+    return [steps.Flatten(input, output)]

@@ -1,0 +1,214 @@
+"""prepare_: attach observers to the layers that static activations need ranges for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchquant.configs import (
+    Int8StaticActivationInt8WeightConfig,
+    QuantizationConfig,
+    Static,
+    check_config,
+)
+from torchquant.convert.account import account_of
+from torchquant.convert.batches import call, structure
+from torchquant.convert.calibration_hooks import hook_of, observe_input
+from torchquant.convert.fold import fold_batch_norms, folded_rows
+from torchquant.convert.notes import asked_problems, plan_notes, sentences
+from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
+from torchquant.convert.regions import cover, find, learn, region_reports
+from torchquant.convert.selection import FilterFn, Selection, selection
+from torchquant.graph.modules import tensor_bytes
+from torchquant.nn.base import QuantizedModule
+from torchquant.report import QuantizationReport
+from torchquant.report.progress import track
+from torchquant.training.configuration import TrainingConfig
+
+_WHO = "prepare_"
+
+
+def prepare_(
+    model: nn.Module,
+    config: QuantizationConfig | Mapping[str, QuantizationConfig | None] | None = None,
+    example_inputs: Any = None,
+    *,
+    filter_fn: FilterFn | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+) -> QuantizationReport:
+    """Prepare a model for calibration: the first of three calls that make static int8 layers.
+
+    ``prepare_(model, config)``, ``calibrate(model, loader)`` and ``convert_(model)`` replace the
+    layers of a model by layers whose activations have one scale each, without training. A prepared
+    layer stays the same float object and computes the same; an observer in a forward pre-hook sees
+    its inputs during :func:`torchquant.calibrate`. The layers are the ones that
+    :func:`torchquant.quantize_` replaces.
+
+    A prepared model can be copied with ``copy.deepcopy``, pickled, and stored with ``torch.save``,
+    observers included. Its state dict is that of the float model: it has no observers.
+
+    Layers that are already prepared stay unchanged, so several calls with different filters prepare
+    layers with different configurations. :func:`torchquant.to_float_` takes the preparation back.
+
+    Args:
+        model: any module that contains layers. A bare layer cannot be replaced in place.
+        config: the configuration of the converted layers, with static activations; None is
+            :func:`torchquant.Int8StaticActivationInt8WeightConfig`. Its ``observer`` says how
+            ranges are chosen. A dictionary gives layers different configurations, by name or
+            pattern, as in :func:`quantize_`.
+        example_inputs: a batch as :func:`torchquant.calibrate` takes it, or None. The model is run
+            with it once, to check that it works and which layers it reaches.
+        filter_fn: selects the layers to prepare, including small ones: a function of
+            ``(module, name)``, a name pattern or a list of patterns, as in :func:`quantize_`. None
+            selects all layers except those that are too small to benefit.
+        strict: if True, raise before anything is changed if something that was asked for cannot be
+            done, as in :func:`quantize_`. False reports it.
+        progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
+            after two seconds.
+
+    Returns:
+        A report; ``print`` it for a table.
+
+    Raises:
+        TypeError: model is not a module or is scripted, config is not a configuration, or filter_fn
+            is neither callable nor patterns.
+        ValueError: model is a bare layer; config has activations that need no calibration; the
+            model cannot be called with example_inputs; a pattern is empty; or, with ``strict``,
+            something that was asked for cannot be done.
+
+    Example:
+        >>> import torchquant
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        >>> report = prepare_(model, torchquant.Int8StaticActivationInt8WeightConfig())
+        >>> [(layer.name, layer.action) for layer in report.layers]
+        [('0', 'prepared'), ('2', 'prepared')]
+        >>> print(torchquant.calibrate(model, [torch.randn(8, 64)]).summary())
+        2 layers observed over 1 batch, 8 samples
+        >>> print(torchquant.convert_(model).summary().partition(";")[0])
+        2 converted (100 % of parameters), 0 skipped
+    """
+    check_model(
+        _WHO,
+        model,
+        trained="which is prepared for training; use its to_quantized()",
+        quantized="which is quantized already; use it as it is",
+        floating="which cannot be replaced in place; use nn.Sequential(layer) as the model",
+    )
+    chosen = selection(_WHO, filter_fn, config, _check_config)
+    plan = _plan(model, chosen)
+    account = account_of(model, [step.module for step in plan])
+    problems = asked_problems(model, plan, account, chosen)
+    if strict:
+        check_strict(_WHO, plan, account.others, problems)
+    steps = [step for step in plan if step.skip is None]
+    missed = [] if example_inputs is None else _unreached(model, steps, example_inputs)
+    found = find(model, _wanted(steps))
+    size = tensor_bytes(model)
+    foldings = fold_batch_norms(model, found.regions, _wanted(steps))
+    for step in track(steps, _WHO, progress):
+        observe_input(step.module, step.name, step.config)
+    regions = cover(found)
+    if example_inputs is not None:
+        with learn(regions):
+            _run(model, example_inputs)
+    rows = [step.skipped() if step.skip else step.marked("prepared") for step in plan]
+    layers, others = account.filled(rows)
+    notes = (*sentences(problems), *plan_notes(model, plan, account, "prepare"), *_notes(missed))
+    return QuantizationReport(
+        layers,
+        size,
+        tensor_bytes(model),
+        notes,
+        tuple(foldings),
+        "prepared",
+        folded_rows(others, foldings),
+        region_reports(model, found.refusals),
+    )
+
+
+def _wanted(steps: Iterable[Step]) -> Callable[[nn.Module], bool]:
+    """Is a module one of the layers that are or will be prepared?"""
+    chosen = {id(step.module) for step in steps}
+    return lambda module: id(module) in chosen or hook_of(module) is not None
+
+
+def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
+    if config is None:
+        return Int8StaticActivationInt8WeightConfig()
+    if isinstance(config, TrainingConfig):
+        raise TypeError(
+            f"{_WHO}: config must be the configuration of a quantized layer, got {config!r}, which "
+            "is for training; use prepare_qat_(model, config), train, and convert_(model)"
+        )
+    config = check_config(_WHO, config)
+    if not isinstance(config.activations, Static):
+        raise ValueError(
+            f"{_WHO}: config must have static activations, got {config!r}, which need no "
+            "calibration; use quantize_(model, config)"
+        )
+    return config
+
+
+def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]:
+    def done(step: Step) -> str | None:
+        hook = hook_of(step.module)
+        if hook is None:
+            quantized = isinstance(step.module, QuantizedModule)
+            return "already quantized" if quantized else "prepared for training"
+        config = chosen.config_of(step.names)[1]
+        other = "" if config is None or hook.config == config else ", with another configuration"
+        return f"already prepared{other}"
+
+    def refusal(step: Step) -> str | None:
+        refused = step.kind.refusal(step.module) or step.kind.quantized.config_refusal(step.config)
+        return refused or step.kind.value_refusal(step.module)
+
+    return plan_layers(model, chosen, done, refusal)
+
+
+def _unreached(model: nn.Module, steps: Iterable[Step], example: Any) -> list[str]:
+    """The names of the layers that a run of the model with an example does not reach."""
+    called: set[int] = set()
+    steps = list(steps)
+    handles = [
+        step.module.register_forward_pre_hook(lambda module, args: called.add(id(module)))
+        for step in steps
+    ]
+    try:
+        _run(model, example)
+    except Exception as error:
+        raise ValueError(
+            f"{_WHO}: example_inputs must be a batch with which the model can be called, got "
+            f"{structure(example)}, and the model raised {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [step.name for step in steps if id(step.module) not in called]
+
+
+def _run(model: nn.Module, example: Any) -> None:
+    """Run the model in evaluation mode, without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            call(_WHO, model, example)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _notes(missed: list[str]) -> Iterator[str]:
+    if missed:
+        yield (
+            f"Not reached by example_inputs: {', '.join(missed)}. Layers that no batch of the "
+            "calibration reaches stay in float."
+        )
+
+
+__all__ = ["prepare_"]

@@ -1,0 +1,287 @@
+"""Regions of a model in the verbs: found, observed in calibration, quantized by convert_.
+
+A region (:class:`torchquant.chains.region.RegionForward`) makes a part of a model run on integers
+from layer to layer. prepare_ finds the regions, calibrate lets them observe, and convert_ takes
+from them the scales of the values that several layers share.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from torchquant.chains.account import report_of
+from torchquant.chains.region import SCALE, ZERO_POINT, Qparams, RegionForward, region_of
+from torchquant.configs import Static
+from torchquant.convert.calibration_hooks import hook_of, missing_range
+from torchquant.graph.regions import Refusal, Region, find_regions
+from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.report import RegionReport
+from torchquant.training.calibration import observer_for
+from torchquant.training.observers import Observer
+
+_LEAVES = ("torch.nn.", "torchquant.nn.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The regions of a model.
+
+    Args:
+        regions: the modules that were recorded.
+        refusals: the modules that were not, and why; their children were tried.
+    """
+
+    regions: Sequence[Region]
+    refusals: Sequence[Refusal]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """True if a call of the module is one entry of a record.
+
+    Example:
+        >>> is_leaf(nn.Conv2d(3, 3, 1)), is_leaf(nn.Sequential())
+        (True, False)
+    """
+    if isinstance(module, (QuantizedModule, TrainedModule)):
+        return True
+    ours = type(module).__module__.startswith(_LEAVES)
+    return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def find(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Found:
+    """Find the regions of a model.
+
+    Args:
+        model: the model; it does not change, and no tensor is computed.
+        wanted: takes a module; True for a layer that has or will have static activations.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        >>> [region.path for region in find(net, lambda m: isinstance(m, nn.Linear)).regions]
+        ['']
+    """
+    old = [region for region in regions_in(model) if not region.quantized]
+    for region in old:  # the forward of the class is recorded
+        remove(region)
+    try:
+        return Found(*find_regions(model, wanted, is_leaf))
+    finally:
+        for region in old:
+            install(region)
+
+
+def cover(found: Found) -> list[RegionForward]:
+    """Let regions observe what the hooks of the prepared layers do not see, in place.
+
+    Layers that several regions call are left to their hooks: their input needs one scale.
+
+    Args:
+        found: the regions of a model whose layers are prepared.
+    """
+    calls = Counter(
+        identity for region in found.regions for identity in {id(m) for _, m in _called(region)}
+    )
+    made: list[RegionForward] = []
+    for region in found.regions:
+        own: dict[str, Static] = {}
+        for path, module in _called(region):
+            hook = hook_of(module)
+            if hook is not None and calls[id(module)] == 1:
+                own[path] = hook.config.activations
+        if own:
+            made.append(
+                RegionForward(region.module, region.path, region.trace, own, observer_for, paused)
+            )
+            install(made[-1])
+    return made
+
+
+def _called(region: Region) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a region calls as one entry, each once, with their paths."""
+    paths = dict.fromkeys(call.target for call in region.trace.calls if call.kind == "module")
+    for path in paths:
+        yield path, region.module.get_submodule(path)
+
+
+@contextmanager
+def paused(root: nn.Module) -> Iterator[None]:
+    """A context in which the hooks of the layers below a module do not observe."""
+    hooks = [hook for module in root.modules() if (hook := hook_of(module)) is not None]
+    states = [hook.observing for hook in hooks]
+    for hook in hooks:
+        hook.observing = False
+    try:
+        yield
+    finally:
+        for hook, state in zip(hooks, states, strict=True):
+            hook.observing = state
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """A context in which the regions of a prepared model observe; undone if it fails."""
+    regions = [region for region in regions_in(model) if not region.quantized]
+    states = [(region.plan, region.facts, dict(region.observers)) for region in regions]
+    tensors = [
+        {name: buffer.clone() for name, buffer in observer.named_buffers()}
+        for region in regions
+        for observer in region.observers.values()
+    ]
+    try:
+        for region in regions:
+            region.observing = True
+        yield
+    except BaseException:
+        for region, (plan, facts, observers) in zip(regions, states, strict=True):
+            region.plan, region.facts, region.observers = plan, facts, observers
+        known = (one for _, _, observers in states for one in observers.values())
+        for observer, buffers in zip(known, tensors, strict=True):
+            observer._buffers.update(buffers)
+        raise
+    finally:
+        for region in regions:
+            region.observing = False
+
+
+@contextmanager
+def learn(regions: Iterable[RegionForward]) -> Iterator[None]:
+    """A context in which regions see a batch as their first one, but observe nothing."""
+    regions = list(regions)
+    for region in regions:
+        region.observing = True
+    try:
+        yield
+    finally:
+        for region in regions:
+            region.observing = False
+            region.restart()
+
+
+def regions_in(model: nn.Module) -> list[RegionForward]:
+    """The regions of a prepared or converted model.
+
+    Example:
+        >>> regions_in(nn.Sequential(nn.ReLU()))
+        []
+    """
+    found = (region_of(module) for module in model.modules())
+    return [region for region in found if region is not None]
+
+
+def install(region: RegionForward) -> None:
+    """Let a region run instead of the forward of its root."""
+    region.root.__dict__["forward"] = region
+
+
+def remove(region: RegionForward) -> None:
+    """Give the root of a region the forward of its class again."""
+    if region_of(region.root) is region:
+        del region.root.__dict__["forward"]
+
+
+def forget(model: nn.Module) -> None:
+    """Remove all regions of a model and their scales."""
+    for region in regions_in(model):
+        remove(region)
+        region.root._buffers.pop(SCALE, None)
+        region.root._buffers.pop(ZERO_POINT, None)
+
+
+def region_reports(
+    model: nn.Module,
+    refusals: Iterable[Refusal] = (),
+    useless: Iterable[tuple[RegionForward, str]] = (),
+) -> tuple[RegionReport, ...]:
+    """The reports on the regions of a model, and on the modules that are none."""
+    reports = [report_of(region) for region in regions_in(model)]
+    others = [(one.path, one.module, one.reason) for one in refusals]
+    others += [(region.name, region.root, reason) for region, reason in useless]
+    reports += (
+        RegionReport(path, type(module).__name__, "float", reason)
+        for path, module, reason in others
+    )
+    return tuple(reports)
+
+
+@dataclass
+class Ranges:
+    """What the regions of a prepared model will be quantized with.
+
+    Args:
+        layers: scale and zero point of the input of each layer of a region, by the layer's id.
+        missing: the reasons why layers of regions have no range, by the layer's id.
+        edges: scale and zero point of each edge of the regions that can be quantized.
+        useless: the regions that cannot, and why.
+    """
+
+    layers: dict[int, Qparams] = field(default_factory=dict)
+    missing: dict[int, str] = field(default_factory=dict)
+    edges: list[tuple[RegionForward, list[Qparams]]] = field(default_factory=list)
+    useless: list[tuple[RegionForward, str]] = field(default_factory=list)
+
+
+def ranges(model: nn.Module) -> Ranges:
+    """Scales and zero points from what regions and the hooks of their layers have observed.
+
+    The outputs of the model do not change. With torch.distributed, all processes have to call this
+    function.
+    """
+    found = Ranges()
+    for region in regions_in(model):
+        if region.quantized:
+            continue
+        if region.plan is None or region.failure:
+            reason = region.failure or "no batch reached it in the calibration"
+            found.useless.append((region, reason))
+            continue
+        observers = _reduced(region)
+        missing = {
+            path: why
+            for path, edge in region.plan.layers.items()
+            if (why := missing_range(observers[edge])) is not None
+        }
+        if missing:
+            found.missing.update(
+                (id(region.root.get_submodule(path)), why) for path, why in missing.items()
+            )
+            assert region.facts is not None
+            rest = {p: part for p, part in region.activations.items() if p not in missing}
+            region.set_plan(region.facts.plan(rest))
+            observers = _reduced(region) if not region.failure else {}
+        if region.failure:
+            found.useless.append((region, region.failure))
+            continue
+        qparams = [observers[edge].calculate_qparams() for edge in range(len(region.plan.edges))]
+        found.edges.append((region, qparams))
+        for path, edge in region.plan.layers.items():
+            found.layers[id(region.root.get_submodule(path))] = qparams[edge]
+    return found
+
+
+def _reduced(region: RegionForward) -> dict[int, Observer]:
+    """An observer for each edge, with the batches of all its layers and of all processes."""
+    assert region.plan is not None
+    found = {edge: observer.reduced() for edge, observer in region.observers.items()}
+    for path, edge in region.plan.layers.items():
+        hook = hook_of(region.root.get_submodule(path))
+        assert hook is not None
+        own = hook.observer.reduced()
+        if edge in found:
+            found[edge].merge(own)
+        else:
+            found[edge] = copy.deepcopy(own)
+    return found
+
+
+def quantize(found: Ranges) -> None:
+    """Quantize the regions, once their layers have been replaced; remove the useless ones."""
+    for region, qparams in found.edges:
+        region.quantize(qparams)
+    for region, _ in found.useless:
+        remove(region)
