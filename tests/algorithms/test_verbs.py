@@ -144,6 +144,17 @@ def test_a_weight_that_changes_afterwards_is_refused_by_convert():
     torchquant.convert_(model)
 
 
+def test_a_model_that_is_prepared_anew_has_no_old_integers():
+    model = prepared()
+    adaround_(model, batches(1), iterations=1)
+    torchquant.to_float_(model)
+    eight = torchquant.Int8StaticActivationInt8WeightConfig()
+    expected = converted(prepared(config=eight))
+    found = converted(prepared(model, eight))
+    assert torch.equal(found[0].qweight, expected[0].qweight)
+    assert found[0].qweight.max() == 127
+
+
 # Corrected biases
 
 
