@@ -24,10 +24,9 @@ from torchquant.graph.trace import Trace, filled
 
 _Guard = load().Guard
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-# Every hook is in one of these; further dictionaries say more about some of them.
-_HOOK_DICTIONARIES = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-)
+# Every hook of a forward is in one of these. Hooks of a backward pass run in it, because the
+# interpreter computes the gradients.
+_HOOK_DICTIONARIES = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
@@ -212,5 +211,9 @@ def _entries(
         layer = interpreter.modules[path]
         places += [layer._buffers, layer._parameters]
     for place in places:
-        entries += ((place, name, tensor) for name, tensor in place.items())
+        entries += (
+            (place, name, tensor)
+            for name, tensor in place.items()
+            if tensor is not None and tensor.numel()
+        )
     return entries
