@@ -129,8 +129,9 @@ class Programs:
                     results[item] = self.interpreter.call(item, calls[item], found, inputs)
                 continue
             assert isinstance(item, Segment)
+            given = [results[index] for index in item.reads]
             try:
-                made = program.run([results[index] for index in item.reads])
+                made = _run_rows(program, given) if item.rows else program.run(given)
             except ValueError:  # sizes that the steps do not take; the calls say what is wrong
                 return REFUSED
             if made is None:
@@ -138,6 +139,15 @@ class Programs:
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
         return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
+
+
+def _run_rows(program: Program, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Run a program on values ``[..., c]``, which all have the same number of rows."""
+    leading = inputs[0].shape[:-1]
+    if any(item.shape[:-1] != leading for item in inputs):
+        return None
+    made = program.run([item.reshape(-1, item.shape[-1]) for item in inputs])
+    return None if made is None else [item.reshape(*leading, item.shape[-1]) for item in made]
 
 
 class _Resolved(Mapping[int, Any]):
