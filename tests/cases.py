@@ -2,21 +2,22 @@
 
 ``cases("linear_dynamic")`` are calls with realistic arguments: every optional argument given and
 left out, every float type, empty and one-dimensional batches, with gradients and without. They come
-in any size. A new operator gets a function here, named as the operator; tests/ops/test_cases.py
-fails for an operator without one, and for an optional argument that no case gives.
+in any size. A new operator gets a function here, named as the operator (those of the convolutions
+are in tests/support/conv_cases.py); tests/ops/test_cases.py fails for an operator without one, and
+for an optional argument that no case gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import support.conv_cases  # noqa: F401  (the generators of the convolutions)
 import torch
 from support import Shape, floats, integers, leaf
 from support.aten import KERNELS as NAMESPACE
 from support.aten import arguments
-from support.case_operands import ONE, ZERO, Operands
+from support.case_operands import GENERATORS, ONE, ZERO, Operands, Samples, generator, sample
 
 OPERATORS = tuple(
     sorted(
@@ -64,19 +65,6 @@ class Case:
 def schema(operator: str) -> list[Any]:
     """The arguments of an operator's schema."""
     return list(getattr(NAMESPACE, operator).default._schema.arguments)
-
-
-Samples = Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]
-GENERATORS: dict[str, Callable[[Operands], Samples]] = {}
-
-
-def sample(name: str, *gradients: str, **given: Any) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    return name, given, gradients
-
-
-def generator(function: Callable[[Operands], Samples]) -> Callable[[Operands], Samples]:
-    GENERATORS[function.__name__.removesuffix("_")] = function
-    return function
 
 
 def cases(

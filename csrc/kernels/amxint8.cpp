@@ -22,6 +22,7 @@ namespace amxint8 {
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "linear_amx.inc"
+#include "conv_gather_avx512.inc"
 
 static bool use_bf16() {
   static const bool found = has_bf16();
@@ -43,6 +44,7 @@ static constexpr KernelTable make_table() {
   table.tile_block = kPairTiles;
   table.products_per_ns = 1600.0f;
   table.gemm = gemm_tiles_or_vectors;
+  table.gather_rows = gather_rows_512;
   table.pack_attention = pack_attention_any;
   table.attend = attend_any;
   return table;

@@ -14,6 +14,7 @@ namespace avx512vnni {
 #include "attention_avx512.inc"
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
+#include "conv_gather_avx512.inc"
 #include "conv_avx512.inc"
 
 static constexpr KernelTable make_table() {
@@ -24,6 +25,7 @@ static constexpr KernelTable make_table() {
   table.row_block = kRows;
   table.tile_block = kTiles;
   table.products_per_ns = 300.0f;
+  table.gather_rows = gather_rows_512;
   table.gemm_int8 = gemm_int8;
   for (int t = 0; t < 5; ++t) table.int8_rows[t] = kInt8Rows[t];
   return table;

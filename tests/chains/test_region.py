@@ -254,17 +254,35 @@ def test_attributes_that_the_forward_reads() -> None:
         model(x)
 
 
-def test_gradients_pass_straight_through() -> None:
-    model, x, _ = converted(Functional)
+@pytest.mark.parametrize("cls", [Functional, Gated, UNet])
+def test_gradients_are_those_of_the_interpreter(
+    cls: Callable[[], nn.Module], only_interpreter: Callable[[bool], None]
+) -> None:
+    model, x, _ = converted(cls)
     x.requires_grad_()
     with torch.no_grad():
-        wanted = model(x)
-    got = model(x)
-    assert torch.equal(got, wanted)
-    got.square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-    reference = with_statistics(Functional())
-    assert x.grad.shape == reference(x.detach())[:0].new_zeros(x.shape).shape
+        wanted = plain(model(x))
+    grads = []
+    for off in (False, True):
+        only_interpreter(off)
+        model.zero_grad()
+        x.grad = None
+        got = plain(model(x))
+        assert torch.equal(got, wanted)
+        got.square().sum().backward()
+        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads.append({"x": x.grad, **named})
+    fast, slow = grads
+    assert fast.keys() == slow.keys() and len(fast) > 2
+    for name in fast:
+        assert torch.equal(fast[name], slow[name]), name
+        assert fast[name].abs().sum() > 0
+
+
+def test_without_anything_to_train_no_graph_is_built() -> None:
+    model, x, _ = converted(Functional)
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
 
 
 def test_nan_stays_in_its_sample() -> None:

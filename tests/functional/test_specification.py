@@ -14,14 +14,25 @@ from torchquant import functional, ops
 from torchquant.scheme import PerAxis, PerGroup
 
 # Packing moves integers in memory and computes nothing: csrc/formats describes it.
-WITHOUT_SPECIFICATION = {"pack_weight", "unpack_weight"}
+WITHOUT_SPECIFICATION = {
+    "pack_weight",
+    "unpack_weight",
+    "pack_conv_weight",
+    "unpack_conv_weight",
+}
 
 # The wrappers have one argument for which elements share a scale.
 GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
 
 # The specification takes the int8 weight, whose shape includes out_features, and bool masks.
 CANONICAL = {"packed": "weight", "bits": "mask"}
-TOLD_BY_THE_WEIGHT = {"int8_mm", "linear_dynamic", "linear_static"}
+TOLD_BY_THE_WEIGHT = {
+    "int8_mm": "out_features",
+    "linear_dynamic": "out_features",
+    "linear_static": "out_features",
+    "conv_dynamic": "weight_shape",
+    "conv_static": "weight_shape",
+}
 # Arguments of the specification only: an oracle's precision, and the bits of linear_dynamic.
 ONLY_IN_THE_SPECIFICATION = {
     "fake_quantize_learned_backward": {"dtype"},
@@ -47,7 +58,7 @@ def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
 def test_the_specification_has_the_wrappers_arguments(operator: str) -> None:
     wanted = [CANONICAL.get(name, name) for name in parameters(getattr(ops, operator))]
     if operator in TOLD_BY_THE_WEIGHT:
-        wanted.remove("out_features")
+        wanted.remove(TOLD_BY_THE_WEIGHT[operator])
     extra = ONLY_IN_THE_SPECIFICATION.get(operator, set())
     got = parameters(getattr(functional, operator))
     assert extra <= set(got)
@@ -81,7 +92,7 @@ def specified(case: Case) -> tuple[Tensor, ...]:
             del values[name]
             values["weight"] = torch.cat(value.weights)
     if case.operator in TOLD_BY_THE_WEIGHT:
-        del values["out_features"]
+        del values[TOLD_BY_THE_WEIGHT[case.operator]]
     if "bits" in values:
         values["mask"] = functional.unpack_bits(values.pop("bits"), values["grad"].shape)
     if (axis := values.pop("axis", None)) is not None:

@@ -21,6 +21,9 @@ FLOAT_WEIGHT = floats(N, K, seed=3)
 ZERO = torch.tensor([3], dtype=torch.int32)
 QUERY = floats(2, 4, 6, 8, seed=4)
 NO_SCALES = (None, None, None)
+CONV_WEIGHT, CONV_SHAPE = integers(N, 2, 3), [N, 2, 3]
+CONV, SAMPLES = ops.pack_conv_weight(CONV_WEIGHT, 1), floats(B, 2, M, seed=5)
+SIZES = (CONV_SHAPE, [2], [1, 0], [1], 1)  # weight_shape, stride, padding, dilation, groups
 
 Call = Callable[..., Any]
 
@@ -42,6 +45,14 @@ DIFFERENTIABLE: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
     "linear_static": (
         lambda x, b: OPS.linear_static(x, STEP, ZERO, PACKED, SCALE, None, b, N, "silu"),
         (X, BIAS),
+    ),
+    "conv_dynamic": (
+        lambda x, b: OPS.conv_dynamic(x, CONV, SCALE, b, *SIZES, True, "gelu"),
+        (SAMPLES, BIAS),
+    ),
+    "conv_static": (
+        lambda x, b, r: OPS.conv_static(x, STEP, ZERO, CONV, SCALE, b, *SIZES, "silu", r),
+        (SAMPLES, BIAS, floats(B, N, 2, seed=6)),
     ),
     "activation": (lambda x: OPS.activation(x, "gelu_tanh"), (X,)),
     "gated_activation": (lambda x, y: OPS.gated_activation(x, y, "silu"), (X, X.flip(0))),
@@ -77,6 +88,8 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     "quantize_per_token": (lambda x: OPS.quantize_per_token(x, False), X),
     "pack_weight": (OPS.pack_weight, WEIGHT),
     "unpack_weight": (lambda p: OPS.unpack_weight(p, N, K), PACKED),
+    "pack_conv_weight": (lambda w: OPS.pack_conv_weight(w, 1), CONV_WEIGHT),
+    "unpack_conv_weight": (lambda p: OPS.unpack_conv_weight(p, CONV_SHAPE, 1), CONV),
     "int8_mm": (lambda q: OPS.int8_mm(q, PACKED, N), integers(M, K)),
     "fake_quantize_mask": (lambda x: OPS.fake_quantize_mask(x, STEP, None, -8, 7), X),
     "in_range": (lambda x: OPS.in_range(x, STEP, None, -8, 7), X),

@@ -26,6 +26,17 @@ class Packed:
         return torch.cat([namespace.pack_weight(moved(w, device)) for w in self.weights])
 
 
+@dataclass(frozen=True, eq=False)
+class PackedConv(Packed):
+    """The packed weight of a convolution."""
+
+    groups: int
+
+    def by(self, namespace: Any, device: str) -> Tensor:
+        (weight,) = self.weights
+        return namespace.pack_conv_weight(moved(weight, device), self.groups)
+
+
 def packed(*weights: Tensor) -> Packed:
     return Packed(weights)
 

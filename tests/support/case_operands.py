@@ -1,7 +1,9 @@
-"""Tensors that fit together, for the calls in tests/cases.py."""
+"""Tensors that fit together, for the calls in tests/cases.py, and the list of what makes the calls."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,3 +99,16 @@ class Operands:
     @cached_property
     def query(self) -> Tensor:
         return floats(3, 4, self.shape.rows, self.shape.inputs, seed=13, dtype=self.dtype)
+
+
+Samples = Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]
+GENERATORS: dict[str, Callable[[Operands], Samples]] = {}
+
+
+def sample(name: str, *gradients: str, **given: Any) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    return name, given, gradients
+
+
+def generator(function: Callable[[Operands], Samples]) -> Callable[[Operands], Samples]:
+    GENERATORS[function.__name__.removesuffix("_")] = function
+    return function

@@ -37,7 +37,7 @@ def prepare_(
     example_inputs: Any = None,
     *,
     filter_fn: FilterFn | None = None,
-    strict: bool = True,
+    strict: bool = False,
     progress: bool | None = None,
 ) -> QuantizationReport:
     """Prepare a model for calibration: the first of three calls that make static int8 layers.
