@@ -203,7 +203,10 @@ REFUSED = {
     "returned": (Seen(), {"one": "several places read its output"}),
     "last dimension": (Linears(), {"one": "its channels are not the input channels of two"}),
     "sigmoid": (sequence(nn.Sigmoid()), {"0": "1 (Sigmoid) stands after it"}),
-    "norm": (sequence(nn.BatchNorm2d(4)), {"0": "1 (BatchNorm2d) stands after it"}),
+    "norm": (
+        sequence(nn.BatchNorm2d(4)),
+        {"0": "1 (BatchNorm2d) stands after it; prepare_ folds it"},
+    ),
     "softmax": (sequence(nn.Softmax(1)), {"0": "1 (Softmax) stands after it"}),
     "flatten of all": (
         sequence(nn.Flatten(0), second=nn.Linear(4, 4)),

@@ -144,6 +144,17 @@ def test_a_weight_that_changes_afterwards_is_refused_by_convert():
     torchquant.convert_(model)
 
 
+def test_a_model_that_is_prepared_anew_has_no_old_integers():
+    model = prepared()
+    adaround_(model, batches(1), iterations=1)
+    torchquant.to_float_(model)
+    eight = torchquant.Int8StaticActivationInt8WeightConfig()
+    expected = converted(prepared(config=eight))
+    found = converted(prepared(model, eight))
+    assert torch.equal(found[0].qweight, expected[0].qweight)
+    assert found[0].qweight.max() == 127
+
+
 # Corrected biases
 
 
@@ -155,6 +166,14 @@ def test_corrected_biases_take_the_mean_error_out():
     assert [row.action for row in report] == ["corrected"] * 3
     assert report["0"].error > 0
     assert "3 corrected, 0 left; greatest mean error" in report.summary()
+
+
+def test_the_rounding_of_inputs_is_corrected_too():
+    config = torchquant.IntxActivationIntxWeightConfig(8, activation_bits=3, static=True)
+    reference, model = mlp(), prepared(config=config)
+    plain = mean_error(converted(model), reference)
+    correct_bias_(model, batches())
+    assert mean_error(converted(model), reference) < 0.01 * plain
 
 
 def test_a_second_correction_is_the_first():
@@ -233,6 +252,14 @@ def test_layers_that_are_called_twice_or_never(name):
     assert (report["rare"].action, report["rare"].reason) == ("left", "no batch reached it")
     assert "never" not in report, "convert_ leaves it in float"
     converted(model)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_layers_behind_the_one_at_work_do_not_run(name):
+    model, calls = prepared(), []
+    model[4].register_forward_pre_hook(lambda module, args: calls.append(type(module).__name__))
+    VERBS[name](model, batches(1))
+    assert calls == ["Linear", "Linear", "QuantizedLinear"], "for the order, and for itself"
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -25,7 +25,7 @@ from torchquant import ops
 from torchquant.chains import region as region_module
 from torchquant.chains.region import RegionForward
 from torchquant.convert.regions import regions_in
-from torchquant.nn import QuantizedConv2d
+from torchquant.nn import QuantizedConv2d, QuantizedLinear
 
 CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
 
@@ -199,14 +199,30 @@ def train(model: Any) -> None:
     model.train()
 
 
-def train_part(model: Any) -> None:
-    model.first[1].train()
+class Dropping(Functional):
+    """Its results depend on the mode, at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.append(nn.Dropout(0.0))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x) if self.training else x)
 
 
-@pytest.mark.parametrize("change", [replace_conv, add_attribute, train, train_part])
+def train_root(model: Any) -> None:
+    model.training = True
+
+
+def train_dropout(model: Any) -> None:
+    model.first[2].train()
+
+
+@pytest.mark.parametrize("change", [replace_conv, add_attribute, train_root, train_dropout, train])
 @pytest.mark.parametrize("copied", [False, True])
 def test_changes_are_respected(change: Callable[[Any], None], copied: bool) -> None:
-    model, x, _ = converted(Functional)
+    model, x, _ = converted(Dropping)
     if copied:
         model = copy.deepcopy(model)
     change(model)
@@ -216,12 +232,22 @@ def test_changes_are_respected(change: Callable[[Any], None], copied: bool) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(model(x), got)  # one warning
-            wanted = Functional.forward(model, x)  # type: ignore[arg-type]
+            wanted = Dropping.forward(model, x)  # type: ignore[arg-type]
     assert torch.equal(got, wanted)
 
 
-def test_a_change_that_is_taken_back_is_no_change() -> None:
+def test_a_mode_that_nothing_reads_changes_nothing() -> None:
     model, x, _ = converted(Functional)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        assert torch.equal(model.train()(x), wanted)
+    (region,) = regions_in(model)
+    assert region._programs is not None and region._programs.holds()
+
+
+def test_a_change_that_is_taken_back_is_no_change() -> None:
+    model, x, _ = converted(Dropping)
     with torch.no_grad():
         wanted = model(x)
         model.train()
@@ -254,17 +280,35 @@ def test_attributes_that_the_forward_reads() -> None:
         model(x)
 
 
-def test_gradients_pass_straight_through() -> None:
-    model, x, _ = converted(Functional)
+@pytest.mark.parametrize("cls", [Functional, Gated, UNet])
+def test_gradients_are_those_of_the_interpreter(
+    cls: Callable[[], nn.Module], only_interpreter: Callable[[bool], None]
+) -> None:
+    model, x, _ = converted(cls)
     x.requires_grad_()
     with torch.no_grad():
-        wanted = model(x)
-    got = model(x)
-    assert torch.equal(got, wanted)
-    got.square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-    reference = with_statistics(Functional())
-    assert x.grad.shape == reference(x.detach())[:0].new_zeros(x.shape).shape
+        wanted = plain(model(x))
+    grads = []
+    for off in (False, True):
+        only_interpreter(off)
+        model.zero_grad()
+        x.grad = None
+        got = plain(model(x))
+        assert torch.equal(got, wanted)
+        got.square().sum().backward()
+        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads.append({"x": x.grad, **named})
+    fast, slow = grads
+    assert fast.keys() == slow.keys() and len(fast) > 2
+    for name in fast:
+        assert torch.equal(fast[name], slow[name]), name
+        assert fast[name].abs().sum() > 0
+
+
+def test_without_anything_to_train_no_graph_is_built() -> None:
+    model, x, _ = converted(Functional)
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
 
 
 def test_nan_stays_in_its_sample() -> None:
@@ -387,3 +431,16 @@ def test_a_record_with_other_results_is_dropped() -> None:
     assert not regions_in(model) and isinstance(model.third, QuantizedConv2d)
     with torch.no_grad():
         assert torch.equal(model(x), Aliases.forward(model, x))  # type: ignore[arg-type]
+
+
+def test_float_layers_of_a_region_can_be_quantized_later() -> None:
+    model, x, _ = converted(Functional)
+    assert type(model.fc) is nn.Linear  # too small to benefit
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        torchquant.quantize_(model, filter_fn="fc")
+        assert isinstance(model.fc, QuantizedLinear)
+        got = model(x)
+        assert 0 < (got - wanted).abs().max() < 0.05
+        torchquant.to_float_(model)

@@ -151,7 +151,7 @@ def test_layers_with_different_configurations_and_several_calls() -> None:
         "0": "skipped: already prepared, with another configuration",
         "2": "prepared",
     }
-    assert outcome(prepare_(model, {"0": exact, "2": static()}, strict=False)) == {
+    assert outcome(prepare_(model, {"0": exact, "2": static()})) == {
         "0": "skipped: already prepared",
         "2": "skipped: already prepared",
     }
@@ -313,13 +313,14 @@ def test_arguments_of_prepare() -> None:
             ((torchquant.Int8DynamicActivationInt8WeightConfig(),), ValueError, "use quantize_"),
             ((QATConfig(),), TypeError, "use prepare_qat_"),
             ((3,), TypeError, "config must be a torchquant configuration"),
-            (({"nothing": static()},), ValueError, "the pattern 'nothing' of config matches no"),
             ((None, floats(2, 5)), ValueError, "got a float32 tensor [2, 5], and the model raised"),
             ((None, "words"), ValueError, "got a str"),
         ):
             with pytest.raises(error) as raised:  # type: ignore[call-overload]
                 prepare_(model, *arguments)
             assert str(raised.value).startswith("prepare_: ") and text in str(raised.value)
+        with pytest.raises(ValueError, match="the pattern 'nothing' of config matches no"):
+            prepare_(model, {"nothing": static()}, strict=True)
         with pytest.raises(ValueError, match="a bare Linear"):
             prepare_(nn.Linear(64, 64))
         with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
@@ -327,9 +328,9 @@ def test_arguments_of_prepare() -> None:
     assert not hooks_of(model)
     model[0] = nn.utils.parametrizations.weight_norm(nn.Linear(64, 128))
     with pytest.raises(ValueError, match="with strict=True every selected layer"):
-        prepare_(model)
+        prepare_(model, strict=True)
     assert not hooks_of(model)
-    assert outcome(prepare_(model, strict=False))["2"] == "prepared"
+    assert outcome(prepare_(model))["2"] == "prepared"
 
 
 def test_a_layer_that_changed_after_the_preparation_is_named() -> None:
@@ -363,14 +364,14 @@ def test_bfloat16_models() -> None:
 
 
 def test_files_keep_the_observer_and_old_files_have_none(tmp_path: Path) -> None:
-    model = mlp()
+    model = mlp().eval()
     prepare_(model, static(observer=Percentile(99.5, 64)))
     calibrate(model, rows())
     with pytest.warns(RuntimeWarning, match=r"no observed ranges, but 2 layers .* \(0, 2\); call"):
         torchquant.save(model, tmp_path / "file")
     convert_(model)
     torchquant.save(model, tmp_path / "file")
-    loaded = mlp(seed=1)
+    loaded = mlp(seed=1).eval()
     torchquant.load(tmp_path / "file", loaded)
     assert loaded[0].config.activations.observer == Percentile(99.5, 64)
     x = floats(5, 64)

@@ -36,7 +36,7 @@ def static(**options: Any) -> QuantizationConfig:
 
 def mlp(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
 
 
 def rows(count: int = 3, seed: int = 0) -> list[Tensor]:

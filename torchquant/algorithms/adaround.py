@@ -91,7 +91,7 @@ def adaround_(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    iterations: int = 1000,
+    iterations: int = 500,
     search_scales: bool = True,
     limit: int | None = None,
     forward: Forward | None = None,
@@ -114,7 +114,7 @@ def adaround_(
         loader: the batches, as for :func:`torchquant.calibrate`. A few hundred samples are enough.
             All batches are kept in memory, and each layer runs the model up to this layer on all of
             them.
-        iterations: number of learning steps per layer; 0 only corrects single weights.
+        iterations: number of learning steps per layer; 0 only rounds single weights the other way.
         search_scales: whether to choose the scales of the weights, too, by the error of the
             outputs; a smaller scale cuts off the greatest weights.
         limit: the greatest number of batches; None for all.

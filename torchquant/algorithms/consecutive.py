@@ -11,7 +11,7 @@ from torch import nn
 from torchquant.graph.regions import Region
 from torchquant.graph.trace import Call, Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.folded_norm import FoldedNorm
+from torchquant.nn.folded_norm import BATCH_NORMS, FoldedNorm
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
 
 # f(s x) = s f(x) for positive s, for each channel on its own.
@@ -161,10 +161,10 @@ class _Finder:
                     return f"its channels are not the input channels of {self.name(call)}"
                 return Pair(self.name(calls[index]), self.name(call), bound, block)
             step = self._step(call)
-            if step is None or (step.flattens and dimensions(first) == 0):
-                return f"{self._described(call)} stands after it"
-            if step.dimensions not in (None, dimensions(first)) or (flat and step.dimensions):
-                return f"{self._described(call)} stands after it"
+            pooled = None if step is None else step.dimensions
+            misfit = pooled not in (None, dimensions(first)) or (flat and pooled is not None)
+            if step is None or misfit or (step.flattens and dimensions(first) == 0):
+                return self._obstacle(call)
             bound = step.bound if step.bound is not None else bound
             flat = flat or step.flattens
 
@@ -176,10 +176,13 @@ class _Finder:
             return _function_step(call)
         return None
 
-    def _described(self, call: Call) -> str:
-        if call.kind == "module":
-            return f"{self.name(call)} ({type(self.module(call)).__name__})"
-        return call.target.rpartition(":")[2]
+    def _obstacle(self, call: Call) -> str:
+        """The reason why no pair reaches beyond a call that is not channel-wise."""
+        if call.kind != "module":
+            return f"{call.target.rpartition(':')[2]} stands after it"
+        module = self.module(call)
+        reason = f"{self.name(call)} ({type(module).__name__}) stands after it"
+        return f"{reason}; prepare_ folds it" if isinstance(module, BATCH_NORMS) else reason
 
     def _unsuited(self, layer: nn.Module) -> str | None:
         kind: Kind | None = kind_of(layer)

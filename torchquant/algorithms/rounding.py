@@ -131,7 +131,7 @@ def adaptive_rounding(
     *,
     qmin: int,
     qmax: int,
-    iterations: int = 1000,
+    iterations: int = 500,
     learning_rate: float = 0.02,
     regularization: float = 2.0,
     beta: tuple[float, float] = (20.0, 2.0),
@@ -153,7 +153,8 @@ def adaptive_rounding(
         scale: float32 ``[G, N]``, positive.
         moments: the moments of the inputs.
         qmin, qmax: the range of the integers.
-        iterations: number of steps of Adam; 0 leaves only the last part, single weights.
+        iterations: number of steps of Adam, each of ``G * N * K * K`` multiply-adds; 0 leaves only
+            the last part, single weights.
         learning_rate: of Adam.
         regularization: weight of the regularizer.
         beta: exponent of the regularizer after the warm-up and at the end.
@@ -177,16 +178,15 @@ def adaptive_rounding(
     settings = Settings(iterations, learning_rate, regularization, beta, warmup)
     with torch.no_grad():
         choices = _Choices.of(weight.float(), scale.float().unsqueeze(-1), qmin, qmax)
-        plain = _improved(choices, choices.nearest, moments)
         if not iterations:
-            return plain.to(torch.int8)
+            return _improved(choices, choices.nearest, moments).to(torch.int8)
         learned = _improved(choices, _learned(choices, moments, settings), moments)
         errors = [
             rounding_error(choices.weight, integers * choices.grid, moments)
-            for integers in (learned, plain)
+            for integers in (learned, choices.nearest)
         ]
         better = (errors[0] < errors[1]).unsqueeze(-1)
-        return torch.where(better, learned, plain).to(torch.int8)
+        return torch.where(better, learned, choices.nearest).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Settings:
         2.0
     """
 
-    iterations: int = 1000
+    iterations: int = 500
     learning_rate: float = 0.02
     regularization: float = 2.0
     beta: tuple[float, float] = (20.0, 2.0)

@@ -29,9 +29,9 @@ from torchquant.bench.side_by_side import Entry, Pace, Progress, chosen_entries
 CONV_SMOKE_PEERS = (OURS, "fp32", "onednn", "onnxruntime")
 CNN_SMOKE_PEERS = (OURS, "fp32", "ao-x86")
 SMOKE_PIXELS = 32
-# Of a network with random weights: every layer adds noise, and no training made it robust. Results
-# of another computation have 1.4.
-MAX_NETWORK_ERROR = 0.8
+# Of a network: every layer adds noise. At 224 x 224 int8 networks stay below 0.1, in a smoke run
+# below 0.3; results of another computation have 1.4.
+MAX_NETWORK_ERROR = 0.35
 
 
 @dataclass(frozen=True)

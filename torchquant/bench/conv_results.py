@@ -72,14 +72,15 @@ class ConvRun(AnyRun[ConvShape]):
     @property
     def first_column(self) -> str:
         """The heading over the cases."""
-        return "N x C x H x W - outputs, kernel, stride, groups"
+        return "shape"
 
     @property
     def note(self) -> str:
         """What a call is, and what its times are measured in."""
         return (
             "Microseconds per call: convolution, bias, relu; 8-bit integers in and out, channels "
-            "last (fp32, bf16: floats in and out)."
+            "last (fp32, bf16: floats in and out). Shapes: N x C x H x W - outputs, k and kernel, "
+            "s and stride, g and groups."
         )
 
     @property

@@ -88,7 +88,8 @@ def random_network(name: str, pixels: int = PIXELS) -> nn.Module:
     """A network in evaluation mode. The same name gives the same weights.
 
     Its batch norms have the statistics of their inputs, so that no activation vanishes or grows
-    from layer to layer.
+    from layer to layer, and a bias, so that most activations are positive: rounding errors then do
+    not grow from layer to layer either, as in a trained network.
 
     Raises:
         ImportError: torchvision or timm is not installed, or cannot be imported.
@@ -99,6 +100,7 @@ def random_network(name: str, pixels: int = PIXELS) -> nn.Module:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
+        nn.init.ones_(norm.bias)
         norm.momentum = None  # the average over all batches: of the only one
     with torch.no_grad():
         model.train()(images(statistics_images(pixels), pixels))

@@ -33,6 +33,7 @@ class Interpreter:
         seen: is told the index and the result of every call.
 
     Example:
+        >>> import torch
         >>> from torchquant.graph.trace import trace
         >>> net = nn.Sequential(nn.Flatten(), nn.ReLU())
         >>> run = Interpreter(trace(net, lambda module: True), net, points={1: lambda x: x + 1})
@@ -192,6 +193,7 @@ def run_as(
     """Call a module with its hooks, and with another forward, which computes the same.
 
     Example:
+        >>> import torch
         >>> run_as(nn.ReLU(), torch.relu, (torch.tensor([-1.0]),), {})
         tensor([0.])
     """

@@ -54,14 +54,13 @@ class Quantized(Protocol):
 
 
 def may_use_kernels(inputs: Sequence[Any]) -> bool:
-    """True if nothing but the values of the results can be asked for: no gradients, no modes.
+    """True if no mode of torch watches the operators, and the inputs are plain float32 tensors.
 
     Example:
-        >>> with torch.no_grad():
-        ...     may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([torch.zeros(1, 4).double()])
+        >>> may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([torch.zeros(1, 4).double()])
         (True, False)
     """
-    if not hasattr(load(), "Program") or torch.is_grad_enabled() or _is_any_autocast_enabled():
+    if _is_any_autocast_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
@@ -118,9 +117,7 @@ class Programs:
         return bool(self.guard.holds())
 
     def run(self, inputs: Sequence[Any]) -> Any:
-        """The result of the forward, or ``REFUSED``."""
-        if not self.ready:
-            return REFUSED
+        """The result of the forward, or ``REFUSED``; only if ``ready``."""
         results: dict[int, Any] = {}
         calls, sources = self.trace.calls, self.plan.sources
         for index, place in self.interpreter.inputs.items():

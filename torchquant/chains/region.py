@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchquant import ops
 from torchquant.chains.averages import average
 from torchquant.chains.first_batch import FirstBatch
+from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import expectations
 from torchquant.chains.interpreter import Interpreter, Substitute
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
@@ -109,20 +110,37 @@ class RegionForward:
         inputs = self._inputs(args, kwargs)
         if inputs is None:
             return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._interpreted(inputs) if self.quantized else self.original(*inputs)
         kernels = self.quantized and may_use_kernels(inputs)
         if kernels and self._programs is not None and self._programs.holds():
-            result = self._programs.run(inputs)
-            return self._interpreted(inputs) if result is REFUSED else result
+            return self._programmed(inputs)
         if not self._is_intact():
             return self.original(*args, **kwargs)
         if not self.quantized:
             return self._observed(inputs)
         if kernels:
             self._programs = Programs(self)
-            result = self._programs.run(inputs)
-            if result is not REFUSED:
-                return result
+            return self._programmed(inputs)
         return self._interpreted(inputs)
+
+    def _programmed(self, inputs: Sequence[Any]) -> Any:
+        """The result by programs, with gradients if they are asked for."""
+        assert self._programs is not None
+        if not self._programs.ready:
+            return self._interpreted(inputs)
+        if torch.is_grad_enabled():
+            parameters = trained([self.root])
+            if parameters or any(item.requires_grad for item in inputs):
+                return recomputed(self._without_gradients, self._interpreted, inputs, parameters)
+            with torch.no_grad():
+                return self._without_gradients(inputs)
+        return self._without_gradients(inputs)
+
+    def _without_gradients(self, inputs: Sequence[Any]) -> Any:
+        assert self._programs is not None
+        result = self._programs.run(inputs)
+        return self._interpreted(inputs) if result is REFUSED else result
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class, on float values between the layers."""
@@ -229,11 +247,12 @@ class RegionForward:
         Args:
             qparams: scale float32 ``[1]`` and zero point int32 ``[1]`` of each edge.
         """
-        scale = torch.cat([one.detach().to(torch.float32).cpu() for one, _ in qparams])
-        zero_point = torch.cat([one.detach().to(torch.int32).cpu() for _, one in qparams])
-        device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
-        self.root.register_buffer(SCALE, scale.to(device))
-        self.root.register_buffer(ZERO_POINT, zero_point.to(device))
+        with torch.inference_mode(False):  # tensors of inference mode have no gradients later
+            scale = torch.cat([one.detach().to(torch.float32).cpu() for one, _ in qparams])
+            zero_point = torch.cat([one.detach().to(torch.int32).cpu() for _, one in qparams])
+            device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
+            self.root.register_buffer(SCALE, scale.to(device))
+            self.root.register_buffer(ZERO_POINT, zero_point.to(device))
         self.settle()
 
     def settle(self) -> None:
@@ -245,6 +264,7 @@ class RegionForward:
         self.observers = {}
         self.expected = expectations(self.root, self.trace)
         self._forget()
+        self._interpreter = self._quantized_interpreter()  # torch.compile cannot make it
 
     def edge_qparams(self, edge: int) -> Qparams:
         """Scale and zero point of an edge, one number each, as they are now."""
@@ -265,10 +285,11 @@ class RegionForward:
 
     def _interpreted(self, inputs: Sequence[Any]) -> Any:
         if self._interpreter is None:
-            self._interpreter = Interpreter(
-                self.trace, self.root, self.substitutes(), self.rounding_points()
-            )
+            self._interpreter = self._quantized_interpreter()
         return self._interpreter(inputs)
+
+    def _quantized_interpreter(self) -> Interpreter:
+        return Interpreter(self.trace, self.root, self.substitutes(), self.rounding_points())
 
     def rounding_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """The functions that round the int8 values, by the index of their call."""

@@ -131,4 +131,4 @@ def _noticed(what: str, module: nn.Module, owners: Owners, counts: Counter[int])
     return f"the {what} is called in more than one place" if counts[id(module)] > 1 else None
 
 
-__all__ = ["Pair", "folded_rows", "pairs_to_fold"]
+__all__ = ["Pair"]

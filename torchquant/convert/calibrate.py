@@ -114,11 +114,8 @@ def _checked(model: Any, loader: Any, limit: Any, forward: Any) -> dict[str, Inp
 
 
 def _iterable(loader: Any) -> bool:
-    try:
-        iter(loader)
-    except TypeError:
-        return False
-    return True
+    """Asked without ``iter``, which would start the workers of a DataLoader."""
+    return hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
 
 
 def _length(loader: Any) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchquant.configs import QuantizationConfig
+from torchquant.convert.adjustment import Adjustment, adjust
 from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
 
@@ -114,7 +115,8 @@ def prepared_layers(model: nn.Module) -> dict[str, InputObserver]:
 
 
 def release(layer: nn.Module) -> None:
-    """Remove the hook of a prepared layer; other hooks stay."""
+    """Remove the hook of a prepared layer, and what an algorithm found; other hooks stay."""
+    adjust(layer, Adjustment())
     for key, hook in list(layer._forward_pre_hooks.items()):
         if isinstance(hook, InputObserver):
             del layer._forward_pre_hooks[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from torchquant.convert.adjustment import Adjustment, adjust, apply_adjustment
+from torchquant.convert.adjustment import apply_adjustment
 from torchquant.convert.calibration_hooks import InputObserver, hook_of, missing_range, release
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.kinds import kind_of
@@ -66,7 +66,6 @@ class Calibrated:
     def release(self) -> None:
         """Remove the hook of the layer, and what an algorithm found for it."""
         release(self.layer)
-        adjust(self.layer, Adjustment())
 
 
 def calibrated(layer: nn.Module) -> Calibrated | None:

@@ -126,19 +126,20 @@ def networks_table(result: DemoResult) -> Table:
     """The convolutional networks: float, calibrated, and trained with integers."""
     networks = result.networks
     count = networks[0].test_images
+    seconds = max(network.seconds for network in networks)
+    images, steps = networks[0].calibration_images, networks[0].steps
     table = titled_table(
-        f"Convolutional networks in int8 from layer to layer, {count} test images",
-        "size and latency: float32, and int8 after calibration",
+        f"Convolutional networks, int8 from layer to layer, on {count} test images",
+        f"Calibrated with {images} images; trained for {plural(steps, 'step')} "
+        f"({seconds:.1f} s). Size and latency: float32 -> int8.",
     )
     table.add_column("")
     for network in networks:
         table.add_column(network.name, justify="right")
-    seconds = max(network.seconds for network in networks)
-    images, steps = networks[0].calibration_images, networks[0].steps
     for label, name in (
         ("Accuracy, float32", "float_correct"),
-        (f"Accuracy, int8, calibrated with {images} images", "static_correct"),
-        (f"Accuracy, int8, trained: {plural(steps, 'step')} in {seconds:.1f} s", "trained_correct"),
+        ("Accuracy, int8 calibrated", "static_correct"),
+        ("Accuracy, int8 trained", "trained_correct"),
     ):
         table.add_row(label, *(f"{getattr(network, name) / count:.2%}" for network in networks))
     sizes = ((human_bytes(one.float_bytes), human_bytes(one.int8_bytes)) for one in networks)

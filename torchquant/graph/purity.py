@@ -120,6 +120,7 @@ def effect_of(module: nn.Module) -> str | None:
 
     Example:
         >>> class Counting(nn.Module):
+        ...     __module__ = "mine"
         ...     def forward(self, x):
         ...         self.calls = 1
         ...         return x

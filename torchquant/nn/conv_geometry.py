@@ -243,4 +243,4 @@ def _sizes(who: str, name: str, value: Any, count: int, least: int = 1) -> tuple
     return tuple(_size(who, name, one, least) for one in values)
 
 
-__all__ = ["before_and_after", "padded", "sizes_text"]
+__all__ = ["before_and_after", "is_channels_last", "sizes_text"]

@@ -84,4 +84,4 @@ def simulated_weight(weight: Tensor, part: Any) -> Tensor:
     return rounded
 
 
-__all__ = ["float_conv", "simulated_input", "simulated_weight"]
+__all__ = ["float_conv"]

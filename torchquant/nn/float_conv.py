@@ -74,7 +74,12 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def value_refusal(module: nn.Module) -> str | None:
-    """The reason why the values of a layer that :func:`refusal` accepts rule it out, or None."""
+    """The reason why the values of a layer that :func:`refusal` accepts rule it out, or None.
+
+    Example:
+        >>> value_refusal(nn.Conv2d(4, 8, 3, device="meta"))
+        'on the meta device, without values; load its weights first'
+    """
     parameter = module._parameters["weight"]
     assert parameter is not None
     weight = parameter.detach()

@@ -73,4 +73,4 @@ def restore_norms(model: nn.Module, norms: Iterable[nn.Module]) -> None:
                 parent._modules[name] = places[id(child)].original
 
 
-__all__ = ["BATCH_NORMS", "FoldedNorm", "places_of", "restore_norms"]
+__all__ = ["FoldedNorm", "places_of", "restore_norms"]

@@ -213,4 +213,4 @@ def _gradients(
     return grad_input, grad_weight
 
 
-__all__ = ["integer_conv", "quantize_samples"]
+__all__ = ["quantize_samples"]

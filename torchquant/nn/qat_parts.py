@@ -117,4 +117,4 @@ def weight_quantizer(
     return LSQQuantizer(part.bits, per_channel=True, num_channels=outputs, axis=0, device=device)
 
 
-__all__ = ["activate", "input_quantizer", "weight_quantizer"]
+__all__ = ["activate"]
