@@ -25,7 +25,7 @@ from torchquant import ops
 from torchquant.chains import region as region_module
 from torchquant.chains.region import RegionForward
 from torchquant.convert.regions import regions_in
-from torchquant.nn import QuantizedConv2d
+from torchquant.nn import QuantizedConv2d, QuantizedLinear
 
 CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
 
@@ -199,14 +199,30 @@ def train(model: Any) -> None:
     model.train()
 
 
-def train_part(model: Any) -> None:
-    model.first[1].train()
+class Dropping(Functional):
+    """Its results depend on the mode, at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.append(nn.Dropout(0.0))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x) if self.training else x)
 
 
-@pytest.mark.parametrize("change", [replace_conv, add_attribute, train, train_part])
+def train_root(model: Any) -> None:
+    model.training = True
+
+
+def train_dropout(model: Any) -> None:
+    model.first[2].train()
+
+
+@pytest.mark.parametrize("change", [replace_conv, add_attribute, train_root, train_dropout, train])
 @pytest.mark.parametrize("copied", [False, True])
 def test_changes_are_respected(change: Callable[[Any], None], copied: bool) -> None:
-    model, x, _ = converted(Functional)
+    model, x, _ = converted(Dropping)
     if copied:
         model = copy.deepcopy(model)
     change(model)
@@ -216,12 +232,22 @@ def test_changes_are_respected(change: Callable[[Any], None], copied: bool) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(model(x), got)  # one warning
-            wanted = Functional.forward(model, x)  # type: ignore[arg-type]
+            wanted = Dropping.forward(model, x)  # type: ignore[arg-type]
     assert torch.equal(got, wanted)
 
 
-def test_a_change_that_is_taken_back_is_no_change() -> None:
+def test_a_mode_that_nothing_reads_changes_nothing() -> None:
     model, x, _ = converted(Functional)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        assert torch.equal(model.train()(x), wanted)
+    (region,) = regions_in(model)
+    assert region._programs is not None and region._programs.holds()
+
+
+def test_a_change_that_is_taken_back_is_no_change() -> None:
+    model, x, _ = converted(Dropping)
     with torch.no_grad():
         wanted = model(x)
         model.train()
@@ -405,3 +431,16 @@ def test_a_record_with_other_results_is_dropped() -> None:
     assert not regions_in(model) and isinstance(model.third, QuantizedConv2d)
     with torch.no_grad():
         assert torch.equal(model(x), Aliases.forward(model, x))  # type: ignore[arg-type]
+
+
+def test_float_layers_of_a_region_can_be_quantized_later() -> None:
+    model, x, _ = converted(Functional)
+    assert type(model.fc) is nn.Linear  # too small to benefit
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        torchquant.quantize_(model, filter_fn="fc")
+        assert isinstance(model.fc, QuantizedLinear)
+        got = model(x)
+        assert 0 < (got - wanted).abs().max() < 0.05
+        torchquant.to_float_(model)

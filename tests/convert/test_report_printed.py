@@ -97,7 +97,8 @@ def rebuilt(data: dict[str, object]) -> QuantizationReport:
     fields = {key: value for key, value in data.items() if key not in ("report", "summary")}
     for name in ("layers", "others"):
         fields[name] = tuple(row(item) for item in fields[name])  # type: ignore[union-attr, attr-defined]
-    fields["notes"], fields["fusions"] = tuple(fields["notes"]), tuple(fields["fusions"])  # type: ignore[arg-type]
+    for name in ("notes", "fusions", "regions"):
+        fields[name] = tuple(fields[name])  # type: ignore[arg-type]
     return QuantizationReport(**fields)  # type: ignore[arg-type]
 
 

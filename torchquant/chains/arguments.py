@@ -152,17 +152,6 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def depends_on_mode(module: nn.Module) -> bool:
-    """True unless a module surely computes the same in training and in evaluation.
-
-    Example:
-        >>> depends_on_mode(nn.ReLU()), depends_on_mode(nn.Dropout())
-        (False, True)
-    """
-    name = _MODULES.get(type(module))
-    return name is None or name == "identity"
-
-
 def attributes_of(module: nn.Module) -> list[str]:
     """The names of the attributes with which a known module computes.
 

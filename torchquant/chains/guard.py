@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.chains.arguments import attributes_of, depends_on_mode
+from torchquant.chains.arguments import attributes_of
 from torchquant.graph.modules import HOOKS
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule
@@ -78,15 +78,21 @@ def expectations(root: nn.Module, trace: Trace) -> list[Expectation]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if path in followed or (depends_on_mode(module) and not _is_layer(module)):
-            found.append(Expectation(module, "training", False))
+        inside = [module] if path in followed else list(module.modules())
+        found += (Expectation(one, "training", False) for one in inside if _reads_mode(one))
         names = _plain_names(module) if path in followed else attributes_of(module)
         found += (Expectation(module, name, module.__dict__[name]) for name in names)
     return found
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedModule)
+def _reads_mode(module: nn.Module) -> bool:
+    """True if a method of the module's class names the attribute ``training``."""
+    if isinstance(module, (QuantizedModule, nn.Identity)):
+        return False
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    functions = (value for cls in classes for value in vars(cls).values())
+    codes = (getattr(value, "__code__", None) for value in functions)
+    return any(code is not None and "training" in code.co_names for code in codes)
 
 
 def _prefixes(path: str) -> Iterator[str]:

@@ -247,11 +247,12 @@ class RegionForward:
         Args:
             qparams: scale float32 ``[1]`` and zero point int32 ``[1]`` of each edge.
         """
-        scale = torch.cat([one.detach().to(torch.float32).cpu() for one, _ in qparams])
-        zero_point = torch.cat([one.detach().to(torch.int32).cpu() for _, one in qparams])
-        device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
-        self.root.register_buffer(SCALE, scale.to(device))
-        self.root.register_buffer(ZERO_POINT, zero_point.to(device))
+        with torch.inference_mode(False):  # tensors of inference mode have no gradients later
+            scale = torch.cat([one.detach().to(torch.float32).cpu() for one, _ in qparams])
+            zero_point = torch.cat([one.detach().to(torch.int32).cpu() for _, one in qparams])
+            device = next((t.device for t in self.root.buffers()), torch.device("cpu"))
+            self.root.register_buffer(SCALE, scale.to(device))
+            self.root.register_buffer(ZERO_POINT, zero_point.to(device))
         self.settle()
 
     def settle(self) -> None:

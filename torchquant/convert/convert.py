@@ -19,7 +19,7 @@ from torchquant.convert.notes import plan_notes, untied_note
 from torchquant.convert.plan import Step, check_model, find_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.ranges import Calibrated, calibrated
-from torchquant.convert.regions import Ranges, quantize, ranges, region_reports
+from torchquant.convert.regions import Ranges, kept, quantize, ranges, region_reports
 from torchquant.convert.unreached import (
     UNREACHED,
     activations_to_restore,
@@ -54,6 +54,11 @@ def convert_(
     them. In eager mode, the outputs of the trained model in evaluation mode keep their bits
     (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`, layers that are
     applied to the same tensor are computed together, which changes no bits.
+
+    In a model that :func:`torchquant.prepare_` prepared, values stay int8 from layer to layer; the
+    report's ``regions`` say where, and where and why they are float. On the CPU such a part of the
+    model runs as one call, unless inner modules have hooks. If it is changed later (a module is
+    replaced), it computes with its layers one by one, and warns once.
 
     A layer with static activations that no batch reached has no range (an expert without tokens, a
     layer that dropped out in every step, a layer whose inputs were all 0). It is a float layer
@@ -100,17 +105,18 @@ def convert_(
     new_layers = {id(step.module): _converted(step) for step in track(steps, "convert_", progress)}
     notes = [*_conversion_notes(steps), *unreached_notes(unreached)]
     bytes_before = tensor_bytes(model)
-    rows = []  # from here on the model changes; nothing can fail
-    for step in plan:
-        new = new_layers.get(id(step.module))
-        if new is not None:
-            rows.append(_replaced(model, step, new))
-        else:
-            rows.append(_restored(model, step) if id(step.module) in left else step.skipped())
-    restore_activations(model, restored)
-    notes += plan_notes(model, plan, account, "convert")
-    calibrated_layers = [step.module for step in steps if isinstance(step.prepared, Calibrated)]
-    fusions = tuple(_fuse(model, calibrated_layers, new_layers.values(), fusion))
+    with kept(model):
+        rows = []  # from here on the model changes; nothing can fail
+        for step in plan:
+            new = new_layers.get(id(step.module))
+            if new is not None:
+                rows.append(_replaced(model, step, new))
+            else:
+                rows.append(_restored(model, step) if id(step.module) in left else step.skipped())
+        restore_activations(model, restored)
+        notes += plan_notes(model, plan, account, "convert")
+        calibrated_layers = [step.module for step in steps if isinstance(step.prepared, Calibrated)]
+        fusions = tuple(_fuse(model, calibrated_layers, new_layers.values(), fusion))
     quantize(observed)
     layers, others = account.filled(rows)
     return QuantizationReport(

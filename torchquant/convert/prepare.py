@@ -44,12 +44,21 @@ def prepare_(
 
     ``prepare_(model, config)``, ``calibrate(model, loader)`` and ``convert_(model)`` replace the
     layers of a model by layers whose activations have one scale each, without training. A prepared
-    layer stays the same float object and computes the same; an observer in a forward pre-hook sees
-    its inputs during :func:`torchquant.calibrate`. The layers are the ones that
-    :func:`torchquant.quantize_` replaces.
+    layer stays the same float object; an observer in a forward pre-hook sees its inputs during
+    :func:`torchquant.calibrate`. The layers are the ones that :func:`torchquant.quantize_`
+    replaces.
+
+    Batch norms become part of the convolutions and linear layers before them, where that changes
+    results by rounding only; the report's ``foldings`` say where. An identity keeps their place.
+
+    Between layers, values stay int8 in the converted model (residual additions, activations,
+    pooling, concatenation), wherever the forward that connects them can be followed without
+    running it on data. The report's ``regions`` say where that is, and where it is not and why;
+    with ``example_inputs`` also how much of the arithmetic will run on integers. The model keeps
+    its class, its submodules and its code.
 
     A prepared model can be copied with ``copy.deepcopy``, pickled, and stored with ``torch.save``,
-    observers included. Its state dict is that of the float model: it has no observers.
+    observers included. Its state dict has no observers, and no folded batch norms.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare
     layers with different configurations. :func:`torchquant.to_float_` takes the preparation back.

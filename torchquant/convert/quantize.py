@@ -14,6 +14,7 @@ from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.projections import group_projections
+from torchquant.convert.regions import kept
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -115,8 +116,9 @@ def quantize_(
     if strict:
         check_strict("quantize_", plan, account.others, problems)
     bytes_before = tensor_bytes(model)
-    rows = _carry_out(model, plan, chosen, bytes_before, progress)
-    fusions = tuple(_fuse(model, plan, fusion))
+    with kept(model):
+        rows = _carry_out(model, plan, chosen, bytes_before, progress)
+        fusions = tuple(_fuse(model, plan, fusion))
     layers, others = account.filled(rows)
     notes = tuple(_notes(model, plan, account, problems))
     return QuantizationReport(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from torchquant.chains.account import report_of
+from torchquant.chains.plan import Plan
 from torchquant.chains.region import SCALE, ZERO_POINT, Qparams, RegionForward, region_of
 from torchquant.configs import Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
@@ -174,6 +175,20 @@ def regions_in(model: nn.Module) -> list[RegionForward]:
     return [region for region in found if region is not None]
 
 
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """A context in which a verb may replace float layers of quantized regions, which stay valid."""
+    regions = [
+        region
+        for region in regions_in(model)
+        if region.quantized
+        and all(one.holds() or one.name == "training" for one in region.expected)
+    ]
+    yield
+    for region in regions:
+        region.settle()
+
+
 def install(region: RegionForward) -> None:
     """Let a region run instead of the forward of its root."""
     region.root.__dict__["forward"] = region
@@ -215,21 +230,20 @@ class Ranges:
 
     Args:
         layers: scale and zero point of the input of each layer of a region, by the layer's id.
-        missing: the reasons why layers of regions have no range, by the layer's id.
-        edges: scale and zero point of each edge of the regions that can be quantized.
+        edges: the regions that can be quantized, their plans without the layers that have no
+            range, and scale and zero point of each edge.
         useless: the regions that cannot, and why.
     """
 
     layers: dict[int, Qparams] = field(default_factory=dict)
-    missing: dict[int, str] = field(default_factory=dict)
-    edges: list[tuple[RegionForward, list[Qparams]]] = field(default_factory=list)
+    edges: list[tuple[RegionForward, Plan, list[Qparams]]] = field(default_factory=list)
     useless: list[tuple[RegionForward, str]] = field(default_factory=list)
 
 
 def ranges(model: nn.Module) -> Ranges:
     """Scales and zero points from what regions and the hooks of their layers have observed.
 
-    The outputs of the model do not change. With torch.distributed, all processes have to call this
+    The model does not change. With torch.distributed, all processes have to call this
     function.
     """
     found = Ranges()
@@ -240,26 +254,24 @@ def ranges(model: nn.Module) -> Ranges:
             reason = region.failure or "no batch reached it in the calibration"
             found.useless.append((region, reason))
             continue
-        observers = _reduced(region)
+        plan, observers = region.plan, _reduced(region)
         missing = {
             path: why
-            for path, edge in region.plan.layers.items()
+            for path, edge in plan.layers.items()
             if (why := missing_range(observers[edge])) is not None
         }
         if missing:
-            found.missing.update(
-                (id(region.root.get_submodule(path)), why) for path, why in missing.items()
-            )
             assert region.facts is not None
+            seen = {value: observers[edge] for value, edge in plan.edge_of.items()}
             rest = {p: part for p, part in region.activations.items() if p not in missing}
-            region.set_plan(region.facts.plan(rest))
-            observers = _reduced(region) if not region.failure else {}
-        if region.failure:
-            found.useless.append((region, region.failure))
+            plan = region.facts.plan(rest)
+            observers = {edge: seen[value] for value, edge in plan.edge_of.items()}
+        if not plan.layers:
+            found.useless.append((region, "none of its layers has a range"))
             continue
-        qparams = [observers[edge].calculate_qparams() for edge in range(len(region.plan.edges))]
-        found.edges.append((region, qparams))
-        for path, edge in region.plan.layers.items():
+        qparams = [observers[edge].calculate_qparams() for edge in range(len(plan.edges))]
+        found.edges.append((region, plan, qparams))
+        for path, edge in plan.layers.items():
             found.layers[id(region.root.get_submodule(path))] = qparams[edge]
     return found
 
@@ -281,7 +293,8 @@ def _reduced(region: RegionForward) -> dict[int, Observer]:
 
 def quantize(found: Ranges) -> None:
     """Quantize the regions, once their layers have been replaced; remove the useless ones."""
-    for region, qparams in found.edges:
+    for region, plan, qparams in found.edges:
+        region.set_plan(plan)
         region.quantize(qparams)
     for region, _ in found.useless:
         remove(region)

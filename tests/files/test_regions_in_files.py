@@ -1,0 +1,89 @@
+"""Files of models with regions: what load checks before it changes the model."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.chain_models import Decides, Functional, Sequence, Shared, images, with_statistics
+from torch import Tensor, nn
+
+import torchquant
+from torchquant.convert.regions import regions_in
+
+CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
+
+
+def saved(cls: Callable[[], nn.Module], path: Path) -> tuple[nn.Module, Tensor]:
+    model, x = with_statistics(cls()), images(2)
+    torchquant.prepare_(model, CONFIG)
+    torchquant.calibrate(model, [x.flatten(2)[:, :, :50] if cls is Sequence else x])
+    torchquant.convert_(model)
+    torchquant.save(model, path)
+    return model, x
+
+
+@pytest.mark.parametrize("cls", [Functional, Shared, Decides])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("training", [False, True])
+def test_round_trip(
+    cls: Callable[[], nn.Module], device: str, training: bool, tmp_path: Path
+) -> None:
+    model, x = saved(cls, tmp_path / "file")
+    with torch.device(device):
+        other = cls().train(training)
+    torchquant.load(tmp_path / "file", other)
+    assert [region.name for region in regions_in(other)] == [
+        region.name for region in regions_in(model)
+    ]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = model(x)
+        assert torch.equal(other.eval()(x), wanted)
+        torchquant.load(tmp_path / "file", other)  # into a converted model
+        assert torch.equal(other(x), wanted)
+    torchquant.save(other, tmp_path / "again")
+    third = torchquant.load(tmp_path / "again", cls().eval())
+    with torch.no_grad():
+        assert torch.equal(third(x), wanted)
+
+
+class Other(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Untraceable(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+MISFITS = {
+    Other: "makes other calls than the one that was saved",
+    Untraceable: "the forward of the model cannot be followed: what its forward does depends",
+}
+
+
+@pytest.mark.parametrize("cls", MISFITS)
+def test_a_forward_that_does_not_fit(cls: Any, tmp_path: Path) -> None:
+    saved(Functional, tmp_path / "file")
+    model = cls().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=MISFITS[cls]):
+        torchquant.load(tmp_path / "file", model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and "forward" not in vars(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert type(model.third) is nn.Conv2d
+
+
+def test_a_float_file_does_not_fit_a_converted_model(tmp_path: Path) -> None:
+    model, x = saved(Functional, tmp_path / "file")
+    torchquant.save(with_statistics(Functional()), tmp_path / "float")
+    with torch.no_grad():
+        wanted = model(x)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            torchquant.load(tmp_path / "float", model)
+        assert torch.equal(model(x), wanted)
