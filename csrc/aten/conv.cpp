@@ -110,10 +110,10 @@ ConvSizes checked(const char* op, const at::Tensor& input, const at::Tensor& pac
 at::Tensor conv_static(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
                        const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& bias,
                        at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding,
-                       at::IntArrayRef dilation, int64_t groups, std::string_view activation,
-                       const OptTensor& residual, const OptTensor& residual_scale, int64_t residual_zero_point,
-                       at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
-                       int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
+                       at::IntArrayRef dilation, int64_t groups, std::string_view activation, const OptTensor& residual,
+                       const OptTensor& residual_scale, int64_t residual_zero_point, at::ScalarType output_dtype,
+                       const OptTensor& output_scale, int64_t output_zero_point, int64_t output_qmin,
+                       int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
   const char* op = "conv_static";
   check_conv_input(op, input);
   const ConvSizes sizes =
@@ -143,7 +143,8 @@ at::Tensor conv_static(const at::Tensor& input, const at::Tensor& input_scale, c
   at::Tensor y = real_result(samples, packed, weight_scale, bias, sizes);
   if (present(residual)) {
     at::Tensor r = residual->reshape(y.sizes());
-    if (present(residual_scale)) r = (r.to(at::kInt) - residual_zero_point).to(at::kFloat) * residual_scale->reshape({});
+    if (present(residual_scale))
+      r = (r.to(at::kInt) - residual_zero_point).to(at::kFloat) * residual_scale->reshape({});
     y = y + r;
   }
   y = apply_activation(y, function);

@@ -17,8 +17,8 @@ int64_t number(const AutogradContext* ctx, const char* name) { return ctx->saved
 
 // What both operators save besides their tensors.
 void save_sizes(AutogradContext* ctx, const Variable& input, const OptTensor& bias, int64_t bias_edge,
-                at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding,
-                at::IntArrayRef dilation, int64_t groups, std::string_view activation) {
+                at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                int64_t groups, std::string_view activation) {
   ctx->saved_data["weight_shape"] = weight_shape.vec();
   ctx->saved_data["stride"] = stride.vec();
   ctx->saved_data["padding"] = padding.vec();
@@ -74,8 +74,8 @@ struct ConvDynamic {
                           bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype,
                           int64_t activation_bits) {
     const bool again = activation != "none";  // the pre-activation is computed again in backward
-    ctx->save_for_backward({again ? input : Variable(), packed, weight_scale,
-                            again ? bias.value_or(Variable()) : Variable()});
+    ctx->save_for_backward(
+        {again ? input : Variable(), packed, weight_scale, again ? bias.value_or(Variable()) : Variable()});
     save_sizes(ctx, input, bias, 3, weight_shape, stride, padding, dilation, groups, activation);
     ctx->saved_data["symmetric"] = symmetric;
     ctx->saved_data["activation_bits"] = activation_bits;
@@ -97,8 +97,8 @@ struct ConvDynamic {
     }
     variable_list results(13);
     if (ctx->needs_input_grad(0))
-      results[0] = through_weight(ctx, grad, saved[1], saved[2])
-                       .to(static_cast<at::ScalarType>(number(ctx, "input_dtype")));
+      results[0] =
+          through_weight(ctx, grad, saved[1], saved[2]).to(static_cast<at::ScalarType>(number(ctx, "input_dtype")));
     if (wants_gradient(ctx, "bias_edge")) results[3] = conv_bias_gradient(ctx, grad);
     return results;
   }
@@ -121,10 +121,10 @@ struct ConvStatic {
     ctx->saved_data["residual_zero_point"] = residual_zero_point;
     ctx->saved_data["input_qmin"] = input_qmin;
     ctx->saved_data["input_qmax"] = input_qmax;
-    return ops::conv_static::call_below_autograd(
-        input, input_scale, input_zero_point, packed, weight_scale, bias, weight_shape, stride, padding, dilation,
-        groups, activation, residual, residual_scale, residual_zero_point, output_dtype, std::nullopt, 0, -128, 127,
-        input_qmin, input_qmax);
+    return ops::conv_static::call_below_autograd(input, input_scale, input_zero_point, packed, weight_scale, bias,
+                                                 weight_shape, stride, padding, dilation, groups, activation, residual,
+                                                 residual_scale, residual_zero_point, output_dtype, std::nullopt, 0,
+                                                 -128, 127, input_qmin, input_qmax);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -136,10 +136,10 @@ struct ConvStatic {
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {
       const at::Tensor pre = ops::conv_static::call(
-          input, scale, zero, saved[3], saved[4], optional_of(saved[5]), ints(ctx, "weight_shape"),
-          ints(ctx, "stride"), ints(ctx, "padding"), ints(ctx, "dilation"), number(ctx, "groups"), "none",
-          optional_of(saved[6]), optional_of(saved[7]), number(ctx, "residual_zero_point"), at::kFloat, std::nullopt,
-          0, -128, 127, qmin, qmax);
+          input, scale, zero, saved[3], saved[4], optional_of(saved[5]), ints(ctx, "weight_shape"), ints(ctx, "stride"),
+          ints(ctx, "padding"), ints(ctx, "dilation"), number(ctx, "groups"), "none", optional_of(saved[6]),
+          optional_of(saved[7]), number(ctx, "residual_zero_point"), at::kFloat, std::nullopt, 0, -128, 127, qmin,
+          qmax);
       grad = activation_backward(activation, grad, pre);
     }
     variable_list results(18);

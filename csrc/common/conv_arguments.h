@@ -114,8 +114,8 @@ inline void check_conv_parameter(const char* op, const char* name, const at::Ten
   check_dtype(op, name, t, type);
   const bool per_tensor_only = is_float_input(input.scalar_type()), one = t.numel() == 1 && t.dim() <= 1;
   TORCH_CHECK_VALUE(one || (!per_tensor_only && t.dim() == 1 && t.size(0) == input.size(0)), op, ": ", name,
-                    " must hold one value", per_tensor_only ? " (float input is quantized per tensor)"
-                                                            : ", or one per sample of input [N]",
+                    " must hold one value",
+                    per_tensor_only ? " (float input is quantized per tensor)" : ", or one per sample of input [N]",
                     ", got ", describe(t), " for input ", describe(input));
 }
 
@@ -132,8 +132,9 @@ inline void check_conv_residual(const char* op, const ConvSizes& sizes, const Op
   const at::ScalarType type = residual->scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kChar, op, ": residual must be float32 or int8, got ",
                    describe(*residual));
-  TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(sizes.output()), op, ": residual must have the result's shape ",
-                    at::IntArrayRef(sizes.output()), ", got ", describe(*residual));
+  TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(sizes.output()), op,
+                    ": residual must have the result's shape ", at::IntArrayRef(sizes.output()), ", got ",
+                    describe(*residual));
   TORCH_CHECK_VALUE(present(scale) == (type == at::kChar), op,
                     ": residual_scale must be given exactly where residual is int8, got ", describe(*residual),
                     present(scale) ? " with" : " without", " residual_scale");

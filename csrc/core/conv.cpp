@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -163,42 +164,74 @@ int64_t tiles_side_by_side(int64_t tiles) {
   return tiles % 3 == 0 || tiles % 4 == 1 ? 3 : 4;
 }
 
+// The least and the greatest int8 output. relu and relu6 do nothing else than to move them: quantization is monotone.
+struct Limits {
+  bool ok;  // whether that is all that the activation does
+  int32_t least, greatest;
+};
+Limits int8_limits(tq_activation activation, const tq_qparams& q) {
+  if (activation == TQ_NONE) return {true, q.qmin, q.qmax};
+  const int32_t least = std::max(q.qmin, q.zero_point);
+  if (activation == TQ_RELU) return {true, least, q.qmax};
+  if (activation != TQ_RELU6) return {false, 0, 0};
+  const float six = std::nearbyint(6.0f * (1.0f / q.scale)), most = static_cast<float>(q.qmax - q.zero_point);
+  return {true, least, six < most ? static_cast<int32_t>(six) + q.zero_point : q.qmax};
+}
+
+// Fills the channels of a group, for whole tiles, and returns the greatest magnitude that a value can have before it is
+// divided by the output's scale, as the bits of a float: NaN is above all numbers.
+int32_t fill_channels(const Conv& conv, int64_t group, int32_t* start, float* scale, float* bias) {
+  const tq_conv_call& call = conv.call;
+  const int64_t n = conv.shape.n(), k = conv.shape.k();
+  const int32_t zero = call.input_zero_point ? *call.input_zero_point : 0;
+  const uint32_t row_zero = static_cast<uint32_t>(zero + conv.table.panel_offset);
+  const float input_scale = *call.input_scale, greatest_sum = 255.0f * 128.0f * static_cast<float>(k);
+  const int8_t* const packed = call.packed + group * packed_group_bytes(conv.shape);
+  int32_t greatest = 0;
+  for (int64_t tile = 0; tile < conv.tiles; ++tile, start += kTileN, scale += kTileN, bias += kTileN) {
+    const int64_t channel = group * n + tile * kTileN, count = std::min(kTileN, n - tile * kTileN);
+    const int32_t* const sums = tile_sums(tile_at(packed, k, tile), k);
+    for (int64_t i = 0; i < kTileN; ++i)
+      start[i] = static_cast<int32_t>(0u - row_zero * static_cast<uint32_t>(sums[i]));
+    for (int64_t i = 0; i < count; ++i) scale[i] = input_scale * call.weight_scale[channel + i];
+    for (int64_t i = 0; i < count; ++i) bias[i] = call.bias ? call.bias[channel + i] : 0.0f;
+    for (int64_t i = count; i < kTileN; ++i) scale[i] = bias[i] = 0.0f;
+    for (int64_t i = 0; i < kTileN; ++i) {
+      const float magnitude = greatest_sum * std::fabs(scale[i]) + std::fabs(bias[i]);
+      int32_t bits;
+      std::memcpy(&bits, &magnitude, sizeof(bits));
+      greatest = std::max(greatest, bits & 0x7fffffff);  // without the sign, which NaN may have
+    }
+  }
+  return greatest;
+}
+
 // Makes the product with an int8 output the one to use, where its conditions hold (Int8Channels in kernels/conv.h).
 // memory: what conv.channels points to.
 void prefer_int8(Conv& conv, std::unique_ptr<float[]>& memory) {
   const tq_conv_call& call = conv.call;
-  const ConvShape& shape = conv.shape;
-  const bool relu = call.activation == TQ_RELU;
-  if (!conv.table.gemm_int8 || call.out.type != TQ_I8 || call.per_image || shape.k() > kMaxExactK ||
-      (call.activation != TQ_NONE && !relu) || (call.residual && call.residual->type != TQ_I8))
+  const tq_qparams& q = call.out_qparams;
+  if (!conv.table.gemm_int8 || call.out.type != TQ_I8 || call.per_image || conv.shape.k() > kMaxExactK ||
+      (call.residual && call.residual->type != TQ_I8))
     return;
-  const int64_t width = conv.tiles * kTileN, count = shape.groups * width, n = shape.n();
+  const Limits limits = int8_limits(call.activation, q);
+  if (!limits.ok) return;
+  const int64_t width = conv.tiles * kTileN, count = conv.shape.groups * width;
   memory.reset(new (std::nothrow) float[static_cast<size_t>(3 * count)]);
   if (!memory) return;
   float* const scale = memory.get();
   float* const bias = scale + count;
   int32_t* const start = reinterpret_cast<int32_t*>(bias + count);
-  const uint32_t zero =
-      static_cast<uint32_t>((call.input_zero_point ? *call.input_zero_point : 0) + conv.table.panel_offset);
-  const float greatest_sum = 255.0f * 128.0f * static_cast<float>(shape.k());
-  float greatest = 0.0f;
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    const int8_t* packed = call.packed + group * packed_group_bytes(shape);
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t at = group * width + i, channel = group * n + i;
-      const uint32_t sum = static_cast<uint32_t>(tile_sums(tile_at(packed, shape.k(), i / kTileN), shape.k())[i % kTileN]);
-      start[at] = static_cast<int32_t>(0u - zero * sum);
-      scale[at] = i < n ? call.input_scale[0] * call.weight_scale[channel] : 0.0f;
-      bias[at] = i < n && call.bias ? call.bias[channel] : 0.0f;
-      const float magnitude = greatest_sum * std::fabs(scale[at]) + std::fabs(bias[at]);
-      greatest = magnitude <= greatest ? greatest : magnitude;  // NaN stays
-    }
-  }
-  const tq_qparams& q = call.out_qparams;
+  int32_t bits = 0;
+  for (int64_t group = 0; group < conv.shape.groups; ++group)
+    bits =
+        std::max(bits, fill_channels(conv, group, start + group * width, scale + group * width, bias + group * width));
+  float greatest;
+  std::memcpy(&greatest, &bits, sizeof(greatest));
   if (call.residual) greatest += 255.0f * call.residual_qparams.scale;
-  if (!(greatest * (1.0f / q.scale) <= 0x1p30f) || !(greatest <= 0x1p100f)) return;
-  conv.channels = {start, scale, bias, static_cast<int8_t>(relu ? std::max(q.qmin, q.zero_point) : q.qmin),
-                   static_cast<int8_t>(q.qmax)};
+  // A comparison with NaN is false. The second one: an infinity times a tiny 1 / scale would be small.
+  if (!(greatest * (1.0f / q.scale) <= 0x1p30f && greatest <= 0x1p100f)) return;
+  conv.channels = {start, scale, bias, static_cast<int8_t>(limits.least), static_cast<int8_t>(limits.greatest)};
   conv.tile_block = tiles_side_by_side(conv.tiles);
   conv.panel_rows = conv.row_block = conv.table.int8_rows[conv.tile_block];
 }

@@ -38,8 +38,7 @@ void check_packed_conv(const char* op, const at::Tensor& packed, const ConvShape
                    describe(packed));
   const PackedShape size = packed_shape(shape);
   TORCH_CHECK_VALUE(packed.dim() == 2 && packed.size(0) == size.rows && packed.size(1) == size.columns &&
-                        packed.is_contiguous() &&
-                        is_packed_conv(packed.const_data_ptr<int8_t>(), shape),
+                        packed.is_contiguous() && is_packed_conv(packed.const_data_ptr<int8_t>(), shape),
                     op, ": packed must be the int8 [", size.rows, ", ", size.columns,
                     "] result of pack_conv_weight for weight_shape and groups = ", shape.groups, ", got ",
                     describe(packed));
@@ -76,8 +75,15 @@ at::Tensor with_channels_last(const at::Tensor& t) {
 }
 
 tq_image image_of(const at::Tensor& t) {  // a result of with_channels_last
-  return {const_cast<void*>(t.const_data_ptr()), type_of(t),   t.size(0),   t.size(2), t.size(3),
-          t.size(1),                             t.stride(0), t.stride(2), t.stride(3)};
+  return {const_cast<void*>(t.const_data_ptr()),
+          type_of(t),
+          t.size(0),
+          t.size(2),
+          t.size(3),
+          t.size(1),
+          t.stride(0),
+          t.stride(2),
+          t.stride(3)};
 }
 
 // ---------------------------------------------------------------- the call
@@ -135,8 +141,8 @@ at::Tensor run(Call& c, const at::Tensor& input, at::ScalarType dtype) {
   c.call.input = image_of(c.input);
   c.call.input_scale = c.input_scale.const_data_ptr<float>();
   c.call.input_zero_point = c.input_zero.defined() ? c.input_zero.const_data_ptr<int32_t>() : nullptr;
-  at::Tensor out = empty_output({s.n, s.out_h, s.out_w, s.weight.outputs}, input.options().dtype(dtype))
-                       .permute({0, 3, 1, 2});
+  at::Tensor out =
+      empty_output({s.n, s.out_h, s.out_w, s.weight.outputs}, input.options().dtype(dtype)).permute({0, 3, 1, 2});
   c.call.out = image_of(out);
   check_status(tq_conv(&c.call, &kTorchThreads));
   if (s.spatial == 1) return out.squeeze(2).contiguous();
@@ -152,10 +158,10 @@ at::Tensor empty_result(const Call& c, const at::Tensor& input, at::ScalarType d
 at::Tensor conv_static(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
                        const at::Tensor& packed, const at::Tensor& weight_scale, const OptTensor& bias,
                        at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding,
-                       at::IntArrayRef dilation, int64_t groups, std::string_view activation,
-                       const OptTensor& residual, const OptTensor& residual_scale, int64_t residual_zero_point,
-                       at::ScalarType output_dtype, const OptTensor& output_scale, int64_t output_zero_point,
-                       int64_t output_qmin, int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
+                       at::IntArrayRef dilation, int64_t groups, std::string_view activation, const OptTensor& residual,
+                       const OptTensor& residual_scale, int64_t residual_zero_point, at::ScalarType output_dtype,
+                       const OptTensor& output_scale, int64_t output_zero_point, int64_t output_qmin,
+                       int64_t output_qmax, int64_t input_qmin, int64_t input_qmax) {
   const char* op = "conv_static";
   check_conv_input(op, input);
   Call c;

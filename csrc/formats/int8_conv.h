@@ -24,7 +24,7 @@
 
 namespace torchquant {
 
-struct ConvShape {  // of a weight; one dimension: kernel_h = 1
+struct ConvShape {                                        // of a weight; one dimension: kernel_h = 1
   int64_t outputs, channels, kernel_h, kernel_w, groups;  // channels: of a group
 
   int64_t n() const { return outputs / groups; }

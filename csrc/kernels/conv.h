@@ -24,7 +24,8 @@ struct GatherArgs {
 
 // What the product with an int8 output needs about each channel, for whole tiles of 16:
 //
-//   q = clamp(rint(((start + sum_k A[m, k] W[n, k]) scale + bias + residual) inv_out_scale) + out_zero, least, greatest)
+//   q = clamp(rint(((start + sum_k A[m, k] W[n, k]) scale + bias + residual) inv_out_scale) + out_zero,
+//             least, greatest)
 //
 // start = -row_zero sum_k W[n, k], scale = row_scale weight_scale[n]: all rows have one scale and one zero point. The
 // activation is none, or one that only moves `least` and `greatest`. No value before the conversion to an integer

@@ -148,6 +148,15 @@ def test_verbs_keep_the_region_and_help(verb):
     assert "forward" in better.__dict__, "the region holds"
 
 
+def test_weights_per_tensor_keep_one_scale():
+    four = torchquant.QuantizationConfig(Weights(4, granularity=PerTensor()), Static())
+    model = with_statistics(Depthwise(blocks=1))
+    plain, better = quantized(model, four), quantized(model, four, rounded_)
+    assert error(better, model) < error(plain, model)
+    for layer in (layer for layer in better.modules() if hasattr(layer, "qweight")):
+        assert len(layer.weight_scale.unique()) == 1
+
+
 def test_every_layer_of_a_network_is_rounded_and_corrected():
     model = load_digits_resnet()
     data = [augment(digit_images(test_copies=0).train_images[:8], torch.Generator())]

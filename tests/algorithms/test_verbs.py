@@ -168,6 +168,28 @@ def test_corrected_biases_take_the_mean_error_out():
     assert "3 corrected, 0 left; greatest mean error" in report.summary()
 
 
+class Branching(nn.Module):
+    """No region: each layer rounds its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(mlp())
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if x.shape[0] else x
+        return x + 0 if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("build", [mlp, Branching])
+def test_the_rounding_of_inputs_is_corrected_too(build):
+    config = torchquant.IntxActivationIntxWeightConfig(8, activation_bits=3, static=True)
+    reference, model = build(), prepared(build(), config)
+    plain = mean_error(converted(model), reference)
+    correct_bias_(model, batches())
+    assert mean_error(converted(model), reference) < 0.01 * plain
+
+
 def test_a_second_correction_is_the_first():
     model = prepared()
     correct_bias_(model, batches())
@@ -244,6 +266,14 @@ def test_layers_that_are_called_twice_or_never(name):
     assert (report["rare"].action, report["rare"].reason) == ("left", "no batch reached it")
     assert "never" not in report, "convert_ leaves it in float"
     converted(model)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_layers_behind_the_one_at_work_do_not_run(name):
+    model, calls = prepared(), []
+    model[4].register_forward_pre_hook(lambda module, args: calls.append(type(module).__name__))
+    VERBS[name](model, batches(1))
+    assert calls == ["Linear", "Linear", "QuantizedLinear"], "for the order, and for itself"
 
 
 @pytest.mark.parametrize("name", VERBS)

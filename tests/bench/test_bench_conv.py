@@ -35,6 +35,7 @@ from torchquant.cli import main as cli
 VISION = find_spec("torchvision") is not None and find_spec("timm") is not None
 needs_vision = pytest.mark.skipif(not VISION, reason="needs the package torchvision, timm")
 PIXELS = 32
+SLOW = ("ao-onednn", "ao-fbgemm", "bf16")
 
 
 def invoke(*arguments: str) -> Any:
@@ -176,13 +177,10 @@ def test_a_convolution_that_computes_something_else_is_found_out() -> None:
     assert server.input(1, 8, 8)["error"] > 0.05
 
 
-# One engine of torch.ao suffices: they differ in a name.
+# One engine of torch.ao and one type of torch suffice: the others differ in a name.
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("ao-onednn", "ao-fbgemm") else ())
-        for name in CNN
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CNN],
 )
 @needs_vision
 def test_every_peer_computes_the_network(name: str) -> None:

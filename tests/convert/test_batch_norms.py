@@ -266,6 +266,35 @@ def test_what_is_not_a_pair_is_reported_and_left_alone(name: str) -> None:
     assert layers and not any(isinstance(layer, QATConvBn2d) for layer in layers)
 
 
+def transposed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ConvTranspose2d(32, 32, 2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.Conv2d(32, 32, 3),
+    ).eval()
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_file_with_a_batch_norm_folded_into_a_float_layer(place: str, tmp_path: Path) -> None:
+    model, x = transposed(), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        torchquant.prepare_(model, torchquant.Int8StaticActivationInt8WeightConfig(), x)
+        torchquant.calibrate(model, [x], progress=False)
+        torchquant.convert_(model)
+        assert type(model[2]) is nn.ConvTranspose2d and type(model[3]) is FoldedNorm
+        torchquant.save(model, tmp_path / "file")
+        other = torchquant.load(tmp_path / "file", transposed().to(place))
+        assert_same_bits(other(x), model(x))
+    bad = transposed()
+    bad[4] = nn.Conv2d(32, 16, 3)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        torchquant.load(tmp_path / "file", bad)
+    assert bad[2].bias is None  # the change is undone
+
+
 def test_a_file_of_another_structure_is_refused(tmp_path: Path) -> None:
     model = trained()
     torchquant.convert_(model)

@@ -26,6 +26,9 @@ def results(namespace: Any, case: Case, device: str = "cpu") -> tuple[Tensor, ..
     if case.operator in ("pack_weight", "quantize_pack"):
         sizes = case.given["weight"].shape
         found = (namespace.unpack_weight(found[0], *sizes), *found[1:])
+    if case.operator == "pack_conv_weight":
+        sizes = case.given["weight"].shape
+        found = (namespace.unpack_conv_weight(found[0], list(sizes), case.given["groups"]),)
     assert all(tensor.device.type == device for tensor in found)
     return tuple(tensor.cpu() for tensor in found)
 

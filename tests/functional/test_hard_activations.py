@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support import INF, NAN, assert_same_bits
+from support import INF, NAN, assert_same_bits, check_everywhere
 from torch.nn import functional as F
 
+from torchquant import ops
 from torchquant.functional import ACTIVATIONS
 
 TORCH = {
@@ -27,6 +28,14 @@ def test_bits_are_torchs(name: str) -> None:
     near = torch.linspace(-7, 7, 1_000_003)  # where the functions bend
     for x in (every(997), near, near[::3]):  # in vectors and one by one
         assert_same_bits(ACTIVATIONS[name](x), TORCH[name](x), name)
+
+
+@pytest.mark.parametrize("name", ["hardswish", "hardsigmoid"])
+def test_kernels_divide_by_six_as_torch_does(name: str) -> None:
+    """They multiply and correct the error instead; results may be denormal or infinite."""
+    tiny = torch.arange(1, 200_000, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([every(4999), tiny, -tiny, tiny * 2.0**20])
+    check_everywhere(lambda: ops.activation(x, name), TORCH[name](x), what=name)
 
 
 @pytest.mark.slow

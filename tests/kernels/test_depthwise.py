@@ -18,6 +18,7 @@ from support.core import (
     channels_last,
     empty,
     image,
+    placed,
     pointer,
 )
 from torch import Tensor
@@ -111,7 +112,7 @@ def packed(weight: Tensor) -> Tensor:
     columns = LIBRARY.tq_depthwise_block_bytes(ctypes.c_int64(kh), ctypes.c_int64(kw))
     memory = torch.empty(blocks * columns + 64, dtype=torch.int8)
     start = -memory.data_ptr() % 64
-    out = memory[start : start + blocks * columns]
+    out = placed(memory[start : start + blocks * columns])
     sizes = [ctypes.c_int64(size) for size in (o, kh, kw)]
     call("tq_pack_depthwise", pointer(weight), *sizes, pointer(out))
     back = torch.empty_like(weight)
@@ -126,8 +127,8 @@ def check(shape: Shape, case: Case, seed: int) -> int:
     o, (kh, kw) = shape.c * shape.multiplier, shape.kernel
     q = channels_last(integers((shape.n, shape.c, shape.h, shape.w), seed, case.extreme), seed % 3)
     weight = integers((o, 1, kh, kw), seed + 1, case.extreme)
-    weight_scale = torch.rand(o, generator=g) * 0.02 + 0.001
-    bias = torch.randn(o, generator=g) if case.bias else None
+    weight_scale = placed(torch.rand(o, generator=g) * 0.02 + 0.001)
+    bias = placed(torch.randn(o, generator=g)) if case.bias else None
     if bias is not None and case.bias_value is not None:
         bias[o // 2] = case.bias_value
     count = shape.n if case.per_image else 1

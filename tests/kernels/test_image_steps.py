@@ -22,6 +22,7 @@ from support.core import (
     empty,
     float_image,
     image,
+    placed,
     pointer,
 )
 from torch import Tensor
@@ -81,7 +82,7 @@ def check(
                 out = empty(tuple(expected.shape), expected.dtype, gap)
                 struct: object = image(out)
             else:
-                out = torch.empty_like(like)
+                out = placed(torch.empty_like(like))
                 struct = float_image(out)
             given = [struct if argument is Out else argument for argument in arguments]
             with cpu.use_isa(isa):
@@ -121,7 +122,7 @@ def test_quantize_and_dequantize(layout: str, dtype: torch.dtype) -> None:
         scale, zero_point, qmin, qmax = qparams
         x = torch.randn(shape, generator=generator(number)) * scale * 60
         x.view(-1)[: len(special)] = special[: x.numel()]
-        x = LAYOUTS[layout](x.to(dtype))
+        x = placed(LAYOUTS[layout](x.to(dtype)))
         q = functional.quantize(x, scale, zero_point, qmin=qmin, qmax=qmax, dtype=torch.int8)
         arguments = float_image(x), Qparams(*qparams), Out
         asked += check("tq_image_quantize", *arguments, expected=q, gap=gap, what=(shape, qparams))
@@ -188,6 +189,7 @@ def test_map_and_copy() -> None:
         functional.int8_table(0.05, 3, activation="silu", output_scale=0.03),
         functional.int8_table(0.05, 3, activation="tanh"),
     )
+    tables = tuple(map(placed, tables))
     for number, shape, _, gap in cases():
         q = channels_last(integers(shape, number), gap)
         for table in tables:

@@ -6,7 +6,6 @@ and this file is also the script that it runs: ``python test_memory_safety.py <i
 """
 
 import ctypes
-import mmap
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import torch
 from support import ACTIVATIONS, integers, positive
 from support.ahead import ahead, selected
+from support.holes import LIBC, beside_a_hole
 from torch import Tensor
 
 from torchquant import cpu, ops
@@ -25,9 +25,6 @@ from torchquant import cpu, ops
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="uses Linux's mmap, mprotect and LD_PRELOAD"
 )
-
-PAGE = mmap.PAGESIZE
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 # The results' memory comes from torch's allocator, which calls posix_memalign and free: while the
 # guard is up, these give and take blocks that end at an unmapped page.
@@ -72,22 +69,6 @@ void free(void* p) {
 
 
 # ---------------------------------------------------------------- in the process of its own
-
-
-def beside_a_hole(tensor: Tensor, before: bool = False) -> Tensor:
-    """The same values in memory that ends at an unmapped page, or begins behind one."""
-    if tensor.numel() == 0:
-        return tensor
-    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    room = -(-len(data) // PAGE) * PAGE
-    memory = mmap.mmap(-1, room + PAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    offset = PAGE if before else room - len(data)
-    memory[offset : offset + len(data)] = data
-    hole = address if before else address + room
-    assert LIBC.mprotect(ctypes.c_void_p(hole), ctypes.c_size_t(PAGE), 0) == 0
-    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return flat.view(tensor.shape)
 
 
 def rows_beside_a_hole(tensor: Tensor, before: bool) -> Tensor:

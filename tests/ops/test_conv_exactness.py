@@ -51,7 +51,9 @@ def test_conv_static_of_integers_is_its_specification(conv, zero, residual, outp
     options: dict[str, Any] = {"output_dtype": output}
     if output == torch.int8:
         options |= {"output_scale": torch.tensor([scale])}
-        options |= dict(zip(("output_qmin", "output_qmax", "output_zero_point"), limits, strict=True))
+        options |= dict(
+            zip(("output_qmin", "output_qmax", "output_zero_point"), limits, strict=True)
+        )
     if residual is not None:
         shape = outputs(conv)
         values = integers(*shape) if residual == torch.int8 else floats(*shape)

@@ -51,6 +51,24 @@ def test_linear_operators_count_as_the_float_layer(shape: tuple[int, ...]) -> No
         assert count(call) == expected, name
 
 
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_convolutions_count_as_the_float_layer(spatial: int) -> None:
+    kernel, stride, padding, dilation = ((3, 2)[:spatial] for _ in range(4))
+    layer = (nn.Conv1d, nn.Conv2d)[spatial - 1](4, 6, kernel, stride, padding, dilation, groups=2)
+    x, weight = floats(5, 4, *(19, 17)[:spatial]), integers(6, 2, *kernel)
+    packed, options = ops.pack_conv_weight(weight, 2), {"weight_shape": list(weight.shape)}
+    options |= {"stride": list(stride), "dilation": list(dilation), "groups": 2}
+    options["padding"] = [n for n in padding for _ in range(2)]
+    expected = count(lambda: layer(x))
+    assert expected > 0
+    calls: dict[str, Callable[[], object]] = {
+        "dynamic": lambda: ops.conv_dynamic(x, packed, positive(6), **options),
+        "static": lambda: ops.conv_static(x, ONE, None, packed, positive(6), **options),
+    }
+    for name, call in calls.items():
+        assert count(call) == expected, name
+
+
 def test_split_counts_as_its_layers() -> None:
     both = torch.cat([PACKED, ops.pack_weight(integers(7, K))])
     options = {"out_features": [N, 7]}

@@ -1,4 +1,4 @@
-"""Tensors that fit together, for the calls in tests/cases.py, and the list of what makes the calls."""
+"""Tensors that fit together for the calls in tests/cases.py, and the list of their generators."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -70,12 +70,19 @@ class Convolution:
             return wide[:, ::2].movedim(-1, 1)
         return t.contiguous()
 
-    def check_dynamic(self, dtype: torch.dtype, threads: tuple[int, ...] = (1,), **options: Any) -> None:
+    def check_dynamic(
+        self, dtype: torch.dtype, threads: tuple[int, ...] = (1,), **options: Any
+    ) -> None:
         x = self.formed(floats(*self.input_shape, seed=self.seed + 4, dtype=dtype))
         self.check("conv_dynamic", (x,), threads, **options)
 
     def check_static(
-        self, input: Tensor, scale: Tensor, zero: Any, threads: tuple[int, ...] = (1,), **options: Any
+        self,
+        input: Tensor,
+        scale: Tensor,
+        zero: Any,
+        threads: tuple[int, ...] = (1,),
+        **options: Any,
     ) -> None:
         self.check("conv_static", (self.formed(input), scale, zero), threads, **options)
 

@@ -6,6 +6,7 @@ takes; the structs here repeat the header's.
 
 import ctypes
 import itertools
+import os
 import random
 from collections.abc import Callable
 from ctypes import Structure, c_bool, c_float, c_int, c_int32, c_int64, c_void_p
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.holes import strided_beside_a_hole
 from torchquant import _C, functional
 
 LIBRARY = ctypes.CDLL(_C.__file__)
@@ -149,12 +151,21 @@ def pointer(x: Tensor) -> c_void_p:
     return c_void_p(x.data_ptr())
 
 
+# "before" or "behind": where an unmapped page is beside images and their parameters.
+HOLE = os.environ.get("TORCHQUANT_TEST_HOLE")
+
+
+def placed(x: Tensor) -> Tensor:
+    """The tensor itself, or its values beside an unmapped page; its strides stay."""
+    return x if HOLE is None else strided_beside_a_hole(x, before=HOLE == "before")
+
+
 def channels_last(x: Tensor, gap: int = 0) -> Tensor:
     """The same values with contiguous channels, as a slice of the channels of a wider image."""
     n, c, h, w = x.shape
     wide = torch.full((n, h, w, c + gap), 77, dtype=x.dtype)
     wide[..., gap // 2 : gap // 2 + c] = x.permute(0, 2, 3, 1)
-    return wide[..., gap // 2 : gap // 2 + c].permute(0, 3, 1, 2)
+    return placed(wide[..., gap // 2 : gap // 2 + c].permute(0, 3, 1, 2))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.int8, gap: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from torchquant.files.fit import check_fit, current_tensors, refusing
 from torchquant.files.format import read
 from torchquant.files.places import (
     activation_places,
+    add_biases,
     checked_activations,
     new_layers,
     norm_places,
@@ -92,6 +93,7 @@ def load(
         activations = checked_activations(header.get("activations", {}), model)
         regions = new_regions(header.get("regions", {}), model)
         state = current_names(state, model, header["format"])
+        add_biases(header.get("folded", []), state, model)
         current = current_tensors(model)
         check_fit(state, current)
         ready = as_tied(state, current, header["layers"], target)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torchquant.convert.activations import function_of
 from torchquant.files.entries import current_entry, layer_entry
@@ -142,6 +143,22 @@ def norm_places(folded: Sequence[str], model: nn.Module) -> list[tuple[nn.Module
         if id(old) in places and name not in folded:
             raise Misfit(f"{name!r} is a separate module in the file, a shared module in the model")
     return list(places.values())
+
+
+def add_biases(folded: Sequence[str], state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Give float layers without a bias the bias of the batch norm that became part of them.
+
+    The parameters have no values until the state is loaded.
+    """
+    if not folded:
+        return
+    for name, module in model.named_modules():
+        value = state.get(f"{name}.bias")
+        if value is None or module._parameters.get("bias", value) is not None:
+            continue
+        weight = module._parameters.get("weight")
+        trained = weight is not None and weight.requires_grad
+        module._parameters["bias"] = nn.Parameter(torch.empty_like(value, device="meta"), trained)
 
 
 def checked_activations(stored: Any, model: nn.Module) -> set[str]:

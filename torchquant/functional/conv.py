@@ -107,7 +107,8 @@ def conv_static(
     require_tensor(who, "input", input)
     sizes = conv_sizes(who, input.shape, weight, stride, padding, dilation, groups)
     require_device(who, "weight", weight, input.device)
-    limits, shapes = (-128, 127), ((1,),)
+    limits = (-128, 127)
+    shapes: tuple[tuple[int, ...], ...] = ((1,),)
     if input.is_floating_point():
         require_dtype(who, "input", input, FLOAT_DTYPES)
         if not -128 <= input_qmin < input_qmax <= 127:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from torchquant.bench.peers.base import Call
 
-__all__ = ["Call", "ConvCall", "ConvLayer", "ConvPeer", "channels_last", "quantized_call"]
-
 
 @dataclass(frozen=True)
 class ConvLayer:

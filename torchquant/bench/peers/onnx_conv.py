@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchquant.bench.peers.conv_base import Call, ConvCall, ConvLayer, ConvPeer
+from torchquant.bench.peers.base import Call
+from torchquant.bench.peers.conv_base import ConvCall, ConvLayer, ConvPeer
 from torchquant.bench.peers.onnx_graph import Graph, open_session, session_calls
 from torchquant.bench.peers.openvino_core import OpenvinoCore
 

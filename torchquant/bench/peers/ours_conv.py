@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import torchquant
-from torchquant.bench.peers.conv_base import Call, ConvCall, ConvLayer, ConvPeer, channels_last
+from torchquant.bench.peers.base import Call
+from torchquant.bench.peers.conv_base import ConvCall, ConvLayer, ConvPeer, channels_last
 
 
 class TorchquantConv(ConvPeer):

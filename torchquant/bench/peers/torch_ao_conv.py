@@ -9,7 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from torchquant.bench.peers.conv_base import Call, ConvCall, ConvLayer, ConvPeer
+from torchquant.bench.peers.base import Call
+from torchquant.bench.peers.conv_base import ConvCall, ConvLayer, ConvPeer
 from torchquant.bench.peers.torch_ao import require_quantized_tensors, select_engine
 
 

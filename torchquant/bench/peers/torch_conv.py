@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from torchquant.bench.peers.conv_base import Call, ConvCall, ConvLayer, ConvPeer, channels_last
+from torchquant.bench.peers.base import Call
+from torchquant.bench.peers.conv_base import ConvCall, ConvLayer, ConvPeer, channels_last
 
 
 class TorchConv(ConvPeer):
