@@ -168,9 +168,23 @@ def test_corrected_biases_take_the_mean_error_out():
     assert "3 corrected, 0 left; greatest mean error" in report.summary()
 
 
-def test_the_rounding_of_inputs_is_corrected_too():
+class Branching(nn.Module):
+    """No region: each layer rounds its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(mlp())
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if x.shape[0] else x
+        return x + 0 if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("build", [mlp, Branching])
+def test_the_rounding_of_inputs_is_corrected_too(build):
     config = torchquant.IntxActivationIntxWeightConfig(8, activation_bits=3, static=True)
-    reference, model = mlp(), prepared(config=config)
+    reference, model = build(), prepared(build(), config)
     plain = mean_error(converted(model), reference)
     correct_bias_(model, batches())
     assert mean_error(converted(model), reference) < 0.01 * plain

@@ -162,20 +162,37 @@ def test_values_between_layers_have_8_bits() -> None:
     assert bits == {"x": 4, "relu": 4, "second": 8, "operator:add": 4}
 
 
-def test_tokens_are_no_images() -> None:
-    class Mlp(nn.Module):
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.out(F.relu(x))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8)], ids=str)
+def test_rows_of_linear_layers(shape: tuple[int, ...]) -> None:
+    record, plan = planned(Mlp(), torch.randn(shape))
+    assert steps(record, plan) == ["up gelu", "down", "add relu", "out"]
+    assert {group.rows for group in plan.groups.values()} == {len(shape) > 2}
+
+
+def test_a_linear_layer_on_an_image_is_no_step() -> None:
+    class OnWidth(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.down(F.gelu(self.up(x)))
+            return self.fc(torch.relu(self.conv(x)))
 
-    _, plan = planned(Mlp(), torch.randn(2, 5, 8))
-    assert set(plan.layers) == {"up", "down"} and not plan.groups
-    assert "3 dimensions" in next(iter(plan.in_float.values()))
-    record, plan = planned(Mlp(), torch.randn(5, 8))
-    assert steps(record, plan) == ["up gelu", "down"]
+    record, plan = planned(OnWidth(), images(2, 8))
+    assert steps(record, plan) == ["conv relu"]
+    assert "4 dimensions" in next(iter(plan.in_float.values()))
 
 
 def test_the_report_names_what_is_float() -> None:

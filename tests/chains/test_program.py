@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same_bits, check_everywhere, floats, threads
-from support.programs import NARROW, WIDE, Chain, Q, block, expected
+from support.programs import NARROW, WIDE, Chain, Q, block, expected, layer_of
 from torch import Tensor, nn
 
 from torchquant.chains.program import Program, refusal
@@ -19,6 +19,7 @@ from torchquant.chains.steps import (
     Concat,
     Flatten,
     Input,
+    Linear,
     Map,
     MaxPool,
     Mul,
@@ -108,6 +109,18 @@ def test_linear(to: Qparams | None) -> None:
         chain = Chain()
         chain.output(chain.linear(chain.input(), 40, 70, to, activation=activation))
         check(chain, floats(5, 70))
+
+
+def test_a_layer_with_an_activation_of_its_own() -> None:
+    layer = layer_of(nn.Linear(70, 40), activation="silu")
+    chain, again = Chain(), Chain()
+    chain.output(chain.add(Linear, chain.input(), to=WIDE, layer=layer))
+    again.output(again.add(Linear, again.input(), to=WIDE, layer=layer, activation="silu"))
+    x = floats(5, 70)
+    assert_same_bits(Program(chain.steps).run([x])[0], expected(again.steps, [x])[0])
+    assert refusal(again.steps[1]) == (
+        "Linear: the layer applies silu itself, before what the step adds"
+    )
 
 
 @pytest.mark.parametrize("kind", [Add, Mul], ids=["add", "mul"])

@@ -444,3 +444,44 @@ def test_float_layers_of_a_region_can_be_quantized_later() -> None:
         got = model(x)
         assert 0 < (got - wanted).abs().max() < 0.05
         torchquant.to_float_(model)
+
+
+def test_a_calibration_that_fails_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Functional()), images(2)
+    other = copy.deepcopy(model)
+    torchquant.prepare_(model, CONFIG)
+    (region,) = regions_in(model)
+    with pytest.raises(RuntimeError):
+        torchquant.calibrate(model, [x, torch.zeros(1, 5, 4, 4)])
+    assert region.plan is None and not region.observers and not region.observing
+    torchquant.calibrate(model, [x])
+    torchquant.prepare_(other, CONFIG)
+    torchquant.calibrate(other, [x])
+    for one in (model, other):
+        torchquant.convert_(one)
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))
+
+
+def test_a_second_preparation_covers_all_layers() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(Functional()), images(2)
+    torchquant.prepare_(model, CONFIG, filter_fn="first.*")
+    (first,) = regions_in(model)
+    torchquant.prepare_(model, CONFIG, filter_fn=["second.*", "third", "fc"])
+    (region,) = regions_in(model)
+    assert region is not first
+    assert set(region.activations) == {"first.0", "second.0", "third", "fc"}
+    torchquant.calibrate(model, [x])
+    report = torchquant.convert_(model)
+    assert report.regions[0].share == 1.0 and not report.regions[0].breaks
+
+
+@pytest.mark.slow
+def test_compiled_models_have_the_same_bits() -> None:
+    model, x, _ = converted(Gated)
+    with torch.no_grad():
+        wanted = model(x)["out"]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x)["out"], wanted)

@@ -57,9 +57,10 @@ def test_a_shift_moves_pixels():
     dot = torch.zeros(64, 1, 32, 32)
     dot[:, :, 16, 16] = 1
     moved = augment(dot, generator(), **{**NONE, "shift": 0.25})
-    rows = (moved.sum(dim=3).squeeze(1) * torch.arange(32)).sum(1)
-    assert 6 < (rows - 16).abs().max() <= 8.01
-    assert (rows - 16).min() < -4 < 4 < (rows - 16).max()
+    for axis in (2, 3):
+        places = (moved.sum(dim=axis).squeeze(1) * torch.arange(32)).sum(1) - 16
+        assert 6 < places.abs().max() <= 8.01
+        assert places.min() < -4 < 4 < places.max()
 
 
 @pytest.mark.parametrize("name", list(NONE))

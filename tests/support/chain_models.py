@@ -128,6 +128,24 @@ class Decides(nn.Module):
         return self.head(self.body(x))
 
 
+class Mixes(nn.Module):
+    """Convolutions, and linear layers on the channels of their pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.spatial = nn.Conv2d(3, 64, 4, stride=4), nn.Conv2d(64, 64, 3, padding=1)
+        self.norm = nn.LayerNorm(64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.spatial(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y)))
+        x = x + y.permute(0, 3, 1, 2)
+        return self.head(F.relu(self.spatial(x)).mean([2, 3]))
+
+
 class Sequence(nn.Module):
     """One dimension."""
 
@@ -178,6 +196,7 @@ IMAGE_MODELS: tuple[Callable[[], nn.Module], ...] = (
     Gated,
     UNet,
     Decides,
+    Mixes,
 )
 
 

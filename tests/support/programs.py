@@ -202,7 +202,7 @@ WIDE = Qparams(float.fromhex("0x1.c28f5cp-4"), -7, -127, 127)
 NARROW = Qparams(float.fromhex("0x1.47ae14p-6"), 0, -8, 7)
 
 
-def layer_of(module: nn.Module, q: Qparams = Q, seed: int = 0) -> Any:
+def layer_of(module: nn.Module, q: Qparams = Q, seed: int = 0, activation: str = "none") -> Any:
     """The quantized form of a float layer, which reads integers of these parameters."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -214,6 +214,7 @@ def layer_of(module: nn.Module, q: Qparams = Q, seed: int = 0) -> Any:
     return kinds[type(module)].from_float(
         module,
         config,
+        activation,
         input_scale=torch.tensor([q.scale]),
         input_zero_point=torch.tensor([q.zero_point], dtype=torch.int32),
     )

@@ -32,25 +32,17 @@ def average(
         tensor([[[[0.7500]]]])
     """
     x = input if input.dim() == 4 else input.unsqueeze(2)
-    undefined = x.isnan()
     integers = functional.quantize(x.detach(), scale, zero_point, dtype=torch.int8)
     if isinstance(operation, AvgPool):
         sizes: Any = (operation.kernel, operation.stride, operation.padding)
         rest: Any = (operation.ceil_mode, operation.count_include_pad, operation.divisor)
         y = functional.int8_avg_pool(integers, scale, zero_point, *sizes, *rest)
-        real = F.avg_pool2d(x, *sizes, *rest) if _needs_float(x, undefined) else None
+        real = F.avg_pool2d(x, *sizes, *rest)
     else:
         y = functional.int8_adaptive_avg_pool(integers, scale, zero_point, operation.size)
         size: Any = operation.size
-        real = F.adaptive_avg_pool2d(x, size) if _needs_float(x, undefined) else None
-    y = y.to(x.dtype)
-    if real is not None:
-        y = y + (real - real.detach())  # NaN stays NaN
+        real = F.adaptive_avg_pool2d(x, size)
+    y = y.to(x.dtype) + (real - real.detach())  # gradients; NaN stays NaN
     if isinstance(operation, AdaptiveAvgPool) and operation.flat:
         return y.flatten(1)
     return y if input.dim() == 4 else y.squeeze(2)
-
-
-def _needs_float(x: Tensor, undefined: Tensor) -> bool:
-    """True if gradients are needed, or NaN values have to stay NaN."""
-    return x.requires_grad or bool(undefined.any())

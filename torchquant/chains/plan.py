@@ -40,12 +40,14 @@ class Group:
         operands: the indices of the results that the first call reads.
         residual: the index of the result that the addition reads besides, or None.
         activation: the function of the activation, or "none".
+        rows: True if its values are ``[..., c]``, rows of a linear layer, and not images.
     """
 
     calls: tuple[int, ...]
     operands: tuple[int, ...]
     residual: int | None = None
     activation: str = "none"
+    rows: bool = False
 
     @property
     def end(self) -> int:
@@ -138,6 +140,7 @@ class _Planner:
         self.next: dict[int, int] = {}  # the call that becomes part of the same step
         self.residuals: dict[int, int] = {}  # by the index of the addition
         self.in_float: dict[int, str] = {}
+        self.rows: set[int] = set()  # values [..., c] of more than two dimensions
         self.sequences = self._has_sequences()
         self.able = self._able()
         self._fuse_activations()
@@ -205,7 +208,10 @@ class _Planner:
             allowed = {2, 4, 3} if self.sequences else {2, 4}
             if isinstance(operation, Layer) and operation.linear:
                 allowed = {2}
-            if not ranks <= allowed:
+            if self._is_of_rows(index, ranks, able):
+                self.rows.add(index)
+                able.append(True)
+            elif not ranks <= allowed or self.rows.intersection(self.operands(index)):
                 self.in_float[index] = f"its values have {max(ranks)} dimensions"
                 able.append(False)
             elif isinstance(operation, (Layer, *_PASSING)):
@@ -213,6 +219,17 @@ class _Planner:
             else:
                 able.append(any(able[read] for read in self.operands(index)))
         return able
+
+    def _is_of_rows(self, index: int, ranks: set[int], able: Sequence[bool]) -> bool:
+        """True if a step can compute the call on rows ``[..., c]`` of more than two dimensions."""
+        operation, reads = self.operations[index], self.operands(index)
+        if self.sequences or len(ranks) != 1 or min(ranks) < 3:
+            return False
+        if any(able[read] and read not in self.rows for read in reads):
+            return False  # an image
+        if isinstance(operation, Layer):
+            return operation.linear
+        return isinstance(operation, (Activate, Add)) and any(read in self.rows for read in reads)
 
     def _fuse_activations(self) -> None:
         for index in self.live:
@@ -353,4 +370,5 @@ class _Planner:
             residual = next((self.residuals[c] for c in calls if c in self.residuals), None)
             last = self.operations[end]
             function = last.function if isinstance(last, Activate) else "none"
-            yield Group(tuple(calls), self.operands(index), residual, function)
+            rows = index in self.rows
+            yield Group(tuple(calls), self.operands(index), residual, function, rows)

@@ -24,10 +24,9 @@ from torchquant.graph.trace import Trace, filled
 
 _Guard = load().Guard
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-# Every hook is in one of these; further dictionaries say more about some of them.
-_HOOK_DICTIONARIES = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-)
+# Every hook of a forward is in one of these. Hooks of a backward pass run in it, because the
+# interpreter computes the gradients.
+_HOOK_DICTIONARIES = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
@@ -130,8 +129,9 @@ class Programs:
                     results[item] = self.interpreter.call(item, calls[item], found, inputs)
                 continue
             assert isinstance(item, Segment)
+            given = [results[index] for index in item.reads]
             try:
-                made = program.run([results[index] for index in item.reads])
+                made = _run_rows(program, given) if item.rows else program.run(given)
             except ValueError:  # sizes that the steps do not take; the calls say what is wrong
                 return REFUSED
             if made is None:
@@ -139,6 +139,15 @@ class Programs:
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
         return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
+
+
+def _run_rows(program: Program, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Run a program on values ``[..., c]``, which all have the same number of rows."""
+    leading = inputs[0].shape[:-1]
+    if any(item.shape[:-1] != leading for item in inputs):
+        return None
+    made = program.run([item.reshape(-1, item.shape[-1]) for item in inputs])
+    return None if made is None else [item.reshape(*leading, item.shape[-1]) for item in made]
 
 
 class _Resolved(Mapping[int, Any]):
@@ -212,5 +221,9 @@ def _entries(
         layer = interpreter.modules[path]
         places += [layer._buffers, layer._parameters]
     for place in places:
-        entries += ((place, name, tensor) for name, tensor in place.items())
+        entries += (
+            (place, name, tensor)
+            for name, tensor in place.items()
+            if tensor is not None and tensor.numel()
+        )
     return entries

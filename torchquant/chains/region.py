@@ -233,6 +233,18 @@ class RegionForward:
             self.observers[edge] = observer
         self._forget()
 
+    def restore(
+        self,
+        plan: Plan | None,
+        facts: FirstBatch | None,
+        failure: str,
+        observers: Mapping[int, Observer],
+    ) -> None:
+        """Go back to an earlier state of the calibration."""
+        self.plan, self.facts, self.failure = plan, facts, failure
+        self.observers = dict(observers)
+        self._forget()
+
     def restart(self) -> None:
         """Forget what the observers of the region have seen."""
         if self.plan is not None:

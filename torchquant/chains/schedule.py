@@ -23,11 +23,13 @@ class Segment:
         groups: the calls of each step.
         reads: the indices of the results that the program takes, in the order of its arguments.
         writes: the indices of the results that other calls read, in the order of its results.
+        rows: True if all values are ``[..., c]``; the program runs on ``[n, c]``.
     """
 
     groups: tuple[Group, ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
+    rows: bool = False
 
 
 Item: TypeAlias = Segment | int  # an int: the index of a call that runs in Python
@@ -56,6 +58,8 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
     for index in range(count):
         group = ends.get(index)
         if group is not None:
+            if open_groups and open_groups[-1].rows != group.rows:
+                close()
             open_groups.append(group)
             made.add(index)
         elif index in needed and index not in stepped:
@@ -99,7 +103,12 @@ def _with_borders(trace: Trace, plan: Plan, items: Sequence[Item | list[Group]])
         own = {group.end for group in item}
         outside = results.union(*reads[:place], *reads[place + 1 :])
         found.append(
-            Segment(tuple(item), tuple(sorted(reads[place] - own)), tuple(sorted(own & outside)))
+            Segment(
+                tuple(item),
+                tuple(sorted(reads[place] - own)),
+                tuple(sorted(own & outside)),
+                item[0].rows,
+            )
         )
     return found
 

@@ -20,7 +20,7 @@ from torchquant.convert.calibration_hooks import hook_of, observe_input
 from torchquant.convert.fold import fold_batch_norms, folded_rows
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import cover, find, learn, region_reports
+from torchquant.convert.regions import cover, find, kept, learn, region_reports
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
@@ -117,10 +117,11 @@ def prepare_(
     missed = [] if example_inputs is None else _unreached(model, steps, example_inputs)
     found = find(model, _wanted(steps))
     size = tensor_bytes(model)
-    foldings = fold_batch_norms(model, found.regions, _wanted(steps))
+    with kept(model):
+        foldings = fold_batch_norms(model, found.regions, _wanted(steps))
     for step in track(steps, _WHO, progress):
         observe_input(step.module, step.name, step.config)
-    regions = cover(found)
+    regions = cover(model, found)
     if example_inputs is not None:
         with learn(regions):
             _run(model, example_inputs)

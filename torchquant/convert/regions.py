@@ -77,14 +77,18 @@ def find(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Found:
             install(region)
 
 
-def cover(found: Found) -> list[RegionForward]:
+def cover(model: nn.Module, found: Found) -> list[RegionForward]:
     """Let regions observe what the hooks of the prepared layers do not see, in place.
 
     Layers that several regions call are left to their hooks: their input needs one scale.
 
     Args:
-        found: the regions of a model whose layers are prepared.
+        model: a model whose layers are prepared.
+        found: its regions; they replace those that observed before.
     """
+    for old in regions_in(model):
+        if not old.quantized:
+            remove(old)
     calls = Counter(
         identity for region in found.regions for identity in {id(m) for _, m in _called(region)}
     )
@@ -128,7 +132,9 @@ def paused(root: nn.Module) -> Iterator[None]:
 def observing(model: nn.Module) -> Iterator[None]:
     """A context in which the regions of a prepared model observe; undone if it fails."""
     regions = [region for region in regions_in(model) if not region.quantized]
-    states = [(region.plan, region.facts, dict(region.observers)) for region in regions]
+    states = [
+        (region.plan, region.facts, region.failure, dict(region.observers)) for region in regions
+    ]
     tensors = [
         {name: buffer.clone() for name, buffer in observer.named_buffers()}
         for region in regions
@@ -139,9 +145,9 @@ def observing(model: nn.Module) -> Iterator[None]:
             region.observing = True
         yield
     except BaseException:
-        for region, (plan, facts, observers) in zip(regions, states, strict=True):
-            region.plan, region.facts, region.observers = plan, facts, observers
-        known = (one for _, _, observers in states for one in observers.values())
+        for region, (plan, facts, failure, observers) in zip(regions, states, strict=True):
+            region.restore(plan, facts, failure, observers)
+        known = (one for *_, observers in states for one in observers.values())
         for observer, buffers in zip(known, tensors, strict=True):
             observer._buffers.update(buffers)
         raise
