@@ -67,6 +67,15 @@ def test_a_model(regions: bool) -> None:
     assert close(model(x), wanted)
 
 
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
 class Twice(nn.Module):
     """The convolution is called twice, or its output has another reader."""
 
@@ -95,6 +104,24 @@ def test_shared_modules_and_values_stay(way: str, regions: bool) -> None:
     assert type(model.norm) is nn.BatchNorm2d and torch.equal(model(x), wanted)
 
 
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_other_methods_may_call_the_pair(apart: bool, regions: bool) -> None:
+    class Methods(Once):
+        def features(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(x)))
+
+    class Apart(Once):
+        def features(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x))
+
+    model, x = with_statistics(Apart() if apart else Methods()), images(2)
+    wanted = model.features(x)
+    rows = fold(model, regions=regions)
+    assert [row.action for row in rows] == ["not fused" if apart else "fused"]
+    assert close(model.features(x), wanted)
+
+
 def tied(model: Any) -> None:
     model.other = nn.Conv2d(3, 3, 1)
     model.other.weight = model.conv.weight
@@ -118,15 +145,6 @@ def other_size(model: Any) -> None:
 
 def infinite(model: Any) -> None:
     model.norm.running_var.fill_(float("nan"))
-
-
-class Once(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
 
 
 REASONS = {

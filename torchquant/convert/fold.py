@@ -72,7 +72,7 @@ def fold_batch_norms(
         return []
     names = {id(module): name for name, module in model.named_modules()}
     owners = owners_by_module(model)
-    counts = Counter(id(found.module) for found in neighbours(model))
+    places = _places(model)
     seen = _seen_elsewhere(model)
     reports: list[FusionReport] = []
     done: set[tuple[int, int]] = set()
@@ -83,8 +83,7 @@ def fold_batch_norms(
         done.add(key)
         problem = (
             pair.problem
-            or _shared("layer", pair.layer, owners, counts)
-            or _shared("batch norm", pair.norm, owners, counts)
+            or _shared(pair, owners, places)
             or seen(pair.layer)
             or seen(pair.norm)
             or _refusal(pair.layer, pair.norm)
@@ -224,15 +223,29 @@ def _pairs_outside(model: nn.Module) -> Iterator[_Pair]:
             yield _Pair(found.module, norm, problem)
 
 
+def _places(model: nn.Module) -> dict[int, list[nn.Module | None]]:
+    """For each module the modules that alone receive its result, one for each call in the code."""
+    places: dict[int, list[nn.Module | None]] = {}
+    for found in neighbours(model):
+        places.setdefault(id(found.module), []).append(found.follow)
+    return places
+
+
 def _shared(
-    what: str,
-    module: nn.Module,
+    pair: _Pair,
     owners: dict[int, list[tuple[nn.Module, str]]],
-    counts: Counter[int],
+    places: dict[int, list[nn.Module | None]],
 ) -> str:
-    if len(owners.get(id(module), ())) != 1:
-        return f"the {what} is registered in more than one place"
-    return f"the {what} is called in more than one place" if counts[id(module)] > 1 else ""
+    """Why code of the model would notice, because it calls the two apart from each other."""
+    for what, module in (("layer", pair.layer), ("batch norm", pair.norm)):
+        if len(owners.get(id(module), ())) != 1:
+            return f"the {what} is registered in more than one place"
+    follows = places.get(id(pair.layer), [])
+    if len(follows) > 1 and not all(follow is pair.norm for follow in follows):
+        return "the layer is called in more than one place"
+    if len(places.get(id(pair.norm), [])) > max(len(follows), 1):
+        return "the batch norm is called in more than one place"
+    return ""
 
 
 def _seen_elsewhere(model: nn.Module) -> Callable[[nn.Module], str]:
