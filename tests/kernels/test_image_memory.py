@@ -24,6 +24,7 @@ TESTS = (
     "test_depthwise.py::test_bits[int8]",
     "test_depthwise.py::test_bits[few levels]",
     "test_depthwise.py::test_bits[float residual]",
+    "test_conv_images.py::test_bits",
 )
 
 

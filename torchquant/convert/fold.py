@@ -8,6 +8,7 @@ compared on random input; one whose results differ stays as it is.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torchquant.graph.held import held_modules
 from torchquant.graph.modules import has_hooks, memory_key, owners_by_module
 from torchquant.graph.neighbours import neighbours
 from torchquant.graph.regions import Region
+from torchquant.graph.trace import refs
 from torchquant.graph.weight_reads import weight_reads
 from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.report import FusionReport, LayerReport
@@ -88,13 +90,29 @@ def fold_batch_norms(
             or _fold(pair.layer, pair.norm)
         )
         if not problem:
-            place = FoldedNorm().train(pair.norm.training)
+            place = FoldedNorm.in_place_of(pair.norm)
             for parent, attribute in owners[id(pair.norm)]:
                 parent._modules[attribute] = place
         what = f"{names[id(pair.norm)]} ({type(pair.norm).__name__})"
         action: Any = "not fused" if problem else "fused"
         reports.append(FusionReport("batch norm", (names[id(pair.layer)],), what, action, problem))
     return reports
+
+
+def is_outdated(region: Region) -> bool:
+    """True if the record of a region follows the forward of a batch norm that was folded.
+
+    Example:
+        >>> from torchquant.convert.regions import find
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+        >>> (region,) = find(net, lambda module: isinstance(module, nn.Conv2d)).regions
+        >>> is_outdated(region)
+        False
+    """
+    return any(
+        isinstance(region.module.get_submodule(scope.path), FoldedNorm)
+        for scope in region.trace.scopes
+    )
 
 
 def folded_rows(
@@ -141,6 +159,60 @@ def _pairs_in(region: Region) -> Iterator[_Pair]:
         elif len(readers[reads[0]]) > 1:
             problem = "the output of the layer has other readers"
         yield _Pair(layer, norm, problem)
+    yield from _extended_pairs(region, modules, readers)
+
+
+def _extended_pairs(
+    region: Region, modules: dict[int, nn.Module], readers: list[list[int]]
+) -> Iterator[_Pair]:
+    """Batch norms of derived classes, which apply modules of their own afterwards (timm's)."""
+    times = Counter(scope.path for scope in region.trace.scopes)
+    layers = Counter(id(module) for module in modules.values())
+    for scope in region.trace.scopes:
+        norm = region.module.get_submodule(scope.path)
+        reads = tuple(refs([*scope.args, *scope.kwargs.values()]))
+        layer = modules.get(reads[0]) if len(reads) == 1 else None
+        if not isinstance(norm, _NORMS) or type(layer) not in _LAYERS or layer is None:
+            continue
+        problem = ""
+        if layers[id(layer)] > 1:
+            problem = "the layer is called more than once"
+        elif times[scope.path] > 1:
+            problem = "the batch norm is called more than once"
+        elif any(not scope.start <= reader < scope.end for reader in readers[reads[0]]):
+            problem = "the output of the layer has other readers"
+        else:
+            problem = _extension_problem(norm)
+        yield _Pair(layer, norm, problem)
+
+
+def _extension_problem(norm: Any) -> str:
+    """Why a derived batch norm is no batch norm followed by its own modules; or empty.
+
+    The forward was recorded, so it only computes; it runs in a copy.
+    """
+    name = type(norm).__name__
+    if norm.running_mean is None or norm.running_var is None:
+        return "the batch norm has no running statistics (track_running_stats=False)"
+    if norm.running_mean.is_meta:
+        return "the tensors have no values (meta device)"
+    copied = copy.deepcopy(norm).eval()
+    dimensions = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    spatial = next(count for cls, count in dimensions.items() if isinstance(norm, cls))
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (2, norm.num_features, *[5] * spatial)
+    x = torch.randn(shape, generator=generator, dtype=norm.running_mean.dtype)
+    x = x.to(norm.running_mean.device)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            got = type(copied).forward(copied, x.clone())
+            wanted = FoldedNorm.in_place_of(copied)(_frozen(copied, x))
+        except Exception as error:
+            return f"{name} does not take a batch of {list(shape)}: {error}"
+        same = isinstance(got, Tensor) and got.shape == wanted.shape
+        if same and bool((got - wanted).abs().max() <= _TOLERANCE * wanted.abs().max()):
+            return ""
+    return f"{name} computes more than a batch norm and its own modules"
 
 
 def _pairs_outside(model: nn.Module) -> Iterator[_Pair]:
@@ -296,4 +368,4 @@ def _probe(layer: Any) -> Tensor:
     return input.to(weight.device)
 
 
-__all__ = ["fold_batch_norms", "folded_rows"]
+__all__ = ["fold_batch_norms", "folded_rows", "is_outdated"]

@@ -17,7 +17,7 @@ from torchquant.configs import (
 from torchquant.convert.account import account_of
 from torchquant.convert.batches import call, structure
 from torchquant.convert.calibration_hooks import hook_of, observe_input
-from torchquant.convert.fold import fold_batch_norms, folded_rows
+from torchquant.convert.fold import fold_batch_norms, folded_rows, is_outdated
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.regions import cover, find, kept, learn, region_reports
@@ -119,6 +119,8 @@ def prepare_(
     size = tensor_bytes(model)
     with kept(model):
         foldings = fold_batch_norms(model, found.regions, _wanted(steps))
+    if any(is_outdated(region) for region in found.regions):
+        found = find(model, _wanted(steps))
     for step in track(steps, _WHO, progress):
         observe_input(step.module, step.name, step.config)
     regions = cover(model, found)

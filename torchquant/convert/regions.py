@@ -22,6 +22,7 @@ from torchquant.configs import Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
 from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.nn.base import QuantizedModule, TrainedModule
+from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.report import RegionReport
 from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
@@ -51,6 +52,8 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if isinstance(module, (QuantizedModule, TrainedModule)):
         return True
+    if isinstance(module, FoldedNorm):
+        return not module._modules
     ours = type(module).__module__.startswith(_LEAVES)
     return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 

@@ -138,7 +138,7 @@ def norm_places(folded: Sequence[str], model: nn.Module) -> list[tuple[nn.Module
         if not isinstance(old, BATCH_NORMS) or name == "":
             found = "nothing" if old is None else type(old).__name__
             raise Misfit(f"a batch norm at {name!r} in the file, {found} in the model")
-        places[id(old)] = (old, FoldedNorm())
+        places[id(old)] = (old, FoldedNorm.in_place_of(old))
     for name, old in modules.items():
         if id(old) in places and name not in folded:
             raise Misfit(f"{name!r} is a separate module in the file, a shared module in the model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -12,7 +12,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class FoldedNorm(nn.Identity):
     """An identity in place of a batch norm that became part of the layer before it.
 
-    It has the name of the batch norm, and no state. The surrounding forward does not change.
+    It has the name of the batch norm, and no state. The surrounding forward does not change. A
+    batch norm that applies modules of its own afterwards, such as timm's ``BatchNormAct2d``, leaves
+    these modules here, and a call still applies them.
 
     Args:
         original: the batch norm, if the layer still trains it; None once its values are in the
@@ -29,6 +31,25 @@ class FoldedNorm(nn.Identity):
         super().__init__()
         # The tuple keeps nn.Module from registering a child.
         self._original = () if original is None else (original,)
+
+    @classmethod
+    def in_place_of(cls, norm: nn.Module) -> FoldedNorm:
+        """The module that replaces a batch norm whose values are in the layer before it.
+
+        Example:
+            >>> FoldedNorm.in_place_of(nn.BatchNorm2d(8))
+            FoldedNorm()
+        """
+        place = cls()
+        for name, child in norm.named_children():
+            place.add_module(name, child)
+        return place.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input, or what the modules of the batch norm make of it."""
+        for module in self.children():
+            input = module(input)
+        return input
 
     @property
     def original(self) -> nn.Module | None:
