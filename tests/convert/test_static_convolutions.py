@@ -92,4 +92,4 @@ def test_every_kind_of_layer_is_prepared_by_the_same_code() -> None:
     assert [row.name for row in report.others] == ["none"]
     assert kind_of(model["none"]) is None
     with pytest.raises(ValueError, match=r"none: Conv3d, no integer path yet; selected"):
-        prepare_(nn.ModuleDict({"none": nn.Conv3d(8, 8, 3)}), filter_fn="none")
+        prepare_(nn.ModuleDict({"none": nn.Conv3d(8, 8, 3)}), filter_fn="none", strict=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchquant.chains.interpreter import Interpreter
 from torchquant.chains.operations import Operation, Shape
@@ -17,6 +16,9 @@ from torchquant.chains.recognize import operation_of
 from torchquant.configs import Static
 from torchquant.graph.trace import Trace
 from torchquant.nn.kinds import kind_of
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 _TOLERANCE = 1e-5
 
@@ -54,6 +56,8 @@ class FirstBatch:
         Returns:
             Why the record cannot stand for the forward, or an empty text.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # its import takes long
+
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             wanted = forward(*(_copied(item) for item in inputs))
         try:
