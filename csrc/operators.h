@@ -100,14 +100,13 @@ TORCHQUANT_OPERATOR(linear_static, Tensor(const Tensor&, const Tensor&, const Op
 // conv
 TORCHQUANT_OPERATOR(pack_conv_weight, Tensor(const Tensor&, int64_t));
 TORCHQUANT_OPERATOR(unpack_conv_weight, Tensor(const Tensor&, IntArrayRef, int64_t));
-TORCHQUANT_OPERATOR(conv_static,
-                    Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
-                           const OptTensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t,
-                           std::string_view, const OptTensor&, const OptTensor&, int64_t, ScalarType, const OptTensor&,
-                           int64_t, int64_t, int64_t, int64_t, int64_t));
-TORCHQUANT_OPERATOR(conv_dynamic, Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, IntArrayRef,
-                                         IntArrayRef, IntArrayRef, IntArrayRef, int64_t, bool, std::string_view,
-                                         OptScalarType, int64_t));
+TORCHQUANT_OPERATOR(conv_static, Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+                                        const OptTensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t,
+                                        std::string_view, const OptTensor&, const OptTensor&, int64_t, ScalarType,
+                                        const OptTensor&, int64_t, int64_t, int64_t, int64_t, int64_t));
+TORCHQUANT_OPERATOR(conv_dynamic,
+                    Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, IntArrayRef, IntArrayRef,
+                           IntArrayRef, IntArrayRef, int64_t, bool, std::string_view, OptScalarType, int64_t));
 
 // activations
 TORCHQUANT_OPERATOR(activation, Tensor(const Tensor&, std::string_view, OptScalarType));

@@ -18,12 +18,12 @@ namespace torchquant {
 namespace {
 
 const std::set<std::string> kConstantResults = {
-    "quantize",           "dequantize",    "quantize_per_token",
-    "pack_weight",        "unpack_weight", "int8_mm",
-    "pack_conv_weight",   "unpack_conv_weight",
-    "quantize_rows",      "quantize_pack",
+    "quantize",           "dequantize",         "quantize_per_token",
+    "pack_weight",        "unpack_weight",      "int8_mm",
+    "pack_conv_weight",   "unpack_conv_weight", "quantize_rows",
+    "quantize_pack",
     "fake_quantize_mask",  // values and mask for a gradient of one's own
-    "in_range",           "positive",      "minmax",
+    "in_range",           "positive",           "minmax",
 };
 
 void refuse_gradients(const c10::OperatorHandle& op, torch::jit::Stack* stack) {

@@ -8,12 +8,12 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kStripUnit = 28;             // pixels: 4 and 7 divide it
-constexpr int64_t kStripBytes = 16 << 10;      // half of a common first-level cache
-constexpr int64_t kRegionBytes = 256 << 10;    // of the image that blocks of channels read one after the other
-constexpr int64_t kUnitProducts = 1 << 17;     // of a unit of work, about: threads share units
-constexpr int64_t kPackedBlocks = 64;          // that a thread should pack at least
-constexpr int64_t kThreadProducts = 1 << 18;   // from here on a second thread pays
+constexpr int64_t kStripUnit = 28;            // pixels: 4 and 7 divide it
+constexpr int64_t kStripBytes = 16 << 10;     // half of a common first-level cache
+constexpr int64_t kRegionBytes = 256 << 10;   // of the image that blocks of channels read one after the other
+constexpr int64_t kUnitProducts = 1 << 17;    // of a unit of work, about: threads share units
+constexpr int64_t kPackedBlocks = 64;         // that a thread should pack at least
+constexpr int64_t kThreadProducts = 1 << 18;  // from here on a second thread pays
 
 // As many pixels of a row as have their columns in the first-level cache, but not so few that columns are made twice.
 int64_t strip_pixels(const tq_conv_call& call) {
@@ -78,8 +78,8 @@ tq_status tq_pack_depthwise(const int8_t* weight, int64_t outputs, int64_t kerne
   });
   return TQ_OK;
 }
-tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
-                              int8_t* weight, const tq_parallel* parallel) {
+tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int8_t* weight,
+                              const tq_parallel* parallel) {
   parallel_for(parallel, 0, depthwise_blocks(outputs), kPackedBlocks, [&](int64_t first, int64_t last) {
     unpack_depthwise(packed, outputs, kernel_h, kernel_w, first, last, weight);
   });
@@ -102,8 +102,8 @@ tq_status tq_conv_depthwise(const tq_conv_call* c, const tq_parallel* parallel) 
   }
   const int64_t strip_rows = depthwise_strip_rows(call.kernel_h, call.stride_h, call.dilation_h);
   rows = ceil_div(rows, strip_rows) * strip_rows;
-  const int64_t parts = ceil_div(out.h, rows), columns = strip_columns(base.strip_pixels, call.stride_w, call.kernel_w,
-                                                                       call.dilation_w);
+  const int64_t parts = ceil_div(out.h, rows),
+                columns = strip_columns(base.strip_pixels, call.stride_w, call.kernel_w, call.dilation_w);
   const int64_t scratch = std::max(depthwise_scratch(columns, call.kernel_h, call.kernel_w),
                                    taps * kDepthwiseChannels * int64_t{sizeof(int32_t)});
   std::atomic<tq_status> status{TQ_OK};

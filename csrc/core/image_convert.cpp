@@ -28,10 +28,8 @@ void convert(const tq_image_float& x, const tq_image& q, ImageConvertArgs args, 
     kernel(a);
   };
   if (s.channel == 1) {
-    const Runs<2> runs({q.n, q.h, q.w, q.c}, {{{s.image, q.image_stride},
-                                               {s.row, q.row_stride},
-                                               {s.pixel, q.pixel_stride},
-                                               {1, 1}}});
+    const Runs<2> runs({q.n, q.h, q.w, q.c},
+                       {{{s.image, q.image_stride}, {s.row, q.row_stride}, {s.pixel, q.pixel_stride}, {1, 1}}});
     args.x_channel = 1;
     args.x_pixel = runs.row_stride()[0];
     args.q_pixel = runs.row_stride()[1];

@@ -26,20 +26,19 @@ tq_status tq_image_upsample_nearest(const tq_image* in, float scale_h, float sca
     std::vector<int64_t> columns(static_cast<size_t>(out->w));
     for (int64_t x = 0; x < out->w; ++x) columns[static_cast<size_t>(x)] = nearest(x, scale_w, in->w);
     const bool dense = out->pixel_stride == out->c;
-    parallel_for(parallel, 0, out->n * out->h, std::max<int64_t>(1, kImageElements / (out->w * out->c)),
-                 [&](int64_t first, int64_t last) {
-                   for (int64_t i = first; i < last; ++i) {
-                     const int64_t n = i / out->h, y = i % out->h, from = nearest(y, scale_h, in->h);
-                     if (dense && i > first && y > 0 && nearest(y - 1, scale_h, in->h) == from) {  // the row above
-                       std::memcpy(pixel_at(*out, n, y, 0), pixel_at(*out, n, y - 1, 0),
-                                   bytes * static_cast<size_t>(out->w));
-                       continue;
-                     }
-                     for (int64_t x = 0; x < out->w; ++x)
-                       std::memcpy(pixel_at(*out, n, y, x), pixel_at(*in, n, from, columns[static_cast<size_t>(x)]),
-                                   bytes);
-                   }
-                 });
+    parallel_for(
+        parallel, 0, out->n * out->h, std::max<int64_t>(1, kImageElements / (out->w * out->c)),
+        [&](int64_t first, int64_t last) {
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t n = i / out->h, y = i % out->h, from = nearest(y, scale_h, in->h);
+            if (dense && i > first && y > 0 && nearest(y - 1, scale_h, in->h) == from) {  // the row above
+              std::memcpy(pixel_at(*out, n, y, 0), pixel_at(*out, n, y - 1, 0), bytes * static_cast<size_t>(out->w));
+              continue;
+            }
+            for (int64_t x = 0; x < out->w; ++x)
+              std::memcpy(pixel_at(*out, n, y, x), pixel_at(*in, n, from, columns[static_cast<size_t>(x)]), bytes);
+          }
+        });
   });
 }
 

@@ -195,8 +195,8 @@ typedef struct tq_conv_call {
   const int32_t* input_zero_point; /* the same; null: 0 */
   bool per_image;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
-  int64_t groups;        /* divides input.c and out.c */
-  const int8_t* packed;  /* formats/int8_conv.h, aligned to 64; where tq_conv_is_depthwise: formats/int8_depthwise.h */
+  int64_t groups;       /* divides input.c and out.c */
+  const int8_t* packed; /* formats/int8_conv.h, aligned to 64; where tq_conv_is_depthwise: formats/int8_depthwise.h */
   const float* weight_scale; /* [out.c] */
   const float* bias;         /* [out.c] or null */
   tq_activation activation;
@@ -218,8 +218,8 @@ int64_t tq_depthwise_blocks(int64_t outputs);
 int64_t tq_depthwise_block_bytes(int64_t kernel_h, int64_t kernel_w);
 tq_status tq_pack_depthwise(const int8_t* weight, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int8_t* packed,
                             const tq_parallel* parallel);
-tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
-                              int8_t* weight, const tq_parallel* parallel);
+tq_status tq_unpack_depthwise(const int8_t* packed, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int8_t* weight,
+                              const tq_parallel* parallel);
 
 /* ---------------------------------------------------------------- steps between convolutions */
 
