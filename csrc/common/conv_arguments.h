@@ -40,6 +40,9 @@ inline ConvShape conv_shape(const char* op, at::IntArrayRef weight_shape, int64_
                     " outputs of weight_shape ", weight_shape, ", got ", groups);
   TORCH_CHECK_VALUE(k <= kMaxK, op, ": weight_shape must have at most ", kMaxK, " inputs for an output, got ",
                     weight_shape);
+  TORCH_CHECK_VALUE(groups == 1 || weight_shape[1] > 1 || k <= kMaxProductK, op,
+                    ": weight_shape of a depthwise convolution must have at most ", kMaxProductK,
+                    " positions, so that sums fit 32 bits, got ", weight_shape);
   if (weight_shape.size() == 3) return {weight_shape[0], weight_shape[1], 1, weight_shape[2], groups};
   return {weight_shape[0], weight_shape[1], weight_shape[2], weight_shape[3], groups};
 }

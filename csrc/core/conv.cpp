@@ -63,7 +63,8 @@ struct Panel {
 int64_t panel_height(const Conv& conv, int64_t rows) {
   const int64_t block = conv.row_block, bytes = conv.channels.start ? kSmallPanelBytes : kPanelBytes;
   const int64_t most = std::max(kLeastRows, bytes / panel_row_bytes(conv.shape.k())) / block * block;
-  return std::min(rows, std::max(block, most));
+  return rows <= most + block ? rows
+                              : std::max(block, most);  // a few rows more are better than to read all weights again
 }
 
 Panel make_panel(const Conv& conv, int64_t rows) {
@@ -206,6 +207,12 @@ int32_t fill_channels(const Conv& conv, int64_t group, int32_t* start, float* sc
   return greatest;
 }
 
+// The register tile of the product with an int8 output where a thread has so many tiles.
+void set_register_tile(Conv& conv, int64_t tiles) {
+  conv.tile_block = tiles_side_by_side(tiles);
+  conv.panel_rows = conv.row_block = conv.table.int8_rows[conv.tile_block];
+}
+
 // Makes the product with an int8 output the one to use, where its conditions hold (Int8Channels in kernels/conv.h).
 // memory: what conv.channels points to.
 void prefer_int8(Conv& conv, std::unique_ptr<float[]>& memory) {
@@ -232,8 +239,7 @@ void prefer_int8(Conv& conv, std::unique_ptr<float[]>& memory) {
   // A comparison with NaN is false. The second one: an infinity times a tiny 1 / scale would be small.
   if (!(greatest * (1.0f / q.scale) <= 0x1p30f && greatest <= 0x1p100f)) return;
   conv.channels = {start, scale, bias, static_cast<int8_t>(limits.least), static_cast<int8_t>(limits.greatest)};
-  conv.tile_block = tiles_side_by_side(conv.tiles);
-  conv.panel_rows = conv.row_block = conv.table.int8_rows[conv.tile_block];
+  set_register_tile(conv, conv.tiles);
 }
 
 // Rows [m0, m1) times the tiles [tile0, tile1) of the groups [group0, group1), on this thread.
@@ -277,6 +283,11 @@ tq_status run(const Conv& conv, const tq_parallel* parallel) {
   if (!by_rows && groups >= threads) {
     parallel_for(parallel, 0, groups, 1,
                  [&](int64_t first, int64_t last) { keep(convolve(conv, 0, rows, first, last, 0, conv.tiles)); });
+  } else if (!by_rows && conv.channels.start && conv.tiles >= threads) {  // equal shares, whatever fits side by side
+    Conv part = conv;
+    set_register_tile(part, ceil_div(conv.tiles, threads));
+    parallel_for(parallel, 0, conv.tiles, 1,
+                 [&](int64_t first, int64_t last) { keep(convolve(part, 0, rows, 0, groups, first, last)); });
   } else if (!by_rows && tile_blocks >= threads) {
     parallel_for(parallel, 0, tile_blocks, 1, [&](int64_t first, int64_t last) {
       keep(convolve(conv, 0, rows, 0, groups, first * tile_block, std::min(conv.tiles, last * tile_block)));

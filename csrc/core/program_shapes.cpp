@@ -1,4 +1,5 @@
 // The shape of each value of a program, from the shapes of the arguments. Pools count their windows as torch does.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -81,8 +82,18 @@ Shape concat_shape(const Step& s, const std::vector<Shape>& shapes) {
   return out;
 }
 
+constexpr int64_t kMostSummed = ((int64_t{1} << 31) - 1) / 255;  // a sum of differences of bytes fits 32 bits
+
+int64_t largest_window(const Step& s, const Shape& in) {
+  if (s.kind != Kind::kAdaptiveAvgPool) return std::min(s.kernel[0], in.h) * std::min(s.kernel[1], in.w);
+  const auto side = [](int64_t from, int64_t to) { return to ? std::min(from, from / to + 2) : int64_t{1}; };
+  return side(in.h, s.size[0]) * side(in.w, s.size[1]);
+}
+
 Shape pool_shape(const Step& s, const Shape& in) {
   if (in.rank < 3) refuse("pooling: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  if (s.kind != Kind::kMaxPool && largest_window(s, in) > kMostSummed)
+    refuse("pooling: a window must have at most " + std::to_string(kMostSummed) + " elements, got " + text(in));
   if (s.kind != Kind::kAdaptiveAvgPool) return windows(s, in, "pooling");
   Shape out = in;
   if (s.size[0]) out.h = s.size[0];

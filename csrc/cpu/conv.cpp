@@ -66,12 +66,13 @@ at::Tensor unpack_conv_weight(const at::Tensor& packed, at::IntArrayRef weight_s
 // [N, C, H, W] or [N, C, L] as [N, C, H, W].
 at::Tensor in_two_dimensions(const at::Tensor& t) { return t.dim() == 3 ? t.unsqueeze(2) : t; }
 
-// The tensor itself where its channels are contiguous, otherwise a copy.
+// The tensor itself where its channels are contiguous and its pixels do not overlap, otherwise a copy.
 at::Tensor with_channels_last(const at::Tensor& t) {
   const bool last = t.size(1) == 1 || t.stride(1) == 1;
   bool positive = true;
   for (int64_t d : {0, 2, 3}) positive = positive && t.stride(d) >= 0;
-  return last && positive ? t : t.contiguous(at::MemoryFormat::ChannelsLast);
+  const bool apart = t.size(3) <= 1 || t.stride(3) >= t.size(1);
+  return last && positive && apart ? t : t.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 tq_image image_of(const at::Tensor& t) {  // a result of with_channels_last

@@ -22,7 +22,7 @@ using program::Shape;
 
 class TensorProgram::Arena {  // 64-byte aligned memory
  public:
-  explicit Arena(int64_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
+  explicit Arena(int64_t bytes) : bytes_((std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096) {
     data_ = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
     if (!data_) throw std::bad_alloc();
   }
@@ -45,6 +45,9 @@ struct TensorProgram::Prepared {
   int64_t together = 1, groups = 0;
   bool apart = false;       // every thread runs groups of its own, otherwise all threads share each group
   Plan whole, group, last;  // whole: of all images, for the results' shapes
+
+  // Blocks are stacked greedily, so the plan of fewer images can need more memory.
+  int64_t arena_bytes() const { return std::max(group.arena_bytes, last.arena_bytes); }
 };
 
 namespace {
@@ -203,7 +206,7 @@ std::shared_ptr<const TensorProgram::Prepared> TensorProgram::prepared(const Req
     made->groups = groups;
     made->group = program_.plan(with_images(request, together));
     made->last = program_.plan(with_images(request, n - (groups - 1) * together));
-  } else if (n > 0) {  // arguments of different counts: a step has refused them, or they do not meet
+  } else if (!same_count(request)) {  // arguments of different counts: a step has refused them, or they do not meet
     made->together = n;
     made->groups = 1;
     made->group = made->last = made->whole;
@@ -268,7 +271,7 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
     check_status(program_.run(plan, x.data(), y.data(), arena, parallel));
   };
   const auto run_groups = [&](const tq_parallel* parallel) {
-    std::unique_ptr<Arena> arena = take_arena(p->group.arena_bytes);
+    std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
     for (int64_t i = 0; i < p->groups && finite; ++i) run_group(i, arena->data(), parallel);
     give_back(std::move(arena));
   };
@@ -276,7 +279,7 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
   if (p->apart) {
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t /*first*/, int64_t /*last*/) {
-      std::unique_ptr<Arena> arena = take_arena(p->group.arena_bytes);
+      std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
       for (int64_t i = next++; i < p->groups && finite; i = next++) run_group(i, arena->data(), nullptr);
       give_back(std::move(arena));
     });

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import torchquant
 from torchquant import QuantizedLinear
 from torchquant.convert.adjustment import (
     Adjustment,
@@ -112,3 +113,18 @@ def test_float_weight_of_a_convolution():
     conv = nn.Conv1d(4, 6, 3, groups=2, dtype=torch.bfloat16)
     assert float_weight(conv).shape == (6, 2, 3)
     assert float_weight(conv).dtype == torch.float32
+
+
+def test_a_bias_that_changed_after_its_correction_is_refused() -> None:
+    layer = nn.Linear(64, 32)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(32, 64))
+    torchquant.prepare_(model, filter_fn=["0", "2"])
+    torchquant.calibrate(model, [torch.randn(8, 64)], progress=False)
+    adjust(layer, Adjustment(bias=torch.ones(32)))
+    with torch.no_grad():
+        layer.bias.fill_(7.0)
+    with pytest.raises(ValueError, match="0 cannot be converted: the bias must be the one that"):
+        torchquant.convert_(model)
+    adjust(layer, Adjustment(bias=torch.ones(32)))
+    torchquant.convert_(model)
+    assert torch.equal(model[0].bias, torch.ones(32))

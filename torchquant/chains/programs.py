@@ -18,7 +18,13 @@ from torchquant.chains.guard import Expectation
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.program import Program
-from torchquant.chains.schedule import Item, Segment, make_schedule, make_steps
+from torchquant.chains.schedule import (
+    Item,
+    Segment,
+    make_schedule,
+    make_steps,
+    read_by_python,
+)
 from torchquant.chains.steps import Qparams
 from torchquant.graph.trace import Trace, filled
 
@@ -90,6 +96,7 @@ class Programs:
             for module in (*self.interpreter.modules.values(), *_inner(self.interpreter))
         )
         self.items: list[tuple[Item, Program | None]] = []
+        self.shown: set[int] = set()  # int8 values that Python reads
         try:
             self._make(region)
         except ValueError:  # a layer's own scale is not that of the value which it reads
@@ -103,7 +110,9 @@ class Programs:
 
     def _make(self, region: Quantized) -> None:
         qparams = _qparams(region, self.plan)
-        for item in make_schedule(region.trace, self.plan):
+        schedule = make_schedule(region.trace, self.plan)
+        self.shown = read_by_python(region.trace, self.plan, schedule) & {*self.interpreter.points}
+        for item in schedule:
             program = None
             if isinstance(item, Segment):
                 program = Program(
@@ -120,7 +129,9 @@ class Programs:
         results: dict[int, Any] = {}
         calls, sources = self.trace.calls, self.plan.sources
         for index, place in self.interpreter.inputs.items():
-            results[index] = inputs[place]
+            value = inputs[place]
+            # A program rounds its input; Python reads the rounded values, as in the interpreter.
+            results[index] = self.interpreter.points[index](value) if index in self.shown else value
         for item, program in self.items:
             if program is None:
                 assert isinstance(item, int)

@@ -157,7 +157,7 @@ class RegionForward:
             if len(args) > len(every) or not given.keys() <= set(every):
                 return None
             for name, default in self.trace.defaults.items():
-                if given.get(name, default) is not default:
+                if not _is_same(given.get(name, default), default):
                     return None
             if not all(name in given for name in names):
                 return None
@@ -227,7 +227,8 @@ class RegionForward:
         for edge, activations in enumerate(plan.edges):
             if edge in read:
                 continue
-            observer = kept.get(firsts[edge]) or self.make_observer(activations)
+            with torch.inference_mode(False):
+                observer = kept.get(firsts[edge]) or self.make_observer(activations)
             target = self.trace.calls[firsts[edge]].target
             observer.set_layer_name(f"{self.name}.{target}" if self.name else target)
             self.observers[edge] = observer
@@ -342,6 +343,12 @@ class RegionForward:
 def _is_channels_last(value: Tensor) -> bool:
     last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
     return last and not value.is_contiguous()
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """True if an argument is the default, or an equal number or text."""
+    plain = type(value) is type(default) and isinstance(value, (bool, int, float, str, bytes))
+    return value is default or (plain and value == default)
 
 
 def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:

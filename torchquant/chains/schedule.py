@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,7 +12,9 @@ from torchquant.chains import operations as known
 from torchquant.chains import steps
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.steps import Qparams, Step, Value
-from torchquant.graph.trace import Trace, refs
+from torchquant.graph.trace import Call, Trace, refs
+
+_IN_PLACE_OPERATORS = frozenset(("iadd", "isub", "imul", "itruediv", "iand", "ior", "ipow"))
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ Item: TypeAlias = Segment | int  # an int: the index of a call that runs in Pyth
 def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
     """Divide the calls of a region into programs and calls in Python.
 
-    A call in Python that needs no result of the program before it runs before that program, so that
-    programs are as long as possible. Calls whose results nothing needs do not run.
+    A call in Python that needs no result of the program before it, and changes nothing that this
+    program reads, runs before the program, so that programs are as long as possible. Calls whose
+    results nothing needs do not run.
     """
     count = len(trace.calls)
     stepped = {call for group in plan.groups.values() for call in group.calls}
@@ -48,12 +51,14 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
     items: list[Item | list[Group]] = []
     open_groups: list[Group] = []
     made: set[int] = set()  # by the open program
+    taken: set[int] = set()  # read by the open program
 
     def close() -> None:
         if open_groups:
             items.append(list(open_groups))
             open_groups.clear()
             made.clear()
+            taken.clear()
 
     for index in range(count):
         group = ends.get(index)
@@ -62,8 +67,11 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
                 close()
             open_groups.append(group)
             made.add(index)
+            taken.update(group.reads)
         elif index in needed and index not in stepped:
-            if made.intersection(plan.sources[read] for read in trace.calls[index].reads()):
+            call = trace.calls[index]
+            reads = _behind(trace, plan, call.reads())
+            if made & reads or (taken & reads and _may_change(call)):
                 close()
             items.append(index)
     close()
@@ -72,7 +80,7 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
 
 def _needed(trace: Trace, plan: Plan, stepped: set[int]) -> set[int]:
     """The calls that run in Python or in a program."""
-    waiting = [plan.sources[read] for read in refs(trace.result)]
+    waiting = [*_behind(trace, plan, refs(trace.result))]
     by_call = {call: group for group in plan.groups.values() for call in group.calls}
     needed: set[int] = set()
     while waiting:
@@ -83,18 +91,49 @@ def _needed(trace: Trace, plan: Plan, stepped: set[int]) -> set[int]:
         if index in stepped:
             waiting += by_call[index].reads
         else:
-            waiting += (plan.sources[read] for read in trace.calls[index].reads())
+            waiting += _behind(trace, plan, trace.calls[index].reads())
     return needed
+
+
+def read_by_python(trace: Trace, plan: Plan, schedule: Iterable[Item]) -> set[int]:
+    """The results that calls in Python read, or the forward returns."""
+    found = _behind(trace, plan, refs(trace.result))
+    for item in schedule:
+        if isinstance(item, int):
+            found |= _behind(trace, plan, trace.calls[item].reads())
+    return found
+
+
+def _behind(trace: Trace, plan: Plan, reads: Iterable[int]) -> set[int]:
+    """The results that Python needs for some results, of which identities have none of their own.
+
+    ``x.view(n, -1)`` that changes nothing is an identity to a step; Python runs it with its sizes.
+    """
+    found: set[int] = set()
+    for read in reads:
+        found.add(plan.sources[read])
+        call = trace.calls[read]
+        if plan.sources[read] != read and call.kind != "module":
+            found |= _behind(trace, plan, call.reads())
+    return found
+
+
+def _may_change(call: Call) -> bool:
+    """True if a call in Python may work in place."""
+    name = call.target.rpartition(":")[2]
+    if call.kind == "module" or name.endswith("_") or name in _IN_PLACE_OPERATORS:
+        return True
+    return any(value is True for value in (*call.args[1:], *call.kwargs.values()))
 
 
 def _with_borders(trace: Trace, plan: Plan, items: Sequence[Item | list[Group]]) -> list[Item]:
     reads: list[set[int]] = []
     for item in items:
         if isinstance(item, int):
-            reads.append({plan.sources[read] for read in trace.calls[item].reads()})
+            reads.append(_behind(trace, plan, trace.calls[item].reads()))
         elif isinstance(item, list):
             reads.append({read for group in item for read in group.reads})
-    results = {plan.sources[read] for read in refs(trace.result)}
+    results = _behind(trace, plan, refs(trace.result))
     found: list[Item] = []
     for place, item in enumerate(items):
         if not isinstance(item, list):

@@ -7,7 +7,7 @@ layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Adjustment:
         qweight: int8, the canonical integers of the weight; None for the nearest integers.
         weight_scale: float32 ``[outputs]``, the scales of these integers; None with ``qweight``.
         bias: float ``[outputs]``; None for the bias of the float layer.
+        corrected: the bias of the float layer of which ``bias`` is the correction; :func:`adjust`
+            sets it.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -39,6 +41,7 @@ class Adjustment:
     qweight: Tensor | None = None
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
+    corrected: Tensor | None = None
 
 
 def adjustment_of(module: nn.Module) -> Adjustment:
@@ -51,8 +54,11 @@ def adjust(module: nn.Module, adjustment: Adjustment) -> None:
     """Keep an adjustment with a float layer, in place of the one from before."""
     if adjustment.qweight is None and adjustment.bias is None:
         module.__dict__.pop(_ATTRIBUTE, None)
-    else:
-        module.__dict__[_ATTRIBUTE] = adjustment
+        return
+    bias = module._parameters.get("bias")
+    if adjustment.bias is not None and bias is not None:
+        adjustment = replace(adjustment, corrected=bias.detach().clone())
+    module.__dict__[_ATTRIBUTE] = adjustment
 
 
 def is_adjusted(module: nn.Module) -> bool:
@@ -69,7 +75,8 @@ def apply_adjustment(module: nn.Module, layer: QuantizedModule) -> None:
         layer: the layer that was made from it.
 
     Raises:
-        ValueError: the weight has changed since the integers were found.
+        ValueError: the weight has changed since the integers were found, or the bias since its
+            correction was found.
 
     Example:
         >>> from torchquant.nn import QuantizedLinear
@@ -92,6 +99,12 @@ def apply_adjustment(module: nn.Module, layer: QuantizedModule) -> None:
         layer.load_state_dict({**layer.state_dict(), **tensors})
     if found.bias is not None:
         bias: Any = module.bias
+        seen = found.corrected
+        if seen is not None and not torch.equal(bias, seen.to(bias.device, bias.dtype)):
+            raise ValueError(
+                "the bias must be the one that correct_bias_ corrected, but it has changed since; "
+                "call correct_bias_ again"
+            )
         value = found.bias.to(bias.device, bias.dtype, copy=True)
         layer.bias = nn.Parameter(value, requires_grad=bias.requires_grad)
     form = layer.__dict__.get("float_form", FloatForm())

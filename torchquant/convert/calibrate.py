@@ -143,7 +143,7 @@ def _observing(model: nn.Module, hooks: Iterable[InputObserver]) -> Iterator[Non
             hook.observing = True
         with torch.no_grad():
             yield
-    except Exception:
+    except BaseException:  # also Ctrl-C
         for observer, buffers in zip(observers, before, strict=True):
             observer._buffers.update(buffers)
         raise

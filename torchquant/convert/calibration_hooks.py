@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchquant.configs import QuantizationConfig
@@ -88,7 +89,8 @@ def observe_input(layer: nn.Module, name: str, config: QuantizationConfig) -> In
         config: what it is prepared for; its activations name the observer.
     """
     devices = [parameter.device for parameter in layer.parameters() if not parameter.is_meta]
-    observer = observer_for(config.activations, devices[0] if devices else "cpu")
+    with torch.inference_mode(False):  # batches may come outside of inference mode
+        observer = observer_for(config.activations, devices[0] if devices else "cpu")
     observer.set_layer_name(name)
     hook = InputObserver(config, observer)
     layer.register_forward_pre_hook(hook, with_kwargs=True)

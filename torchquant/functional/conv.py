@@ -80,7 +80,7 @@ def conv_static(
         padding: two ints for each spatial dimension, before and after, the first dimension first:
             top, bottom, left, right.
         groups: the number of groups; divides C and O.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: "none" or a name in :data:`torchquant.functional.ACTIVATIONS`.
         residual: of the result's shape, added before the activation: fp32, or int8 with
             ``residual_scale`` and ``residual_zero_point``.
         residual_scale: float or fp32 ``[1]`` with an int8 residual, None otherwise.

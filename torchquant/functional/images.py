@@ -41,7 +41,7 @@ def int8_add(
     Args:
         left, right: int8 of one shape.
         left_scale, left_zero_point, right_scale, right_zero_point: of the two, per tensor.
-        activation: none, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
+        activation: "none" or a name in :data:`torchquant.functional.ACTIVATIONS`.
         output_scale, output_zero_point, output_qmin, output_qmax: of the int8 result; without
             ``output_scale`` the result is float32.
 

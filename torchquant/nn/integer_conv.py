@@ -65,7 +65,7 @@ def quantize_samples(
     """
     last = is_channels_last(input)
     pixels = input.permute(0, 2, 3, 1) if last else input
-    rows = pixels.reshape(pixels.shape[0], -1)
+    rows = pixels.flatten(1)
     q, scales, zeros = ops.quantize_rows(
         rows, scale, zero_point, qmin=qmin, qmax=qmax, symmetric=symmetric
     )
