@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 
+from torchquant._extension import load
+
+load()  # defines the operators
+
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
