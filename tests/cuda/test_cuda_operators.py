@@ -47,6 +47,10 @@ def compare(name: str, args: tuple[Any, ...], namespace: Any, device: str) -> No
         n, k = args[0].shape
         expected[0] = KERNELS.unpack_weight(expected[0], n, k)
         got[0] = namespace.unpack_weight(got[0], n, k)
+    if name == "pack_conv_weight":
+        sizes = (list(args[0].shape), args[1])
+        expected[0] = KERNELS.unpack_conv_weight(expected[0], *sizes)
+        got[0] = namespace.unpack_conv_weight(got[0], *sizes)
     assert len(got) == len(expected)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.device.type == device
