@@ -151,7 +151,7 @@ def calibration_named(who: str, observer: Calibration | str | None) -> Calibrati
     """The part for its name; a part and None are returned unchanged.
 
     Raises:
-        TypeError: observer is none of these; the message starts with ``who``.
+        TypeError: observer is not one of these; the message starts with ``who``.
         ValueError: observer is a string that is no name.
 
     Example:

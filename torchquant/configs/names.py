@@ -59,7 +59,7 @@ def Int8StaticActivationInt8WeightConfig(
         The configuration in parts.
 
     Raises:
-        TypeError: a flag is not a bool, or observer is none of these.
+        TypeError: a flag is not a bool, or observer is not one of these.
         ValueError: observer is a string that is no name.
 
     Example:
