@@ -33,8 +33,9 @@ def common_shape(like: Tensor, described: str, who: str, group_name: str | None)
     everyone = gather(like.new_tensor(values, dtype=torch.int64), group_name).tolist()
     if len({row[0] for row in everyone}) > 1:
         raise ValueError(
-            f"{who}: all processes must hold observers with the same arguments, got "
-            f"{described} here and another one elsewhere; prepare the same model with the same configuration in each"
+            f"{who}: all processes must hold observers with the same arguments, got {described} "
+            "here and another one elsewhere; prepare the same model with the same configuration "
+            "in each"
         )
     shapes = {tuple(row[2 : 2 + row[1]]) for row in everyone}
     if len(shapes) > 1:
