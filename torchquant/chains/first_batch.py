@@ -70,13 +70,23 @@ class FirstBatch:
             return f"its recorded calls give other results (by {difference:.1e} of the greatest)"
         return ""
 
+    def shapes_of(self, inputs: Sequence[Any], interpreter: Interpreter) -> list[Shape]:
+        """The shape of each result for another batch."""
+        shapes: dict[int, Shape] = {}
+
+        def seen(index: int, value: Any) -> None:
+            shapes[index] = _shape_of(value)
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            interpreter.with_observer(seen)(inputs)
+        return [shapes.get(index) for index in range(len(self.trace.calls))]
+
     def _run(self, inputs: Sequence[Any], counter: FlopCounterMode) -> Any:
         shapes: dict[int, Shape] = {}
         totals: dict[int, int] = {}
 
         def seen(index: int, value: Any) -> None:
-            tensor = isinstance(value, Tensor) and value.is_floating_point()
-            shapes[index] = tuple(value.shape) if tensor else None
+            shapes[index] = _shape_of(value)
             totals[index] = int(counter.get_total_flops())
 
         result = Interpreter(self.trace, self.root, seen=seen)(inputs)
@@ -92,6 +102,16 @@ class FirstBatch:
         Args:
             activations: the quantization of the activations that enter each layer, by path.
         """
+        return make_plan(self.trace, self.operations(activations), self.shapes, activations)
+
+    def operations(
+        self, activations: Mapping[str, Static], shapes: Sequence[Shape] | None = None
+    ) -> list[Operation]:
+        """What each call computes on values with some sizes, usually those of the batch."""
+        shapes = self.shapes if shapes is None else shapes
+        # A tensor of the model has no dimension of the batch, even if it looks so in a batch of 1.
+        fixed = _fixed(self.trace)
+        known = [None if index in fixed else shape for index, shape in enumerate(shapes)]
         operations: list[Operation] = []
         for index, call in enumerate(self.trace.calls):
             module = self.root.get_submodule(call.target) if call.kind == "module" else None
@@ -99,8 +119,23 @@ class FirstBatch:
             if module is not None and call.target in activations:
                 kind = kind_of(module)
                 layer = None if kind is None else kind.name
-            operations.append(operation_of(call, module, layer, self.shapes, self.shapes[index]))
-        return make_plan(self.trace, operations, self.shapes, activations)
+            operations.append(operation_of(call, module, layer, known, known[index]))
+        return operations
+
+
+def _fixed(trace: Trace) -> set[int]:
+    """The results that are made of tensors of the model only."""
+    found: set[int] = set()
+    for index, call in enumerate(trace.calls):
+        reads = call.reads()
+        if call.kind == "tensor" or (reads and found.issuperset(reads)):
+            found.add(index)
+    return found
+
+
+def _shape_of(value: Any) -> Shape:
+    tensor = isinstance(value, Tensor) and value.is_floating_point()
+    return tuple(value.shape) if tensor else None
 
 
 def _copied(value: Any) -> Any:

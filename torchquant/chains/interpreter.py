@@ -7,6 +7,7 @@ result can be passed through a function that observes or rounds it.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,8 @@ class Interpreter:
     Args:
         trace: the calls.
         root: the module that was recorded.
-        substitutes: functions of the tensor arguments that replace a call, by its index.
+        substitutes: functions of the tensor arguments that replace a call, by its index; one that
+            returns ``NotImplemented`` leaves the arguments to the call.
         points: functions that a result passes through, by the index of its call.
         seen: is told the index and the result of every call.
 
@@ -86,6 +88,12 @@ class Interpreter:
                     del results[read]
         return filled(self.trace.result, results.__getitem__)
 
+    def with_observer(self, seen: Callable[[int, Any], None]) -> Interpreter:
+        """The same interpreter that tells each result to a function."""
+        other = copy.copy(self)
+        other.seen = seen
+        return other
+
     def call(
         self, index: int, call: Call, results: Mapping[int, Any], inputs: Sequence[Any]
     ) -> Any:
@@ -108,11 +116,17 @@ class Interpreter:
         substitute = self.substitutes.get(index)
         if substitute is not None:
             arguments = [results[read] for read in call.reads()]
-            if call.kind != "module" or not runs_hooks(self.modules[call.target]):
-                return substitute(*arguments)
-            return run_as(self.modules[call.target], substitute, tuple(arguments), {})
+            hooked = call.kind == "module" and runs_hooks(self.modules[call.target])
+            if not hooked and (made := substitute(*arguments)) is not NotImplemented:
+                return made
+            if hooked:
+                module = self.modules[call.target]
+                forward = _either(substitute, module.forward)
+                return run_as(module, forward, tuple(arguments), {})
         args = filled(call.args, results.__getitem__)
         kwargs = filled(call.kwargs, results.__getitem__) if call.kwargs else {}
+        if call.copies and isinstance(args[0], Tensor):
+            args = (args[0].clone(), *args[1:])
         if call.kind == "module":
             return self.modules[call.target](*args, **kwargs)
         if call.kind == "method":
@@ -170,6 +184,16 @@ class Interpreter:
             if index in inner:
                 results[index] = inner[index]
         _bind(scope.result, output, results)
+
+
+def _either(substitute: Substitute, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A substitute, or the forward of its module for arguments that it does not take."""
+
+    def run(*args: Any) -> Any:
+        made = substitute(*args)
+        return forward(*args) if made is NotImplemented else made
+
+    return run
 
 
 def runs_hooks(module: nn.Module) -> bool:

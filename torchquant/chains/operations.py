@@ -15,10 +15,17 @@ Shape: TypeAlias = tuple[int, ...] | None  # None: the result is no float tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that will have static activations; ``linear`` tells the two kinds of steps apart."""
+    """A layer that will have static activations.
+
+    Args:
+        path: its path.
+        linear: True for a linear layer, False for a convolution.
+        rank: the number of dimensions of the weight, and of a batch of inputs of a convolution.
+    """
 
     path: str
     linear: bool
+    rank: int = 2
 
 
 @dataclass(frozen=True)

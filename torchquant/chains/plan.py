@@ -187,9 +187,14 @@ class _Planner:
     # ------------------------------------------------------------ what can be a step
 
     def _has_sequences(self) -> bool:
-        """True if three dimensions mean [n, c, l] here: a convolution makes such values."""
+        """True if three dimensions mean [n, c, l] here: a convolution makes such values.
+
+        One image [c, h, w] without a batch has three dimensions, too.
+        """
         return any(
-            isinstance(operation, Layer) and not operation.linear and self._rank(index) == 3
+            isinstance(operation, Layer)
+            and not operation.linear
+            and operation.rank == self._rank(index) == 3
             for index, operation in enumerate(self.operations)
         )
 
@@ -206,8 +211,8 @@ class _Planner:
                 continue
             ranks = {self._rank(index), *map(self._rank, self.operands(index))}
             allowed = {2, 4, 3} if self.sequences else {2, 4}
-            if isinstance(operation, Layer) and operation.linear:
-                allowed = {2}
+            if isinstance(operation, Layer):
+                allowed = {operation.rank}
             if self._is_of_rows(index, ranks, able):
                 self.rows.add(index)
                 able.append(True)

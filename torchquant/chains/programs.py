@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from torchquant._extension import load
+from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.guard import Expectation
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
+from torchquant.chains.operations import Other
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.program import Program
+from torchquant.chains.recognize import depends_on_sizes
 from torchquant.chains.schedule import (
     Item,
     Segment,
@@ -26,6 +29,8 @@ from torchquant.chains.schedule import (
     read_by_python,
 )
 from torchquant.chains.steps import Qparams
+from torchquant.configs import Static
+from torchquant.graph.randomness import is_random
 from torchquant.graph.trace import Trace, filled
 
 _Guard = load().Guard
@@ -46,6 +51,8 @@ class Quantized(Protocol):
     root: nn.Module
     trace: Trace
     plan: Plan | None
+    facts: FirstBatch | None
+    activations: dict[str, Static]
     expected: list[Expectation]
 
     def edge_qparams(self, edge: int) -> tuple[Tensor, Tensor]:
@@ -95,6 +102,10 @@ class Programs:
             not runs_hooks(module)
             for module in (*self.interpreter.modules.values(), *_inner(self.interpreter))
         )
+        self.random = any(map(is_random, region.trace.calls))
+        self.learned: dict[tuple[Any, ...], list[bool] | None] = {}  # of results, for gradients
+        assert region.facts is not None
+        self.sizes = _Sizes(region.facts, region.activations, self.plan)
         self.items: list[tuple[Item, Program | None]] = []
         self.shown: set[int] = set()  # int8 values that Python reads
         try:
@@ -126,6 +137,8 @@ class Programs:
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """The result of the forward, or ``REFUSED``; only if ``ready``."""
+        if not self.sizes.fit(inputs, self.interpreter):
+            return REFUSED
         results: dict[int, Any] = {}
         calls, sources = self.trace.calls, self.plan.sources
         for index, place in self.interpreter.inputs.items():
@@ -141,6 +154,8 @@ class Programs:
                 continue
             assert isinstance(item, Segment)
             given = [results[index] for index in item.reads]
+            if not item.rows and not self.sizes.have_ranks(given, item.reads):
+                return REFUSED
             try:
                 made = _run_rows(program, given) if item.rows else program.run(given)
             except ValueError:  # sizes that the steps do not take; the calls say what is wrong
@@ -150,6 +165,55 @@ class Programs:
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
         return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
+
+
+class _Sizes:
+    """Whether programs, made for the sizes of the first batch, hold for those of another."""
+
+    def __init__(self, facts: FirstBatch, activations: Mapping[str, Static], plan: Plan) -> None:
+        self.facts = facts
+        self.activations = activations
+        self.plan = plan
+        self.ranks = [None if shape is None else len(shape) for shape in facts.shapes]
+        self.open = [  # what these calls compute has to be looked at for each size
+            index
+            for index in range(len(plan.operations))
+            if not isinstance(plan.operations[index], Other)
+            and depends_on_sizes(index, facts.trace)
+        ]
+        calls = zip(facts.trace.calls, facts.shapes, strict=True)
+        first = tuple(shape for call, shape in calls if call.kind == "input")
+        self.known: dict[tuple[Any, ...], bool] = {first: True}
+
+    def have_ranks(self, values: Sequence[Any], indices: Sequence[int]) -> bool:
+        """True if values have as many dimensions as in the first batch."""
+        ranks = self.ranks
+        return all(
+            value.dim() == ranks[index] for value, index in zip(values, indices, strict=True)
+        )
+
+    def fit(self, inputs: Sequence[Any], interpreter: Interpreter) -> bool:
+        """True if each call computes on these inputs what it did in the first batch."""
+        if not self.open:
+            return True
+        key = tuple(item.shape for item in inputs)
+        known = self.known.get(key)
+        if known is None:
+            if len(self.known) >= _MOST_SIZES:
+                self.known.clear()
+            known = self.known[key] = self._fit(inputs, interpreter)
+        return known
+
+    def _fit(self, inputs: Sequence[Any], interpreter: Interpreter) -> bool:
+        try:
+            shapes = self.facts.shapes_of(inputs, interpreter)
+        except Exception:  # the calls themselves will say what is wrong
+            return False
+        operations = self.facts.operations(self.activations, shapes)
+        return all(operations[index] == self.plan.operations[index] for index in self.open)
+
+
+_MOST_SIZES = 256
 
 
 def _run_rows(program: Program, inputs: Sequence[Tensor]) -> list[Tensor] | None:

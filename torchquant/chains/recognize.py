@@ -30,7 +30,8 @@ from torchquant.chains.operations import (
 )
 from torchquant.chains.steps import Pair
 from torchquant.functional import ACTIVATIONS
-from torchquant.graph.trace import Call, Ref
+from torchquant.graph.trace import Call, Ref, Trace
+from torchquant.nn.kinds import weight_shape
 
 
 def operation_of(
@@ -60,11 +61,13 @@ def operation_of(
         return Other(f"the tensor {call.target}", quiet=True)
     if layer is not None:
         plain = len(call.args) == 1 and isinstance(call.args[0], Ref) and not call.kwargs
-        return Layer(call.target, layer == "linear") if plain else Other("a call with options")
+        if not plain or module is None:
+            return Other("a call with options")
+        return Layer(call.target, layer == "linear", len(weight_shape(module)))
     name, arguments = arguments_of(call, module)
-    if arguments is None:
-        return Other(_words(call, module), quiet=shape is None)
     reads = [shapes[index] for index in call.reads()]
+    if arguments is None or shape is None or not reads or reads[0] is None:
+        return Other(_words(call, module), quiet=shape is None)
     found = _KNOWN[name](arguments, reads, shape) if name in _KNOWN else None
     if found is not None:
         return found
@@ -72,11 +75,46 @@ def operation_of(
     return Other(_words(call, module), moves=moves, quiet=shape is None)
 
 
+def depends_on_sizes(index: int, trace: Trace) -> bool:
+    """True if a call may compute something else for a batch with other sizes.
+
+    ``x.squeeze()`` flattens the means of several images; those of one image lose the dimension of
+    the batch as well. ``x.view(x.size(0), -1)`` always flattens.
+
+    Example:
+        >>> calls = Call("input", "x"), Call("method", "squeeze", (Ref(0),))
+        >>> depends_on_sizes(1, Trace(calls, Ref(1), ("x",), {}, ()))
+        True
+    """
+    call = trace.calls[index]
+    name, arguments = arguments_of(call, None) if call.kind != "module" else ("", None)
+    if name not in ("view", "reshape", "squeeze"):
+        return False
+    wanted = (arguments or {}).get("shape", ())
+    if len(wanted) != 2 or not isinstance(wanted[0], Ref) or wanted[1] != -1:
+        return True
+    return not _is_batch_of(call.args[0], wanted[0], trace)
+
+
+def _is_batch_of(value: Any, size: Ref, trace: Trace) -> bool:
+    """True if a number is ``value.size(0)`` or ``value.shape[0]``."""
+    call = trace.calls[size.index]
+    if call.kind == "method" and call.target == "size":
+        return call.args == (value, 0)
+    if call.target != "operator:getitem" or call.args[1] != 0:
+        return False
+    whole = trace.calls[call.args[0].index] if isinstance(call.args[0], Ref) else call
+    if whole.kind == "method" and whole.target == "size":
+        return whole.args == (value,)
+    return whole.target == "builtins:getattr" and whole.args == (value, "shape")
+
+
 Arguments = Mapping[str, Any]
 Found = Operation | None
+Recognizer = Callable[[Arguments, Sequence[Shape], Shape], Found]
 
 
-def _activation(function: str) -> Callable[[Arguments, Sequence[Shape], Shape], Found]:
+def _activation(function: str) -> Recognizer:
     def found(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
         return Activate(function) if function in ACTIVATIONS and len(reads) == 1 else None
 
@@ -114,6 +152,16 @@ def _mul(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     whole = [read == shape for read in reads]
     fits = all(read in (shape, channels) for read in reads) and any(whole)
     return Mul(not whole[0]) if fits and len(shape) in (2, 3, 4) else None
+
+
+def _batched(rank: int, recognizer: Recognizer) -> Recognizer:
+    """For values of one rank only: a pool of two dimensions also takes one image [c, h, w]."""
+
+    def found(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+        ranks = {0 if one is None else len(one) for one in (reads[0], shape)}
+        return recognizer(values, reads, shape) if ranks == {rank} else None
+
+    return found
 
 
 def _max_pool(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
@@ -246,7 +294,7 @@ _MOVING = frozenset(
     )
 )
 
-_KNOWN: dict[str, Callable[[Arguments, Sequence[Shape], Shape], Found]] = {
+_KNOWN: dict[str, Recognizer] = {
     **{
         name: _activation(name)
         for name in ("relu", "relu6", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid")
@@ -258,12 +306,12 @@ _KNOWN: dict[str, Callable[[Arguments, Sequence[Shape], Shape], Found]] = {
     "clamp_min": _clamp,
     "add": _add,
     "mul": _mul,
-    "max_pool1d": _max_pool,
-    "max_pool2d": _max_pool,
-    "avg_pool1d": _avg_pool,
-    "avg_pool2d": _avg_pool,
-    "adaptive_avg_pool1d": _adaptive,
-    "adaptive_avg_pool2d": _adaptive,
+    "max_pool1d": _batched(3, _max_pool),
+    "max_pool2d": _batched(4, _max_pool),
+    "avg_pool1d": _batched(3, _avg_pool),
+    "avg_pool2d": _batched(4, _avg_pool),
+    "adaptive_avg_pool1d": _batched(3, _adaptive),
+    "adaptive_avg_pool2d": _batched(4, _adaptive),
     "mean": _mean,
     "cat": _cat,
     "interpolate": _interpolate,

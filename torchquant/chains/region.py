@@ -132,7 +132,10 @@ class RegionForward:
         if torch.is_grad_enabled():
             parameters = trained([self.root])
             if parameters or any(item.requires_grad for item in inputs):
-                return recomputed(self._without_gradients, self._interpreted, inputs, parameters)
+                if self._programs.random:  # other numbers would be drawn in the backward pass
+                    return self._interpreted(inputs)
+                runs = self._without_gradients, self._interpreted
+                return recomputed(*runs, inputs, parameters, self._programs.learned)
             with torch.no_grad():
                 return self._without_gradients(inputs)
         return self._without_gradients(inputs)
@@ -335,9 +338,17 @@ class RegionForward:
         return found
 
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
-        assert self.plan is not None
-        edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
-        return lambda value, *rest: average(value, *self.edge_qparams(edge), operation)
+        assert self.plan is not None and self.facts is not None
+        operand = self.plan.groups[index].operands[0]
+        edge, shape = self.plan.edge_of[operand], self.facts.shapes[operand]
+        rank = 0 if shape is None else len(shape)
+
+        def averaged(value: Tensor, *rest: Any) -> Any:
+            if value.dim() != rank:
+                return NotImplemented
+            return average(value, *self.edge_qparams(edge), operation)
+
+        return averaged
 
 
 def _is_channels_last(value: Tensor) -> bool:
@@ -346,7 +357,9 @@ def _is_channels_last(value: Tensor) -> bool:
 
 
 def _is_same(value: Any, default: Any) -> bool:
-    """True if an argument is the default, or an equal number or text."""
+    """True if an argument is the default, or an equal number or text, or a tuple of such."""
+    if type(value) is type(default) is tuple and len(value) == len(default):
+        return all(map(_is_same, value, default))
     plain = type(value) is type(default) and isinstance(value, (bool, int, float, str, bytes))
     return value is default or (plain and value == default)
 
@@ -370,7 +383,12 @@ def _firsts(plan: Plan) -> dict[int, int]:
 
 
 def _activation(function: str) -> Substitute:
-    return lambda value, *rest: ops.activation(value, function)
+    def activated(value: Tensor, *rest: Any) -> Any:
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return NotImplemented
+        return ops.activation(value, function)
+
+    return activated
 
 
 def region_of(module: nn.Module) -> RegionForward | None:

@@ -12,9 +12,8 @@ from torchquant.chains import operations as known
 from torchquant.chains import steps
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.steps import Qparams, Step, Value
-from torchquant.graph.trace import Call, Trace, refs
-
-_IN_PLACE_OPERATORS = frozenset(("iadd", "isub", "imul", "itruediv", "iand", "ior", "ipow"))
+from torchquant.graph.randomness import is_random
+from torchquant.graph.trace import Trace, refs
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ Item: TypeAlias = Segment | int  # an int: the index of a call that runs in Pyth
 def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
     """Divide the calls of a region into programs and calls in Python.
 
-    A call in Python that needs no result of the program before it, and changes nothing that this
-    program reads, runs before the program, so that programs are as long as possible. Calls whose
-    results nothing needs do not run.
+    A call in Python that needs no result of the program before it runs before the program, so that
+    programs are as long as possible. Calls whose results nothing needs do not run, except those
+    that draw random numbers.
     """
     count = len(trace.calls)
     stepped = {call for group in plan.groups.values() for call in group.calls}
@@ -51,14 +50,12 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
     items: list[Item | list[Group]] = []
     open_groups: list[Group] = []
     made: set[int] = set()  # by the open program
-    taken: set[int] = set()  # read by the open program
 
     def close() -> None:
         if open_groups:
             items.append(list(open_groups))
             open_groups.clear()
             made.clear()
-            taken.clear()
 
     for index in range(count):
         group = ends.get(index)
@@ -67,11 +64,8 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
                 close()
             open_groups.append(group)
             made.add(index)
-            taken.update(group.reads)
         elif index in needed and index not in stepped:
-            call = trace.calls[index]
-            reads = _behind(trace, plan, call.reads())
-            if made & reads or (taken & reads and _may_change(call)):
+            if made & _behind(trace, plan, trace.calls[index].reads()):
                 close()
             items.append(index)
     close()
@@ -81,6 +75,7 @@ def make_schedule(trace: Trace, plan: Plan) -> list[Item]:
 def _needed(trace: Trace, plan: Plan, stepped: set[int]) -> set[int]:
     """The calls that run in Python or in a program."""
     waiting = [*_behind(trace, plan, refs(trace.result))]
+    waiting += (index for index, call in enumerate(trace.calls) if is_random(call))
     by_call = {call: group for group in plan.groups.values() for call in group.calls}
     needed: set[int] = set()
     while waiting:
@@ -116,14 +111,6 @@ def _behind(trace: Trace, plan: Plan, reads: Iterable[int]) -> set[int]:
         if plan.sources[read] != read and call.kind != "module":
             found |= _behind(trace, plan, call.reads())
     return found
-
-
-def _may_change(call: Call) -> bool:
-    """True if a call in Python may work in place."""
-    name = call.target.rpartition(":")[2]
-    if call.kind == "module" or name.endswith("_") or name in _IN_PLACE_OPERATORS:
-        return True
-    return any(value is True for value in (*call.args[1:], *call.kwargs.values()))
 
 
 def _with_borders(trace: Trace, plan: Plan, items: Sequence[Item | list[Group]]) -> list[Item]:

@@ -1,158 +1,192 @@
-"""Calls that work in place, in a record whose later calls shall not depend on that.
+"""Calls that work in place, in a record whose calls shall not depend on that.
 
-After ``y = relu_(x)``, a reader of ``x`` sees ``y``. In the record it reads ``y``, so that the call
-can be replaced by one that leaves ``x`` alone.
+After ``y = relu_(x)``, a reader of ``x`` sees ``y``. In the record it reads ``y``, and ``relu_``
+gets a copy of ``x``. So each call of the record is a function of its arguments, which can run at
+another time, or be replaced by one that computes the same.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-from torchquant.graph.trace import Call, Ref, Trace, Untraceable
+from torchquant.graph.sharing import IDENTITIES, name_of, numbers, shared
+from torchquant.graph.trace import (
+    IN_PLACE_OPERATORS,
+    Call,
+    Ref,
+    Trace,
+    Untraceable,
+    function_named,
+)
 
-# Functions and modules whose result may share memory with their argument.
-_VIEWS = frozenset(
-    (
-        *("view", "reshape", "flatten", "getitem", "chunk", "split", "transpose", "permute"),
-        *("squeeze", "unsqueeze", "expand", "contiguous", "detach", "narrow", "select", "dropout"),
-        *(
-            "unbind",
-            "movedim",
-            "swapaxes",
-            "to",
-            "float",
-            "type",
-            "unflatten",
-            "view_as",
-            "T",
-            "mT",
-        ),
-        *(
-            "dropout1d",
-            "dropout2d",
-            "alpha_dropout",
-            "tensor_split",
-            "diagonal",
-            "getattr",
-            "expand_as",
-        ),
-    )
-)
-_VIEW_MODULES = (
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+# Functions that change tensors which a call gives them by name, and the arguments that say so.
+_KEEPS_STATISTICS = {
+    "batch_norm": ("running_mean", "training"),
+    "instance_norm": ("running_mean", "use_input_stats"),
+    "embedding": ("max_norm", "max_norm"),
+}
 
 
 def without_in_place(trace: Trace, root: nn.Module) -> Trace:
-    """The record with readers that do not depend on work in place.
+    """The record with calls that do not depend on work in place.
 
     Raises:
         Untraceable: it works in place on an input, or on memory that other results share.
 
     Example:
         >>> from torchquant.graph.trace import trace
-        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
-        >>> record = trace(net, lambda module: True)
-        >>> without_in_place(record, net) == record
-        True
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+        >>> record = without_in_place(trace(net, lambda module: True), net)
+        >>> record.calls[2].copies, record.calls[3].reads()
+        (True, (2,))
     """
-    modules = {
-        index: root.get_submodule(call.target)
-        for index, call in enumerate(trace.calls)
-        if call.kind == "module"
-    }
-    changing = {
-        index: call.reads()[0]
-        for index, call in enumerate(trace.calls)
-        if call.reads() and _works_in_place(call, modules.get(index))
-    }
-    if not changing:
-        return trace
-    views = {
-        index: call.reads()[0]
-        for index, call in enumerate(trace.calls)
-        if call.reads() and _is_view(call, modules.get(index))
-    }
-    readers = trace.readers()
-    for index, operand in changing.items():
-        _check(trace, index, operand, views, readers)
-    return _renamed(trace, {operand: index for index, operand in changing.items()})
+    return _Rewriter(trace, root).record()
+
+
+class _Rewriter:
+    """Goes through a record and knows which call holds the newest content of each object."""
+
+    def __init__(self, trace: Trace, root: nn.Module) -> None:
+        self.trace = trace
+        self.readers = trace.readers()
+        self.numbers = numbers(trace)
+        self.memory: list[frozenset[int]] = []  # the results with which each may share memory
+        self.object: list[int] = []  # the first result that is the same tensor object
+        self.changes: dict[int, list[int]] = {}  # by the object, the calls that work on it in place
+        for index, call in enumerate(trace.calls):
+            module = root.get_submodule(call.target) if call.kind == "module" else None
+            self._take(index, call, module)
+
+    def _take(self, index: int, call: Call, module: nn.Module | None) -> None:
+        _refuse_hidden_changes(call)
+        operand = self._changed(call, module)
+        same = index
+        memory: frozenset[int] = frozenset()
+        if operand is not None:
+            self._check(index, operand)
+            same, memory = self.object[operand], self.memory[operand]
+            self.changes.setdefault(same, []).append(index)
+        elif index not in self.numbers:
+            memory = shared(call, module, self.memory)
+            if module is not None and isinstance(module, IDENTITIES) and call.reads():
+                same = self.object[call.reads()[0]]
+        self.memory.append(memory | {index})
+        self.object.append(same)
+
+    def _changed(self, call: Call, module: nn.Module | None) -> int | None:
+        """The result that a call changes, or None."""
+        if not _works_in_place(call, module):
+            return None
+        operand = _operand(call)
+        if not isinstance(operand, Ref):
+            raise Untraceable(f"it works in place on an argument of {name_of(call)}")
+        return None if operand.index in self.numbers else operand.index
+
+    def _check(self, index: int, operand: int) -> None:
+        """Raise if anything but later readers of the object itself could see the change."""
+        for other in range(index):
+            if not self.memory[other] & self.memory[operand]:
+                continue
+            if self.trace.calls[other].kind in ("input", "tensor"):
+                raise Untraceable("it works in place on its input or on a parameter")
+            if self.object[other] == self.object[operand]:
+                continue
+            later = (reader for reader in self.readers[other] if reader > index)
+            if any(reader not in self.numbers for reader in later):
+                raise Untraceable("it works in place on a view of a value that is read later")
+
+    def _newest(self, read: int, position: int) -> int:
+        """The call that holds, before the one at ``position``, what a result holds then."""
+        changes = self.changes.get(self.object[read], ())
+        return max([read, *(change for change in changes if change < position)])
+
+    def record(self) -> Trace:
+        """The record in which calls after a change read its result."""
+        if not self.changes:
+            return self.trace
+        copied = {index for indices in self.changes.values() for index in indices}
+        calls = []
+        for index, call in enumerate(self.trace.calls):
+            args, kwargs = self._at(call.args, index), self._at(call.kwargs, index)
+            if index in copied and not args:
+                args = (kwargs.pop("input"),)
+            calls.append(replace(call, args=args, kwargs=kwargs, copies=index in copied))
+        scopes = tuple(
+            replace(
+                scope,
+                args=self._at(scope.args, scope.start),
+                kwargs=self._at(scope.kwargs, scope.start),
+                result=self._at(scope.result, scope.end),
+            )
+            for scope in self.trace.scopes
+        )
+        result = self._at(self.trace.result, len(calls))
+        return replace(self.trace, calls=tuple(calls), result=result, scopes=scopes)
+
+    def _at(self, value: Any, position: int) -> Any:
+        if isinstance(value, Ref):
+            return Ref(self._newest(value.index, position))
+        if isinstance(value, tuple):
+            items = [self._at(item, position) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [self._at(item, position) for item in value]
+        if isinstance(value, Mapping):
+            return type(value)({key: self._at(item, position) for key, item in value.items()})  # type: ignore[call-arg]
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice(*(self._at(part, position) for part in parts))
+        return value
+
+
+def _operand(call: Call) -> Any:
+    """The argument on which a call works in place."""
+    return call.args[0] if call.args else call.kwargs.get("input")
 
 
 def _works_in_place(call: Call, module: nn.Module | None) -> bool:
     if module is not None:
-        return bool(getattr(module, "inplace", False)) and not isinstance(module, _VIEW_MODULES)
-    if call.kwargs.get("inplace"):
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, IDENTITIES)
+    name = name_of(call)
+    if call.kind == "method":
+        return name.endswith("_") and not name.endswith("__")
+    if call.kind != "function":
+        return False
+    if name in IN_PLACE_OPERATORS and call.target.startswith("operator:"):
         return True
-    name = call.target.rpartition(":")[2] if call.kind == "function" else call.target
-    return call.kind in ("function", "method") and name.endswith("_") and not name.endswith("__")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return bool(_arguments(call, "inplace").get("inplace", False))
 
 
-def _is_view(call: Call, module: nn.Module | None) -> bool:
-    if module is not None:
-        return isinstance(module, _VIEW_MODULES)
-    return call.kind in ("function", "method") and call.target.rpartition(":")[2] in _VIEWS
+def _refuse_hidden_changes(call: Call) -> None:
+    """Raise if a call changes an argument that is not its first one."""
+    if call.kwargs.get("out") is not None:
+        raise Untraceable(f"it writes the result of {name_of(call)} into another tensor")
+    if call.kind == "function" and name_of(call) in _KEEPS_STATISTICS:
+        names = _KEEPS_STATISTICS[name_of(call)]
+        given = _arguments(call, names[0])
+        if all(given.get(name) not in (None, False) for name in names):
+            raise Untraceable(f"its call of {name_of(call)} changes a tensor of the model")
 
 
-def _check(
-    trace: Trace,
-    index: int,
-    operand: int,
-    views: Mapping[int, int],
-    readers: list[list[int]],
-) -> None:
-    place = operand
-    while place in views:  # a view that only this call reads is as good as its source
-        if any(reader > index for reader in readers[place]):
-            raise Untraceable("it works in place on a view of a value that is read later")
-        place = views[place]
-        if len(readers[place]) > 1:
-            raise Untraceable("it works in place on a view of a value that others read")
-    if trace.calls[place].kind in ("input", "tensor"):
-        raise Untraceable("it works in place on its input or on a parameter")
-    for reader in readers[operand]:
-        if reader < index and reader in views and any(r > index for r in readers[reader]):
-            raise Untraceable("it works in place on a value of which a view is read later")
-
-
-def _renamed(trace: Trace, changed: Mapping[int, int]) -> Trace:
-    """The record in which calls after a change read its result."""
-
-    def current(index: int, position: int) -> int:
-        while changed.get(index, position) < position:
-            index = changed[index]
-        return index
-
-    def at(value: Any, position: int) -> Any:
-        if isinstance(value, Ref):
-            return Ref(current(value.index, position))
-        if isinstance(value, tuple):
-            items = [at(item, position) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            return [at(item, position) for item in value]
-        if isinstance(value, Mapping):
-            return {key: at(item, position) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(at(one, position) for one in (value.start, value.stop, value.step)))
-        return value
-
-    calls = tuple(
-        replace(call, args=at(call.args, place), kwargs=at(call.kwargs, place))
-        for place, call in enumerate(trace.calls)
-    )
-    scopes = tuple(
-        replace(
-            scope,
-            args=at(scope.args, scope.start),
-            kwargs=at(scope.kwargs, scope.start),
-            result=at(scope.result, scope.end),
-        )
-        for scope in trace.scopes
-    )
-    return replace(trace, calls=calls, result=at(trace.result, len(calls)), scopes=scopes)
+def _arguments(call: Call, name: str) -> Mapping[str, Any]:
+    """The arguments of a Python function by name, with defaults; if it has one with that name."""
+    function = function_named(call.target)
+    if not isinstance(function, FunctionType):
+        return call.kwargs
+    signature = inspect.signature(function)
+    if name not in signature.parameters:
+        return call.kwargs
+    try:
+        bound = signature.bind(*call.args, **call.kwargs)
+    except TypeError:
+        return call.kwargs
+    bound.apply_defaults()
+    return bound.arguments

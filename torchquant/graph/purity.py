@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -172,6 +173,7 @@ class _Reader:
         self.inherits = inherits  # whether super().forward may be called
         self.submodules = submodules  # whether modules below this one may be called
         self.known = {id(child) for child in module.modules()} if submodules else set()
+        self.tensors = {id(t) for t in (*module.parameters(), *module.buffers())}
         self.found = ""  # the name at which the first function that is not pure was left
 
     def is_pure(self, function: Any, depth: int, *, bound: bool = True) -> bool:
@@ -184,7 +186,7 @@ class _Reader:
             return False
         if str(function.__module__).startswith("torch."):
             return True
-        if self.submodules and function.__module__.partition(".")[0] in _TRACED_LIBRARIES:
+        if self.submodules and str(function.__module__).partition(".")[0] in _TRACED_LIBRARIES:
             return True
         inherits = self.inherits and function.__code__.co_freevars == ("__class__",)
         if getattr(function, "__wrapped__", None) is not None:
@@ -209,7 +211,7 @@ class _Reader:
         """True if the code does; ``outer`` names the variables of the function around it."""
         shared = outer | frozenset(code.co_cellvars) if self.submodules else frozenset()
         value: Any = None  # what the last instructions loaded, if it is known
-        for instruction in dis.get_instructions(code):
+        for instruction in _instructions(code):
             name, argument = instruction.opname, instruction.argval
             if self.submodules:
                 if isinstance(argument, str):
@@ -234,7 +236,7 @@ class _Reader:
                     if argument != "forward":
                         return False
                 continue  # the call of super()
-            if not _is_harmless(instruction):
+            if not _is_harmless(instruction, self.in_place):
                 return False
             if name == "LOAD_GLOBAL":
                 missing = argument not in variables
@@ -260,7 +262,10 @@ class _Reader:
 
     def _is_known(self, value: Any, depth: int) -> bool:
         """True if reading or calling the value has no effects."""
-        if value is None or isinstance(value, (int, float, str, tuple, torch.Tensor, torch.dtype)):
+        if isinstance(value, torch.Tensor):
+            # Another tensor is no placeholder in a record: work on it would be done at once.
+            return not self.submodules or id(value) in self.tensors
+        if value is None or isinstance(value, (int, float, str, tuple, torch.dtype)):
             return True
         if isinstance(value, ModuleType):
             return value.__name__ in _MODULES or (self.submodules and value.__name__ == "operator")
@@ -297,6 +302,17 @@ def _is_of_comprehension(
     return name == "MAKE_FUNCTION"  # the code of the function was read before
 
 
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """The instructions, in which the names of arguments are the tuple of these names.
+
+    Python 3.11 does not look them up by itself.
+    """
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "KW_NAMES" and instruction.arg is not None:
+            instruction = instruction._replace(argval=code.co_consts[instruction.arg])
+        yield instruction
+
+
 def _works_in_place(instruction: dis.Instruction) -> bool:
     """True for ``x += y`` on a variable, and for an argument ``inplace``."""
     name, argument, text = instruction.opname, instruction.argval, instruction.argrepr
@@ -306,15 +322,18 @@ def _works_in_place(instruction: dis.Instruction) -> bool:
     return named and "inplace" in argument and "out" not in argument
 
 
-def _is_harmless(instruction: dis.Instruction) -> bool:
-    """False if the instruction stores something, or names an argument that asks for it."""
+def _is_harmless(instruction: dis.Instruction, in_place: bool) -> bool:
+    """False if the instruction stores something, or names an argument that asks for it.
+
+    An argument that asks for work in place is harmless if ``in_place``.
+    """
     name, argument, text = instruction.opname, instruction.argval, instruction.argrepr
     if name in _STORES or name in _OTHER or name.startswith("INPLACE_"):
         return False
     if name == "BINARY_OP" and text.endswith("=") and text not in ("==", "<=", ">=", "!="):
         return False
-    names = argument if name in ("KW_NAMES", "LOAD_CONST") else ()
-    return not (isinstance(names, tuple) and ("out" in names or "inplace" in names))
+    names = argument if name in ("KW_NAMES", "LOAD_CONST") and type(argument) is tuple else ()
+    return not ("out" in names or ("inplace" in names and not in_place))
 
 
 def _attribute(base: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -25,6 +26,10 @@ from torchquant.graph.purity import effect_of
 
 _NAMESPACES = (torch, F, operator, math, torch.Tensor, torch._C._nn)
 _PATHS = ("torch", "torch.nn.functional", "operator", "math", "torch:Tensor", "torch._C:_nn")
+IN_PLACE_OPERATORS = (
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Call:
             function (:func:`function_named`); the name of the method of the first argument.
         args: the arguments, in which a :class:`Ref` stands for a result.
         kwargs: the same for arguments by name.
+        copies: True if the call works in place on its first argument and has to get a copy of it.
     """
 
     kind: str
     target: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    copies: bool = False
 
     def reads(self) -> tuple[int, ...]:
         """The indices of the results that the call takes, in the order of its arguments."""
@@ -132,13 +139,13 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Trace:
         >>> [(call.kind, call.target) for call in found.calls]
         [('input', 'input'), ('module', '0'), ('module', '1')]
     """
-    inputs, defaults = _signature(module)
-    modes = [(child, child.training) for child in module.modules()]
     tracer = _Tracer(is_leaf)
     tracer.require_pure(module)
+    tracer.signature = _signature(module)
+    modes = [(child, child.training) for child in module.modules()]
     try:
         module.eval()
-        graph = tracer.trace(module, dict(defaults) or None)
+        graph = tracer.trace(module)
     except Untraceable:
         raise
     except Exception as error:  # user code may raise anything when it meets a placeholder
@@ -146,7 +153,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Trace:
     finally:
         for child, mode in modes:
             child.training = mode
-    return _record(graph, tracer, inputs, defaults)
+    return _record(graph, tracer)
 
 
 def refs(value: Any) -> Iterator[int]:
@@ -218,26 +225,67 @@ def _name_of(function: Callable[..., Any]) -> str:
     raise Untraceable(f"it calls {name or function}, a function that no module holds by name")
 
 
-def _signature(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
-    inputs, defaults = [], {}
-    for name, parameter in inspect.signature(type(module).forward).parameters.items():
-        if name == next(iter(inspect.signature(type(module).forward).parameters)):
-            continue  # self
+@dataclass(frozen=True)
+class _Signature:
+    """The arguments of a forward: tensors, of which some come by position, and those left out."""
+
+    inputs: tuple[str, ...] = ()
+    positional: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _signature(module: nn.Module) -> _Signature:
+    inputs: list[str] = []
+    positional, defaults = 0, {}
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    for parameter in parameters:
+        name, default = parameter.name, parameter.default
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise Untraceable(f"its forward takes *{name}")
-        if parameter.default is parameter.empty:
+        if default is parameter.empty:
             inputs.append(name)
+            positional += parameter.kind is not parameter.KEYWORD_ONLY
+        elif isinstance(default, (list, dict, set, bytearray)):
+            raise Untraceable(f"the default of its argument {name} can change")
         else:
-            defaults[name] = parameter.default
+            defaults[name] = default
     if not inputs:
         raise Untraceable("its forward takes no tensor")
-    return tuple(inputs), defaults
+    return _Signature(tuple(inputs), positional, defaults)
+
+
+class _Proxy(torch.fx.Proxy):
+    """A placeholder for a result, which tells ``x += y`` from ``x = x + y``."""
+
+    def __getattr__(self, k: str) -> Any:
+        return _Attribute(self, k)
+
+
+class _Attribute(_Proxy, torch.fx.proxy.Attribute):
+    """A placeholder for an attribute of a result."""
+
+
+def _in_place_operator(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def operate(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return operate
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _in_place_operator(_name))
 
 
 class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # so that work on a buffer is recorded and not done
+
     def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.is_leaf = is_leaf
+        self.signature = _Signature()
+        self.result: Any = None  # of the forward, with placeholders
         # (path, the number of nodes before and after, arguments, result), inner modules first
         self.scopes_found: list[tuple[str, int, int, Any, Any, Any]] = []
 
@@ -246,6 +294,22 @@ class _Tracer(torch.fx.Tracer):
         effect = effect_of(module)
         if effect is not None:
             raise Untraceable(effect)
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The forward with its tensor arguments only; the others keep their defaults."""
+        names, count = self.signature.inputs, self.signature.positional
+
+        def forward(*given: Any) -> Any:
+            by_name = dict(zip(names[count:], given[count:], strict=True))
+            self.result = _copied(root_fn(self.root, *given[:count], **by_name))
+            return self.result
+
+        return forward, [self.create_proxy("placeholder", name, (), {}) for name in names]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.is_leaf(m)
@@ -288,21 +352,15 @@ class _Tracer(torch.fx.Tracer):
         return super().create_arg(a)
 
 
-def _record(
-    graph: torch.fx.Graph, tracer: _Tracer, inputs: tuple[str, ...], defaults: dict[str, Any]
-) -> Trace:
-    nodes = list(graph.nodes)
+def _record(graph: torch.fx.Graph, tracer: _Tracer) -> Trace:
     indices: dict[torch.fx.Node, int] = {}
     counts = [0]  # for each number of nodes, how many of them are calls
     calls: list[Call] = []
-    result: Any = None
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.fx.Proxy):
             value = value.node
         if isinstance(value, torch.fx.Node):
-            if value in bound:
-                raise Untraceable(f"its forward reads the argument {value.target}")
             return Ref(indices[value])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(plain, value))
@@ -310,25 +368,18 @@ def _record(
             items = [plain(item) for item in value]
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
+            table = OrderedDict if isinstance(value, OrderedDict) else dict
+            return table((key, plain(item)) for key, item in value.items())
         if isinstance(value, slice):
             return slice(plain(value.start), plain(value.stop), plain(value.step))
         return value
 
-    bound: set[torch.fx.Node] = set()  # arguments with defaults, and fx's tests that they hold
     kinds = {"call_module": "module", "call_method": "method", "get_attr": "tensor"}
-    for node in nodes:
-        if node.op == "output":
-            result = plain(node.args[0])
-        elif node.op == "placeholder":
-            if node.target in inputs:
-                indices[node] = len(calls)
-                calls.append(Call("input", str(node.target)))
-            else:
-                bound.add(node)
-        elif bound.intersection(node.all_input_nodes) and _is_test(node):
-            bound.add(node)
-        else:
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            indices[node] = len(calls)
+            calls.append(Call("input", str(node.target)))
+        elif node.op != "output":
             name = _name_of(node.target) if node.op == "call_function" else str(node.target)
             kind = kinds.get(node.op, "function")
             args, kwargs = plain(tuple(node.args)), plain(dict(node.kwargs))
@@ -340,18 +391,22 @@ def _record(
         for path, start, end, args, kwargs, value in tracer.scopes_found
     ]
     scopes.sort(key=lambda scope: (scope.start, -scope.end))
-    return Trace(tuple(calls), result, inputs, defaults, tuple(scopes))
+    signature, result = tracer.signature, plain(tracer.result)
+    return Trace(tuple(calls), result, signature.inputs, signature.defaults, tuple(scopes))
 
 
 def _copied(value: Any) -> Any:
     """A copy of containers, which the forward may change later."""
-    return torch.fx.node.map_aggregate(value, lambda item: item)
-
-
-def _is_test(node: torch.fx.Node) -> bool:
-    """True if torch.fx inserted the call to test that an argument has the value of the record."""
-    name = getattr(node.target, "__name__", "")
-    return name.startswith("_assert") or node.target is operator.eq
+    if isinstance(value, tuple):
+        items = [_copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if isinstance(value, Mapping):
+        if type(value) not in (dict, OrderedDict):
+            raise Untraceable(f"it passes on a {type(value).__name__}")
+        return type(value)({key: _copied(item) for key, item in value.items()})  # type: ignore[call-arg]
+    return value
 
 
 def _reason(error: Exception) -> str:
