@@ -1,5 +1,6 @@
 """Which forwards may run, or may run between two layers: read from bytecode, never tried."""
 
+import functools
 import random
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchquant
-from torchquant.graph.purity import is_pure, may_run
+from torchquant.graph.purity import effect_of, is_pure, may_run
+from torchquant.graph.trace import Untraceable, trace
 
 CACHE: dict[str, Any] = {}
 LOG: list[Any] = []
@@ -95,7 +97,15 @@ class Property(nn.Module):
         return x * self.scale
 
 
-EFFECTS = (*(Writes, Caches, Logs, Counts, Draws, HelperPrints, OtherMethodOfTheParent, Property),)
+class WritesElsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, 1, out=x)
+
+
+EFFECTS = (
+    *(Writes, Caches, Logs, Counts, Draws, HelperPrints, OtherMethodOfTheParent, Property),
+    WritesElsewhere,
+)
 
 
 @pytest.mark.parametrize("cls", EFFECTS)
@@ -115,6 +125,56 @@ def test_what_only_computes() -> None:
     assert may_run(Inherits(4))
     assert not is_pure(nn.BatchNorm1d(4))
     assert not is_pure(nn.Sequential(Counts()))
+
+
+def test_work_in_place_is_seen() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x, inplace=True)
+
+    assert not is_pure(InPlace())
+    assert is_pure(InPlace(), in_place=True)
+
+
+def generated(source: str, **names: Any) -> type[nn.Module]:
+    """A module whose forward was made by exec, in variables that name no module."""
+    variables: dict[str, Any] = {"F": F, "torch": torch, **names}
+    exec(source, variables)
+    assert variables["forward"].__module__ in (None, "builtins")
+    return type("Generated", (nn.Module,), {"forward": variables["forward"]})
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+def test_forwards_that_belong_to_no_module() -> None:
+    computes = generated("def forward(self, x):\n    return F.relu(x) + 1")
+    draws = generated("def forward(self, x):\n    return x * draw()", draw=random.random)
+    assert is_pure(computes()) and may_run(computes()) and effect_of(computes()) is None
+    assert not is_pure(draws()) and not may_run(draws()) and effect_of(draws()) is not None
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        decorated(Computes.forward),
+        functools.partialmethod(Computes.forward),
+        staticmethod(F.relu),
+        functools.partial(F.relu),
+        torch.relu,
+    ],
+    ids=["wrapped", "partialmethod", "static", "partial", "builtin"],
+)
+def test_forwards_of_other_types_are_refused(forward: Any) -> None:
+    module = type("Other", (nn.Module,), {"forward": forward})()
+    assert not may_run(module)
+    with pytest.raises(Untraceable, match="may do more than compute"):
+        trace(module, lambda child: True)
 
 
 class Linear(nn.Linear):

@@ -1,8 +1,9 @@
 """Records of forwards: what they hold, what refuses them, and that they run like the forward."""
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -153,6 +154,69 @@ def test_readers_after_work_in_place_read_its_result() -> None:
     addition = next(call for call in record.calls if call.target == "operator:add")
     assert record.calls[addition.reads()[0]].target == "relu"
     assert torch.equal(Interpreter(record, model)([x]), model(x))
+
+
+class Defaults(nn.Module):
+    """Arguments that no record knows: tuples, numbers, None, texts; some by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int] = (2, 3),
+        nested: Any = ((1, "a"), None),
+        *,
+        y: Tensor,
+        scale: float = 2.0,
+        mode: str | None = None,
+    ) -> Any:
+        h = F.adaptive_avg_pool2d(self.conv(x), size) * scale
+        return {"h": h if mode is None else -h, "n": nested[0][0]}, (y, size)
+
+
+def test_arguments_with_defaults_of_any_type() -> None:
+    model, x = Defaults(), images(2)
+    record = trace(model, is_leaf)
+    assert record.inputs == ("x", "y")
+    assert dict(record.defaults) == {
+        "size": (2, 3),
+        "nested": ((1, "a"), None),
+        "scale": 2.0,
+        "mode": None,
+    }
+    got, (y, size) = Interpreter(record, model)([x, x])
+    assert torch.equal(got["h"], model(x, y=x)[0]["h"]) and got["n"] == 1
+    assert y is x and size == (2, 3)
+
+
+def test_a_default_that_can_change_is_refused() -> None:
+    class Lists(Counts):
+        def forward(self, x: Tensor, sizes: list[int] = [2, 2]) -> Tensor:  # noqa: B006
+            return F.adaptive_avg_pool2d(self.conv(x), sizes)
+
+    with pytest.raises(Untraceable, match="the default of its argument sizes can change"):
+        trace(Lists(), is_leaf)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
+def test_results_keep_their_types() -> None:
+    class Tables(Counts):
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            return OrderedDict(pair=Pair(y, [x, None]), y={"z": y})
+
+    model, x = Tables(), images(2)
+    got = recorded(model)([x])
+    assert type(got) is OrderedDict and list(got) == ["pair", "y"]
+    assert type(got["pair"]) is Pair and type(got["pair"].second) is list
+    assert got["pair"].second[0] is x and type(got["y"]) is dict
 
 
 def test_plain_python_is_followed() -> None:

@@ -86,7 +86,15 @@ class Interpreter:
                 results[index] = self.call(index, call, results, inputs)
                 for read in self.ends[index]:
                     del results[read]
-        return filled(self.trace.result, results.__getitem__)
+        return self.result(results, inputs)
+
+    def result(self, results: Mapping[int, Any], inputs: Sequence[Any]) -> Any:
+        """The result of the forward; an input in it is the argument itself, which is not rounded."""
+        places = self.inputs
+        return filled(
+            self.trace.result,
+            lambda index: inputs[places[index]] if index in places else results[index],
+        )
 
     def with_observer(self, seen: Callable[[int, Any], None]) -> Interpreter:
         """The same interpreter that tells each result to a function."""

@@ -31,7 +31,7 @@ from torchquant.chains.schedule import (
 from torchquant.chains.steps import Qparams
 from torchquant.configs import Static
 from torchquant.graph.randomness import is_random
-from torchquant.graph.trace import Trace, filled
+from torchquant.graph.trace import Trace
 
 _Guard = load().Guard
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -164,7 +164,7 @@ class Programs:
                 return REFUSED
             for index, value in zip(item.writes, made, strict=True):
                 results[index] = value
-        return filled(self.trace.result, _Resolved(results, self.interpreter, sources).__getitem__)
+        return self.interpreter.result(_Resolved(results, self.interpreter, sources), inputs)
 
 
 class _Sizes:

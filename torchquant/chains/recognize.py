@@ -87,7 +87,9 @@ def depends_on_sizes(index: int, trace: Trace) -> bool:
         True
     """
     call = trace.calls[index]
-    name, arguments = arguments_of(call, None) if call.kind != "module" else ("", None)
+    if call.kind not in ("function", "method"):
+        return False
+    name, arguments = arguments_of(call, None)
     if name not in ("view", "reshape", "squeeze"):
         return False
     wanted = (arguments or {}).get("shape", ())

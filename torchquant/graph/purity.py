@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -30,7 +31,19 @@ _OTHER = frozenset(
 )
 _BUILTINS = frozenset(
     (
-        *("len", "range", "int", "float", "bool", "isinstance", "tuple", "list", "max", "min"),
+        *(
+            "len",
+            "range",
+            "int",
+            "float",
+            "bool",
+            "isinstance",
+            "tuple",
+            "list",
+            "dict",
+            "max",
+            "min",
+        ),
         *("abs", "str", "enumerate", "zip", "sum", "any", "all", "slice", "type", "round"),
         *("ValueError", "TypeError", "RuntimeError", "AssertionError", "NotImplementedError"),
     )
@@ -146,6 +159,7 @@ def effect_of(module: nn.Module) -> str | None:
 _LIBRARIES = ("torch", "torchquant", "transformers", "timm", "torchvision", "diffusers")
 _TRACED_LIBRARIES = ("torch", "torchquant", "timm", "torchvision")
 _UNKNOWN = object()
+_TABLES = (tuple, list, dict, OrderedDict)
 _DATA = (int, float, str, tuple, torch.Tensor)
 
 
@@ -270,8 +284,8 @@ class _Reader:
         if isinstance(value, ModuleType):
             return value.__name__ in _MODULES or (self.submodules and value.__name__ == "operator")
         if isinstance(value, BuiltinFunctionType):
-            owner = getattr(value, "__module__", None) or ""
-            return value.__module__ in ("math", None) or owner.startswith("torch")
+            owner = str(getattr(value, "__module__", None))  # of a method of an object: None
+            return owner == "math" or owner.startswith("torch")
         if isinstance(value, functools.partial):
             return "inplace" not in value.keywords and self._is_known(value.func, depth)
         of = value.__self__ if isinstance(value, MethodType) else None
@@ -286,7 +300,8 @@ class _Reader:
             leaf = not value._modules and is_pure(value, in_place=self.in_place)
             return value is self.module or leaf
         if isinstance(value, type):
-            return value in (torch.Tensor, float, int, bool, tuple, list)
+            named = value.__bases__ == (tuple,) and hasattr(value, "_fields")
+            return named or value in (torch.Tensor, float, int, bool, *_TABLES)
         return type(value).__module__.startswith("torch")
 
 
