@@ -89,7 +89,7 @@ class Interpreter:
         return self.result(results, inputs)
 
     def result(self, results: Mapping[int, Any], inputs: Sequence[Any]) -> Any:
-        """The result of the forward; an input in it is the argument itself, which is not rounded."""
+        """The result of the forward; an input in it is the argument itself, not rounded."""
         places = self.inputs
         return filled(
             self.trace.result,
