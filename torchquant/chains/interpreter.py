@@ -8,19 +8,17 @@ result can be passed through a function that observes or rounds it.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from torchquant.chains.hooked_call import run_as
 from torchquant.graph.modules import has_hooks
 from torchquant.graph.trace import Call, Ref, Scope, Trace, filled, function_named, refs
 
 Substitute = Callable[..., Any]
-
-_lock = threading.RLock()
 
 
 class Interpreter:
@@ -217,28 +215,6 @@ def runs_hooks(module: nn.Module) -> bool:
         or global_hooks._global_backward_hooks
         or global_hooks._global_backward_pre_hooks
     )
-
-
-def run_as(
-    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call a module with its hooks, and with another forward, which computes the same.
-
-    Example:
-        >>> import torch
-        >>> run_as(nn.ReLU(), torch.relu, (torch.tensor([-1.0]),), {})
-        tensor([0.])
-    """
-    with _lock:  # other threads may call the module meanwhile: they get the same values
-        before = module.__dict__.get("forward")
-        module.__dict__["forward"] = forward
-        try:
-            return module(*args, **kwargs)
-        finally:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before
 
 
 def _bind(names: Any, values: Any, results: dict[int, Any]) -> None:

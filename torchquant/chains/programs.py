@@ -15,7 +15,7 @@ from torch.nn.modules import module as global_hooks
 
 from torchquant._extension import load
 from torchquant.chains.first_batch import FirstBatch
-from torchquant.chains.guard import Expectation
+from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
 from torchquant.chains.operations import Other
 from torchquant.chains.plan import Group, Plan
@@ -53,7 +53,7 @@ class Quantized(Protocol):
     plan: Plan | None
     facts: FirstBatch | None
     activations: dict[str, Static]
-    expected: list[Expectation]
+    expected: Expected | None
 
     def edge_qparams(self, edge: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of an edge."""
@@ -92,7 +92,7 @@ class Programs:
     """
 
     def __init__(self, region: Quantized) -> None:
-        assert region.plan is not None
+        assert region.plan is not None and region.expected is not None
         self.trace = region.trace
         self.plan = _without_unsupported(region, region.plan)
         self.interpreter = Interpreter(
@@ -114,7 +114,7 @@ class Programs:
             self.ready = False
         self.guard = _Guard(
             [
-                *((one.place, one.name, one.place[one.name]) for one in region.expected),
+                *region.expected.entries(),
                 *_entries(region.root, self.interpreter, self.plan),
             ]
         )

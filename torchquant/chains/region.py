@@ -11,6 +11,8 @@ attribute was set, training mode), the forward of the module's class runs instea
 
 from __future__ import annotations
 
+import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,18 +25,18 @@ from torchquant import ops
 from torchquant.chains.averages import average
 from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
-from torchquant.chains.guard import expectations
+from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
+from torchquant.chains.root import SCALE, ZERO_POINT
 from torchquant.configs import Static
 from torchquant.graph.trace import Trace
 from torchquant.training.observers import Observer
 
-SCALE, ZERO_POINT = "chain_scale", "chain_zero_point"  # the buffers of a region's root
-
 Qparams = tuple[Tensor, Tensor]
+_OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
 
 
 class RegionForward:
@@ -87,9 +89,8 @@ class RegionForward:
         self.observers: dict[int, Observer] = {}  # by the edge
         self.observing = False
         self.quantized = False
-        self.scale: Tensor | None = None  # a copy of the scales, which ``.to(dtype)`` rounds
         self.failure = ""  # why the region does not run its calls; found by the first batch
-        self.expected = expectations(root, trace)
+        self.expected: Expected | None = Expected(root, trace)
         self._warned = False
         self._forget()
 
@@ -101,6 +102,23 @@ class RegionForward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_interpreter": None, "_programs": None}
 
+    def __getattr__(self, name: str) -> Any:
+        """What tools read of a forward: that of the module's class."""
+        root = self.__dict__.get("root")
+        if root is None or name not in _OF_FUNCTIONS:
+            raise AttributeError(f"'RegionForward' object has no attribute {name!r}")
+        forward = type(root).forward
+        if name == "__signature__":
+            return inspect.signature(forward.__get__(root))
+        return getattr(forward, name)
+
+    def copied_to(self, root: nn.Module) -> RegionForward:
+        """A region for a replica of the root, which expects what it finds in its first call."""
+        copied = copy.copy(self)
+        copied.root, copied.expected = root, None
+        copied._interpreter = None
+        return copied
+
     # ------------------------------------------------------------ calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,13 +127,17 @@ class RegionForward:
             return self.original(*args, **kwargs)
         inputs = self._inputs(args, kwargs)
         if inputs is None:
+            tracer = next((item.tracer for item in args if isinstance(item, torch.fx.Proxy)), None)
+            if isinstance(tracer, torch.fx.Tracer) and self.quantized:  # the module is one call
+                path = tracer.path_of_module(self.root)
+                return tracer.create_proxy("call_module", path, args, kwargs)
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._interpreted(inputs) if self.quantized else self.original(*inputs)
         kernels = self.quantized and may_use_kernels(inputs)
         if kernels and self._programs is not None and self._programs.holds():
             return self._programmed(inputs)
-        if not self._is_intact():
+        if not self.is_intact():
             return self.original(*args, **kwargs)
         if not self.quantized:
             return self._observed(inputs)
@@ -167,19 +189,17 @@ class RegionForward:
             inputs = [given[name] for name in names]
         return inputs if all(isinstance(item, Tensor) for item in inputs) else None
 
-    def _is_intact(self) -> bool:
+    def is_intact(self) -> bool:
         """True if what the record relies on is as it was; warns once if it is not."""
-        changed = next((one for one in self.expected if not one.holds()), None)
+        if self.expected is None:
+            self.expected = Expected(self.root, self.trace)
+        changed = self.expected.change()
         if changed is None:
             return True
         if not self._warned:
             self._warned = True
             where = "the model" if not self.name else self.name
-            reason = (
-                "training mode is on"
-                if changed.name == "training" and not changed.child
-                else f"{type(changed.module).__name__}.{changed.name} was changed"
-            )
+            reason = "training mode is on" if changed.is_mode else f"{changed.label} was changed"
             warnings.warn(
                 f"{where}: {reason}, so the values between its layers are float instead of int8; "
                 "call eval(), or prepare_, calibrate and convert_ a float model with the change",
@@ -273,12 +293,9 @@ class RegionForward:
 
     def settle(self) -> None:
         """Be quantized from now on, with the layers and the scales that are there."""
-        scale = self.root._buffers[SCALE]
-        assert scale is not None
-        self.scale = scale.detach().to("cpu", torch.float32, copy=True)
         self.quantized, self.observing = True, False
         self.observers = {}
-        self.expected = expectations(self.root, self.trace)
+        self.expected = Expected(self.root, self.trace)
         self._forget()
         self._interpreter = self._quantized_interpreter()  # torch.compile cannot make it
 
@@ -286,18 +303,9 @@ class RegionForward:
         """Scale and zero point of an edge, one number each, as they are now."""
         scale, zero_point = self.root._buffers[SCALE], self.root._buffers[ZERO_POINT]
         assert scale is not None and zero_point is not None
-        if scale.dtype is not torch.float32:
-            scale = self._restored(scale)
+        if scale.dtype is not torch.float32:  # load_state_dict(assign=True) of such a state
+            scale = self.root._buffers[SCALE] = scale.to(torch.float32)
         return scale[edge : edge + 1], zero_point[edge : edge + 1]
-
-    def _restored(self, scale: Tensor) -> Tensor:
-        """The scales in float32 again, after ``.to(dtype)`` of the model has rounded them."""
-        exact = scale.to(torch.float32)
-        if self.scale is not None and self.scale.shape == scale.shape:
-            kept = self.scale.to(scale.device)
-            exact = kept if torch.equal(kept.to(scale.dtype), scale) else exact
-        self.root._buffers[SCALE] = exact
-        return exact
 
     def _interpreted(self, inputs: Sequence[Any]) -> Any:
         if self._interpreter is None:
@@ -352,6 +360,8 @@ class RegionForward:
 
 
 def _is_channels_last(value: Tensor) -> bool:
+    if torch._C._functorch.is_batchedtensor(value):  # vmap does not know it
+        return False
     last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
     return last and not value.is_contiguous()
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from torchquant.chains.account import report_of
 from torchquant.chains.plan import Plan
-from torchquant.chains.region import SCALE, ZERO_POINT, Qparams, RegionForward, region_of
+from torchquant.chains.region import Qparams, RegionForward, region_of
+from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
 from torchquant.configs import Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
 from torchquant.graph.regions import Refusal, Region, find_regions
@@ -28,6 +29,7 @@ from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
 
 _LEAVES = ("torch.nn.", "torchquant.nn.")
+_WRAPPERS = "torch.nn.parallel."  # DataParallel and the like: their module is a child as any other
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if isinstance(module, FoldedNorm):
         return not module._modules
-    ours = type(module).__module__.startswith(_LEAVES)
+    place = type(module).__module__
+    ours = place.startswith(_LEAVES) and not place.startswith(_WRAPPERS)
     return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
@@ -191,7 +194,7 @@ def kept(model: nn.Module) -> Iterator[None]:
         region
         for region in regions_in(model)
         if region.quantized
-        and all(one.holds() or one.name == "training" for one in region.expected)
+        and (region.expected is None or region.expected.change(modes=False) is None)
     ]
     yield
     for region in regions:
@@ -200,13 +203,13 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 def install(region: RegionForward) -> None:
     """Let a region run instead of the forward of its root."""
-    region.root.__dict__["forward"] = region
+    attach(region)
 
 
 def remove(region: RegionForward) -> None:
     """Give the root of a region the forward of its class again."""
     if region_of(region.root) is region:
-        del region.root.__dict__["forward"]
+        detach(region.root)
 
 
 def forget(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from torchquant.chains.first_batch import FirstBatch
-from torchquant.chains.region import SCALE, ZERO_POINT, RegionForward
+from torchquant.chains.region import RegionForward
+from torchquant.chains.root import SCALE, ZERO_POINT
 from torchquant.configs import Static
 from torchquant.convert.regions import is_leaf, regions_in
 from torchquant.files.fit import Misfit
