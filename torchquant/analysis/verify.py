@@ -137,6 +137,17 @@ class VerifyReport:
         batches: number of batches.
         devices: the devices of the trained model and of the converted model.
         left_in_float: names of the layers that ``convert_`` left in float, which are not compared.
+
+    Example:
+        >>> import copy, torch, torchquant
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> batch = torch.randn(4, 64)
+        >>> _ = torchquant.prepare_qat_(model)
+        >>> _ = model.train()(batch)
+        >>> trained = copy.deepcopy(model.eval())
+        >>> _ = torchquant.convert_(model)
+        >>> torchquant.verify(trained, model, [(batch,)]).exact
+        True
     """
 
     layers: tuple[Comparison, ...]

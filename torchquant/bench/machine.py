@@ -19,6 +19,8 @@ PACKAGES = (
     "torchquant",
     "torch",
     "transformers",
+    "torchvision",
+    "timm",
     "torchao",
     "onnxruntime",
     "onnx",

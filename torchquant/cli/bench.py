@@ -5,14 +5,10 @@ The measurements are in :mod:`torchquant.bench`.
 
 from __future__ import annotations
 
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from torchquant.bench import machine, tables
 from torchquant.bench.files import results_file, write_json_lines
@@ -20,8 +16,8 @@ from torchquant.bench.isa import isa_table, run_isa
 from torchquant.bench.linear import Options, run_linear
 from torchquant.bench.overhead import overhead_table, run_overhead
 from torchquant.bench.peers import OURS, SUITES, all_peer_names
-from torchquant.bench.results import Run
 from torchquant.bench.roofline import DEFAULT_MEBIBYTES, MEBIBYTE, measure_roofline
+from torchquant.cli.bench_files import Files, save_linear_figure
 from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
 from torchquant.cli.output import (
     error_console,
@@ -29,7 +25,6 @@ from torchquant.cli.output import (
     print_json,
     print_table,
     progress_bar,
-    warn,
 )
 
 app = typer.Typer(
@@ -59,14 +54,19 @@ def check_names(option: str, names: tuple[str, ...], known: list[str]) -> tuple[
     return names
 
 
-def parse_threads(values: list[str] | None) -> tuple[int, ...]:
-    """The numbers of threads: `["1,2"]` gives (1, 2), None gives (2, 1)."""
-    numbers = split(values) or ("2", "1")
+def parse_numbers(option: str, values: list[str]) -> tuple[int, ...]:
+    """Numbers of at least 1: `["1,8"]` gives (1, 8)."""
+    numbers = split(values)
     if not all(number.isdigit() and int(number) >= 1 for number in numbers):
         raise typer.BadParameter(
-            f"must be numbers of at least 1, got {' '.join(numbers)!r}", param_hint="--threads"
+            f"must be numbers of at least 1, got {' '.join(numbers)!r}", param_hint=option
         )
     return tuple(dict.fromkeys(int(number) for number in numbers))
+
+
+def parse_threads(values: list[str] | None) -> tuple[int, ...]:
+    """The numbers of threads: `["1,2"]` gives (1, 2), None gives (2, 1)."""
+    return parse_numbers("--threads", list(split(values) or ("2", "1")))
 
 
 ThreadsOption = Annotated[
@@ -83,6 +83,15 @@ MinutesOption = Annotated[
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write JSON lines to this file.")
+]
+MarkdownOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables to this file.")
+]
+FigureOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write a figure to this file; for several runs one file each."
+    ),
 ]
 SaveOption = Annotated[
     bool,
@@ -122,15 +131,8 @@ def linear_command(
     block: BlockOption = 0.04,
     minutes: MinutesOption = None,
     output: OutputOption = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the tables to this file.")
-    ] = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write a figure to this file; for several runs one file each."
-        ),
-    ] = None,
+    markdown: MarkdownOption = None,
+    figure: FigureOption = None,
     save: SaveOption = False,
     as_json: JsonOption = False,
     progress: ProgressOption = True,
@@ -158,32 +160,10 @@ def linear_command(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
     errors = error_console()
-
-    def write(runs: list[Run], drawn: bool = False) -> None:
-        write_files(runs, output, markdown, figure if drawn else None, errors)
-        for number in options.threads if save else ():
-            mine = [run for run in runs if run.threads == number]
-            parts = ("linear", f"{number}thread{'s' if number > 1 else ''}", isa)
-            lines, page, picture = (
-                results_file(*parts, suffix=suffix) for suffix in (".jsonl", ".md", ".png")
-            )
-            if mine:
-                write_files(mine, lines, page, picture if drawn else None, errors)
-
+    files = Files("linear", save_linear_figure, output, markdown, figure, save, isa, errors)
     with progress_bar(errors, shown=progress) as on_step:
-        runs = run_linear(options, errors, on_step, on_run=write)
-    if as_json:
-        print_json([record for run in runs for record in tables.records(run)])
-    else:
-        print_runs(runs)
-    for run in runs:
-        for name, reason, count in tables.grouped_failures(run):
-            warn(errors, f"{name}, {run.suite}, {count} shapes", reason)
-    write(runs, drawn=True)
-    if smoke:  # also runs what writes the files
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_files(runs, folder / "a.jsonl", folder / "a.md", folder / "a.png", errors)
+        runs = run_linear(options, errors, on_step, on_run=files.write)
+    files.finish(runs, as_json=as_json, smoke=smoke)
     wanted = not options.peers or OURS in options.peers
     if wanted and any(OURS in run.header["missing"] for run in runs):
         raise typer.Exit(1)
@@ -281,40 +261,3 @@ def overhead_command(
         write_json_lines(output, [result])
     if save:
         write_json_lines(results_file("overhead"), [result])
-
-
-def print_runs(runs: list[Run]) -> None:
-    """Print the tables, then all summaries together, where they can be compared."""
-    console = output_console()
-    for run in runs:
-        print_table(console, tables.rich_table(run))
-    for run in runs:
-        console.print(f"\n[bold]{escape(run.title)}[/bold]")
-        for line in run.lines():
-            console.print(line)
-
-
-def write_files(
-    runs: list[Run],
-    output: Path | None,
-    markdown: Path | None,
-    figure: Path | None,
-    errors: Console,
-) -> None:
-    """Write the requested files; one figure per run."""
-    if output:
-        write_json_lines(output, [record for run in runs for record in tables.records(run)])
-    if markdown:
-        markdown.write_text(tables.markdown(runs))
-    if not figure:
-        return
-    if find_spec("matplotlib") is None:
-        warn(errors, "no figure", "matplotlib is not installed; pip install matplotlib")
-        return
-    from torchquant.bench.figures import save_linear_figure
-
-    several_threads = len({run.threads for run in runs}) > 1
-    for run in runs:
-        suffix = f"-{run.suite}" if len({other.suite for other in runs}) > 1 else ""
-        suffix += f"-{run.threads}threads" if several_threads else ""
-        save_linear_figure(figure.with_name(f"{figure.stem}{suffix}{figure.suffix}"), run)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from torchquant.bench import tables
 from torchquant.bench.conv import CnnOptions, ConvOptions, run_cnn, run_conv
-from torchquant.bench.conv_results import CnnRun, ConvRun
-from torchquant.bench.files import results_file, write_json_lines
 from torchquant.bench.networks import NETWORKS
 from torchquant.bench.peers import CNN, CONV, OURS
+from torchquant.bench.results import AnyRun
 from torchquant.cli.bench import (
     BlockOption,
+    FigureOption,
+    MarkdownOption,
     MinutesOption,
     OutputOption,
     RoundsOption,
@@ -28,81 +22,13 @@ from torchquant.cli.bench import (
     SmokeOption,
     ThreadsOption,
     check_names,
+    parse_numbers,
     parse_threads,
     split,
 )
+from torchquant.cli.bench_files import Files, save_conv_figure
 from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
-from torchquant.cli.output import (
-    error_console,
-    output_console,
-    print_json,
-    print_table,
-    progress_bar,
-    warn,
-)
-
-MarkdownOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the tables to this file.")
-]
-FigureOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Write a figure to this file; for several runs one file each."
-    ),
-]
-AnyOfTheRuns = ConvRun | CnnRun
-
-
-@dataclass(frozen=True)
-class Files:
-    """What to write, and where."""
-
-    kind: str
-    output: Path | None
-    markdown: Path | None
-    figure: Path | None
-    save: bool
-    isa: str | None
-    errors: Console
-
-    def write(self, runs: Sequence[AnyOfTheRuns], drawn: bool = False) -> None:
-        """Write all files of the runs; figures only if `drawn`."""
-        self._write(runs, self.output, self.markdown, self.figure if drawn else None)
-        for threads in {run.threads for run in runs} if self.save else ():
-            mine = [run for run in runs if run.threads == threads]
-            parts = (self.kind, f"{threads}thread{'s' if threads > 1 else ''}", self.isa)
-            lines, page, picture = (
-                results_file(*parts, suffix=suffix) for suffix in (".jsonl", ".md", ".png")
-            )
-            self._write(mine, lines, page, picture if drawn else None)
-
-    def try_all(self, runs: Sequence[AnyOfTheRuns]) -> None:
-        """Run what writes files, in a folder that goes away."""
-        with tempfile.TemporaryDirectory() as name:
-            self._write(runs, *(Path(name) / f"a{suffix}" for suffix in (".jsonl", ".md", ".png")))
-
-    def _write(
-        self,
-        runs: Sequence[AnyOfTheRuns],
-        lines: Path | None,
-        page: Path | None,
-        figure: Path | None,
-    ) -> None:
-        if lines:
-            write_json_lines(lines, [record for run in runs for record in tables.records(run)])
-        if page:
-            page.write_text("\n".join(tables.markdown([run]) for run in runs))
-        if not figure:
-            return
-        if find_spec("matplotlib") is None:
-            warn(self.errors, "no figure", "matplotlib is not installed; pip install matplotlib")
-            return
-        from torchquant.bench.conv_figures import save_figure
-
-        several = len({run.threads for run in runs}) > 1
-        for run in runs:
-            suffix = f"-{run.threads}threads" if several else ""
-            save_figure(figure.with_name(f"{figure.stem}{suffix}{figure.suffix}"), run)
+from torchquant.cli.output import error_console, progress_bar
 
 
 def conv_command(
@@ -154,10 +80,12 @@ def conv_command(
         options.selected()
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
-    files = Files("conv", output, markdown, figure, save, isa, error_console())
-    with progress_bar(files.errors, shown=progress) as on_step:
-        runs = run_conv(options, files.errors, on_step, on_run=files.write)
-    _finish(runs, files, as_json, smoke, options.peers)
+    errors = error_console()
+    files = Files("conv", save_conv_figure, output, markdown, figure, save, isa, errors)
+    with progress_bar(errors, shown=progress) as on_step:
+        runs = run_conv(options, errors, on_step, on_run=files.write)
+    files.finish(runs, as_json=as_json, smoke=smoke)
+    _fail_without_ours(runs, options.peers)
 
 
 def cnn_command(
@@ -201,47 +129,16 @@ def cnn_command(
         minutes=minutes,
         smoke=smoke,
     )
-    files = Files("cnn", output, markdown, figure, save, isa, error_console())
-    with progress_bar(files.errors, shown=progress) as on_step:
-        runs = run_cnn(options, files.errors, on_step, on_run=files.write)
-    _finish(runs, files, as_json, smoke, options.peers)
+    errors = error_console()
+    files = Files("cnn", save_conv_figure, output, markdown, figure, save, isa, errors)
+    with progress_bar(errors, shown=progress) as on_step:
+        runs = run_cnn(options, errors, on_step, on_run=files.write)
+    files.finish(runs, as_json=as_json, smoke=smoke)
+    _fail_without_ours(runs, options.peers)
 
 
-def parse_numbers(option: str, values: list[str]) -> tuple[int, ...]:
-    """Numbers of at least 1: `["1,8"]` gives (1, 8)."""
-    numbers = split(values)
-    if not all(number.isdigit() and int(number) >= 1 for number in numbers):
-        raise typer.BadParameter(
-            f"must be numbers of at least 1, got {' '.join(numbers)!r}", param_hint=option
-        )
-    return tuple(dict.fromkeys(int(number) for number in numbers))
-
-
-def _finish(
-    runs: Sequence[AnyOfTheRuns],
-    files: Files,
-    as_json: bool,
-    smoke: bool,
-    peers: tuple[str, ...],
-) -> None:
-    """Print, write, and end with the command's status."""
-    if as_json:
-        print_json([record for run in runs for record in tables.records(run)])
-    else:
-        console = output_console()
-        for run in runs:
-            print_table(console, tables.rich_table(run))
-            for table in tables.extra_tables(run):
-                print_table(console, table)
-            console.print(f"\n[bold]{escape(run.title)}[/bold]")
-            for line in run.lines():
-                console.print(line)
-    for run in runs:
-        for name, reason, count in tables.grouped_failures(run):
-            warn(files.errors, f"{name}, {count} cases", reason)
-    files.write(runs, drawn=True)
-    if smoke:
-        files.try_all(runs)
+def _fail_without_ours(runs: Sequence[AnyRun[Any]], peers: tuple[str, ...]) -> None:
+    """End with status 1 if torchquant was requested and a run has no time of it."""
     measured = all(any(OURS in result.blocks for result in run.results) for run in runs)
     if (not peers or OURS in peers) and runs and not measured:
         raise typer.Exit(1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def save_checkpoint(
@@ -49,3 +51,26 @@ def load_checkpoint(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
         if tensor.is_floating_point():
             state[name] = tensor.float()
     return config, state
+
+
+def trained_model(kind: type[M], path: Path, key: str) -> M:
+    """A model of ``kind`` from a file of :func:`save_checkpoint`, in evaluation mode.
+
+    Example:
+        >>> import tempfile
+        >>> class Halves(nn.Linear):
+        ...     def __init__(self, outputs):
+        ...         super().__init__(2, outputs)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "halves.safetensors"
+        ...     save_checkpoint(Halves(3), path, "halves", {"outputs": 3})
+        ...     model = trained_model(Halves, path, "halves")
+        >>> model.weight.shape, model.training
+        (torch.Size([3, 2]), False)
+    """
+    config, state = load_checkpoint(path, key)
+    # The initial weights are random and unused; drawing them must not change the caller's state.
+    with torch.random.fork_rng(devices=[]):
+        model = kind(**config)
+    model.load_state_dict(state)
+    return model.eval()

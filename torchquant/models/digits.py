@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant.data.files import packaged
-from torchquant.models.checkpoint import load_checkpoint
+from torchquant.models.checkpoint import trained_model
 
 IMAGE_SIZE = 8
 PATCH_SIZE = 2
@@ -144,9 +144,6 @@ def load_digits_model() -> DigitsTransformer:
         >>> model.training, model.blocks[0].attention.qkv.weight.dtype
         (False, torch.float32)
     """
-    config, state = load_checkpoint(packaged(CHECKPOINT_FILE, "train_digits.py"), CONFIG_KEY)
-    # The initial weights are random and unused; drawing them must not change the caller's state.
-    with torch.random.fork_rng(devices=[]):
-        model = DigitsTransformer(**config)
-    model.load_state_dict(state)
-    return model.eval()
+    return trained_model(
+        DigitsTransformer, packaged(CHECKPOINT_FILE, "train_digits.py"), CONFIG_KEY
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.data.files import packaged
-from torchquant.models.checkpoint import load_checkpoint
+from torchquant.models.checkpoint import trained_model
 
 RESNET_FILE = "digits_resnet.safetensors"
 RESNET_KEY = "small_resnet"
@@ -132,9 +132,4 @@ def load_digits_resnet() -> SmallResNet:
         >>> int((answers == data.test_labels[:100]).sum()) > 95
         True
     """
-    config, state = load_checkpoint(packaged(RESNET_FILE, "train_cnn.py"), RESNET_KEY)
-    # The initial weights are random and unused; drawing them must not change the caller's state.
-    with torch.random.fork_rng(devices=[]):
-        model = SmallResNet(**config)
-    model.load_state_dict(state)
-    return model.eval()
+    return trained_model(SmallResNet, packaged(RESNET_FILE, "train_cnn.py"), RESNET_KEY)

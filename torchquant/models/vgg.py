@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.data.files import packaged
-from torchquant.models.checkpoint import load_checkpoint
+from torchquant.models.checkpoint import trained_model
 
 VGG_FILE = "digits_vgg.safetensors"
 VGG_KEY = "small_vgg"
@@ -91,9 +91,4 @@ def load_digits_vgg() -> SmallVGG:
         >>> int((answers == data.test_labels[:100]).sum()) > 95
         True
     """
-    config, state = load_checkpoint(packaged(VGG_FILE, "train_cnn.py"), VGG_KEY)
-    # The initial weights are random and unused; drawing them must not change the caller's state.
-    with torch.random.fork_rng(devices=[]):
-        model = SmallVGG(**config)
-    model.load_state_dict(state)
-    return model.eval()
+    return trained_model(SmallVGG, packaged(VGG_FILE, "train_cnn.py"), VGG_KEY)

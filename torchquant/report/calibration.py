@@ -26,6 +26,16 @@ class RangeReport(RowReport):
         scale: the scale of this range; None without a range.
         zero_point: its zero point; None without a range.
         nonfinite: number of NaN and infinite values, which were left out.
+
+    Example:
+        >>> import torch, torchquant
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> config = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
+        >>> _ = torchquant.prepare_(model, config)
+        >>> batches = [torch.linspace(-1, 3, 64)[None]]
+        >>> row = torchquant.calibrate(model, batches, progress=False).layers[0]
+        >>> row.name, row.action, row.observed, row.zero_point
+        ('0', 'observed', (-1.0, 3.0), -64)
     """
 
     observer: str

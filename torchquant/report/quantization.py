@@ -39,6 +39,12 @@ class LayerReport(RowReport):
             there is one.
         family: what the module is, in the words of the summary: "linear", "embedding", "experts".
         already: True for a layer that was quantized or prepared before the verb.
+
+    Example:
+        >>> import torch, torchquant
+        >>> row = torchquant.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 128))).layers[0]
+        >>> row.name, row.action, row.shape, row.parameters
+        ('0', 'quantized', (128, 64), 8320)
     """
 
     action: Action
@@ -71,6 +77,10 @@ class FusionReport:
             for projections.
         action: "fused" or "not fused".
         reason: why the fusion was rejected, or a remark; may be empty.
+
+    Example:
+        >>> print(FusionReport("activation", ("fc",), "act: relu", "fused", ""))
+        fused: fc with act: relu
     """
 
     kind: FusionKind

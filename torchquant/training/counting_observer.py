@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torchquant.configs.calibration import MOST_BINS
-from torchquant.scheme import PER_TENSOR, Granularity, PerGroup
+from torchquant.scheme import PER_TENSOR, PerGroup
 from torchquant.training.counts import (
     FINEST,
     bins_per_sign,
@@ -19,6 +19,11 @@ from torchquant.training.counts import (
 from torchquant.training.observers import Observer
 from torchquant.training.processes import ALONE
 from torchquant.training.state import inside_backward
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from torchquant.training.observers import ObserverOptions
 
 
 class CountingObserver(Observer):
@@ -58,26 +63,10 @@ class CountingObserver(Observer):
     def __init__(
         self,
         bins: int = 2048,
-        *,
-        bits: int = 8,
-        signed: bool = True,
-        symmetric: bool = False,
-        granularity: Granularity = PER_TENSOR,
-        narrow_range: bool | None = None,
-        shape: tuple[int, ...] | None = None,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
+        **options: Unpack[ObserverOptions],
     ) -> None:
-        super().__init__(
-            bits=bits,
-            signed=signed,
-            symmetric=symmetric,
-            granularity=granularity,
-            narrow_range=narrow_range,
-            shape=shape,
-            process_group=process_group,
-            device=device,
-        )
+        super().__init__(**options)
+        granularity = self.granularity
         who = type(self).__name__
         if isinstance(granularity, PerGroup) or (
             granularity != PER_TENSOR and not self.per_channel
@@ -93,7 +82,7 @@ class CountingObserver(Observer):
             )
         self.bins = bins
         for name in ("counts", "exponent"):
-            empty = torch.zeros(0, dtype=torch.int64, device=device)
+            empty = torch.zeros(0, dtype=torch.int64, device=self.min_val.device)
             self.register_buffer(name, empty)
         if list(self.min_val.shape) != [0]:
             self._set_shape(tuple(self.min_val.shape))

@@ -19,14 +19,18 @@ every threshold represents them exactly, so bin 0 counts at most as much as bin 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torchquant.scheme import PER_TENSOR, Granularity
 from torchquant.training.counting_observer import CountingObserver
 from torchquant.training.counts import magnitudes, widths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from torchquant.training.observers import ObserverOptions
 
 _TIE = 1e-9
 _PART = 1 << 16  # levels of candidates at a time
@@ -64,27 +68,9 @@ class EntropyObserver(CountingObserver):
         self,
         bins: int = 2048,
         levels: int = 128,
-        *,
-        bits: int = 8,
-        signed: bool = True,
-        symmetric: bool = False,
-        granularity: Granularity = PER_TENSOR,
-        narrow_range: bool | None = None,
-        shape: tuple[int, ...] | None = None,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
+        **options: Unpack[ObserverOptions],
     ) -> None:
-        super().__init__(
-            bins,
-            bits=bits,
-            signed=signed,
-            symmetric=symmetric,
-            granularity=granularity,
-            narrow_range=narrow_range,
-            shape=shape,
-            process_group=process_group,
-            device=device,
-        )
+        super().__init__(bins, **options)
         if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= bins:
             raise ValueError(
                 f"EntropyObserver: levels must be an integer from 2 to bins = {bins}, got "

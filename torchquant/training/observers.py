@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,23 @@ from torchquant.training.ranges import range_to_qparams, update_range, update_ra
 from torchquant.training.reduction import common_shape, states_of_processes
 from torchquant.training.state import adopt_shapes, inside_backward
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _INF = float("inf")
+
+
+class ObserverOptions(TypedDict, total=False):
+    """The keyword arguments that all observers have; :class:`Observer` says what they mean."""
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    granularity: Granularity
+    narrow_range: bool | None
+    shape: tuple[int, ...] | None
+    process_group: Any
+    device: torch.device | str | None
 
 
 class Observer(LayerPart):
@@ -344,26 +360,9 @@ class MovingAverageMinMaxObserver(Observer):
     def __init__(
         self,
         averaging_constant: float = 0.01,
-        *,
-        bits: int = 8,
-        signed: bool = True,
-        symmetric: bool = False,
-        granularity: Granularity = PER_TENSOR,
-        narrow_range: bool | None = None,
-        shape: tuple[int, ...] | None = None,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
+        **options: Unpack[ObserverOptions],
     ) -> None:
-        super().__init__(
-            bits=bits,
-            signed=signed,
-            symmetric=symmetric,
-            granularity=granularity,
-            narrow_range=narrow_range,
-            shape=shape,
-            process_group=process_group,
-            device=device,
-        )
+        super().__init__(**options)
         number = isinstance(averaging_constant, (int, float))
         if not number or isinstance(averaging_constant, bool) or not 0 < averaging_constant <= 1:
             raise ValueError(

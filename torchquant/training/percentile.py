@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from torchquant.scheme import PER_TENSOR, Granularity
 from torchquant.training.counting_observer import CountingObserver
 from torchquant.training.counts import magnitudes, widths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from torchquant.training.observers import ObserverOptions
 
 
 class PercentileObserver(CountingObserver):
@@ -45,27 +49,9 @@ class PercentileObserver(CountingObserver):
         self,
         percentile: float = 99.99,
         bins: int = 2048,
-        *,
-        bits: int = 8,
-        signed: bool = True,
-        symmetric: bool = False,
-        granularity: Granularity = PER_TENSOR,
-        narrow_range: bool | None = None,
-        shape: tuple[int, ...] | None = None,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
+        **options: Unpack[ObserverOptions],
     ) -> None:
-        super().__init__(
-            bins,
-            bits=bits,
-            signed=signed,
-            symmetric=symmetric,
-            granularity=granularity,
-            narrow_range=narrow_range,
-            shape=shape,
-            process_group=process_group,
-            device=device,
-        )
+        super().__init__(bins, **options)
         number = isinstance(percentile, (int, float)) and not isinstance(percentile, bool)
         if not number or not 50 < percentile <= 100:
             raise ValueError(
