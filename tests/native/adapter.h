@@ -16,9 +16,10 @@ using torchquant::KernelTable;
 using torchquant::OutType;
 using torchquant::RowMode;
 
-inline constexpr Activation kActivations[] = {Activation::kNone,     Activation::kRelu, Activation::kGelu,
-                                              Activation::kGeluTanh, Activation::kSilu, Activation::kTanh,
-                                              Activation::kSigmoid};
+inline constexpr Activation kActivations[] = {Activation::kNone,        Activation::kRelu,     Activation::kGelu,
+                                              Activation::kGeluTanh,    Activation::kSilu,     Activation::kTanh,
+                                              Activation::kSigmoid,     Activation::kRelu6,    Activation::kHardswish,
+                                              Activation::kHardsigmoid, Activation::kLeakyRelu};
 inline constexpr int kNumActivations = sizeof(kActivations) / sizeof(kActivations[0]);
 
 // A linear layer's call in plain terms.

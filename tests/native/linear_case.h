@@ -315,8 +315,8 @@ inline void check_output(const Case& c, const KernelTable& table, const Expected
 inline void apply_activation(Case& c, Scratch& scratch, Expected& e) {
   const Linear& l = c.l;
   if (l.activation == Activation::kNone) return;
-  if (l.activation == Activation::kRelu) {
-    for (float& y : e.y) y = static_cast<float>(true_activation(l.activation, y));
+  if (is_hard(l.activation)) {
+    for (float& y : e.y) y = hard_activation(l.activation, y);
     return;
   }
   Linear in_floats = l;

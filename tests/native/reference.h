@@ -122,11 +122,28 @@ inline float finished(const Linear& l, const RowQuantization& r, int64_t sum, in
   return l.bias ? std::fmaf(f, scale, l.bias[n]) : f * scale;
 }
 
-// In double precision, and how far fp32 may be from it (torchquant/functional/activations.py states the bounds).
+// The activations of a few exact operations (torchquant/functional/hard_activations.py). A comparison with NaN is false.
+inline bool is_hard(Activation a) {
+  return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kHardswish ||
+         a == Activation::kHardsigmoid || a == Activation::kLeakyRelu;
+}
+inline float hard_activation(Activation a, float x) {
+  const auto within_0_and_6 = [](float v) { return v < 0.0f ? 0.0f : (v > 6.0f ? 6.0f : v); };
+  switch (a) {
+    case Activation::kRelu: return x < 0.0f ? 0.0f : x;
+    case Activation::kRelu6: return within_0_and_6(x);
+    case Activation::kHardswish: return x * within_0_and_6(x + 3.0f) / 6.0f;
+    case Activation::kHardsigmoid: return within_0_and_6(x + 3.0f) / 6.0f;
+    case Activation::kLeakyRelu: return x < 0.0f ? x * 0.01f : x;
+    default: std::abort();
+  }
+}
+
+// The others in double precision, and how far fp32 may be from it (torchquant/functional/activations.py states the
+// bounds).
 inline double true_activation(Activation a, double x) {
   switch (a) {
     case Activation::kNone: return x;
-    case Activation::kRelu: return x < 0 ? 0.0 : x;
     case Activation::kGelu: return 0.5 * x * std::erfc(-x * 0.70710678118654752440);
     case Activation::kGeluTanh: {
       const double u = 0.79788456080286535588 * (x + 0.044715 * x * x * x);
@@ -139,8 +156,12 @@ inline double true_activation(Activation a, double x) {
   }
 }
 inline bool close_to_activation(Activation a, double x, float got) {
+  if (is_hard(a)) {
+    const float want = hard_activation(a, static_cast<float>(x));
+    return got == want || (std::isnan(got) && std::isnan(want));
+  }
   if (std::isnan(x)) return std::isnan(got);
-  if (a == Activation::kNone || a == Activation::kRelu) return static_cast<double>(got) == true_activation(a, x);
+  if (a == Activation::kNone) return static_cast<double>(got) == x;
   const bool bounded = a == Activation::kTanh || a == Activation::kSigmoid;
   if (std::isinf(x) && !bounded) return x > 0 ? static_cast<double>(got) == x : std::fabs(got) < 1e-30f;
   const double tolerance = 1.5e-7 * (bounded ? 1.0 : std::fmax(1.0, std::fabs(x)));

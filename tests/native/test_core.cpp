@@ -5,6 +5,7 @@
 
 #include "core_layer_case.h"
 #include "core_linear_case.h"
+#include "core_program_case.h"
 #include "core_span_case.h"
 
 namespace {
@@ -39,6 +40,9 @@ constexpr Kind kKinds[] = {
     {"learned", 100, check_core_learned},
     {"minmax", 100, check_core_minmax},
     {"fake_quantize_rows", 60, check_core_fake_quantize_rows},
+    {"image", 150, check_core_image},
+    {"convolution", 150, check_core_conv},
+    {"program", 150, check_core_program},
 };
 
 // Calls on no elements at all change nothing and succeed.
@@ -57,6 +61,22 @@ void check_empty_calls() {
   CHECK(tq_quantize(nullptr, TQ_F32, nullptr, TQ_I8, &none, &scales, nullptr) == TQ_OK, "quantize of nothing");
   CHECK(tq_minmax(nullptr, TQ_F32, &none, 1, &low, &high, &nonfinite, nullptr) == TQ_OK, "minmax of nothing");
   CHECK(std::isinf(low) && low > 0 && std::isinf(high) && high < 0 && nonfinite == 0, "minmax of nothing has no range");
+  const tq_conv_call conv{};
+  const tq_image image{nullptr, TQ_I8, 0, 4, 4, 8, 128, 32, 8};
+  const tq_image_float floats{nullptr, TQ_F32, 0, 4, 4, 8, 128, 32, 8, 1};
+  const tq_qparams q{1.0f, 0, -128, 127};
+  const tq_window window{2, 2, 2, 2, 0, 0, 1, 1};
+  CHECK(tq_conv(&conv, nullptr) == TQ_OK && tq_conv_depthwise(&conv, nullptr) == TQ_OK, "convolution of no images");
+  CHECK(tq_image_quantize(&floats, q, &image, nullptr) == TQ_OK, "quantize of no images");
+  CHECK(tq_image_dequantize(&image, q, &floats, nullptr) == TQ_OK, "dequantize of no images");
+  CHECK(tq_image_add(&image, q, &image, q, TQ_NONE, &image, q, nullptr) == TQ_OK, "sum of no images");
+  CHECK(tq_image_mul(&image, q, &image, q, TQ_RELU, &image, q, nullptr) == TQ_OK, "product of no images");
+  CHECK(tq_image_map(&image, nullptr, &image, nullptr) == TQ_OK, "map of no images");
+  CHECK(tq_image_max_pool(&image, &window, &image, nullptr) == TQ_OK, "pool of no images");
+  CHECK(tq_image_avg_pool(&image, q, &window, true, 0, &image, q, nullptr) == TQ_OK, "average of no images");
+  CHECK(tq_image_adaptive_avg_pool(&image, q, &image, q, nullptr) == TQ_OK, "adaptive average of no images");
+  CHECK(tq_image_upsample_nearest(&image, 1.0f, 1.0f, &image, nullptr) == TQ_OK, "upsampling of no images");
+  CHECK(tq_image_flatten(&image, nullptr, 128, nullptr) == TQ_OK, "flattening of no images");
   CHECK(tq_set_active_isa(tq_isa_count() - 1) == (tq_isa_usable(tq_isa_count() - 1) ? TQ_OK : TQ_UNUSABLE_ISA),
         "an instruction set is active exactly where it is usable");
 }
@@ -75,7 +95,7 @@ int main(int argc, char** argv) {
     const int64_t wanted = std::max<int64_t>(1, kind.cases * times / (real_threads ? 4 : 1));
     int64_t count = 0, divided = 0;  // more cases than wanted only until one has been divided
     for (; count < wanted || (divided == 0 && count < 20 * wanted); ++count) {
-      std::array<uint8_t, 96> bytes;
+      std::array<uint8_t, 512> bytes;
       for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next());
       Draw draw(bytes.data(), bytes.size());
       Trial trial{draw, inputs, outputs, real_threads};
