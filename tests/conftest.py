@@ -19,6 +19,7 @@ from torchquant import cpu
 # path is how they find the folder support.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.ahead import Processes, processes_of
 from support.skips import SkipCounter
 
 # torchvision is imported with a CPU build of torch, in this process and in those that tests start.
@@ -49,6 +50,15 @@ settings.load_profile("torchquant")
 def pytest_configure(config: pytest.Config) -> None:
     """Skipped tests are counted by reason; in CI a missing package is a failure."""
     config.pluginmanager.register(SkipCounter(strict=os.environ.get("CI") == "true"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Processes]:
+    """Long processes of later tests run beside the earlier tests (support/ahead.py)."""
+    with processes_of(request.session, tmp_path_factory.mktemp) as found:
+        yield found
 
 
 @pytest.fixture(params=cpu.available_isas())

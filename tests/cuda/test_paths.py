@@ -4,11 +4,12 @@ The fallback runs all tests of `FILES`, except those with the marker ``cpu_only`
 tests with the marker ``triton_path``.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.ahead import ahead, selected
+from support.ahead import NewFolder, Processes, Run, Selection
 from support.paths import run_tests
 
 FAKE_QUANTIZE = (
@@ -67,14 +68,18 @@ RUNS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def result_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """The ended process of a run."""
-    names = selected(request, "name")
-    if any(item.name == test_existing_tests_over_triton.__name__ for item in request.session.items):
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    names = tests.values("name")
+    if tests.has(test_existing_tests_over_triton):
         names.append(TRITON)
-    with ahead(lambda name: run_tests(*RUNS[name]), names) as found:
-        yield found
+    environment = dict(os.environ)
+    return lambda name: run_tests(*RUNS[name], environment=environment), names
+
+
+@pytest.fixture(scope="module")
+def result_of(request: pytest.FixtureRequest, processes: Processes) -> Callable[[str], Any]:
+    """The ended process of a run."""
+    return lambda key: processes.result(request.module, key)
 
 
 @pytest.mark.parametrize("name", FILES)

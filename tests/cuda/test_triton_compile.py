@@ -13,13 +13,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ahead import ahead, selected
+from support.ahead import NewFolder, Processes, Run, Selection
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -236,29 +236,31 @@ def compile_part(capability: int, part: int) -> list[dict]:
 # ---------------------------------------------------------------- in this one
 
 
-@pytest.fixture(scope="module")
-def result_of(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[tuple[int, int]], Any]]:
-    """The ended process that compiled one part of the kernels for a capability."""
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[tuple[int, int]]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    keys = [
-        (capability, part) for capability in selected(request, "compiled") for part in range(PARTS)
-    ]
-    caches = {key: str(tmp_path_factory.mktemp("triton")) for key in keys}
+    keys = [(capability, part) for capability in tests.values("compiled") for part in range(PARTS)]
+    caches = {key: str(new_folder("triton")) for key in keys}
 
     def run(key: tuple[int, int]) -> "subprocess.CompletedProcess[str]":
         code = f"import json, test_triton_compile as t; print(json.dumps(t.compile_part{key}))"
         return subprocess.run(
             [sys.executable, "-c", code],
             env={**env, "TRITON_CACHE_DIR": caches[key]},
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
 
-    with ahead(run, keys) as found:
-        yield found
+    return run, keys
+
+
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, processes: Processes
+) -> Callable[[tuple[int, int]], Any]:
+    """The ended process that compiled one part of the kernels for a capability."""
+    return lambda key: processes.result(request.module, key)
 
 
 # 10.0 takes as long as both others, and no GPU of that capability has run the kernels.

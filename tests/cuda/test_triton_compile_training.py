@@ -8,12 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ahead import ahead, selected
+from support.ahead import NewFolder, Processes, Run, Selection
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -135,29 +135,31 @@ def main(capability: int, part: int) -> None:
 # ---------------------------------------------------------------- here
 
 
-@pytest.fixture(scope="module")
-def result_of(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[tuple[int, int]], Any]]:
-    """The ended process that compiled one part of the kernels for a capability."""
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[tuple[int, int]]]:
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     here = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    keys = [
-        (capability, part) for capability in selected(request, "facts") for part in range(PARTS)
-    ]
-    caches = {key: str(tmp_path_factory.mktemp("triton")) for key in keys}
+    keys = [(capability, part) for capability in tests.values("facts") for part in range(PARTS)]
+    caches = {key: str(new_folder("triton")) for key in keys}
 
     def run(key: tuple[int, int]) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, __file__, *map(str, key)],
             env={**environment, "TRITON_CACHE_DIR": caches[key]},
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
 
-    with ahead(run, keys) as found:
-        yield found
+    return run, keys
+
+
+@pytest.fixture(scope="module")
+def result_of(
+    request: pytest.FixtureRequest, processes: Processes
+) -> Callable[[tuple[int, int]], Any]:
+    """The ended process that compiled one part of the kernels for a capability."""
+    return lambda key: processes.result(request.module, key)
 
 
 @pytest.fixture(scope="module", params=CAPABILITIES, ids=lambda c: f"sm_{c}")

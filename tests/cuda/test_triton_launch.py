@@ -8,13 +8,13 @@ The interpreter and a compilation by hand (test_triton_compile.py) do without al
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.ahead import ahead, selected
+from support.ahead import NewFolder, Processes, Run, Selection
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -90,27 +90,29 @@ def main(rows: int, outputs: int, inputs: int) -> None:
             function(*arguments)  # and once more, where the kernel is known
 
 
-@pytest.fixture(scope="module")
-def result_of(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Any]]:
-    """The ended process of one of `SIZES`."""
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     here = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    names = selected(request, "name")
-    caches = {name: str(tmp_path_factory.mktemp(name)) for name in names}
+    names = tests.values("name")
+    caches = {name: str(new_folder(name)) for name in names}
 
     def run(name: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, __file__, *map(str, SIZES[name])],
             env={**environment, "TRITON_CACHE_DIR": caches[name]},
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
 
-    with ahead(run, names) as found:
-        yield found
+    return run, names
+
+
+@pytest.fixture(scope="module")
+def result_of(request: pytest.FixtureRequest, processes: Processes) -> Callable[[str], Any]:
+    """The ended process of one of `SIZES`."""
+    return lambda key: processes.result(request.module, key)
 
 
 @pytest.mark.parametrize("name", SIZES)

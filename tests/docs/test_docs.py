@@ -8,7 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib.metadata import requires
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.ahead import ahead, selected
+from support.ahead import NewFolder, Processes, Run, Selection
 
 import torchquant
 
@@ -150,15 +150,11 @@ def run_time_modules() -> set[str]:
     return {"torchquant", *(re.split(r"[^\w-]", r)[0].replace("-", "_") for r in requirements)}
 
 
-@pytest.fixture(scope="module")
-def smoke_run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SmokeRun]:
-    """The ended process of a script, which ran below a folder of its own."""
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[Path]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     environment |= {"MPLBACKEND": "Agg", "COLUMNS": "120"}
-    scripts = selected(request, "script")
-    folders = {script: tmp_path_factory.mktemp(script.stem) for script in scripts}
+    scripts = tests.values("script")
+    folders = {script: new_folder(script.stem) for script in scripts}
 
     def run(script: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -171,8 +167,13 @@ def smoke_run(
             timeout=SCRIPT_SECONDS,
         )
 
-    with ahead(run, scripts) as result_of:
-        yield result_of
+    return run, scripts
+
+
+@pytest.fixture(scope="module")
+def smoke_run(request: pytest.FixtureRequest, processes: Processes) -> SmokeRun:
+    """The ended process of a script, which ran below a folder of its own."""
+    return lambda script: processes.result(request.module, script)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import ACTIVATIONS, integers, positive
-from support.ahead import ahead, selected
+from support.ahead import Selection, ahead
 from support.holes import LIBC, beside_a_hole
 from torch import Tensor
 
@@ -276,7 +276,8 @@ def result_of(
     request: pytest.FixtureRequest, allocator: Path
 ) -> Iterator[Callable[[str], "subprocess.CompletedProcess[str]"]]:
     """The ended process of a fault, or of an instruction set."""
-    whats = [*selected(request, "what"), *selected(request, "name")]
+    tests = Selection(request.session.items, request.module)
+    whats = [*tests.values("what"), *tests.values("name")]
     with ahead(lambda what: run_guarded(what, allocator), whats) as found:
         yield found
 

@@ -12,7 +12,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -75,17 +75,22 @@ def replace_cpu_kernels(path: str) -> Library:
 
 
 def run_tests(
-    path: str, files: Iterable[str], marker: str = "", timeout: float = 600
+    path: str,
+    files: Iterable[str],
+    marker: str = "",
+    *,
+    environment: Mapping[str, str],
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """pytest over ``path`` in a fresh process: files below tests, or their tests of a marker."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "support.paths", "--no-header"]
     command += ["-m", " and ".join(filter(None, (marker, "not slow", "not cpu_only")))]
     folder = str(ROOT / "tests")
-    search = os.pathsep.join(filter(None, (str(ROOT), folder, os.environ.get("PYTHONPATH"))))
+    search = os.pathsep.join(filter(None, (str(ROOT), folder, environment.get("PYTHONPATH"))))
     return subprocess.run(
         [*command, *(str(ROOT / "tests" / name) for name in files)],
         # The path has no threads of its own, and several processes share the cores.
-        env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: path, "PYTHONPATH": search},
+        env={**environment, "OMP_NUM_THREADS": "1", VARIABLE: path, "PYTHONPATH": search},
         cwd=ROOT,
         capture_output=True,
         text=True,
