@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import torchquant
 from torchquant import prepare_qat_, qat, verify
 from torchquant.convert.regions import regions_in
+from torchquant.nn.base import TrainedModule
 from torchquant.training.observers import Observer
 
 
@@ -255,6 +256,22 @@ def test_several_calls_prepare_one_region() -> None:
     assert region.plan is not None and len(region.plan.layers) == 4
     torchquant.to_float_(model)
     assert not regions_in(model) and not any("quantize" in key for key in model.state_dict())
+
+
+def test_ranges_without_training() -> None:
+    """Only the layers are in training mode, in the stage that computes in float."""
+    torch.manual_seed(0)
+    model, x = UNet().eval(), images(2)
+    prepare_qat_(model, STATIC, filter_fn="*")
+    qat.observe_(model)
+    for module in model.modules():
+        if isinstance(module, TrainedModule):
+            module.train()
+    qat.freeze_statistics_(model)
+    with torch.no_grad():
+        model(x)
+    qat.freeze_(model)
+    assert_converts(model, x)
 
 
 def test_hooks_see_each_call_once() -> None:

@@ -104,8 +104,12 @@ class TrainingForward(RegionForward):
         place = self._holding()
         if place is None:
             return self.original(*args, **kwargs)
-        left = frozenset() if self.root.training else frozenset(self.without_range())
+        left = frozenset() if self._trains() else frozenset(self.without_range())
         return (self._without(left) if left else self._simulation(place))(inputs)
+
+    def _trains(self) -> bool:
+        """True if the module or one of its layers is in training mode."""
+        return self.root.training or any(self._layer(path).training for path in self.activations)
 
     def without_range(self) -> set[str]:
         """The paths of the layers that convert_ will leave in float: they have no range."""
