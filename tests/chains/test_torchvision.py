@@ -1,5 +1,6 @@
 """Models that nobody rewrites by hand: at least 90 % of their multiply-adds run int8."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -75,3 +76,45 @@ def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SLOW_MODELS)
 def test_more_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name, *SLOW_MODELS[name], monkeypatch)
+
+
+def check_training(name: str, size: int) -> None:
+    """A trained network has the bits and the plan of the converted one, and no float values."""
+    model, x = built(name), images(2, size)
+    calibrated = copy.deepcopy(model)
+    torchquant.prepare_qat_(model, torchquant.Int8StaticActivationInt8WeightConfig())
+    model.train()
+    output = model(x)
+    (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
+    model.eval()
+    with torch.no_grad():
+        wanted = model(x)
+        report = torchquant.convert_(model)
+        assert torch.equal(model(x), wanted)
+        torchquant.prepare_(calibrated, CONFIG)
+        torchquant.calibrate(calibrated, [x])
+        other = torchquant.convert_(calibrated)
+    (ours,), (theirs,) = regions_in(model), regions_in(calibrated)
+    assert ours._programs is not None and ours._programs.ready
+    assert ours.plan is not None and theirs.plan is not None
+    assert ours.plan.groups == theirs.plan.groups
+    assert ours.plan.edge_of == theirs.plan.edge_of
+    assert report.regions == other.regions
+
+
+def test_a_trained_model() -> None:
+    check_training("resnet18", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("mobilenet_v2", 64), ("mobilenet_v3_small", 64), ("efficientnet_b0", 64)),
+        *(("googlenet", 96), ("convnext_tiny", 64), ("densenet121", 64)),
+        *(("shufflenet_v2_x1_0", 64), ("regnet_y_400mf", 64), ("squeezenet1_1", 64)),
+        ("inception_v3", 299),
+    ],
+)
+def test_more_trained_models(name: str, size: int) -> None:
+    check_training(name, size)

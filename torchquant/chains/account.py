@@ -32,7 +32,7 @@ def report_of(region: RegionForward) -> RegionReport:
     return RegionReport(
         name,
         kind,
-        "int8" if region.quantized else "observed",
+        "int8" if region.quantized else region.known_as,
         "",
         len(plan.layers),
         len(plan.edge_of),

@@ -58,7 +58,7 @@ class FirstBatch:
         """
         from torch.utils.flop_counter import FlopCounterMode  # its import takes long
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=_gpus(inputs)), torch.no_grad():
             wanted = forward(*(_copied(item) for item in inputs))
         try:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -136,6 +136,11 @@ def _fixed(trace: Trace) -> set[int]:
 def _shape_of(value: Any) -> Shape:
     tensor = isinstance(value, Tensor) and value.is_floating_point()
     return tuple(value.shape) if tensor else None
+
+
+def _gpus(inputs: Sequence[Any]) -> list[int]:
+    devices = (item.device for item in inputs if isinstance(item, Tensor))
+    return sorted({device.index for device in devices if device.type == "cuda"})
 
 
 def _copied(value: Any) -> Any:

@@ -239,7 +239,7 @@ def _of_followed(
     yield Expectation(module, "", _class_of(module), "attribute", f"the class of a {kind}")
     if not is_root:
         yield Expectation(module, "forward", Absent, "attribute", f"{kind}.forward")
-    if _reads_mode(module):
+    if reads_mode(module):
         yield Expectation(module, "training", False, "attribute", f"{kind}.training")
     own = vars(module)
     children = module._modules
@@ -292,7 +292,7 @@ def _of_called(module: nn.Module) -> Iterator[Expectation]:
     yield Expectation(module, "", _class_of(module), "attribute", f"the class of a {kind}")
     yield Expectation(module, "forward", Absent, "attribute", f"{kind}.forward")
     for one in module.modules():
-        if _reads_mode(one):
+        if reads_mode(one):
             yield Expectation(one, "training", False, "attribute", f"{type(one).__name__}.training")
     names: Any = attributes_of(module)
     if isinstance(module, QuantizedModule):
@@ -329,8 +329,13 @@ def _of_class(cls: type, name: str) -> Expectation:
     return Expectation(cls, name, value, "class", f"{cls.__name__}.{name}")
 
 
-def _reads_mode(module: nn.Module) -> bool:
-    """True if a method of the module's class names the attribute ``training``."""
+def reads_mode(module: nn.Module) -> bool:
+    """True if a method of the module's class names the attribute ``training``.
+
+    Example:
+        >>> reads_mode(nn.Dropout()), reads_mode(nn.ReLU())
+        (True, False)
+    """
     if isinstance(module, (QuantizedModule, nn.Identity)):
         return False
     classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]

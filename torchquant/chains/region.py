@@ -16,7 +16,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class RegionForward:
 
     Attributes:
         observing: True during calibration.
+        known_as: the word in reports for a region that has a plan and is not quantized.
 
     Example:
         >>> from torchquant.graph.trace import trace
@@ -68,6 +69,8 @@ class RegionForward:
         >>> region.plan.layers
         {'0': 0, '2': 1}
     """
+
+    known_as: Literal["observed", "trained"] = "observed"
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from torchquant.convert.plan import Step, check_model, find_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.ranges import Calibrated, calibrated
 from torchquant.convert.regions import Ranges, kept, quantize, ranges, region_reports
+from torchquant.convert.training_regions import check_loaded
 from torchquant.convert.unreached import (
     UNREACHED,
     activations_to_restore,
@@ -55,7 +56,7 @@ def convert_(
     (:func:`torchquant.verify` checks this). As in :func:`torchquant.quantize_`, layers that are
     applied to the same tensor are computed together, which changes no bits.
 
-    In a model that :func:`torchquant.prepare_` prepared, values stay int8 from layer to layer; the
+    In a model with static activations, values stay int8 from layer to layer; the
     report's ``regions`` say where, and where and why they are float. On the CPU such a part of the
     model runs as one call, unless inner modules have hooks. If it is changed later (a module is
     replaced), it computes with its layers one by one, and warns once.
@@ -82,8 +83,9 @@ def convert_(
         TypeError: model is not a module, or is a scripted module; fusion is not a
             :class:`torchquant.Fusion`.
         ValueError: model is a bare layer, contains no prepared layer, or contains a layer that
-            cannot be converted; no layer has a range; or, with ``strict``, a layer has none. The
-            message names the layer; the model is unchanged.
+            cannot be converted; no layer has a range; a state dict brought ranges of values between
+            layers, and no batch has shown yet which values these are; or, with ``strict``, a layer
+            has none. The message names the layer; the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -95,6 +97,7 @@ def convert_(
     check_model("convert_", model, trained=_BARE)
     fusion = check_fusion("convert_", fusion)
     plan = find_layers(model)
+    check_loaded(model)
     observed = ranges(model)
     steps = _prepared_steps(plan, observed)
     unreached = unreached_layers(steps, strict)

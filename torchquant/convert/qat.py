@@ -25,13 +25,20 @@ from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
+from torchquant.convert.regions import region_reports
 from torchquant.convert.selection import FilterFn, Selection, selection
+from torchquant.convert.training_regions import (
+    cover_training,
+    is_static,
+    learn_sizes,
+    without_training,
+)
 from torchquant.graph.modules import tensor_bytes
 from torchquant.graph.order import in_order
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind
 from torchquant.ops._arguments import has_kernels
-from torchquant.report import QuantizationReport
+from torchquant.report import QuantizationReport, RegionReport
 from torchquant.report.progress import track
 from torchquant.training.configuration import TrainingConfig, training_config
 from torchquant.training.layer_part import LayerPart
@@ -48,6 +55,7 @@ def prepare_qat_(
     strict: bool = False,
     *,
     fold_batch_norms: bool = True,
+    example_inputs: Any = None,
     progress: bool | None = None,
 ) -> QuantizationReport:
     """Prepare a model's linear layers and convolutions for quantization-aware training, in place.
@@ -63,6 +71,16 @@ def prepare_qat_(
     An ``nn.Conv2d`` and the ``nn.BatchNorm2d`` that alone receives its output become one
     :class:`torchquant.nn.QATConvBn2d`, which is deployed as one convolution. An identity takes the
     place of the batch norm.
+
+    With static activations, values stay int8 between the layers of the converted model, as after
+    :func:`torchquant.prepare_`, wherever the forward that connects them can be followed in both
+    modes. Training rounds these values, too: those that layers read with the layers'
+    ``input_quantizer``, which layers that read one value share; others, such as the summands of an
+    addition, with quantizers that the layers before them hold (``value_quantizers``). A dropout
+    drops elements of rounded values. The report's ``regions`` say where values are int8. The first
+    batch decides which ones, and then also runs in float, to compare; with ``example_inputs`` this
+    happens here. If a model is compiled, loads a state dict and is converted at once, or trains
+    under DistributedDataParallel with learned steps, pass ``example_inputs``.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare
     layers with different numbers of bits.
@@ -82,6 +100,7 @@ def prepare_qat_(
             done, as in :func:`quantize_`. False reports it.
         fold_batch_norms: False leaves each batch norm as it is: it then runs in float after the
             convolution, in training and in the converted model.
+        example_inputs: a batch as :func:`torchquant.calibrate` takes it, or None.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -91,8 +110,9 @@ def prepare_qat_(
     Raises:
         TypeError: model is not a module or is scripted, config is not a configuration, or filter_fn
             is neither callable nor patterns.
-        ValueError: model is a bare layer; no layer can be trained for config; a pattern is
-            empty; or, with ``strict``, something that was asked for cannot be done.
+        ValueError: model is a bare layer; no layer can be trained for config; the model cannot be
+            called with example_inputs; a pattern is empty; or, with ``strict``, something that was
+            asked for cannot be done.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
@@ -116,6 +136,18 @@ def prepare_qat_(
     chosen = selection(
         "prepare_qat_", filter_fn, config, lambda value: training_config("prepare_qat_", value)
     )
+    with without_training(model):
+        return _prepare(model, chosen, strict, fold_batch_norms, example_inputs, progress)
+
+
+def _prepare(
+    model: nn.Module,
+    chosen: Selection[TrainingConfig],
+    strict: bool,
+    fold_batch_norms: bool,
+    example_inputs: Any,
+    progress: bool | None,
+) -> QuantizationReport:
     plan = _plan(model, chosen)
     account = account_of(model, [step.module for step in plan])
     problems = asked_problems(model, plan, account, chosen)
@@ -124,6 +156,8 @@ def prepare_qat_(
     steps = [step for step in plan if step.skip is None]
     edges, edge_notes = _edges(model, plan)
     pairs, folds = pairs_to_fold(model, steps) if fold_batch_norms else ({}, [])
+    if example_inputs is not None:
+        learn_sizes(model, example_inputs)  # can the model be called with them?
     new_layers: dict[int, TrainedModule] = {}
     for step in track(steps, "prepare_qat_", progress):
         edge, pair = edges.get(id(step.module)), pairs.get(id(step.module))
@@ -142,10 +176,23 @@ def prepare_qat_(
     fusions = fuse_activations(model, new_layers.values(), names, only=("relu",))
     layers, others = account.filled(rows)
     others = folded_rows(others, pairs)
+    regions: tuple[RegionReport, ...] = ()
+    if any(is_static(module) for module in model.modules()):
+        found = cover_training(model)
+        if example_inputs is not None:
+            learn_sizes(model, example_inputs)
+        regions = region_reports(model, found.refusals)
     general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
     notes = (*general, *_notes(plan), *edge_notes)
     return QuantizationReport(
-        layers, bytes_before, tensor_bytes(model), notes, (*folds, *fusions), "prepared", others
+        layers,
+        bytes_before,
+        tensor_bytes(model),
+        notes,
+        (*folds, *fusions),
+        "prepared",
+        others,
+        regions,
     )
 
 

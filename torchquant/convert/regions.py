@@ -19,9 +19,11 @@ from torchquant.chains.account import report_of
 from torchquant.chains.plan import Plan
 from torchquant.chains.region import Qparams, RegionForward, region_of
 from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
+from torchquant.chains.training import TrainingForward
 from torchquant.configs import Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
 from torchquant.graph.regions import Refusal, Region, find_regions
+from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.report import RegionReport
@@ -61,12 +63,17 @@ def is_leaf(module: nn.Module) -> bool:
     return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def find(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Found:
+def find(
+    model: nn.Module,
+    wanted: Callable[[nn.Module], bool],
+    check: Callable[[nn.Module, Trace], None] | None = None,
+) -> Found:
     """Find the regions of a model.
 
     Args:
         model: the model; it does not change, and no tensor is computed.
         wanted: takes a module; True for a layer that has or will have static activations.
+        check: see :func:`torchquant.graph.regions.find_regions`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
@@ -77,7 +84,7 @@ def find(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Found:
     for region in old:  # the forward of the class is recorded
         remove(region)
     try:
-        return Found(*find_regions(model, wanted, is_leaf))
+        return Found(*find_regions(model, wanted, is_leaf, check))
     finally:
         for region in old:
             install(region)
@@ -93,24 +100,37 @@ def cover(model: nn.Module, found: Found) -> list[RegionForward]:
         found: its regions; they replace those that observed before.
     """
     for old in regions_in(model):
-        if not old.quantized:
+        if not old.quantized and not isinstance(old, TrainingForward):
             remove(old)
-    calls = Counter(
-        identity for region in found.regions for identity in {id(m) for _, m in _called(region)}
-    )
+    taken = covered(model)
     made: list[RegionForward] = []
-    for region in found.regions:
+    for region, called in own_layers(found):
         own: dict[str, Static] = {}
-        for path, module in _called(region):
+        for path, module in called:
             hook = hook_of(module)
-            if hook is not None and calls[id(module)] == 1:
+            if hook is not None:
                 own[path] = hook.config.activations
-        if own:
+        if own and not any(id(module) in taken for module in region.module.modules()):
             made.append(
                 RegionForward(region.module, region.path, region.trace, own, observer_for, paused)
             )
             install(made[-1])
     return made
+
+
+def covered(model: nn.Module) -> set[int]:
+    """The ids of the modules in the regions of a model that are not quantized yet."""
+    regions = [region for region in regions_in(model) if not region.quantized]
+    return {id(module) for region in regions for module in region.root.modules()}
+
+
+def own_layers(found: Found) -> Iterator[tuple[Region, list[tuple[str, nn.Module]]]]:
+    """The regions, with the modules that no other region calls and their paths."""
+    calls = Counter(
+        identity for region in found.regions for identity in {id(m) for _, m in _called(region)}
+    )
+    for region in found.regions:
+        yield region, [(path, m) for path, m in _called(region) if calls[id(m)] == 1]
 
 
 def _called(region: Region) -> Iterator[tuple[str, nn.Module]]:
@@ -262,6 +282,13 @@ def ranges(model: nn.Module) -> Ranges:
     for region in regions_in(model):
         if region.quantized:
             continue
+        if isinstance(region, TrainingForward):
+            deployed = region.deployed()
+            if isinstance(deployed, str):
+                found.useless.append((region, deployed))
+            else:
+                found.edges.append(deployed)
+            continue
         if region.plan is None or region.failure:
             reason = region.failure or "no batch reached it in the calibration"
             found.useless.append((region, reason))
@@ -308,5 +335,6 @@ def quantize(found: Ranges) -> None:
     for region, plan, qparams in found.edges:
         region.set_plan(plan)
         region.quantize(qparams)
+        install(region)  # one that trained has another forward so far
     for region, _ in found.useless:
         remove(region)

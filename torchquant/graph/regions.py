@@ -39,7 +39,10 @@ class Refusal:
 
 
 def find_regions(
-    model: nn.Module, wanted: Test, is_leaf: Test
+    model: nn.Module,
+    wanted: Test,
+    is_leaf: Test,
+    check: Callable[[nn.Module, Trace], None] | None = None,
 ) -> tuple[list[Region], list[Refusal]]:
     """Find the modules to record: the model itself if possible, otherwise the largest below it.
 
@@ -48,6 +51,7 @@ def find_regions(
         wanted: takes a module; True for the layers for which regions are looked for. A module
             without such a layer is no region.
         is_leaf: takes a module; True if a call of it is one entry of a record.
+        check: takes a module and its record; raises Untraceable if the module cannot be a region.
 
     Returns:
         The regions, and the refused modules whose children were tried instead.
@@ -78,6 +82,8 @@ def find_regions(
         if not is_container(module):
             try:
                 found = without_in_place(trace(module, is_leaf), module)
+                if check is not None:
+                    check(module, found)
             except Untraceable as reason:
                 refusals.append(Refusal(path, module, str(reason)))
             else:

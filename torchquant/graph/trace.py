@@ -120,8 +120,10 @@ class Untraceable(Exception):
     """The forward cannot be recorded; the message is the reason, as it stands in reports."""
 
 
-def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Trace:
-    """Record the forward of a module in evaluation mode.
+def trace(
+    module: nn.Module, is_leaf: Callable[[nn.Module], bool], *, training: bool = False
+) -> Trace:
+    """Record the forward of a module in evaluation mode, or in training mode.
 
     The forward runs once, without tensors, if it and those of the modules that it calls only
     compute (:func:`torchquant.graph.purity.effect_of`).
@@ -129,6 +131,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Trace:
     Args:
         module: the module; its training mode is restored.
         is_leaf: takes a module below it; True if a call of it is one entry of the record.
+        training: whether to record training mode.
 
     Raises:
         Untraceable: the forward may have effects, what it does depends on values of its inputs, or
@@ -144,7 +147,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Trace:
     tracer.signature = _signature(module)
     modes = [(child, child.training) for child in module.modules()]
     try:
-        module.eval()
+        module.train(training)
         graph = tracer.trace(module)
     except Untraceable:
         raise

@@ -12,7 +12,7 @@ outside this package tests for a particular kind of layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from torchquant.nn.dtypes import FLOAT_DTYPES, dtype_name
 from torchquant.nn.packed_state import PackedState, missing
 from torchquant.nn.readable_weight import ReadableWeight, refuse_assignment
 from torchquant.nn.state_names import PLACEHOLDER, rename_state
+from torchquant.nn.value_quantizers import follow_state
 from torchquant.ops._arguments import wait_for_copy
 from torchquant.training.configuration import TrainingConfig
+
+Rounding = Literal["own", "done", "none"]  # see TrainedModule.compute
 
 
 class QuantizedModule(PackedState):
@@ -208,6 +211,9 @@ class TrainedModule(nn.Module):
     renamed: ClassVar[Mapping[str, str]] = {}
     # True once a forward has run outside of torch.compile; None if the kind does not record it.
     was_called: bool | None = None
+    # Whether the kind has :meth:`compute`, :meth:`input_qparams` and a child ``input_quantizer``
+    # (the module that observes and rounds the input, or None), which regions need.
+    has_compute: ClassVar[bool] = False
 
     def init_training(self, config: TrainingConfig, activation: str, device: torch.device) -> None:
         """Set the attributes that all kinds share, and enable quantization."""
@@ -235,6 +241,31 @@ class TrainedModule(nn.Module):
     def missing_range(self) -> str | None:
         """Why the layer cannot be deployed yet: no batch gave it a range. None if it can."""
         return None
+
+    def compute(self, input: Tensor, activation: str, rounding: Rounding = "own") -> Tensor:
+        """The forward with a given activation, on an input that may be rounded already.
+
+        Args:
+            input: as for the forward.
+            activation: "none", or one of ``fused_activations``.
+            rounding: "own": the layer observes and rounds its input. "done": ``input_quantizer``
+                has rounded the input. "none": the input stays as it is, and the layer multiplies
+                floats.
+        """
+        raise missing(type(self), "compute")
+
+    def input_qparams(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of the input of the layer to deploy; None for dynamic activations.
+
+        Raises:
+            RuntimeError: no range has been observed or learned.
+        """
+        return None, None
+
+    @property
+    def averaging_constant(self) -> float:
+        """The weight of the newest batch in the moving averages of observed ranges."""
+        return float(getattr(self.config.activations, "averaging_constant", 0.01))
 
     def to_float(self) -> nn.Module:
         """A float layer without the activation; it shares this layer's parameters."""
@@ -283,6 +314,8 @@ class TrainedModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
         rename_state(state_dict, prefix, self.renamed)  # before torch selects the children's keys
+        deployed = self.config.deployed().activations
+        follow_state(self, state_dict, prefix, deployed, self.averaging_constant)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
         self._read_stage()
 

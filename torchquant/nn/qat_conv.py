@@ -8,15 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchquant import functional
 from torchquant.configs import QuantizationConfig
-from torchquant.nn.base import TrainedModule, autocast_dtype
+from torchquant.nn.base import Rounding, TrainedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.conv import QuantizedConv, QuantizedConv1d, QuantizedConv2d, activations_text
 from torchquant.nn.conv_geometry import (
     SIZES,
     check_input,
-    is_channels_last,
     padded,
     set_sizes,
     sizes_text,
@@ -29,14 +27,18 @@ from torchquant.nn.integer_conv import Integers, Sizes, integer_conv, quantize_s
 from torchquant.nn.qat_parts import (
     ACTIVATION_PARTS,
     ACTIVATIONS,
+    Given,
     activate,
+    current_qparams,
     input_quantizer,
     learned_values,
+    observe,
+    rounded,
     weight_quantizer,
 )
 from torchquant.nn.replaced_activation import mark
 from torchquant.ops._arguments import has_kernels
-from torchquant.scheme import PER_TENSOR, PerAxis
+from torchquant.scheme import PerAxis
 from torchquant.training.configuration import (
     TrainingConfig,
     training_config,
@@ -64,6 +66,7 @@ class QATConv(TrainedModule):
     dimensions: ClassVar[int]
     quantized_class: ClassVar[type[QuantizedConv]]
     fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
+    has_compute: ClassVar[bool] = True
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
@@ -161,7 +164,7 @@ class QATConv(TrainedModule):
                 f"{type(self).__name__}.to_quantized: the weight must be finite, it holds NaN or "
                 "infinity; training has diverged"
             )
-        scale, zero_point = self._static_qparams()
+        scale, zero_point = self.input_qparams()
         layer: QuantizedConv = self.quantized_class.from_tensors(
             weight,
             bias,
@@ -177,7 +180,7 @@ class QATConv(TrainedModule):
     def missing_range(self) -> str | None:
         """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
         try:
-            self._static_qparams()
+            self.input_qparams()
         except RuntimeError as error:
             return str(error)
         return None
@@ -219,11 +222,17 @@ class QATConv(TrainedModule):
             place = None if _is_dynamo_compiling() else activation_after_call(self, input)
             if place is not None:
                 activation = place.function
-        samples = input if input.dim() == self.dimensions + 2 else input.unsqueeze(0)
-        output = self._compute(samples, activation)
-        if samples is not input:
-            output = output.squeeze(0)
+        output = self.compute(input, activation)
         return output if place is None else mark(output, place)
+
+    def compute(self, input: Tensor, activation: str, rounding: Rounding = "own") -> Tensor:
+        samples = input if input.dim() == self.dimensions + 2 else input.unsqueeze(0)
+        if rounding == "own":
+            given = self._rounded_input(samples)
+        else:
+            given = self._given(samples, rounding == "done")
+        output = self._compute(given, activation)
+        return output if samples is input else output.squeeze(0)
 
     # ---------------------------------------------------------------- the computation
 
@@ -231,30 +240,30 @@ class QATConv(TrainedModule):
         """The weight and the bias that the layer computes with, and that will be deployed."""
         return self.weight, self.bias
 
-    def _compute(self, input: Tensor, activation: str) -> Tensor:
-        if not self._quantizing:
-            self._observe(input)
-            return activate(float_conv(self, input, *self._folded()), activation)
+    def _compute(self, given: Given, activation: str) -> Tensor:
         weight, bias = self._folded()
-        return self._quantized(input, weight, bias, activation, autocast_dtype(input))
+        if not self._quantizing:
+            return activate(float_conv(self, given.values, weight, bias), activation)
+        return self._quantized(given, weight, bias, activation, autocast_dtype(given.values))
 
     def _quantized(
         self,
-        input: Tensor,
+        given: Given,
         weight: Tensor,
         bias: Tensor | None,
         activation: str,
         dtype: torch.dtype | None,
     ) -> Tensor:
         """The forward with integers, or their simulation."""
-        values, scale, zero_point = self._rounded_input(input)
-        rounded, weight_scale = self._rounded_weight(weight)
-        if self.simulate or not has_kernels(weight):
+        values, scale, zero_point, exact = given
+        dtype = dtype or values.dtype
+        qat_weight, weight_scale = self._rounded_weight(weight)
+        if self.simulate or not exact or not has_kernels(weight):
             if self.input_quantizer is None:
-                values = simulated_input(input, self.config.activations)
+                values = simulated_input(values, self.config.activations)
             if weight_scale is None:
-                rounded = simulated_weight(weight, self.config.weights)
-            return activate(float_conv(self, values, rounded, bias), activation)
+                qat_weight = simulated_weight(weight, self.config.weights)
+            return activate(float_conv(self, values, qat_weight, bias), activation)
         values, padding = padded(self, values)
         qmin, qmax = self.config.activations.deployed().range
         symmetric = self.input_quantizer is None and self.config.activations.symmetric
@@ -263,34 +272,31 @@ class QATConv(TrainedModule):
         sizes = Sizes(self.stride, tuple(padding), self.dilation, self.groups)
         return integer_conv(
             values,
-            rounded,
+            qat_weight,
             bias,
             q,
             Integers(*qweight, None),
             sizes,
             activation,
-            dtype or input.dtype,
+            dtype,
         )
 
-    def _rounded_input(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Static activations: the rounded input, with the scale and zero point to deploy.
-
-        Dynamic activations: the input itself, without them.
-        """
+    def _rounded_input(self, input: Tensor) -> Given:
+        """Static activations: the rounded input. Dynamic activations, and in float: the input."""
         quantizer = self.input_quantizer
         if quantizer is None:
-            return input, None, None
-        last = is_channels_last(input)  # quantizers return contiguous tensors
-        pixels = input.permute(0, 2, 3, 1) if last else input
-        if isinstance(quantizer, ObservedQuantizer):
-            values = quantizer(pixels)
-            return values.permute(0, 3, 1, 2) if last else values, *quantizer.qparams()
-        values, scale, offset = learned_values(quantizer, pixels, pixels, PER_TENSOR)
-        values = values.permute(0, 3, 1, 2) if last else values
-        zero_point = functional.learned_zero_point(scale, offset, quantizer.qmin, quantizer.qmax)
-        if offset is not None:  # integers have no NaN
-            scale = torch.where(offset.isnan(), float("nan"), scale)
-        return values, scale, zero_point + self._shift()
+            return Given(input)
+        if not self._quantizing:
+            observe(quantizer, input)
+            return Given(input)
+        return self._given(rounded(quantizer, input))
+
+    def _given(self, input: Tensor, exact: bool = True) -> Given:
+        """An input that was rounded by the quantizer before."""
+        if self.input_quantizer is None or not self._quantizing:
+            return Given(input)
+        scale, zero_point = current_qparams(self.input_quantizer)
+        return Given(input, scale, zero_point + self._shift(), exact)
 
     def _rounded_weight(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Learned steps: the rounded weight and its scales. Otherwise the weight itself."""
@@ -300,17 +306,7 @@ class QATConv(TrainedModule):
         values, scale, _ = learned_values(self.qweight_quantizer, weight, given, PerAxis(0))
         return values, scale
 
-    def _observe(self, input: Tensor) -> None:
-        """In training mode, update the range of static activations from the batch."""
-        quantizer = self.input_quantizer
-        if quantizer is None or not self.training:
-            return
-        if isinstance(quantizer, LSQQuantizer):
-            quantizer.prepare(input)
-        elif quantizer.observing:
-            quantizer.observe(input)
-
-    def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
+    def input_qparams(self) -> tuple[Tensor | None, Tensor | None]:
         if self.input_quantizer is None:
             return None, None
         scale, zero_point = self.input_quantizer.qparams()

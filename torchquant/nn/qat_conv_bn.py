@@ -12,7 +12,7 @@ from torchquant.configs import QuantizationConfig
 from torchquant.nn.base import autocast_dtype
 from torchquant.nn.conv_simulation import float_conv
 from torchquant.nn.qat_conv import QATConv2d
-from torchquant.nn.qat_parts import activate
+from torchquant.nn.qat_parts import Given, activate
 from torchquant.training.configuration import TrainingConfig
 
 # Below this magnitude of its factor, a channel's batch cannot give the statistics of the
@@ -195,24 +195,23 @@ class QATConvBn2d(QATConv2d):
             bias = bias + self.bn.bias.to(torch.float32)
         return self._scaled_weight(factor), bias.to(self.weight.dtype)
 
-    def _compute(self, input: Tensor, activation: str) -> Tensor:
+    def _compute(self, given: Given, activation: str) -> Tensor:
         if not self._quantizing:
-            self._observe(input)
-            output = float_conv(self, input, self.weight, self.bias)
+            output = float_conv(self, given.values, self.weight, self.bias)
             return activate(self.bn(output), activation)
         if self._frozen or not self.training:
-            return super()._compute(input, activation)
-        dtype = autocast_dtype(input) or input.dtype
-        output = self._normalized(input)
+            return super()._compute(given, activation)
+        dtype = autocast_dtype(given.values) or given.values.dtype
+        output = self._normalized(given)
         if self.bn.bias is not None:
             output = output + self.bn.bias.to(torch.float32).reshape(-1, 1, 1)
         return activate(output.to(dtype), activation)
 
-    def _normalized(self, input: Tensor) -> Tensor:
+    def _normalized(self, given: Given) -> Tensor:
         """The output normalized with the statistics of the batch, without the shift; float32."""
         factor = self._factor()
         weight = self._scaled_weight(factor)
-        output = self._quantized(input, weight, None, "none", torch.float32).to(torch.float32)
+        output = self._quantized(given, weight, None, "none", torch.float32).to(torch.float32)
         count = output.numel() // output.shape[1]
         if count < 2:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.nn.base import TrainedModule, autocast_dtype
+from torchquant.nn.base import Rounding, TrainedModule, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
@@ -21,7 +21,9 @@ from torchquant.nn.qat_parts import (
     ACTIVATIONS,
     StraightThrough,
     activate,
+    current_qparams,
     input_quantizer,
+    observe,
     weight_quantizer,
 )
 from torchquant.nn.replaced_activation import mark
@@ -87,6 +89,7 @@ class QATLinear(TrainedModule):
     input_quantizer: ObservedQuantizer | LSQQuantizer | None
     qweight_quantizer: LSQQuantizer | None
     fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
+    has_compute: ClassVar[bool] = True
     renamed: ClassVar[Mapping[str, str]] = {"weight_quantizer": "qweight_quantizer"}
     # The class of the float layer, if it is not nn.Linear, and the layout of its weight.
     float_form: FloatForm = NN_LINEAR
@@ -183,7 +186,7 @@ class QATLinear(TrainedModule):
                 "QATLinear.to_quantized: the weight must be finite, it holds NaN or infinity; "
                 "training has diverged"
             )
-        scale, zero_point = self._static_qparams()
+        scale, zero_point = self.input_qparams()
         layer = QuantizedLinear.from_tensors(
             self._matrix(),
             self.bias,
@@ -199,7 +202,7 @@ class QATLinear(TrainedModule):
     def missing_range(self) -> str | None:
         """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
         try:
-            self._static_qparams()
+            self.input_qparams()
         except RuntimeError as error:
             return str(error)
         return None
@@ -235,15 +238,16 @@ class QATLinear(TrainedModule):
         if self._guarded and self.activation == "none" and type(input) is Tensor:
             place = None if _is_dynamo_compiling() else activation_after_call(self, input)
         if place is None:
-            return self._compute(input, self.activation)
-        return mark(self._compute(input, place.function), place)
+            return self.compute(input, self.activation)
+        return mark(self.compute(input, place.function), place)
 
-    def _compute(self, input: Tensor, activation: str) -> Tensor:
+    def compute(self, input: Tensor, activation: str, rounding: Rounding = "own") -> Tensor:
         if not self._quantizing:
-            self._observe(input)
+            if rounding == "own":
+                observe(self.input_quantizer, input)
             return activate(nn.functional.linear(input, self._matrix(), self.bias), activation)
-        if self.simulate or not has_kernels(self.weight):
-            return self._simulated(input, activation)
+        if self.simulate or rounding == "none" or not has_kernels(self.weight):
+            return self._simulated(input, activation, rounding)
         scale = zero_point = offset = weight_scale = None
         weight = self._matrix()
         input_factor = weight_factor = 0.0
@@ -252,11 +256,16 @@ class QATLinear(TrainedModule):
         quantizer = self.input_quantizer
         if quantizer is None:
             pass
+        elif rounding == "done":
+            # As deployed, with signed integers. Gradients of the rounding are not this layer's.
+            scale, zero_point = current_qparams(quantizer)
+            zero_point = zero_point + self._shift
+            input_qmin, input_qmax = self.config.activations.deployed().range
         elif isinstance(quantizer, LSQQuantizer):
             scale, offset = quantizer.prepare(input)
             input_factor = quantizer.grad_factor(input)
         else:
-            self._observe(input)
+            observe(quantizer, input)
             scale, zero_point = quantizer.qparams()
         if self.qweight_quantizer is not None:
             weight_scale, _ = self.qweight_quantizer.prepare(weight)
@@ -281,11 +290,11 @@ class QATLinear(TrainedModule):
             output_dtype=autocast_dtype(input),
         )
 
-    def _simulated(self, input: Tensor, activation: str) -> Tensor:
+    def _simulated(self, input: Tensor, activation: str, rounding: Rounding) -> Tensor:
         """The forward with dequantized floats and torch's own matrix product."""
         quantizer = self.input_quantizer
         if quantizer is not None:
-            x = quantizer(input)
+            x = quantizer(input) if rounding == "own" else input
         else:
             x = StraightThrough.apply(input, self._fake_quantized_rows(input))
         if self.qweight_quantizer is not None:
@@ -320,23 +329,16 @@ class QATLinear(TrainedModule):
             weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
         )
 
-    def _observe(self, input: Tensor) -> None:
-        """In training mode, update the range of static activations from the batch."""
-        quantizer = self.input_quantizer
-        if quantizer is None or not self.training:
-            return
-        if isinstance(quantizer, LSQQuantizer):
-            quantizer.prepare(input)
-        elif quantizer._observing:
-            quantizer.observe(input)
-
-    def _static_qparams(self) -> tuple[Tensor | None, Tensor | None]:
+    def input_qparams(self) -> tuple[Tensor | None, Tensor | None]:
         if self.input_quantizer is None:
             return None, None
         scale, zero_point = self.input_quantizer.qparams()
-        # Unsigned integers of a learned step are deployed as signed integers.
-        shift = self.config.activations.deployed().range[0] - self._input_range[0]
-        return scale.detach(), zero_point + shift
+        return scale.detach(), zero_point + self._shift
+
+    @property
+    def _shift(self) -> int:
+        """Unsigned integers of a learned step are deployed as signed integers."""
+        return int(self.config.activations.deployed().range[0] - self._input_range[0])
 
     def _weight_scale(self) -> Tensor | None:
         quantizer = self.qweight_quantizer

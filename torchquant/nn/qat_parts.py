@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchquant import ops
+from torchquant import functional, ops
 from torchquant.configs import Dynamic
+from torchquant.nn.conv_geometry import is_channels_last
 from torchquant.scheme import Granularity
 from torchquant.training.configuration import (
     LearnedActivations,
@@ -22,6 +23,21 @@ from torchquant.training.observers import MovingAverageMinMaxObserver
 
 ACTIVATIONS = ("none", "relu")
 ACTIVATION_PARTS = (Dynamic, ObservedActivations, LearnedActivations)
+
+
+class Given(NamedTuple):
+    """The input of a layer, rounded if its activations are static.
+
+    Args:
+        values: the input; gradients reach it.
+        scale, zero_point: the deployed ones of static activations; None for dynamic activations.
+        exact: False if the values are between the integers, such as those of a dropout.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    exact: bool = True
 
 
 def activate(output: Tensor, activation: str) -> Tensor:
@@ -72,6 +88,44 @@ def learned_values(
         granularity=granularity,
     )
     return values, step.detach(), None if offset is None else offset.detach()
+
+
+def rounded(quantizer: ObservedQuantizer | LSQQuantizer, value: Tensor) -> Tensor:
+    """A value that is observed and rounded, in its memory format.
+
+    Example:
+        >>> rounded(ObservedQuantizer(), torch.tensor([0.0, 255.0, 7.2]))
+        tensor([  0., 255.,   7.])
+    """
+    last = is_channels_last(value)  # quantizers return contiguous tensors
+    pixels = value.permute(0, 2, 3, 1) if last else value
+    values: Tensor = quantizer(pixels)
+    return values.permute(0, 3, 1, 2) if last else values
+
+
+def current_qparams(quantizer: ObservedQuantizer | LSQQuantizer) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with which :func:`rounded` has just rounded; no gradients.
+
+    A learned offset that is NaN makes the scale NaN, because integers have no NaN.
+    """
+    if isinstance(quantizer, ObservedQuantizer):
+        return quantizer.qparams()
+    scale = quantizer.step.detach()
+    offset = None if quantizer.offset is None else quantizer.offset.detach()
+    zero_point = functional.learned_zero_point(scale, offset, quantizer.qmin, quantizer.qmax)
+    if offset is not None:
+        scale = torch.where(offset.isnan(), float("nan"), scale)
+    return scale, zero_point
+
+
+def observe(quantizer: ObservedQuantizer | LSQQuantizer | None, value: Tensor) -> None:
+    """In training mode, update the range of static activations from a batch, without rounding."""
+    if quantizer is None or not quantizer.training:
+        return
+    if isinstance(quantizer, LSQQuantizer):
+        quantizer.prepare(value)
+    elif quantizer.observing:
+        quantizer.observe(value)
 
 
 def input_quantizer(

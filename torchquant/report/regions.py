@@ -35,8 +35,8 @@ class RegionReport:
     Attributes:
         name: the module's name in the model; "" is the model itself.
         kind: the name of its class.
-        action: "found" before a batch has shown the sizes, "observed" or "int8" afterwards; "float"
-            for a module that cannot be one.
+        action: "found" before a batch has shown the sizes; afterwards "observed", "trained" (as
+            int8) or "int8"; "float" for a module that cannot be one.
         reason: why it cannot; or empty.
         layers: the number of its layers with static activations.
         values: the number of its int8 values.
@@ -51,7 +51,7 @@ class RegionReport:
 
     name: str
     kind: str
-    action: Literal["found", "observed", "int8", "float"]
+    action: Literal["found", "observed", "trained", "int8", "float"]
     reason: str
     layers: int = 0
     values: int = 0
