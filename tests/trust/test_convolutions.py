@@ -1,7 +1,9 @@
 """No code sees another value, whatever way a convolutional network is written or used."""
 
+import importlib
+
 import pytest
-from support.situations.convolutions import (
+from support.situations.convolved import (
     CONVOLVED,
     Convolved,
     check_dynamic,
@@ -10,6 +12,9 @@ from support.situations.convolutions import (
 )
 
 from torchquant.convert.regions import regions_in
+
+for name in ("hooks", "methods", "values", "running"):
+    importlib.import_module(f"support.situations.convolved.{name}")  # fills the list
 
 CASES = [
     pytest.param(kind, mode, id=f"{kind.__name__}-{mode}")
