@@ -31,7 +31,7 @@ def recomputed(
 ) -> Any:
     """The result of ``fast``, with the gradients of ``slow``.
 
-    The first call runs ``slow``, whose result shows which tensors of it require gradients.
+    The first call runs ``slow`` besides, to see which tensors of the result require gradients.
 
     Args:
         fast: computes the result without gradients.
@@ -52,12 +52,9 @@ def recomputed(
     given = [*inputs, *parameters]
     key = (*(item.requires_grad for item in inputs), *map(id, parameters))
     if key not in learned:
-        result = slow(inputs)
         if len(learned) >= _MOST_LEARNED:
             learned.clear()
-        made = _tensors(result, given)
-        learned[key] = [t.requires_grad for t in made] if _is_understood(result) else None
-        return result
+        learned[key] = _required(slow, inputs, given)
     required = learned[key]
     if required is None:
         return slow(inputs)
@@ -68,6 +65,19 @@ def recomputed(
     outputs = _Recomputed.apply(fast, slow, len(inputs), found, required, *given)
     tensors = iter(outputs if isinstance(outputs, tuple) else (outputs,))
     return _rebuilt(found[0], tensors, given)
+
+
+def _required(slow: Run, inputs: Sequence[Tensor], given: Sequence[Tensor]) -> list[bool] | None:
+    """Which tensors of the result require gradients; None if the result is not understood."""
+    # torch.utils.checkpoint counts what is saved, in the forward pass and again later.
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        result = slow(inputs)
+        made = _tensors(result, given)
+        return [t.requires_grad for t in made] if _is_understood(result) else None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Recomputed(torch.autograd.Function):
