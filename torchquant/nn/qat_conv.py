@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchquant.configs import QuantizationConfig
-from torchquant.nn.base import Rounding, TrainedModule, autocast_dtype
+from torchquant.nn.base import Rounding, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.conv import QuantizedConv, QuantizedConv1d, QuantizedConv2d, activations_text
 from torchquant.nn.conv_geometry import (
@@ -25,36 +25,28 @@ from torchquant.nn.float_conv import float_class, refusal
 from torchquant.nn.inputs import special_output
 from torchquant.nn.integer_conv import Integers, Sizes, integer_conv, quantize_samples
 from torchquant.nn.qat_parts import (
-    ACTIVATION_PARTS,
-    ACTIVATIONS,
     Given,
     activate,
     current_qparams,
-    input_quantizer,
     learned_values,
     observe,
     rounded,
-    weight_quantizer,
 )
 from torchquant.nn.replaced_activation import mark
+from torchquant.nn.trained_layer import TrainedLayer
 from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis
 from torchquant.training.configuration import (
     TrainingConfig,
-    training_config,
 )
-from torchquant.training.learned_steps import LSQQuantizer
-from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 
 
-class QATConv(TrainedModule):
+class QATConv(TrainedLayer):
     """What QATConv1d and QATConv2d share; see there."""
 
     bias: nn.Parameter | None
-    input_quantizer: ObservedQuantizer | LSQQuantizer | None
-    qweight_quantizer: LSQQuantizer | None
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -65,9 +57,7 @@ class QATConv(TrainedModule):
     padding_mode: str
     dimensions: ClassVar[int]
     quantized_class: ClassVar[type[QuantizedConv]]
-    fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
-    has_compute: ClassVar[bool] = True
-    renamed: ClassVar[Mapping[str, str]] = {}
+    names: ClassVar[tuple[str, str]] = ("convolution", "convolutions")
 
     def __init__(
         self,
@@ -86,7 +76,7 @@ class QATConv(TrainedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        config = self._checked(type(self).__name__, config)
+        config = self.checked(type(self).__name__, config)
         sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         set_sizes(self, type(self).__name__, self.dimensions, *sizes, padding_mode)
         given = {name: getattr(self, name) for name in SIZES}
@@ -95,30 +85,12 @@ class QATConv(TrainedModule):
 
     def _init(self, conv: nn.Module, config: TrainingConfig, activation: str) -> None:
         who = type(self).__name__
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"{who}: activation must be none or relu, got {activation!r}")
+        self.check_activation(activation)
         given = {name: getattr(conv, name) for name in SIZES}
         set_sizes(self, who, self.dimensions, **given)
         for name in ("weight", "bias"):
             self.register_parameter(name, conv._parameters[name])
-        device = self.weight.device
-        self.input_quantizer = input_quantizer(config, self.in_channels, device)
-        self.qweight_quantizer = weight_quantizer(config, self.out_channels, device)
-        self.init_training(config, activation, device)
-        self.was_called = False
-
-    @property
-    def weight_quantizer(self) -> LSQQuantizer | None:
-        """The quantizer with the learned steps of the weight, or None."""
-        return self.qweight_quantizer
-
-    @classmethod
-    def config_refusal(cls, config: TrainingConfig) -> str | None:
-        """The reason why no convolution can be trained with ``config``, or None."""
-        reason = cls.quantized_class.config_refusal(config.deployed())
-        if reason is None and not isinstance(config.activations, ACTIVATION_PARTS):
-            return f"convolutions cannot train {type(config.activations).__name__} activations"
-        return reason
+        self.init_layer(config, activation, self.in_channels, self.out_channels)
 
     @classmethod
     def from_float(
@@ -142,7 +114,7 @@ class QATConv(TrainedModule):
             ValueError: activation is not "none" or "relu", or no convolution can be trained with
                 the configuration.
         """
-        config = cls._checked(f"{cls.__name__}.from_float", config)
+        config = cls.checked(f"{cls.__name__}.from_float", config)
         cls._check_float(conv)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -159,11 +131,7 @@ class QATConv(TrainedModule):
         weight, bias = self._folded()
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach())
-        if not bool(torch.isfinite(weight.detach()).all()):
-            raise ValueError(
-                f"{type(self).__name__}.to_quantized: the weight must be finite, it holds NaN or "
-                "infinity; training has diverged"
-            )
+        self.check_finite(weight)
         scale, zero_point = self.input_qparams()
         layer: QuantizedConv = self.quantized_class.from_tensors(
             weight,
@@ -176,14 +144,6 @@ class QATConv(TrainedModule):
             input_zero_point=zero_point,
         )
         return layer.train(self.training)
-
-    def missing_range(self) -> str | None:
-        """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
-        try:
-            self.input_qparams()
-        except RuntimeError as error:
-            return str(error)
-        return None
 
     def to_float(self) -> nn.Module:
         """The float layer without the activation; it shares this layer's parameters."""
@@ -296,7 +256,7 @@ class QATConv(TrainedModule):
         if self.input_quantizer is None or not self._quantizing:
             return Given(input)
         scale, zero_point = current_qparams(self.input_quantizer)
-        return Given(input, scale, zero_point + self._shift(), exact)
+        return Given(input, scale, zero_point + self.shift, exact)
 
     def _rounded_weight(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Learned steps: the rounded weight and its scales. Otherwise the weight itself."""
@@ -305,17 +265,6 @@ class QATConv(TrainedModule):
         given = weight if torch.compiler.is_compiling() else _as_parameter(weight)
         values, scale, _ = learned_values(self.qweight_quantizer, weight, given, PerAxis(0))
         return values, scale
-
-    def input_qparams(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.input_quantizer is None:
-            return None, None
-        scale, zero_point = self.input_quantizer.qparams()
-        return scale.detach(), zero_point + self._shift()
-
-    def _shift(self) -> int:
-        """Unsigned integers of a learned step are deployed as signed integers."""
-        part = self.config.activations
-        return part.deployed().range[0] - part.range[0]  # type: ignore[no-any-return]
 
     def _weight_scale(self, weight: Tensor) -> Tensor | None:
         quantizer = self.qweight_quantizer
@@ -332,22 +281,10 @@ class QATConv(TrainedModule):
                 f"{reason}"
             )
 
-    @classmethod
-    def _checked(
-        cls, who: str, config: TrainingConfig | QuantizationConfig | None
-    ) -> TrainingConfig:
-        config = training_config(who, config)
-        reason = cls.config_refusal(config)
-        if reason is not None:
-            raise ValueError(f"{who}: config must fit a convolution, got {config}: {reason}")
-        return config
-
     def extra_repr(self) -> str:
-        fused = "" if self.activation == "none" else f", activation={self.activation}"
-        stage = "" if self._quantizing else ", in float"
         return (
             f"{sizes_text(self)}, bias={self.bias is not None}, {self.config.weights}, activations "
-            f"{activations_text(self.config.activations)}{fused}{stage}"
+            f"{activations_text(self.config.activations)}{self.state_text()}"
         )
 
 

@@ -10,37 +10,32 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.configs import Dynamic, QuantizationConfig
-from torchquant.nn.base import Rounding, TrainedModule, autocast_dtype
+from torchquant.nn.base import Rounding, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.qat_parts import (
-    ACTIVATION_PARTS,
-    ACTIVATIONS,
     StraightThrough,
     activate,
     current_qparams,
-    input_quantizer,
     observe,
-    weight_quantizer,
 )
 from torchquant.nn.replaced_activation import mark
+from torchquant.nn.trained_layer import TrainedLayer
 from torchquant.ops._arguments import has_kernels
 from torchquant.scheme import PerAxis, PerToken
 from torchquant.training.configuration import (
     ObservedActivations,
     TrainingConfig,
-    training_config,
 )
 from torchquant.training.learned_steps import LSQQuantizer
-from torchquant.training.observed_quantizer import ObservedQuantizer
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
 
 
-class QATLinear(TrainedModule):
+class QATLinear(TrainedLayer):
     """``y = activation(x @ weight.T + bias)`` in training, computed like the deployed layer.
 
     Each forward quantizes input and weight and multiplies integers, with the operators of
@@ -86,11 +81,9 @@ class QATLinear(TrainedModule):
     """
 
     bias: nn.Parameter | None
-    input_quantizer: ObservedQuantizer | LSQQuantizer | None
-    qweight_quantizer: LSQQuantizer | None
-    fused_activations: ClassVar[tuple[str, ...]] = ("relu",)
-    has_compute: ClassVar[bool] = True
     renamed: ClassVar[Mapping[str, str]] = {"weight_quantizer": "qweight_quantizer"}
+    quantized_class: ClassVar[type[QuantizedLinear]] = QuantizedLinear
+    names: ClassVar[tuple[str, str]] = ("linear layer", "linear layers")
     # The class of the float layer, if it is not nn.Linear, and the layout of its weight.
     float_form: FloatForm = NN_LINEAR
 
@@ -106,11 +99,10 @@ class QATLinear(TrainedModule):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init(linear, _check_config("QATLinear", config), activation)
+        self._init(linear, self.checked("QATLinear", config), activation)
 
     def _init(self, linear: nn.Module, config: TrainingConfig, activation: str) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"QATLinear: activation must be none or relu, got {activation!r}")
+        self.check_activation(activation)
         FloatForm.of(linear).give_to(self)
         self.out_features, self.in_features = weight_shape(linear)
         self._input_range, self._weight_range = config.activations.range, config.weights.range
@@ -118,29 +110,12 @@ class QATLinear(TrainedModule):
         self._input_symmetric: bool = ranged and config.activations.symmetric
         for name in ("weight", "bias"):
             self.register_parameter(name, linear._parameters[name])
-        device = self.weight.device
-        self.input_quantizer = input_quantizer(config, self.in_features, device)
-        self.qweight_quantizer = weight_quantizer(config, self.out_features, device)
-        self.init_training(config, activation, device)
-        self.was_called = False
-
-    @property
-    def weight_quantizer(self) -> LSQQuantizer | None:
-        """The quantizer with the learned steps of the weight, or None."""
-        return self.qweight_quantizer
+        self.init_layer(config, activation, self.in_features, self.out_features)
 
     def _matrix(self) -> Tensor:
         """The weight as ``[out_features, in_features]``."""
         weight = self.weight
         return weight.t() if self.float_form.transposed else weight
-
-    @classmethod
-    def config_refusal(cls, config: TrainingConfig) -> str | None:
-        """The reason why no linear layer can be trained with ``config``, or None."""
-        reason = QuantizedLinear.config_refusal(config.deployed())
-        if reason is None and not isinstance(config.activations, ACTIVATION_PARTS):
-            return f"linear layers cannot train {type(config.activations).__name__} activations"
-        return reason
 
     @classmethod
     def from_float(
@@ -165,7 +140,7 @@ class QATLinear(TrainedModule):
             ValueError: activation is not "none" or "relu", or no linear layer can be trained with
                 the configuration.
         """
-        config = _check_config("QATLinear.from_float", config)
+        config = cls.checked("QATLinear.from_float", config)
         reason = refusal(linear)
         if reason is not None:
             raise TypeError(f"QATLinear.from_float: linear must be a plain nn.Linear, got {reason}")
@@ -181,11 +156,7 @@ class QATLinear(TrainedModule):
             ValueError: the weight holds NaN or infinities.
             RuntimeError: activations are static, and no range has been observed or learned.
         """
-        if not bool(torch.isfinite(self.weight.detach()).all()):
-            raise ValueError(
-                "QATLinear.to_quantized: the weight must be finite, it holds NaN or infinity; "
-                "training has diverged"
-            )
+        self.check_finite(self.weight)
         scale, zero_point = self.input_qparams()
         layer = QuantizedLinear.from_tensors(
             self._matrix(),
@@ -198,14 +169,6 @@ class QATLinear(TrainedModule):
         )
         self.float_form.give_to(layer)
         return layer.train(self.training)
-
-    def missing_range(self) -> str | None:
-        """Why :meth:`to_quantized` would raise RuntimeError: no range of the input, or None."""
-        try:
-            self.input_qparams()
-        except RuntimeError as error:
-            return str(error)
-        return None
 
     def to_float(self) -> nn.Module:
         """The float layer without the activation; it shares this layer's parameters."""
@@ -259,7 +222,7 @@ class QATLinear(TrainedModule):
         elif rounding == "done":
             # As deployed, with signed integers. Gradients of the rounding are not this layer's.
             scale, zero_point = current_qparams(quantizer)
-            zero_point = zero_point + self._shift
+            zero_point = zero_point + self.shift
             input_qmin, input_qmax = self.config.activations.deployed().range
         elif isinstance(quantizer, LSQQuantizer):
             scale, offset = quantizer.prepare(input)
@@ -329,17 +292,6 @@ class QATLinear(TrainedModule):
             weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
         )
 
-    def input_qparams(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.input_quantizer is None:
-            return None, None
-        scale, zero_point = self.input_quantizer.qparams()
-        return scale.detach(), zero_point + self._shift
-
-    @property
-    def _shift(self) -> int:
-        """Unsigned integers of a learned step are deployed as signed integers."""
-        return int(self.config.activations.deployed().range[0] - self._input_range[0])
-
     def _weight_scale(self) -> Tensor | None:
         quantizer = self.qweight_quantizer
         return None if quantizer is None else quantizer.qparams(self.weight)[0]
@@ -361,21 +313,11 @@ class QATLinear(TrainedModule):
             )
 
     def extra_repr(self) -> str:
-        fused = "" if self.activation == "none" else f", activation={self.activation}"
-        stage = "" if self._quantizing else ", in float"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.config.weights}, activations "
-            f"{self.config.activations}{fused}{stage}"
+            f"{self.config.activations}{self.state_text()}"
         )
-
-
-def _check_config(who: str, config: TrainingConfig | QuantizationConfig | None) -> TrainingConfig:
-    config = training_config(who, config)
-    reason = QATLinear.config_refusal(config)
-    if reason is not None:
-        raise ValueError(f"{who}: config must fit a linear layer, got {config}: {reason}")
-    return config
 
 
 __all__ = ["QATLinear"]
