@@ -66,7 +66,8 @@ DepthwiseArgs args_of(const tq_conv_call& call) {
 // one. A share may end anywhere between two strips.
 class Shares {
  public:
-  Shares(const tq_image& out, int64_t rows, int64_t strip_rows) : images_(out.n), rows_(out.h), strip_rows_(strip_rows) {
+  Shares(const tq_image& out, int64_t rows, int64_t strip_rows)
+      : images_(out.n), rows_(out.h), strip_rows_(strip_rows) {
     const int64_t strips = ceil_div(out.h, strip_rows);
     bands_ = ceil_div(strips, ceil_div(rows, strip_rows));
     strips_ = ceil_div(strips, bands_);  // of a band
