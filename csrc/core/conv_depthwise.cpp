@@ -61,6 +61,44 @@ DepthwiseArgs args_of(const tq_conv_call& call) {
   return g;
 }
 
+// The work of a call in equal shares: bands of about `rows` rows of an image, each block of channels in turn, strips of
+// rows that are computed together. A strip of a whole block counts as two, of a block of at most half its channels as
+// one. A share may end anywhere between two strips.
+class Shares {
+ public:
+  Shares(const tq_image& out, int64_t rows, int64_t strip_rows)
+      : images_(out.n), rows_(out.h), strip_rows_(strip_rows) {
+    const int64_t strips = ceil_div(out.h, strip_rows);
+    bands_ = ceil_div(strips, ceil_div(rows, strip_rows));
+    strips_ = ceil_div(strips, bands_);  // of a band
+    bands_ = ceil_div(strips, strips_);
+    const int64_t blocks = depthwise_blocks(out.c);
+    halves_ = 2 * blocks - (out.c - (blocks - 1) * kDepthwiseChannels <= kDepthwiseChannels / 2 ? 1 : 0);
+  }
+
+  int64_t total() const { return images_ * bands_ * halves_ * strips_; }
+
+  // run(image, block, first row, last row) for the part [first, last) of the total.
+  template <class Run>
+  void run(int64_t first, int64_t last, const Run& run) const {
+    const int64_t band_cost = halves_ * strips_, block_cost = 2 * strips_;
+    while (first < last) {
+      const int64_t band = first / band_cost, at = first % band_cost, block = at / block_cost;
+      const int64_t begin = block * block_cost, end = std::min(begin + block_cost, band_cost);
+      const int64_t stop = std::min(end, last - band * band_cost);
+      const int64_t width = (end - begin) / strips_;  // what a strip counts
+      const int64_t row = band % bands_ * strips_ * strip_rows_;
+      const int64_t row0 = row + ceil_div(at - begin, width) * strip_rows_;
+      const int64_t row1 = std::min(rows_, row + ceil_div(stop - begin, width) * strip_rows_);
+      if (row0 < row1) run(band / bands_, block, row0, row1);
+      first = band * band_cost + stop;
+    }
+  }
+
+ private:
+  int64_t images_, rows_, strip_rows_, bands_, strips_, halves_;
+};
+
 }  // namespace
 }  // namespace torchquant
 
@@ -101,14 +139,13 @@ tq_status tq_conv_depthwise(const tq_conv_call* c, const tq_parallel* parallel) 
     rows = std::min(rows, std::max<int64_t>(4, kRegionBytes / row_bytes));
   }
   const int64_t strip_rows = depthwise_strip_rows(call.kernel_h, call.stride_h, call.dilation_h);
-  rows = ceil_div(rows, strip_rows) * strip_rows;
-  const int64_t parts = ceil_div(out.h, rows),
-                columns = strip_columns(base.strip_pixels, call.stride_w, call.kernel_w, call.dilation_w);
+  const Shares shares(out, rows, strip_rows);
+  const int64_t columns = strip_columns(base.strip_pixels, call.stride_w, call.kernel_w, call.dilation_w);
   const int64_t scratch = std::max(depthwise_scratch(columns, call.kernel_h, call.kernel_w),
                                    taps * kDepthwiseChannels * int64_t{sizeof(int32_t)});
   std::atomic<tq_status> status{TQ_OK};
-  const int64_t unit_products = rows * row_products;
-  parallel_for(parallel, 0, out.n * parts * blocks, std::max<int64_t>(1, kThreadProducts / 2 / unit_products),
+  const int64_t strip_products = strip_rows * row_products / 2;
+  parallel_for(parallel, 0, shares.total(), std::max<int64_t>(1, kThreadProducts / 2 / strip_products),
                [&](int64_t first, int64_t last) {
                  DepthwiseArgs g = base;
                  g.scratch = Workspace::of_this_thread().get(scratch);
@@ -116,16 +153,15 @@ tq_status tq_conv_depthwise(const tq_conv_call* c, const tq_parallel* parallel) 
                    status = TQ_OUT_OF_MEMORY;
                    return;
                  }
-                 for (int64_t unit = first; unit < last; ++unit) {
-                   const int64_t block = unit % blocks, part = unit / blocks % parts, n = unit / blocks / parts;
+                 shares.run(first, last, [&](int64_t n, int64_t block, int64_t row0, int64_t row1) {
                    g.in = reinterpret_cast<const uint8_t*>(pixel_at(in, n, 0, 0));
                    g.in_end = reinterpret_cast<const uint8_t*>(pixel_at(in, n, in.h - 1, in.w - 1)) + in.c;
                    g.scale = call.input_scale[call.per_image ? n : 0];
                    g.zero = call.input_zero_point ? call.input_zero_point[call.per_image ? n : 0] : 0;
                    g.residual = call.residual ? pixel_at(*call.residual, n, 0, 0) : nullptr;
                    g.out = pixel_at(out, n, 0, 0);
-                   table.depthwise(g, block, part * rows, std::min(out.h, (part + 1) * rows));
-                 }
+                   table.depthwise(g, block, row0, row1);
+                 });
                });
   return status;
 }
