@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 1 << 18;         // a quarter of a common second-level cache
 constexpr int64_t kSmallPanelBytes = 1 << 15;    // where rows are read in one pass over all channels
-constexpr int64_t kLeastRows = 48;               // rows of a panel, unless there are fewer: as many as gemm's chunks
+constexpr int64_t kLeastRows = 49;               // rows of a panel, unless there are fewer: a 7 x 7 image
 constexpr float kThreadingPays = 4500.0f;        // ns of work from which on a second thread is faster
 constexpr int64_t kSharedWeightBytes = 1 << 19;  // weights that every thread may read for itself
 
@@ -35,7 +35,8 @@ struct Conv {
   int64_t rows;     // output pixels of all images
   int64_t uniform;  // from row to row of so many rows, output and residual have one stride
   int64_t tiles;    // of a group
-  int64_t panel_rows = table.panel_rows, row_block = table.row_block, tile_block = table.tile_block;
+  int64_t panel_rows = table.panel_rows, most_rows = panel_rows;
+  int64_t row_block = table.row_block, tile_block = table.tile_block;
   Int8Channels channels{};  // of the first group; start is null unless the product has an int8 output of its own
 };
 
@@ -60,15 +61,36 @@ struct Panel {
   int32_t* row_zero;
 };
 
+// The rows of a block of a panel for the product with an int8 output: the usual number, unless another one leaves less
+// for the last block. A block of one or two rows takes as long as one of three: it waits for the weights.
+int64_t block_height(int64_t rows, int64_t usual, int64_t most) {
+  if (rows <= most) return rows;
+  const auto cost = [&](int64_t height) {
+    const int64_t left = rows % height;
+    return rows - left + (left ? std::max<int64_t>(3, left) : 0);
+  };
+  int64_t best = usual;
+  for (int64_t height = most; height > usual / 2; --height)
+    if (cost(height) < cost(best)) best = height;
+  return best;
+}
+
+// All panels have about the same height: one of few rows would read all weights for them.
 int64_t panel_height(const Conv& conv, int64_t rows) {
-  const int64_t block = conv.row_block, bytes = conv.channels.start ? kSmallPanelBytes : kPanelBytes;
-  const int64_t most = std::max(kLeastRows, bytes / panel_row_bytes(conv.shape.k())) / block * block;
-  return rows <= most + block ? rows
-                              : std::max(block, most);  // a few rows more are better than to read all weights again
+  const int64_t block = conv.row_block, row_bytes = panel_row_bytes(conv.shape.k());
+  if (!conv.channels.start) {
+    const int64_t most = std::max(kLeastRows, kPanelBytes / row_bytes) / block * block;
+    return rows <= most + block ? rows : std::max(block, most);
+  }
+  const int64_t most = std::max(kLeastRows, kSmallPanelBytes / row_bytes);
+  return rows <= most + block ? rows : balanced(rows, most);
 }
 
 Panel make_panel(const Conv& conv, int64_t rows) {
-  const int64_t height = panel_height(conv, rows), block = balanced(height, conv.panel_rows);
+  int64_t height = panel_height(conv, rows);
+  const int64_t block =
+      conv.channels.start ? block_height(height, conv.panel_rows, conv.most_rows) : balanced(height, conv.panel_rows);
+  if (height < rows) height = ceil_div(height, block) * block;
   const int64_t bytes = panel_bytes(height, conv.shape.k(), block), arrays = ceil_div(height, 16) * 64;
   uint8_t* base = Workspace::of_this_thread().get(bytes + 2 * arrays);
   if (!base) return {};
@@ -149,12 +171,13 @@ GemmArgs gemm_args(const Conv& conv, const Panel& panel, int64_t group, int64_t 
   return g;
 }
 
-Int8Channels channels_of(const Conv& conv, int64_t group) {
+Int8Channels channels_of(const Conv& conv, int64_t group, bool fetch) {
   Int8Channels c = conv.channels;
   const int64_t first = group * conv.tiles * kTileN;
   c.start += first;
   c.scale += first;
   c.bias += first;
+  c.fetch = fetch;
   return c;
 }
 
@@ -211,6 +234,7 @@ int32_t fill_channels(const Conv& conv, int64_t group, int32_t* start, float* sc
 void set_register_tile(Conv& conv, int64_t tiles) {
   conv.tile_block = tiles_side_by_side(tiles);
   conv.panel_rows = conv.row_block = conv.table.int8_rows[conv.tile_block];
+  conv.most_rows = conv.table.int8_most_rows[conv.tile_block];
 }
 
 // Makes the product with an int8 output the one to use, where its conditions hold (Int8Channels in kernels/conv.h).
@@ -238,7 +262,7 @@ void prefer_int8(Conv& conv, std::unique_ptr<float[]>& memory) {
   if (call.residual) greatest += 255.0f * call.residual_qparams.scale;
   // A comparison with NaN is false. The second one: an infinity times a tiny 1 / scale would be small.
   if (!(greatest * (1.0f / q.scale) <= 0x1p30f && greatest <= 0x1p100f)) return;
-  conv.channels = {start, scale, bias, static_cast<int8_t>(limits.least), static_cast<int8_t>(limits.greatest)};
+  conv.channels = {start, scale, bias, static_cast<int8_t>(limits.least), static_cast<int8_t>(limits.greatest), true};
   set_register_tile(conv, conv.tiles);
 }
 
@@ -248,13 +272,15 @@ tq_status convolve(const Conv& conv, int64_t m0, int64_t m1, int64_t group0, int
   if (m0 >= m1) return TQ_OK;
   const Panel panel = make_panel(conv, m1 - m0);
   if (!panel.q) return TQ_OUT_OF_MEMORY;
+  const bool weights_stay = (group1 - group0) * (tile1 - tile0) * tile_bytes(conv.shape.k()) <= kSharedWeightBytes;
   for (int64_t first = m0, count; first < m1; first += count) {
     count = std::min({panel.height, m1 - first, conv.uniform - first % conv.uniform});
     set_row_parameters(conv, panel, first, count);
     for (int64_t group = group0; group < group1; ++group) {
       gather(conv, panel, group, first, count);
       const GemmArgs g = gemm_args(conv, panel, group, first);
-      if (conv.channels.start) conv.table.gemm_int8(g, channels_of(conv, group), 0, count, tile0, tile1);
+      const bool fetch = first == m0 || !weights_stay;
+      if (conv.channels.start) conv.table.gemm_int8(g, channels_of(conv, group, fetch), 0, count, tile0, tile1);
       else conv.table.gemm(g, 0, count, tile0, tile1);
     }
   }

@@ -4,6 +4,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "common/checks.h"
 #include "common/conv_arguments.h"
 #include "cpu/core_call.h"
@@ -127,14 +131,26 @@ void quantize_input(Call& c, const at::Tensor& input, const tq_row_quantization&
   const at::Tensor dense =
       four.is_contiguous(at::MemoryFormat::ChannelsLast) ? four : four.contiguous();  // a sample is one run of memory
   at::Tensor q = at::empty_like(dense, dense.options().dtype(at::kChar));
-  c.input_scale = at::empty({c.sizes.n}, input.options().dtype(at::kFloat));
-  c.input_zero = at::empty({c.sizes.n}, input.options().dtype(at::kInt));
-  const int64_t k = dense.numel() / c.sizes.n;
-  const tq_rows rows = {dense.const_data_ptr(), type_of(dense), c.sizes.n, k, k};
-  check_status(tq_quantize_rows(&rows, &how, q.mutable_data_ptr<int8_t>(), c.input_scale.mutable_data_ptr<float>(),
-                                c.input_zero.mutable_data_ptr<int32_t>(), &kTorchThreads));
+  // With given parameters the rows of pixels of an image can be divided among threads.
+  const int64_t n = c.sizes.n, pieces = how.mode == TQ_STATIC ? std::max<int64_t>(1, dense.size(2)) : 1;
+  const int64_t k = dense.numel() / (n * pieces);
+  const auto floats = input.options().dtype(at::kFloat), ints = input.options().dtype(at::kInt);
+  c.input_scale = at::empty({n * pieces}, floats);
+  c.input_zero = at::empty({n * pieces}, ints);
+  const tq_rows rows = {dense.const_data_ptr(), type_of(dense), n * pieces, k, k};
+  float* const scale = c.input_scale.mutable_data_ptr<float>();
+  int32_t* const zero = c.input_zero.mutable_data_ptr<int32_t>();
+  check_status(tq_quantize_rows(&rows, &how, q.mutable_data_ptr<int8_t>(), scale, zero, &kTorchThreads));
   c.input = with_channels_last(q);
   c.call.per_image = true;
+  if (how.mode != TQ_STATIC) return;
+  c.call.per_image = std::any_of(scale, scale + n * pieces, [](float s) { return std::isnan(s); });
+  for (int64_t i = 0; i < n; ++i) {  // an image with NaN has the scale NaN
+    const float* const first = scale + i * pieces;
+    const bool nan = std::any_of(first, first + pieces, [](float s) { return std::isnan(s); });
+    scale[i] = nan ? std::numeric_limits<float>::quiet_NaN() : how.scale;
+    zero[i] = how.zero_point;
+  }
 }
 
 at::Tensor run(Call& c, const at::Tensor& input, at::ScalarType dtype) {

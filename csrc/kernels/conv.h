@@ -35,6 +35,7 @@ struct Int8Channels {
   const float* scale;
   const float* bias;
   int8_t least, greatest;
+  bool fetch;  // the weights are not in the second-level cache: their lines are fetched in time
 };
 
 }  // namespace torchquant

@@ -98,7 +98,7 @@ def test_outputs_around_the_tiles(tiles: int) -> None:
         conv.check_static(integers(*conv.input_shape), STEP, ZERO, **INT8)
 
 
-@pytest.mark.parametrize("pixels", range(1, 19))
+@pytest.mark.parametrize("pixels", [*range(1, 19), 49, 50, 98, 99, 113])
 def test_pixels_around_the_blocks(pixels: int) -> None:
     conv = Convolution(1, 7, 70, (pixels,), (1,), (1,), (0, 0), (1,), seed=pixels)
     conv.check_static(integers(*conv.input_shape), STEP, ZERO, **INT8)

@@ -141,6 +141,11 @@ NAMED: dict[str, Convolution] = {
     "3x3, uneven padding": Convolution(1, 40, 48, (9, 8), (3, 3), (2, 2), (0, 1, 0, 1), (1, 1)),
     "5x5": Convolution(1, 20, 33, (9, 9), (5, 5), (1, 1), (2,) * 4, (1, 1)),
     "dilated": Convolution(1, 32, 16, (12, 12), (3, 3), (1, 1), (4,) * 4, (4, 4)),
+    "dilated, whole chunks": Convolution(
+        1, 64, 70, (7, 7), (3, 3), (1, 1), (2,) * 4, (2, 2), activation="relu"
+    ),
+    "small stem": Convolution(2, 3, 24, (12, 9), (3, 3), (2, 2), (1,) * 4, (1, 1)),
+    "stem without padding": Convolution(2, 3, 64, (9, 11), (3, 3), (1, 1), (0,) * 4, (1, 1)),
     "padding wider than the image": Convolution(1, 5, 7, (2, 3), (3, 3), (1, 1), (5,) * 4, (1, 1)),
     "grouped": Convolution(2, 8, 8, (8, 8), (3, 3), (1, 1), (1,) * 4, (1, 1), groups=32),
     "one channel in a group": Convolution(2, 1, 1, (8, 8), (3, 3), (1, 1), (1,) * 4, (1, 1), 33),
