@@ -27,6 +27,7 @@ from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute
+from torchquant.chains.observed import observed_points
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
@@ -43,7 +44,7 @@ class RegionForward:
     """The forward of one region.
 
     The observers of the layers' inputs are hooks of the layers. The region itself has observers for
-    int8 values that no layer reads, such as the summands of an addition.
+    int8 values that no layer sees, such as the summands of an addition.
 
     Args:
         root: the module.
@@ -224,12 +225,8 @@ class RegionForward:
 
     def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         assert self.plan is not None
-        edges = {index: self.plan.edge_of[index] for index in self.plan.points}
-        return {
-            index: _observing(self.observers[edge])
-            for index, edge in edges.items()
-            if edge in self.observers
-        }
+        points = observed_points(self.trace, self.plan)
+        return {index: _observing(self.observers[edge]) for index, edge in points.items()}
 
     def take_first_batch(self, inputs: Sequence[Any]) -> None:
         """Compare the record with the forward, learn the sizes, and decide what is int8."""
@@ -248,11 +245,11 @@ class RegionForward:
         firsts = _firsts(plan)
         known = {} if self.plan is None else _firsts(self.plan)
         kept = {known[edge]: observer for edge, observer in self.observers.items()}
-        read = set(plan.layers.values())
         self.plan, self.observers = plan, {}
-        for edge, activations in enumerate(plan.edges):
-            if edge in read:
-                continue
+        watched = {*observed_points(self.trace, plan).values()}
+        unread = {*range(len(plan.edges))} - {*plan.layers.values()}
+        for edge in sorted(watched | unread):
+            activations = plan.edges[edge]
             with torch.inference_mode(False):
                 observer = kept.get(firsts[edge]) or self.make_observer(activations)
             target = self.trace.calls[firsts[edge]].target
