@@ -290,7 +290,8 @@ def ranges(model: nn.Module) -> Ranges:
                 found.edges.append(deployed)
             continue
         if region.plan is None or region.failure:
-            reason = region.failure or "no batch reached it in the calibration"
+            nothing = "no batch reached it in the calibration"
+            reason = region.failure or region.missed or nothing
             found.useless.append((region, reason))
             continue
         plan, observers = region.plan, _reduced(region)
