@@ -7,16 +7,19 @@ import pytest
 import torch
 from support.forwards import (
     Forward,
+    Net,
     assert_close,
     assert_same,
     both,
     interpreted,
+    module_with,
     region_in,
     tensors,
 )
 from torch import Tensor
 from torch.nn import functional as F
 
+import torchquant
 from torchquant.convert.regions import regions_in
 
 
@@ -215,6 +218,57 @@ def test_random_numbers(forward: Forward) -> None:
         real.zero_grad()
         wanted.sum().backward()
         assert_close(model.b.bias.grad, real.b.bias.grad)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class Arguments(Net):
+    def forward(
+        self, x: Tensor, size: tuple[int, int] = (2, 3), *, y: Tensor, scale: float = 1.0
+    ) -> Any:
+        h = F.adaptive_avg_pool2d(F.relu(self.a(x)), size) * scale
+        return self.b(h), self.c(y)
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    model, real = module_with(Arguments.forward), module_with(Arguments.forward)
+    torchquant.prepare_(model, filter_fn=["a", "b", "c"])
+    x = images()
+    torchquant.calibrate(model, [{"x": x, "y": x}], progress=False)
+    torchquant.convert_(model)
+    region, runs = region_in(model), []
+    region.original = lambda *a, **k: runs.append(1) or type(region).original(region, *a, **k)  # type: ignore[method-assign]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = [
+        ((x,), {"y": x}, True),
+        ((x, (2, 3)), {"y": x}, True),
+        ((), {"y": x, "x": x, "size": (2, 3), "scale": 1.0}, True),
+        ((x, (1, 3)), {"y": x}, False),
+        ((x, (4, 4)), {"y": x, "scale": 0.5}, False),
+        ((x, [2, 3]), {"y": x}, False),
+    ]
+    with torch.no_grad():
+        for args, kwargs, recorded in calls:
+            runs.clear()
+            got = model(*args, **kwargs)
+            assert_close(got, real(*args, **kwargs))
+            assert (not runs) == recorded
+        for args, kwargs, _ in (((x, x), {}, True), ((x, x), {"x": x}, True), ((), {}, True)):
+            with pytest.raises(TypeError):
+                model(*args, **kwargs)
+
+
+def test_the_reason_of_a_region_whose_arguments_were_no_tensors() -> None:
+    def forward(s: Any, x: Tensor, t: Any) -> Any:
+        return s.b(F.relu(s.a(x)) * t)
+
+    model = module_with(forward)
+    torchquant.prepare_(model, filter_fn=["a", "b"])
+    torchquant.calibrate(model, [(images(), 2.0)], progress=False)
+    (region,) = torchquant.convert_(model).regions
+    assert region.reason == "its arguments in the calibration were no tensors, or no defaults"
+    with torch.no_grad():
+        assert_close(model(images(), 2.0), module_with(forward)(images(), 2.0))
 
 
 # ---------------------------------------------------------------- changed inputs

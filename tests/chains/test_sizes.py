@@ -361,6 +361,34 @@ def test_a_double_value_between_int8_steps() -> None:
     assert_same(got, interpreted(model, x))
 
 
+def above_a_maximum(s: Any, x: Tensor) -> Any:
+    return s.a(F.max_pool2d(x, 3)), x * 2
+
+
+def below_a_maximum(s: Any, x: Tensor) -> Any:
+    return s.a(F.max_pool2d(x, 3)) + s.b(F.interpolate(x, scale_factor=2)).mean()
+
+
+def summed_above_a_maximum(s: Any, x: Tensor) -> Any:
+    y = s.a(x)
+    return s.b(F.max_pool2d(y, 3)).sum((2, 3), True) + s.c(F.interpolate(y, scale_factor=2) + 0)
+
+
+MAXIMA = (above_a_maximum, below_a_maximum, summed_above_a_maximum)
+
+
+@pytest.mark.parametrize("forward", MAXIMA, ids=lambda f: f.__name__)
+def test_the_range_of_a_value_is_not_that_of_its_maxima(forward: Forward) -> None:
+    """Maxima are seldom negative; what else reads the values needs all of them."""
+    x = batch((4, 8, 9, 9))
+    model, real = both(forward, [x])
+    region_in(model)
+    with torch.no_grad():
+        got, wanted = model(x), real(x)
+    assert_close(got, wanted, 0.999)
+    assert_same(got, interpreted(model, x))
+
+
 class Report(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
         self.relu, self.elu = nn.ReLU(inplace=True), nn.ELU(inplace=True)
-        self.same, self.drop = nn.Identity(), nn.Dropout(inplace=True)
+        self.same, self.drop, self.copying = nn.Identity(), nn.Dropout(inplace=True), nn.Dropout()
         self.gain = nn.Parameter(torch.full((1, 4, 1, 1), 3.0))
         self.register_buffer("count", torch.ones(1))
         self.plain = torch.ones(1)
@@ -81,6 +81,13 @@ def through_an_identity(s: Any, x: Tensor) -> Any:
     return s.b(same)
 
 
+def dropout_in_place(s: Any, x: Tensor) -> Any:
+    h = s.a(s.drop(x))
+    s.drop(h)
+    h.add_(1)
+    return s.b(s.copying(h))
+
+
 def on_a_view(s: Any, x: Tensor) -> Any:
     h = s.a(x).flatten(2).transpose(1, 2)
     h += 1
@@ -125,6 +132,7 @@ def mixed_dtypes(s: Any, x: Tensor) -> Any:
 
 RUNS = (
     *(twice, twice_by_modules, by_functions, two_names, read_between, through_an_identity),
+    dropout_in_place,
     *(on_a_view, view_read_before, sizes_read_after, whole_numbers, of_masks, mixed_dtypes),
 )
 
@@ -142,6 +150,18 @@ def test_the_record_has_the_values_of_the_forward(forward: Forward) -> None:
         got = Interpreter(record, model)([x])
     for mine, real in zip(tensors(got), tensors(wanted), strict=True):
         assert mine.dtype == real.dtype and torch.equal(mine, real)
+
+
+@pytest.mark.parametrize("forward", [dropout_in_place, through_an_identity])
+def test_the_record_holds_in_training(forward: Forward) -> None:
+    model, x = made(forward).train(), torch.randn(2, 4, 6, 6)
+    record = without_in_place(trace(model, is_leaf), model)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        wanted = model(x.clone())
+        torch.manual_seed(1)
+        got = Interpreter(record, model)([x.clone()])
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("forward", RUNS, ids=lambda f: f.__name__)
@@ -191,6 +211,14 @@ def view_read_after(s: Any, x: Tensor) -> Any:
     return s.b(v)
 
 
+def dropout_read_after(s: Any, x: Tensor) -> Any:
+    """In evaluation, the dropout returns its argument; in training it does not."""
+    h = s.a(x)
+    v = s.copying(h)
+    h.neg_()
+    return s.b(v)
+
+
 def half_of_it(s: Any, x: Tensor) -> Any:
     h = s.a(x)
     h[:, :2].mul_(0)
@@ -227,6 +255,7 @@ REFUSED = {
     on_a_buffer: "in place on its input or on a parameter",
     on_a_tensor_of_the_object: "may do more than compute",
     view_read_after: "in place on a view",
+    dropout_read_after: "in place on a view",
     half_of_it: "in place on a view",
     its_data: "in place on a view",
     items: "may do more than compute",

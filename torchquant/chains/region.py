@@ -27,6 +27,7 @@ from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute
+from torchquant.chains.observed import observed_points
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
@@ -43,7 +44,7 @@ class RegionForward:
     """The forward of one region.
 
     The observers of the layers' inputs are hooks of the layers. The region itself has observers for
-    int8 values that no layer reads, such as the summands of an addition.
+    int8 values that no layer sees, such as the summands of an addition.
 
     Args:
         root: the module.
@@ -93,6 +94,7 @@ class RegionForward:
         self.observing = False
         self.quantized = False
         self.failure = ""  # why the region does not run its calls; found by the first batch
+        self.missed = ""  # why a batch could not be the first one
         self.expected: Expected | None = Expected(root, trace)
         self._warned = False
         self._forget()
@@ -134,9 +136,11 @@ class RegionForward:
             if isinstance(tracer, torch.fx.Tracer) and self.quantized:  # the module is one call
                 path = tracer.path_of_module(self.root)
                 return tracer.create_proxy("call_module", path, args, kwargs)
+            if self.observing:
+                self.missed = "its arguments in the calibration were no tensors, or no defaults"
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self._interpreted(inputs) if self.quantized else self.original(*inputs)
+            return self._interpreted(inputs) if self.quantized else self._original_on(*inputs)
         kernels = self.quantized and may_use_kernels(inputs)
         if kernels and self._programs is not None and self._programs.holds():
             return self._programmed(inputs)
@@ -174,15 +178,24 @@ class RegionForward:
         """The forward of the module's class, on float values between the layers."""
         return type(self.root).forward(self.root, *args, **kwargs)
 
+    def _original_on(self, *inputs: Any) -> Any:
+        """The forward of the module's class on the tensor arguments in their order."""
+        names, order = self.trace.inputs, self.trace.order
+        count = sum(name in order for name in names)
+        by_name = dict(zip(names[count:], inputs[count:], strict=True))
+        return self.original(*inputs[:count], **by_name)
+
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensor arguments in their order; None if the record does not hold for the call."""
-        names = self.trace.inputs
-        if len(args) == len(names) and not kwargs:
+        names, order = self.trace.inputs, self.trace.order
+        if len(args) == len(names) and not kwargs and order[: len(names)] == names:
             inputs = list(args)
         else:
-            every = (*names, *self.trace.defaults)
-            given = {**dict(zip(every, args, strict=False)), **kwargs}
-            if len(args) > len(every) or not given.keys() <= set(every):
+            given = dict(zip(order, args, strict=False))
+            if len(args) > len(order) or given.keys() & kwargs.keys():
+                return None  # Python will say what is wrong
+            given |= kwargs
+            if not given.keys() <= {*names, *self.trace.defaults}:
                 return None
             for name, default in self.trace.defaults.items():
                 if not _is_same(given.get(name, default), default):
@@ -217,25 +230,21 @@ class RegionForward:
         if self.plan is None:
             self.take_first_batch(inputs)
             if self.failure:
-                return self.original(*inputs)
+                return self._original_on(*inputs)
         if self._interpreter is None:
             self._interpreter = Interpreter(self.trace, self.root, points=self._observing_points())
         return self._interpreter(inputs)
 
     def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         assert self.plan is not None
-        edges = {index: self.plan.edge_of[index] for index in self.plan.points}
-        return {
-            index: _observing(self.observers[edge])
-            for index, edge in edges.items()
-            if edge in self.observers
-        }
+        points = observed_points(self.trace, self.plan)
+        return {index: _observing(self.observers[edge]) for index, edge in points.items()}
 
     def take_first_batch(self, inputs: Sequence[Any]) -> None:
         """Compare the record with the forward, learn the sizes, and decide what is int8."""
         facts = FirstBatch(self.root, self.trace)
         with self.pausing(self.root):
-            self.failure = facts.compare(self.original, inputs)
+            self.failure = facts.compare(self._original_on, inputs)
         if not self.failure:
             self.facts = facts
             self.set_plan(facts.plan(self.activations))
@@ -248,11 +257,11 @@ class RegionForward:
         firsts = _firsts(plan)
         known = {} if self.plan is None else _firsts(self.plan)
         kept = {known[edge]: observer for edge, observer in self.observers.items()}
-        read = set(plan.layers.values())
         self.plan, self.observers = plan, {}
-        for edge, activations in enumerate(plan.edges):
-            if edge in read:
-                continue
+        watched = {*observed_points(self.trace, plan).values()}
+        unread = {*range(len(plan.edges))} - {*plan.layers.values()}
+        for edge in sorted(watched | unread):
+            activations = plan.edges[edge]
             with torch.inference_mode(False):
                 observer = kept.get(firsts[edge]) or self.make_observer(activations)
             target = self.trace.calls[firsts[edge]].target

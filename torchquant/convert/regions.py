@@ -290,7 +290,8 @@ def ranges(model: nn.Module) -> Ranges:
                 found.edges.append(deployed)
             continue
         if region.plan is None or region.failure:
-            reason = region.failure or "no batch reached it in the calibration"
+            nothing = "no batch reached it in the calibration"
+            reason = region.failure or region.missed or nothing
             found.useless.append((region, reason))
             continue
         plan, observers = region.plan, _reduced(region)
@@ -318,15 +319,16 @@ def ranges(model: nn.Module) -> Ranges:
 def _reduced(region: RegionForward) -> dict[int, Observer]:
     """An observer for each edge, with the batches of all its layers and of all processes."""
     assert region.plan is not None
-    found = {edge: observer.reduced() for edge, observer in region.observers.items()}
+    own = {edge: observer.reduced() for edge, observer in region.observers.items()}
+    found = {edge: copy.deepcopy(observer) for edge, observer in own.items()}
     for path, edge in region.plan.layers.items():
         hook = hook_of(region.root.get_submodule(path))
         assert hook is not None
-        own = hook.observer.reduced()
+        other = hook.observer.reduced()
         if edge in found:
-            found[edge].merge(own)
+            found[edge].merge(other)
         else:
-            found[edge] = copy.deepcopy(own)
+            found[edge] = copy.deepcopy(other)
     return found
 
 

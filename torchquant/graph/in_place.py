@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.graph.sharing import IDENTITIES, name_of, numbers, shared
+from torchquant.graph.sharing import DROPOUTS, name_of, numbers, shared
 from torchquant.graph.trace import (
     IN_PLACE_OPERATORS,
     Call,
@@ -74,7 +74,7 @@ class _Rewriter:
             self.changes.setdefault(same, []).append(index)
         elif index not in self.numbers:
             memory = shared(call, module, self.memory)
-            if module is not None and isinstance(module, IDENTITIES) and call.reads():
+            if isinstance(module, nn.Identity) and call.reads():
                 same = self.object[call.reads()[0]]
         self.memory.append(memory | {index})
         self.object.append(same)
@@ -86,7 +86,13 @@ class _Rewriter:
         operand = _operand(call)
         if not isinstance(operand, Ref):
             raise Untraceable(f"it works in place on an argument of {name_of(call)}")
+        if isinstance(module, DROPOUTS) and self._is_external(operand.index):
+            return None  # in evaluation it changes nothing
         return None if operand.index in self.numbers else operand.index
+
+    def _is_external(self, index: int) -> bool:
+        """True if a result may share memory with an input or a tensor of the model."""
+        return any(self.trace.calls[one].kind in ("input", "tensor") for one in self.memory[index])
 
     def _check(self, index: int, operand: int) -> None:
         """Raise if anything but later readers of the object itself could see the change."""
@@ -152,7 +158,7 @@ def _operand(call: Call) -> Any:
 
 def _works_in_place(call: Call, module: nn.Module | None) -> bool:
     if module is not None:
-        return bool(getattr(module, "inplace", False)) and not isinstance(module, IDENTITIES)
+        return bool(getattr(module, "inplace", False))
     name = name_of(call)
     if call.kind == "method":
         return name.endswith("_") and not name.endswith("__")

@@ -39,15 +39,14 @@ _FRESH = frozenset(
         *("rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli"),
     )
 )
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 # Modules of torch.nn whose result may be their argument, or a view of it.
 _VIEWS = (
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.PixelShuffle, nn.PixelUnshuffle),
-    *(nn.ChannelShuffle, nn.Fold, nn.Unfold),
-)
-IDENTITIES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(nn.ChannelShuffle, nn.Fold, nn.Unfold, *DROPOUTS),
 )
 _SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item", "tolist")
 _SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")

@@ -94,6 +94,7 @@ class Trace:
         inputs: the names of the tensor arguments, in the order of the signature.
         defaults: the other arguments and their defaults, for which the record holds.
         scopes: the modules that were followed into, the outer before the inner.
+        order: the names of the arguments that a call can give by position.
     """
 
     calls: tuple[Call, ...]
@@ -101,6 +102,7 @@ class Trace:
     inputs: tuple[str, ...]
     defaults: Mapping[str, Any]
     scopes: tuple[Scope, ...]
+    order: tuple[str, ...] = ()
 
     def readers(self) -> list[list[int]]:
         """For each call the indices of the calls that take its result, each once, in order.
@@ -235,6 +237,7 @@ class _Signature:
     inputs: tuple[str, ...] = ()
     positional: int = 0
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
 
 def _signature(module: nn.Module) -> _Signature:
@@ -254,7 +257,8 @@ def _signature(module: nn.Module) -> _Signature:
             defaults[name] = default
     if not inputs:
         raise Untraceable("its forward takes no tensor")
-    return _Signature(tuple(inputs), positional, defaults)
+    order = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    return _Signature(tuple(inputs), positional, defaults, tuple(order))
 
 
 class _Proxy(torch.fx.Proxy):
@@ -395,7 +399,8 @@ def _record(graph: torch.fx.Graph, tracer: _Tracer) -> Trace:
     ]
     scopes.sort(key=lambda scope: (scope.start, -scope.end))
     signature, result = tracer.signature, plain(tracer.result)
-    return Trace(tuple(calls), result, signature.inputs, signature.defaults, tuple(scopes))
+    arguments = signature.inputs, signature.defaults
+    return Trace(tuple(calls), result, *arguments, tuple(scopes), signature.order)
 
 
 def _copied(value: Any) -> Any:
