@@ -29,9 +29,11 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
 }
 
 
-def fold(model: nn.Module, *, regions: bool) -> list[FusionReport]:
+def fold(
+    model: nn.Module, *, regions: bool, ranks: dict[int, set[int]] | None = None
+) -> list[FusionReport]:
     found = find(model, lambda module: isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv1d)))
-    return fold_batch_norms(model, found.regions if regions else [], lambda layer: True)
+    return fold_batch_norms(model, found.regions if regions else [], lambda layer: True, ranks)
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
@@ -47,7 +49,9 @@ def test_pairs(name: str, regions: bool) -> None:
     x = torch.randn(shape)
     wanted = model(x)
     before = [p.requires_grad for p in layer.parameters()]
-    rows = fold(nn.Sequential(model, head), regions=regions and isinstance(layer, nn.Linear))
+    ranks = {id(norm): {len(shape)}}
+    regions = regions and isinstance(layer, nn.Linear)
+    rows = fold(nn.Sequential(model, head), regions=regions, ranks=ranks)
     assert [row.action for row in rows] == ["fused"]
     assert model[0] is layer and isinstance(model[1], FoldedNorm)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
