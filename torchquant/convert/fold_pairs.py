@@ -221,8 +221,9 @@ def seen_elsewhere(model: nn.Module) -> Callable[[nn.Module], str]:
             return f"a hook sees the output of the {type(module).__name__}"
         if id(module) in held:
             return f"{held[id(module)][0].name} holds the {type(module).__name__}"
-        if id(module) in reads:
-            return reads[id(module)].remark
+        read = reads.get(id(module))
+        if read is not None and (read.values or read.changes):
+            return read.remark
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if any(is_lazy(parameter) for parameter in own):
             return "its parameters have no values yet"

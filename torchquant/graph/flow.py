@@ -35,9 +35,8 @@ from torchquant.graph.flow_values import (
 
 Present = Callable[[tuple[Step, ...]], "bool | None"]
 
-_LOOKS_AT_VARIABLES = frozenset(
-    ("locals", "vars", "eval", "exec", "_getframe", "currentframe", "breakpoint", "set_trace")
-)
+_LOOKS_AT_VARIABLES = frozenset(("locals", "vars", "eval", "exec", "breakpoint"))
+_LOOKS_AT_FRAMES = frozenset(("_getframe", "currentframe", "set_trace"))
 OUTER = "<outer>"  # the name of variables of the function around the method
 _LEAVES = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
 _ALWAYS_JUMPS = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
@@ -142,8 +141,13 @@ class _Reading(Machine):
         self.functions = functions
         self.flow = functions.flow
         self.start = function.start
-        self.by_name = bool(_LOOKS_AT_VARIABLES & set(self.code.co_names))
         self.instructions = list(dis.get_instructions(self.code))
+        self.by_name = any(
+            (one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _LOOKS_AT_VARIABLES)
+            or one.argval in _LOOKS_AT_FRAMES
+            for one in self.instructions
+            if isinstance(one.argval, str)
+        )
         self.places = {one.offset: place for place, one in enumerate(self.instructions)}
         self.handlers = _handlers(self.code, self.instructions)
         self.states: dict[int, State] = {}

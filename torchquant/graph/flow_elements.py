@@ -29,6 +29,7 @@ from torchquant.graph.flow_values import (
     not_whole,
 )
 
+ASKS = "asks about"
 _VERSION = sys.version_info[:2]
 _LONGEST = 8  # steps of a path
 # Methods of modules and of containers whose results are the modules in them.
@@ -59,6 +60,11 @@ class Elements:
         if any(isinstance(t, Named) and t.name in _ITERATING for t in callee):
             things = [t for value in arguments for t in value]
             self.use([t for t in things if isinstance(t, FOLLOWED)], "iterates over")
+
+    def ask(self, value: Value, how: str) -> None:
+        """Note a question about a value; what a module is does not change."""
+        self.use([t for t in value if not isinstance(t, At)], how)
+        self.use([t for t in value if isinstance(t, At)], ASKS)
 
     def push(self, *values: Value) -> None:
         self.stack += values
@@ -197,11 +203,51 @@ class Elements:
         if instruction.argrepr == "[]":
             self.push(self._element(left, right))
             return
-        test = instruction.opname.startswith(("COMPARE", "CONTAINS"))
         for value in (left, right):
-            kept = [t for t in value if not (test and isinstance(t, At))]
-            self.use(kept, "compares" if test else "computes with")
+            if instruction.opname.startswith(("COMPARE", "CONTAINS")):
+                self.ask(value, "compares")
+            else:
+                self.use(value, "computes with")
         self.push(OTHER)
+
+    # Containers
+
+    def _on_build_map(self, instruction: dis.Instruction) -> None:
+        for value in self.take(2 * (instruction.arg or 0)):
+            self.use(value, "stores")
+        self.push(OTHER)
+
+    def _on_build_const_key_map(self, instruction: dis.Instruction) -> None:
+        for value in self.take(1 + (instruction.arg or 0)):
+            self.use(value, "stores")
+        self.push(OTHER)
+
+    def _on_list_append(self, instruction: dis.Instruction) -> None:
+        added, depth = self.pop(), instruction.arg or 1
+        self._add(depth, added)
+
+    _on_set_add = _on_list_append
+
+    def _on_list_extend(self, instruction: dis.Instruction) -> None:
+        added, depth = self.pop(), instruction.arg or 1
+        self._add(depth, elements_of(added, -1))
+
+    _on_set_update = _on_list_extend
+
+    def _add(self, depth: int, added: Value) -> None:
+        if depth > len(self.stack):
+            self.use(added, "stores")
+            return
+        old = elements_of(self.stack[-depth], 0)
+        self.stack[-depth] = frozenset([Many(frozenset((*old, *added)))])
+
+    def _on_list_to_tuple(self, instruction: dis.Instruction) -> None:
+        pass
+
+    def _on_call_intrinsic_1(self, instruction: dis.Instruction) -> None:
+        if "LIST_TO_TUPLE" not in instruction.argrepr:
+            self.use(self.pop(), "uses")
+            self.push(OTHER)
 
 
 def view_of(callee: Value, arguments: list[Value]) -> Value | None:
@@ -267,4 +313,4 @@ def _iterated(name: str, arguments: list[Value]) -> Value:
     return frozenset([Many(elements_of(frozenset([Many(elements[0])]), -1))])
 
 
-__all__ = ["Elements", "view_of"]
+__all__ = ["ASKS", "Elements", "view_of"]

@@ -23,7 +23,6 @@ from torchquant.graph.flow_values import (
     Site,
     Swallows,
     Value,
-    elements_of,
 )
 
 _VERSION = sys.version_info[:2]
@@ -165,16 +164,13 @@ class Machine(Elements):
         elif name in _TEXT:
             count = 1 - dis.stack_effect(instruction.opcode, instruction.arg)
             for one in self.take(count):
-                self.use([t for t in one if not isinstance(t, At)], "prints")
+                self.ask(one, "prints")
             self.push(OTHER)
         elif name.startswith(("LOAD_FAST", "STORE_FAST")):
             self._variables(name, value)
         elif name.startswith("POP_JUMP"):
             tested = self.pop()
-            self.use(
-                [t for t in tested if not isinstance(t, At)],
-                "tests" if "NONE" not in name else "compares",
-            )
+            self.ask(tested, "compares" if "NONE" in name else "tests")
         elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
             self._null_around(
                 argument, name == "LOAD_GLOBAL" and _VERSION >= (3, 11), Named(str(value))
@@ -299,6 +295,7 @@ class Machine(Elements):
         tested = left if right == none else right if left == none else None
         thing = next(iter(tested)) if tested is not None and len(tested) == 1 else None
         if isinstance(thing, At) and not thing.part:
+            self.ask(frozenset([thing]), "compares")
             self.push(frozenset([IsNone(thing.path, not instruction.arg)]))
         else:
             self.push(OTHER)
@@ -312,47 +309,8 @@ class Machine(Elements):
         if name != "UNARY_NOT":
             self.use(value, "computes with")
         else:
-            self.use([t for t in value if not isinstance(t, At)], "tests")
+            self.ask(value, "tests")
         self.push(OTHER)
-
-    # Containers
-
-    def _on_build_map(self, instruction: dis.Instruction) -> None:
-        for value in self.take(2 * (instruction.arg or 0)):
-            self.use(value, "stores")
-        self.push(OTHER)
-
-    def _on_build_const_key_map(self, instruction: dis.Instruction) -> None:
-        for value in self.take(1 + (instruction.arg or 0)):
-            self.use(value, "stores")
-        self.push(OTHER)
-
-    def _on_list_append(self, instruction: dis.Instruction) -> None:
-        added, depth = self.pop(), instruction.arg or 1
-        self._add(depth, added)
-
-    _on_set_add = _on_list_append
-
-    def _on_list_extend(self, instruction: dis.Instruction) -> None:
-        added, depth = self.pop(), instruction.arg or 1
-        self._add(depth, elements_of(added, -1))
-
-    _on_set_update = _on_list_extend
-
-    def _add(self, depth: int, added: Value) -> None:
-        if depth > len(self.stack):
-            self.use(added, "stores")
-            return
-        old = elements_of(self.stack[-depth], 0)
-        self.stack[-depth] = frozenset([Many(frozenset((*old, *added)))])
-
-    def _on_list_to_tuple(self, instruction: dis.Instruction) -> None:
-        pass
-
-    def _on_call_intrinsic_1(self, instruction: dis.Instruction) -> None:
-        if "LIST_TO_TUPLE" not in instruction.argrepr:
-            self.use(self.pop(), "uses")
-            self.push(OTHER)
 
     # Functions
 
@@ -426,7 +384,9 @@ class Machine(Elements):
         others: Value,
     ) -> None:
         self.iterate(callee, arguments or [])
-        view = view_of(callee, arguments or []) if arguments is not None and not others else None
+        strict = callee == frozenset([Named("zip")]) and others <= OTHER
+        known = arguments is not None and (not others or strict)
+        view = view_of(callee, arguments or []) if known else None
         if view is not None:
             self.push(view)
             return

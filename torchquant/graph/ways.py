@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from torchquant.graph.flow import OUTER, Flow, flow_of
+from torchquant.graph.flow_elements import ASKS
 from torchquant.graph.flow_values import (
     At,
     Attribute,
@@ -194,7 +195,10 @@ class Ways:
         """A module goes where the code that uses it cannot be followed."""
         for place in places_at(owner, thing.path):
             if place.rest:
-                self._attribute(place, how.partition(" ")[0])
+                if place.rest != ("weight",) or not how.endswith(ASKS):
+                    self._attribute(place, how.partition(" ")[0])
+                continue
+            if how.endswith(ASKS):
                 continue
             inside = self.chain(place.module) if thing.part else self._modules(place.module)
             for module in inside:
@@ -229,7 +233,7 @@ class Ways:
             self.problems.setdefault(id(module), words)
 
     def _name(self, module: nn.Module) -> str:
-        return self.names.get(id(module)) or type(module).__name__
+        return self.names.get(id(module)) or "the model"
 
 
 def is_exact(call: CallPlace) -> bool:
