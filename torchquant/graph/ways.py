@@ -8,7 +8,7 @@ modules are called as their forward does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 
@@ -114,6 +114,18 @@ class Ways:
     def chain(self, owner: nn.Module) -> list[nn.Module]:
         """The modules that a Sequential calls one after the other."""
         return [child for child in owner._modules.values() if child is not None]
+
+    def forward_flow(self, module: nn.Module) -> Flow | None:
+        """What the forward of a module does; None if it is no single function of the user."""
+        found = [
+            (function, owned)
+            for name, function, owned in functions_of(module)
+            if name == "forward" and _is_of_user(function)
+        ]
+        if len(found) != 1 or not found[0][1]:
+            return None
+        flow = self._flow(module, found[0][0].__code__)
+        return flow if flow.complete else None
 
     # ------------------------------------------------------------ reading
 
@@ -249,25 +261,33 @@ def is_exact(call: CallPlace) -> bool:
 
 
 def readers(flow: Flow, site: Site) -> Iterator[tuple[Thing, str, Site | None]]:
-    """What a method does with the result of a call.
+    """What a method does with the result of a call, of any age.
 
     Yields:
         The result or an attribute of it, the verb, and the call that gets it, if it is a call.
     """
+    return _readers(flow, lambda thing: isinstance(thing, Result) and thing.site == site)
+
+
+def readers_of(flow: Flow, thing: Thing) -> Iterator[tuple[Thing, str, Site | None]]:
+    """The same for an argument of the method; a result counts at any age."""
+    if isinstance(thing, Result):
+        return readers(flow, thing.site)
+    return _readers(flow, lambda other: other == thing)
+
+
+def _readers(
+    flow: Flow, wanted: Callable[[Thing], bool]
+) -> Iterator[tuple[Thing, str, Site | None]]:
     for other, call in flow.calls.items():
         for thing in parts_of(
             [*call.callee, *call.others, *(t for a in call.arguments for t in a)]
         ):
-            if _is_of(thing, site):
+            if wanted(thing.of if isinstance(thing, Attribute) else thing):
                 yield thing, f"passes to {called_name(call)}", other
     for thing, how in flow.uses:
-        if _is_of(thing, site):
+        if wanted(thing.of if isinstance(thing, Attribute) else thing):
             yield thing, how, None
-
-
-def _is_of(thing: Thing, site: Site) -> bool:
-    of = thing.of if isinstance(thing, Attribute) else thing
-    return isinstance(of, Result) and of.site == site
 
 
 def called_name(call: CallOf) -> str:

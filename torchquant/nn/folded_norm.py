@@ -30,6 +30,8 @@ class FoldedNorm(nn.Identity):
         (FoldedNorm(), True)
     """
 
+    dimensions: int | None = None
+
     def __init__(self, original: nn.Module | None = None, dimensions: int | None = None) -> None:
         super().__init__()
         self.dimensions = dimensions
