@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_models import Functional, images, with_statistics
+from support.chain_models import Functional, Nested, UNet, images, with_statistics
 from torch import Tensor, nn
 
+import torchquant
 from torchquant.convert.fold import fold_batch_norms
 from torchquant.convert.regions import find
 from torchquant.nn.folded_norm import FoldedNorm
@@ -173,3 +174,19 @@ def test_reasons(change: Callable[[Any], None], regions: bool) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before if "var" not in name)
+
+
+@pytest.mark.parametrize("make", [Functional, UNet, Nested], ids=lambda make: make.__name__)
+def test_to_float_keeps_the_values_and_says_that_norms_stay_folded(
+    make: Callable[[], nn.Module],
+) -> None:
+    model, x = with_statistics(make()), images(2)
+    wanted = model(x)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    report = torchquant.prepare_(model)
+    assert [row.action for row in report.foldings] == ["fused"] * norms
+    report = torchquant.to_float_(model)
+    assert f"{norms} batch norms stay part of the layers before them." in report.notes
+    assert sum(isinstance(module, FoldedNorm) for module in model.modules()) == norms
+    assert close(model(x), wanted)
+    assert not torchquant.prepare_(model).foldings

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.chain_models import images, with_statistics
-from support.path_models import CLOSED, OPEN, Way
+from support.one_path_models import CLOSED
+from support.path_models import OPEN, Way
 from torch import Tensor, nn
 
 import torchquant
@@ -57,6 +58,13 @@ def test_one_path_is_folded(name: str) -> None:
     rows = fold(model, regions=True)
     assert [row.action for row in rows] == ["fused"] * count, rows
     require_equal(model, reference, ways)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_layers_in_training_keep_the_norm(name: str) -> None:
+    model, config = OPEN[name][0](), torchquant.QATConfig(activations="static")
+    report = torchquant.prepare_qat_(model, config, filter_fn="*")
+    assert all(row.action == "not fused" for row in report.foldings)
 
 
 REASONS = {

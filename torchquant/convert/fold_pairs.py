@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchquant.convert.batch_norms import elsewhere
 from torchquant.convert.fold_values import channels, extension_problem
 from torchquant.graph.held import held_modules
 from torchquant.graph.modules import has_hooks, memory_key
@@ -72,11 +73,7 @@ def pairs_of(
     """
     inside = {id(module) for region in regions for module in region.module.modules()}
     pairs = [pair for region in regions for pair in _pairs_in(region)]
-    pairs += (
-        pair
-        for pair in _pairs_outside(model)
-        if id(pair.layer) not in inside and wanted(pair.layer)
-    )
+    pairs += _pairs_outside(model, lambda layer: id(layer) not in inside and wanted(layer))
     once: dict[tuple[int, int], Pair] = {}
     for pair in pairs:
         once.setdefault((id(pair.layer), id(pair.norm)), pair)
@@ -119,17 +116,15 @@ def _pairs_in(region: Region) -> Iterator[Pair]:
         yield Pair(layer, norm, problem, known[reads[0]])
 
 
-def _pairs_outside(model: nn.Module) -> Iterator[Pair]:
-    found = [one for one in neighbours(model) if type(one.module) in _NORMS]
+def _pairs_outside(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[Pair]:
+    found = [*neighbours(model)]
     for one in found:
-        norm = one.receiver
-        if norm is None or type(norm) not in BATCH_NORMS:
+        layer, norm = one.module, one.receiver
+        if norm is None or type(layer) not in _NORMS or type(norm) not in BATCH_NORMS:
             continue
-        problem = "" if one.follow is norm else one.obstacle or "it has other readers"
-        others = [other for other in found if other.module is one.module]
-        if any(other.follow is not norm for other in others):
-            problem = problem or "the layer is called in more than one place"
-        yield Pair(one.module, norm, problem)
+        if wanted(layer):
+            problem = "" if one.follow is norm else one.obstacle or "it has other readers"
+            yield Pair(layer, norm, problem or elsewhere(found, layer, norm) or "")
 
 
 def refusal(pair: Pair, seen_ranks: Mapping[int, Collection[int]]) -> str:
