@@ -335,10 +335,19 @@ def test_parts_of_a_model_need_batches():
     torch.testing.assert_close(model(images(4)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_computes_something_else_is_left_as_it_was():
+def test_a_part_whose_values_are_read_is_left():
     model = Peeking()
+    expected = model(images(4))
+    row = equalize_(model, [images(4)])["body.0"]
+    assert (row.action, row.reason) == ("left", "Peeking.forward passes to sum its output")
+    assert torch.equal(model(images(4)), expected)
+
+
+def test_a_model_that_computes_something_else_is_left_as_it_was():
+    model = sequence(nn.ReLU())
+    model[1].register_forward_hook(lambda module, args, output: output + 1)
     with torch.no_grad():
-        model.body[0].weight[0] *= 50
+        model[0].weight[0] *= 50
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"outputs would change by .*; something else reads"):
         equalize_(model, [images(4)])

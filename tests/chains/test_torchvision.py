@@ -10,7 +10,8 @@ from torch import nn
 
 import torchquant
 from torchquant.chains import region as region_module
-from torchquant.convert.regions import regions_in
+from torchquant.convert.fold import fold_batch_norms
+from torchquant.convert.regions import find, regions_in
 
 CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
 
@@ -70,6 +71,36 @@ def check(name: str, size: int, breaks: set[str], monkeypatch: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name, *MODELS[name], monkeypatch)
+
+
+LARGE = ("inception_v3", "resnext50_32x4d", "vgg11_bn")
+# Batch norms that become part of a layer; the others have none before them.
+FOLDED = {
+    "resnet18": 20,
+    "resnext50_32x4d": 53,
+    "mobilenet_v2": 52,
+    "mobilenet_v3_small": 34,
+    "efficientnet_b0": 49,
+    "regnet_y_400mf": 53,
+    "regnet_x_400mf": 71,
+    "densenet121": 59,
+    "shufflenet_v2_x1_0": 56,
+    "inception_v3": 94,
+    "googlenet": 57,
+    "vgg11_bn": 8,
+    "mnasnet0_5": 52,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in FOLDED],
+)
+def test_all_batch_norms_are_folded(name: str) -> None:
+    model = built(name)
+    found = find(model, lambda module: isinstance(module, (nn.Conv2d, nn.Linear)))
+    rows = fold_batch_norms(model, found.regions, lambda layer: True)
+    assert [row.action for row in rows] == ["fused"] * FOLDED[name]
 
 
 @pytest.mark.slow

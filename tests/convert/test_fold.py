@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_models import Functional, images, with_statistics
+from support.chain_models import Functional, Nested, UNet, images, with_statistics
 from torch import Tensor, nn
 
+import torchquant
 from torchquant.convert.fold import fold_batch_norms
 from torchquant.convert.regions import find
 from torchquant.nn.folded_norm import FoldedNorm
@@ -29,9 +30,11 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
 }
 
 
-def fold(model: nn.Module, *, regions: bool) -> list[FusionReport]:
+def fold(
+    model: nn.Module, *, regions: bool, ranks: dict[int, set[int]] | None = None
+) -> list[FusionReport]:
     found = find(model, lambda module: isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv1d)))
-    return fold_batch_norms(model, found.regions if regions else [], lambda layer: True)
+    return fold_batch_norms(model, found.regions if regions else [], lambda layer: True, ranks)
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
@@ -47,7 +50,9 @@ def test_pairs(name: str, regions: bool) -> None:
     x = torch.randn(shape)
     wanted = model(x)
     before = [p.requires_grad for p in layer.parameters()]
-    rows = fold(nn.Sequential(model, head), regions=regions and isinstance(layer, nn.Linear))
+    ranks = {id(norm): {len(shape)}}
+    regions = regions and isinstance(layer, nn.Linear)
+    rows = fold(nn.Sequential(model, head), regions=regions, ranks=ranks)
     assert [row.action for row in rows] == ["fused"]
     assert model[0] is layer and isinstance(model[1], FoldedNorm)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
@@ -169,3 +174,19 @@ def test_reasons(change: Callable[[Any], None], regions: bool) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before if "var" not in name)
+
+
+@pytest.mark.parametrize("make", [Functional, UNet, Nested], ids=lambda make: make.__name__)
+def test_to_float_keeps_the_values_and_says_that_norms_stay_folded(
+    make: Callable[[], nn.Module],
+) -> None:
+    model, x = with_statistics(make()), images(2)
+    wanted = model(x)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    report = torchquant.prepare_(model)
+    assert [row.action for row in report.foldings] == ["fused"] * norms
+    report = torchquant.to_float_(model)
+    assert f"{norms} batch norms stay part of the layers before them." in report.notes
+    assert sum(isinstance(module, FoldedNorm) for module in model.modules()) == norms
+    assert close(model(x), wanted)
+    assert not torchquant.prepare_(model).foldings

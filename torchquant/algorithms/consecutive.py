@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from torchquant.algorithms.scaled_path import ScaledPath
+from torchquant.convert.fold_pairs import seen_elsewhere
 from torchquant.graph.regions import Region
 from torchquant.graph.trace import Call, Trace
+from torchquant.graph.ways import Ways
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import BATCH_NORMS, FoldedNorm
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
@@ -70,6 +74,9 @@ class Pair:
 def find_pairs(model: nn.Module, region: Region) -> tuple[list[Pair], dict[str, str]]:
     """The pairs in a region of a model, and the reason for each layer that is first in no pair.
 
+    The record of the region shows one path from the first layer to the second one; a pair is found
+    only if the code of the model has no other.
+
     Args:
         model: a float model.
         region: a recorded part of it.
@@ -94,7 +101,39 @@ def find_pairs(model: nn.Module, region: Region) -> tuple[list[Pair], dict[str, 
             pairs.append(found)
         else:
             reasons.setdefault(finder.name(call), found)
-    return pairs, reasons
+    return _only_paths(model, pairs, reasons), reasons
+
+
+def _only_paths(model: nn.Module, pairs: list[Pair], reasons: dict[str, str]) -> list[Pair]:
+    """The pairs that the code of the model connects in no other way; reasons for the others."""
+    if not pairs:
+        return []
+    names = {name for pair in pairs for name in (pair.first, pair.second)}
+    layers = {name: model.get_submodule(name) for name in names}
+    ways, seen = Ways(model, layers.values()), seen_elsewhere(model)
+    kept: list[Pair] = []
+    for pair in pairs:
+        first, second = layers[pair.first], layers[pair.second]
+        passes = functools.partial(_passes, bounded=pair.bound is not None)
+        other = seen(second)
+        reason = (
+            seen(first)
+            or (f"before {pair.second}: {other}" if other else "")
+            or ScaledPath(ways, first, second, passes).problem()
+        )
+        if reason:
+            reasons.setdefault(pair.first, reason)
+        else:
+            kept.append(pair)
+    return kept
+
+
+def _passes(step: nn.Module | str, bounded: bool) -> bool:
+    """True if a module or a function keeps the scale of each channel."""
+    if isinstance(step, nn.Module):
+        found = _module_step(step)
+        return found is not None and (found.bound is None or bounded)
+    return step in _FUNCTIONS or step == "flatten" or (bounded and step == "relu6")
 
 
 def is_float_layer(module: nn.Module) -> bool:

@@ -113,6 +113,13 @@ def equalize_(
     the second. This verb finds such pairs, also through depthwise layers, poolings and a flatten,
     and scales each channel so that it has the same range in both layers.
 
+    The model keeps what all its methods compute, for all arguments: layers are a pair only where
+    the code of the model shows that the channels of the first reach the second, and nothing else.
+    A submodule that its owner calls by a name of its own, such as ``self.encoder``, keeps its input
+    and output. What changes is the output of the layer, and of the elements of a Sequential, for
+    code outside of the model that calls them alone. Inner modules of torchvision and timm are taken
+    to be called only as their own forward does.
+
     Call it after ``prepare_``, which folds batch norms, and before ``calibrate``, because the
     ranges of the data between layers change.
 

@@ -103,6 +103,13 @@ class TwoModels:
         for batch in self.batches:
             floating = self._seen(self.model, name, batch)
             quantized = self._seen(self.quantized, name, batch)
+            if len(floating) != len(quantized):
+                raise ValueError(
+                    f"{self.who}: model must call its layers in the same way with quantized "
+                    f"values, but it calls {name} {len(floating)} times in float and "
+                    f"{len(quantized)} times quantized; pass batches for which its forward makes "
+                    "the same calls"
+                )
             for x, y in zip(floating, quantized, strict=True):
                 yield x, quantized_input(layer, y)
 
@@ -119,6 +126,8 @@ class TwoModels:
         return seen
 
     def _order(self) -> tuple[list[str], Counter[str]]:
+        """The layers in the order of their first calls, and the most calls in one batch."""
+        most: Counter[str] = Counter()
         calls: Counter[str] = Counter()
 
         def see(name: str, input: Any, output: Any) -> None:
@@ -129,5 +138,8 @@ class TwoModels:
             for name, layer in self.quantized.named_modules()
             if isinstance(layer, QuantizedModule)
         ]
-        outputs_of(self.who, self.model, self.batches[0], self.forward, dict.fromkeys(layers, see))
-        return list(calls), calls
+        for batch in self.batches:  # one may take another path than the first
+            calls.clear()
+            outputs_of(self.who, self.model, batch, self.forward, dict.fromkeys(layers, see))
+            most |= calls
+        return list(most), most

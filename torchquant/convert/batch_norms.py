@@ -1,22 +1,24 @@
 """Which batch norms can become part of the layer before them, and their places in the model.
 
-A pair is read from bytecode (:mod:`torchquant.graph.neighbours`): the batch norm alone receives the
-output of the layer, each of the two is called in one place, and nobody else can notice. A
+A pair is read from bytecode: the batch norm alone receives the output of the layer, on all branches
+of all methods (:mod:`torchquant.graph.only_path`), and nobody else can notice. A
 :class:`torchquant.nn.folded_norm.FoldedNorm` takes the place of the batch norm.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchquant.convert.plan import Step
 from torchquant.graph.held import held_modules
 from torchquant.graph.modules import has_hooks, owners_by_module
 from torchquant.graph.neighbours import Neighbours, neighbours
+from torchquant.graph.only_path import path_problem
+from torchquant.graph.ways import Ways
 from torchquant.graph.weight_reads import weight_reads
 from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.report import FusionReport, LayerReport
@@ -66,12 +68,13 @@ def pairs_to_fold(
     names = {id(module): name for name, module in model.named_modules()}
     owners, held, reads = owners_by_module(model), held_modules(model), weight_reads(model)
     calls = [*neighbours(model)]
-    counts = _call_counts(model, calls)
+    norms = (one.receiver for one in calls if isinstance(one.receiver, _BatchNorm))
+    ways = Ways(model, [*(step.module for step in wanted.values()), *norms])
     pairs: dict[int, Pair] = {}
     rows: dict[tuple[int, int], FusionReport] = {}
     for found in calls:
         step, norm = wanted.get(id(found.module)), found.receiver
-        if step is None or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if step is None or not isinstance(norm, _BatchNorm):
             continue
         layer, key = found.module, (id(found.module), id(norm))
         if key in rows:
@@ -79,13 +82,15 @@ def pairs_to_fold(
         problem = (
             (found.obstacle if found.follow is None else "")
             or step.kind.trained_with_norm.norm_refusal(layer, norm)
-            or _noticed("layer", layer, owners, counts)
-            or _noticed("batch norm", norm, owners, counts)
+            or _shared("layer", layer, owners)
+            or _shared("batch norm", norm, owners)
+            or elsewhere(calls, layer, norm)
             or ("a hook sees the output of the layer" if has_hooks_after(layer) else None)
             or ("the batch norm has hooks" if has_hooks(norm) else None)
             or ("the forward of the batch norm is replaced" if "forward" in vars(norm) else None)
             or (f"{held[id(norm)][0].name} holds the batch norm" if id(norm) in held else None)
             or (reads[id(norm)].remark if id(norm) in reads else None)
+            or path_problem(ways, layer, norm)
         )
         what = f"{names.get(id(norm), '?')} ({type(norm).__name__})"
         place = (step.name,)
@@ -115,20 +120,27 @@ def folded_rows(
     )
 
 
-def _call_counts(model: nn.Module, calls: Iterable[Neighbours]) -> Counter[int]:
-    """How many places in the methods of a model call each module."""
-    counts = Counter(id(found.module) for found in calls)
-    for module in model.modules():
-        if type(module).forward is nn.Sequential.forward and module._modules:
-            counts[id([*module._modules.values()][-1])] += 1  # nothing follows the last one
-    return counts
+def elsewhere(calls: Iterable[Neighbours], layer: nn.Module, norm: nn.Module) -> str | None:
+    """The reason why a neighbouring call shows another way out of a layer or into a norm, or None.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        >>> elsewhere(neighbours(net), net[0], net[1]) is None
+        True
+    """
+    for one in calls:
+        if one.module is layer and one.follow is not norm:
+            return "the layer is called in more than one place"
+        if one.receiver is norm and one.module is not layer:
+            return "the batch norm is called in more than one place"
+    return None
 
 
-def _noticed(what: str, module: nn.Module, owners: Owners, counts: Counter[int]) -> str | None:
-    """The reason why other code could notice that a module changed, or None."""
+def _shared(what: str, module: nn.Module, owners: Owners) -> str | None:
+    """The reason why a module has another place in the model, or None."""
     if len(owners.get(id(module), ())) != 1:
         return f"the {what} is registered in more than one place"
-    return f"the {what} is called in more than one place" if counts[id(module)] > 1 else None
+    return None
 
 
 __all__ = ["Pair"]

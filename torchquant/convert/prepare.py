@@ -24,6 +24,7 @@ from torchquant.convert.regions import cover, find, kept, learn, region_reports
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
+from torchquant.nn.folded_norm import BATCH_NORMS
 from torchquant.report import QuantizationReport
 from torchquant.report.progress import track
 from torchquant.training.configuration import TrainingConfig
@@ -48,8 +49,11 @@ def prepare_(
     :func:`torchquant.calibrate`. The layers are the ones that :func:`torchquant.quantize_`
     replaces.
 
-    Batch norms become part of the convolutions and linear layers before them, where that changes
-    results by rounding only; the report's ``foldings`` say where. An identity keeps their place.
+    Batch norms become part of the convolutions and linear layers before them, where the code of the
+    model shows that nothing else reads what the layer returns: on all branches, in all methods, for
+    all arguments. The report's ``foldings`` say where, and why others stay. An identity keeps the
+    place of a folded batch norm. Folding is not taken back by any verb. A batch norm after a linear
+    layer is folded if its input is known to have two dimensions; ``example_inputs`` show that.
 
     Between layers, values stay int8 in the converted model (residual additions, activations,
     pooling, concatenation), wherever the forward that connects them can be followed without
@@ -61,7 +65,8 @@ def prepare_(
     observers included. Its state dict has no observers, and no folded batch norms.
 
     Layers that are already prepared stay unchanged, so several calls with different filters prepare
-    layers with different configurations. :func:`torchquant.to_float_` takes the preparation back.
+    layers with different configurations. :func:`torchquant.to_float_` takes the preparation back,
+    except that folded batch norms stay folded.
 
     Args:
         model: any module that contains layers. A bare layer cannot be replaced in place.
@@ -70,7 +75,8 @@ def prepare_(
             ranges are chosen. A dictionary gives layers different configurations, by name or
             pattern, as in :func:`quantize_`.
         example_inputs: a batch as :func:`torchquant.calibrate` takes it, or None. The model is run
-            with it once, to check that it works and which layers it reaches.
+            with it once, to check that it works, which layers it reaches, and how many dimensions
+            the inputs of batch norms have.
         filter_fn: selects the layers to prepare, including small ones: a function of
             ``(module, name)``, a name pattern or a list of patterns, as in :func:`quantize_`. None
             selects all layers except those that are too small to benefit.
@@ -114,11 +120,11 @@ def prepare_(
     if strict:
         check_strict(_WHO, plan, account.others, problems)
     steps = [step for step in plan if step.skip is None]
-    missed = [] if example_inputs is None else _unreached(model, steps, example_inputs)
+    missed, ranks = ([], {}) if example_inputs is None else _tried(model, steps, example_inputs)
     found = find(model, _wanted(steps))
     size = tensor_bytes(model)
     with kept(model):
-        foldings = fold_batch_norms(model, found.regions, _wanted(steps))
+        foldings = fold_batch_norms(model, found.regions, _wanted(steps), ranks)
     if any(is_outdated(region) for region in found.regions):
         found = find(model, _wanted(steps))
     for step in track(steps, _WHO, progress):
@@ -182,14 +188,29 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
     return plan_layers(model, chosen, done, refusal)
 
 
-def _unreached(model: nn.Module, steps: Iterable[Step], example: Any) -> list[str]:
-    """The names of the layers that a run of the model with an example does not reach."""
+def _tried(
+    model: nn.Module, steps: Iterable[Step], example: Any
+) -> tuple[list[str], dict[int, set[int]]]:
+    """What a run of the model with an example shows.
+
+    Returns:
+        The names of the layers that the run does not reach, and the dimensions of the inputs of
+        batch norms, by the norm's id.
+    """
     called: set[int] = set()
+    ranks: dict[int, set[int]] = {}
     steps = list(steps)
+
+    def see(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            ranks.setdefault(id(norm), set()).add(args[0].dim())
+
     handles = [
         step.module.register_forward_pre_hook(lambda module, args: called.add(id(module)))
         for step in steps
     ]
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    handles += [norm.register_forward_pre_hook(see) for norm in norms]
     try:
         _run(model, example)
     except Exception as error:
@@ -200,7 +221,7 @@ def _unreached(model: nn.Module, steps: Iterable[Step], example: Any) -> list[st
     finally:
         for handle in handles:
             handle.remove()
-    return [step.name for step in steps if id(step.module) not in called]
+    return [step.name for step in steps if id(step.module) not in called], ranks
 
 
 def _run(model: nn.Module, example: Any) -> None:

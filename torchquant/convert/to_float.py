@@ -10,7 +10,7 @@ from torchquant.convert.plan import check_model, find_layers
 from torchquant.convert.regions import forget
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
-from torchquant.nn.folded_norm import restore_norms
+from torchquant.nn.folded_norm import FoldedNorm, restore_norms
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.norm_replacement import restore_norm
 from torchquant.nn.replaced_activation import restore_activation_
@@ -23,9 +23,12 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     The float layer of a prepared layer (:class:`torchquant.nn.QATLinear`) has the same parameter
     objects. The float layer of a quantized layer (:class:`torchquant.nn.QuantizedLinear`) has the
     values that the integers represent. Activation modules are restored, and so are norms that
-    :func:`torchquant.replace_norms_` replaced, and batch norms that a prepared layer trains. A
-    batch norm that was converted with its convolution stays part of it.
-    Observers that :func:`torchquant.prepare_` attached are removed.
+    :func:`torchquant.replace_norms_` replaced, and batch norms that a prepared layer trains.
+    Observers that :func:`torchquant.prepare_` attached are removed. A batch norm that ``prepare_``
+    folded, or that was converted with its convolution, stays part of the layer: the layer keeps the
+    weight and the bias that compute both, and an identity keeps the place of the norm. After
+    ``prepare_`` alone, the model computes what it did before, up to rounding; the report says how
+    many batch norms stay folded.
 
     Args:
         model: a model with prepared or quantized layers. A bare layer cannot be replaced in place:
@@ -91,6 +94,10 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     if restored:
         have = "norm has its" if restored == 1 else "norms have their"
         notes += (f"{restored} {have} own forward again.",)
+    folded = sum(isinstance(module, FoldedNorm) for module in model.modules())
+    if folded:
+        stay = "batch norm stays" if folded == 1 else "batch norms stay"
+        notes += (f"{folded} {stay} part of the layers before them.",)
     return QuantizationReport(
         tuple(rows), bytes_before, tensor_bytes(model), notes, action="restored"
     )

@@ -20,8 +20,9 @@ of its weight (:mod:`torchquant.nn.weight`), the dtype in which it works (that o
 (:mod:`torchquant.configs`). ``activations`` maps the name of each activation module that
 uses the library's operator to the name of its function. ``absorbed``, which older versions wrote,
 does so for modules that became part of the preceding layer for good; they are identities.
-``folded`` lists the batch norms that became part of the convolution before them; they are
-identities without tensors, and the convolution has a bias. ``regions`` maps the name of each module
+``folded`` lists the batch norms that became part of the layer before them; they are identities
+without tensors, and the layer has a bias. ``folded_dimensions`` maps the names of some of them to
+the number of dimensions that their inputs must have. ``regions`` maps the name of each module
 whose values stay int8 between layers to what its first batch showed
 (:mod:`torchquant.files.regions`). ``projections`` lists the layers that are computed together, in
 the order of their calls; a reader MAY ignore it. ``aliases`` maps keys to the key whose tensor they
@@ -30,9 +31,9 @@ share; the tensor is stored once.
 only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
-``activations``, ``absorbed``, ``folded``, ``projections`` and ``buffers`` are absent if they would
-be empty. A reader MUST refuse a higher ``format`` than its own. :mod:`torchquant.files.entries`
-reads older formats:
+``activations``, ``absorbed``, ``folded``, ``folded_dimensions``, ``projections`` and ``buffers``
+are absent if they would be empty. A reader MUST refuse a higher ``format`` than its own.
+:mod:`torchquant.files.entries` reads older formats:
 
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
   ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
@@ -122,6 +123,8 @@ def _parse_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[
         and isinstance(header.get("absorbed", {}), dict)
         and isinstance(header.get("activations", {}), dict)
         and _is_list_of_lists_of_names([header.get("folded", [])])
+        and isinstance(header.get("folded_dimensions", {}), dict)
+        and all(type(count) is int for count in header.get("folded_dimensions", {}).values())
         and isinstance(header.get("regions", {}), dict)
         and _is_list_of_lists_of_names(header.get("projections", []))
         and (header["format"] > 1 or not header.keys() & {"absorbed", "activations", "projections"})

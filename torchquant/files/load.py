@@ -87,7 +87,8 @@ def load(
         for old, new in replaced:
             replace_module(owners[id(old)], old, new)
         fused = activation_places(header.get("absorbed", {}), header["layers"], model)
-        for place, other in (*fused, *norm_places(header.get("folded", []), model)):
+        norms = norm_places(header.get("folded", []), header.get("folded_dimensions", {}), model)
+        for place, other in (*fused, *norms):
             for parent, attribute in owners[id(place)]:
                 parent._modules[attribute] = other.train(place.training)
         activations = checked_activations(header.get("activations", {}), model)

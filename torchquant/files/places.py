@@ -120,8 +120,15 @@ def activation_places(
     return list(places.values())
 
 
-def norm_places(folded: Sequence[str], model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def norm_places(
+    folded: Sequence[str], dimensions: Mapping[str, int], model: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:
     """Find the batch norms that became part of a layer in the file, and not in the model.
+
+    Args:
+        folded: the names of the batch norms.
+        dimensions: the dimensions that the inputs of some of them must have.
+        model: the model.
 
     Returns:
         Pairs of the batch norm in the model and the identity that replaces it.
@@ -138,7 +145,7 @@ def norm_places(folded: Sequence[str], model: nn.Module) -> list[tuple[nn.Module
         if not isinstance(old, BATCH_NORMS) or name == "":
             found = "nothing" if old is None else type(old).__name__
             raise Misfit(f"a batch norm at {name!r} in the file, {found} in the model")
-        places[id(old)] = (old, FoldedNorm.in_place_of(old))
+        places[id(old)] = (old, FoldedNorm.in_place_of(old, dimensions.get(name)))
     for name, old in modules.items():
         if id(old) in places and name not in folded:
             raise Misfit(f"{name!r} is a separate module in the file, a shared module in the model")

@@ -82,11 +82,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, ReplacedActivation)
     }
-    folded = [
-        name
+    norms = {
+        name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, FoldedNorm) and module.original is None
-    ]
+    }
+    dimensions = {name: norm.dimensions for name, norm in norms.items() if norm.dimensions}
     projections = groups_of(model)
     regions = region_entries(model)
     buffers, buffer_keys = stored_buffers(model)
@@ -97,7 +98,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),
         **({"activations": activations} if activations else {}),
-        **({"folded": folded} if folded else {}),
+        **({"folded": [*norms]} if norms else {}),
+        **({"folded_dimensions": dimensions} if dimensions else {}),
         **({"projections": projections} if projections else {}),
         **({"regions": regions} if regions else {}),
         **({"buffers": buffer_keys} if buffer_keys else {}),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_OF_CLASSES = (staticmethod, classmethod)
 _MAX_DEPTH = 4  # decorators around a function
 
 
@@ -24,6 +25,20 @@ def codes_of(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
         >>> [name for name, _ in codes_of(Net())]
         ['forward']
     """
+    for name, function, _ in functions_of(module):
+        yield name, function.__code__
+
+
+def functions_of(module: nn.Module) -> Iterator[tuple[str, FunctionType, bool]]:
+    """The name of each function of :func:`codes_of`, the function, and if the module is its owner.
+
+    The owner is the first argument. A static method has none, nor has a function that was assigned
+    to an attribute of the module.
+
+    Example:
+        >>> [*functions_of(nn.ReLU())]
+        []
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return
     seen: set[int] = set()
@@ -35,16 +50,18 @@ def codes_of(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
             or place.get("__module__") == "builtins"
         ):
             continue
+        own = place is vars(module)
         for name, value in list(place.items()):
             if name in overridden:
                 continue
-            codes = list(_codes(value, _MAX_DEPTH))
-            if codes and not any("super" in code.co_names for code in codes):
+            functions = list(_functions(value, _MAX_DEPTH))
+            if functions and not any("super" in one.__code__.co_names for one in functions):
                 overridden.add(name)
-            for code in codes:
-                if id(code) not in seen:
-                    seen.add(id(code))
-                    yield name, code
+            for function in functions:
+                if id(function.__code__) not in seen:
+                    seen.add(id(function.__code__))
+                    plain = isinstance(value, FunctionType) and own
+                    yield name, function, not plain and not isinstance(value, _OF_CLASSES)
 
 
 def forward_codes(module: nn.Module) -> list[CodeType]:
@@ -56,23 +73,24 @@ def forward_codes(module: nn.Module) -> list[CodeType]:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return []
-    return list(_codes(module.__dict__.get("forward", type(module).forward), _MAX_DEPTH))
+    forward = module.__dict__.get("forward", type(module).forward)
+    return [function.__code__ for function in _functions(forward, _MAX_DEPTH)]
 
 
-def _codes(value: Any, depth: int) -> Iterator[CodeType]:
+def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         value = value.__func__
     if isinstance(value, property):
         for function in (value.fget, value.fset):
-            yield from _codes(function, depth)
+            yield from _functions(function, depth)
         return
     if not isinstance(value, FunctionType) or depth == 0:
         return
-    yield value.__code__
+    yield value
     hidden = [cell.cell_contents for cell in value.__closure__ or () if _has_contents(cell)]
     for inner in [getattr(value, "__wrapped__", None), *hidden]:
         if isinstance(inner, (FunctionType, MethodType)):
-            yield from _codes(inner, depth - 1)
+            yield from _functions(inner, depth - 1)
 
 
 def _has_contents(cell: Any) -> bool:

@@ -110,7 +110,7 @@ def _methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
             continue
         for name, value in vars(base).items():
             code = _code(value)
-            if code is None or name in covered or _is_setup(name):
+            if code is None or name in covered or is_setup(name):
                 continue
             if "super" not in _names(code):
                 covered.add(name)
@@ -129,7 +129,7 @@ def _code(value: object) -> CodeType | None:
     return value.__code__ if isinstance(value, FunctionType) else None
 
 
-def _is_setup(name: str) -> bool:
+def is_setup(name: str) -> bool:
     if name.startswith("__"):
         return name != "__call__"
     words = name.strip("_").split("_")

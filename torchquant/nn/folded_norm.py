@@ -19,6 +19,9 @@ class FoldedNorm(nn.Identity):
     Args:
         original: the batch norm, if the layer still trains it; None once its values are in the
             layer's weight and bias. It is not registered as a child of this module.
+        dimensions: the number of dimensions that an input must have; None for any. ``BatchNorm1d``
+            normalizes dimension 1 of ``[n, c]`` and of ``[n, c, length]``, which the layer before
+            it can stand for in one of the two only.
 
     Example:
         >>> norm = nn.BatchNorm2d(8)
@@ -27,26 +30,40 @@ class FoldedNorm(nn.Identity):
         (FoldedNorm(), True)
     """
 
-    def __init__(self, original: nn.Module | None = None) -> None:
+    dimensions: int | None = None
+
+    def __init__(self, original: nn.Module | None = None, dimensions: int | None = None) -> None:
         super().__init__()
+        self.dimensions = dimensions
         # The tuple keeps nn.Module from registering a child.
         self._original = () if original is None else (original,)
 
     @classmethod
-    def in_place_of(cls, norm: nn.Module) -> FoldedNorm:
+    def in_place_of(cls, norm: nn.Module, dimensions: int | None = None) -> FoldedNorm:
         """The module that replaces a batch norm whose values are in the layer before it.
 
         Example:
             >>> FoldedNorm.in_place_of(nn.BatchNorm2d(8))
             FoldedNorm()
         """
-        place = cls()
+        place = cls(dimensions=dimensions)
         for name, child in norm.named_children():
             place.add_module(name, child)
         return place.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the input, or what the modules of the batch norm make of it."""
+        """Return the input, or what the modules of the batch norm make of it.
+
+        Raises:
+            ValueError: the input has other dimensions than the folded layer stands for.
+        """
+        if self.dimensions is not None and input.dim() != self.dimensions:
+            raise ValueError(
+                f"FoldedNorm: input must have {self.dimensions} dimensions, because a batch norm "
+                "became part of the layer before it, got a tensor of the shape "
+                f"{list(input.shape)}; pass such inputs to prepare_ as example_inputs, so that "
+                "the batch norm stays as it is"
+            )
         for module in self.children():
             input = module(input)
         return input
