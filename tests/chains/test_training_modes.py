@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.chain_models import Functional, Gated, UNet, conv_norm, images
 from support.chains import input_of
+from support.processes import in_processes
+from support.qat_models import CONFIGS
 from support.trained_regions import (
     STATIC,
     assert_converts,
@@ -17,6 +19,8 @@ from support.trained_regions import (
     region_in_training,
     train,
     trained,
+    trained_alone,
+    trained_in_process,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -360,3 +364,17 @@ def test_compiled_training(before: bool) -> None:
         report = torchquant.convert_(other)
         assert [row.action for row in report.regions] == ["float"]
         assert "no batch reached it" in report.regions[0].reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w8a8_static", "w4a4_learned"])
+def test_two_processes_train_one_region(name: str) -> None:
+    """Ranges of all values are those of the whole batch."""
+    batches = [images(4), images(4, seed=1)]
+    state, wanted = trained_alone(batches, CONFIGS[name])
+    (first, got), (second, other) = in_processes(trained_in_process, batches, CONFIGS[name])
+    assert torch.equal(got, other) and first.keys() == second.keys() == state.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    torch.testing.assert_close(first["chain_scale"], state["chain_scale"], rtol=1e-3, atol=1e-6)
+    assert float((got - wanted).norm()) < 0.05 * float(wanted.norm())

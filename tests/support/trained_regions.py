@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchquant
-from support.chain_models import with_statistics
+from support.chain_models import Functional, with_statistics
 from support.chains import input_of, plain
 from torchquant.chains.region import RegionForward
 from torchquant.chains.training import TrainingForward
@@ -70,3 +70,29 @@ def assert_converts(model: nn.Module, x: Tensor) -> RegionForward:
     assert programs is not None and programs.ready
     assert any(program is not None for _, program in programs.items)
     return region
+
+
+def trained_alone(batches: list[Tensor], config: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """The state of a trained network after its conversion, and its outputs for the first batch."""
+    torch.manual_seed(0)
+    model = with_statistics(Functional())
+    torchquant.prepare_qat_(model, config, filter_fn="*", example_inputs=batches[0][:1])
+    torchquant.qat.freeze_statistics_(model)
+    alone = not torch.distributed.is_initialized()
+    replicated = model if alone else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.train()
+    torchquant.qat.freeze_statistics_(model)
+    for batch in batches:
+        optimizer.zero_grad()
+        part = batch if alone else batch.chunk(2)[torch.distributed.get_rank()]
+        replicated(part).square().mean().backward()
+        optimizer.step()
+    region = assert_converts(model, batches[0])
+    return region.root.state_dict(), model(batches[0]).detach()
+
+
+def trained_in_process(
+    rank: int, batches: list[Tensor], config: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    return trained_alone(batches, config)
