@@ -11,6 +11,7 @@
 #include "common/checks.h"
 #include "cpu/core_call.h"
 #include "cpu/program.h"
+#include "formats/int8_conv.h"
 
 namespace torchquant {
 namespace {
@@ -83,16 +84,19 @@ class Reader {  // of one step
     set("count_include_pad", s.count_include_pad);
     set("divisor", s.divisor);
     for (const auto& table : get_or<std::vector<at::Tensor>>("tables")) {
-      TORCH_CHECK_VALUE(table.numel() == 0 || table.numel() == 256, "Program: a table must have 256 elements, got ",
-                        describe(table));
-      if (s.kind == Kind::kMap && table.scalar_type() == at::kFloat) {
+      const bool is_float = s.kind == Kind::kMap && table.scalar_type() == at::kFloat;
+      TORCH_CHECK_VALUE((table.numel() == 0 && !is_float) || table.numel() == 256,
+                        "Program: a table must have 256 elements, got ", describe(table));
+      TORCH_CHECK_TYPE(table.is_cpu() && table.is_contiguous() && (is_float || table.scalar_type() == at::kChar),
+                       "Program: a table must be int8, contiguous and on the CPU, got ", describe(table));
+      if (is_float) {
         s.float_table.assign(table.const_data_ptr<float>(), table.const_data_ptr<float>() + 256);
         continue;
       }
       const int8_t* const first = table.const_data_ptr<int8_t>();
       s.tables.emplace_back(first, first + table.numel());
     }
-    if (s.kind == Kind::kConv || s.kind == Kind::kLinear) read_weight(s.weight);
+    if (s.kind == Kind::kConv || s.kind == Kind::kLinear) read_weight(s);
     return s;
   }
 
@@ -111,11 +115,30 @@ class Reader {  // of one step
     if (has(name)) value = get<T>(name);
   }
 
-  void read_weight(program::Weight& w) {
+  void read_weight(Step& s) {
+    program::Weight& w = s.weight;
     set("in_channels", w.inputs);
     set("out_channels", w.outputs);
     set("groups", w.groups);
-    w.packed = hold(held_, get<at::Tensor>("packed"), at::kChar, 64).const_data_ptr<int8_t>();
+    TORCH_CHECK_VALUE(0 < w.inputs && w.inputs < (int64_t{1} << 31) && 0 < w.outputs && w.outputs < (int64_t{1} << 31),
+                      "Program: in_channels and out_channels must be positive, got ", w.inputs, " and ", w.outputs);
+    TORCH_CHECK_VALUE(w.groups > 0 && w.inputs % w.groups == 0 && w.outputs % w.groups == 0,
+                      "Program: groups must divide in_channels and out_channels, got ", w.groups, ", ", w.inputs,
+                      " and ", w.outputs);
+    const bool is_conv = s.kind == Kind::kConv;
+    TORCH_CHECK_VALUE(is_conv || (w.groups == 1 && s.kernel == Pair{1, 1}),
+                      "Program: a linear layer must have one group and no kernel");
+    const ConvShape shape{w.outputs, w.inputs / w.groups, s.kernel[0], s.kernel[1], w.groups};
+    TORCH_CHECK_VALUE(shape.kernel_h < (1 << 15) && shape.kernel_w < (1 << 15) &&
+                          shape.channels * shape.kernel_h < (int64_t{1} << 31) / shape.kernel_w,
+                      "Program: kernel is out of range, got [", s.kernel[0], ", ", s.kernel[1], "]");
+    const PackedShape size = packed_shape(shape);
+    const at::Tensor& packed = hold(held_, get<at::Tensor>("packed"), at::kChar, 64);
+    w.packed = packed.const_data_ptr<int8_t>();
+    TORCH_CHECK_VALUE(packed.numel() == size.rows * size.columns && is_packed_conv(w.packed, shape),
+                      "Program: packed must be the weight of ", w.outputs, " outputs and ", shape.channels,
+                      " inputs with kernel [", s.kernel[0], ", ", s.kernel[1], "], packed to [", size.rows, ", ",
+                      size.columns, "], got ", describe(packed));
     w.scale = per_output<float>(held_, get<at::Tensor>("weight_scale"), at::kFloat, w.outputs);
     if (has("weight_zero_point"))
       w.zero_point = per_output<int32_t>(held_, get<at::Tensor>("weight_zero_point"), at::kInt, w.outputs);
@@ -125,6 +148,46 @@ class Reader {  // of one step
   py::dict step_;
   Held& held_;
 };
+
+// What the steps read without a look at it: the number and the types of their inputs, their tables. The values exist.
+void check_step(size_t index, const Step& s, const std::vector<Value>& values) {
+  const auto require = [&](bool condition, const char* what) {
+    TORCH_CHECK_VALUE(condition, "Program: step ", index, " ", what);
+  };
+  const auto is_int8 = [&](int32_t v) { return values[static_cast<size_t>(v)].type == TQ_I8; };
+  const bool two = s.kind == Kind::kAdd || s.kind == Kind::kMul;
+  const size_t wanted = s.kind == Kind::kInput ? 0 : two ? 2 : 1;
+  require(s.kind == Kind::kConcat ? !s.inputs.empty() : s.inputs.size() == wanted, "has another number of inputs");
+  require(s.residual < 0 || s.kind == Kind::kConv, "must not have a residual");
+  switch (s.kind) {
+    case Kind::kConv:
+    case Kind::kLinear:
+    case Kind::kAdd:
+    case Kind::kMul:
+    case Kind::kAvgPool:
+    case Kind::kAdaptiveAvgPool:
+      for (const int32_t v : s.inputs) require(is_int8(v), "must read int8 values");
+      break;
+    case Kind::kMap:
+      if (!is_int8(s.inputs[0])) break;
+      if (is_int8(s.output)) require(s.tables.size() == 1 && s.tables[0].size() == 256, "must have a table of int8");
+      else require(s.float_table.size() == 256, "must have a table of floats");
+      break;
+    case Kind::kMaxPool:
+      require(is_int8(s.inputs[0]) && is_int8(s.output), "must read and write int8 values");
+      break;
+    case Kind::kConcat:
+      require(is_int8(s.output), "must write int8 values");
+      require(s.tables.size() == s.inputs.size(), "must have a table for each input");
+      break;
+    case Kind::kUpsample:
+    case Kind::kFlatten:
+      require(is_int8(s.inputs[0]) == is_int8(s.output), "must write what it reads");
+      break;
+    case Kind::kInput:
+    case Kind::kOutput: break;
+  }
+}
 
 std::unique_ptr<TensorProgram> make(const py::list& values, const py::list& steps) {
   std::vector<Value> own_values;
@@ -144,8 +207,9 @@ std::unique_ptr<TensorProgram> make(const py::list& values, const py::list& step
   Held held;
   std::vector<Step> own_steps;
   for (const auto& step : steps) own_steps.push_back(Reader(step.cast<py::dict>(), held).read());
-  return std::make_unique<TensorProgram>(program::Program(std::move(own_values), std::move(own_steps)),
-                                         std::move(held));
+  program::Program program(std::move(own_values), std::move(own_steps));
+  for (size_t i = 0; i < program.steps().size(); ++i) check_step(i, program.steps()[i], program.values());
+  return std::make_unique<TensorProgram>(std::move(program), std::move(held));
 }
 
 }  // namespace
@@ -157,8 +221,12 @@ void add_program(py::module_& m) {
       .def("run", &TensorProgram::run, py::arg("inputs"), Released(),
            "The results; None where an input holds NaN or infinities.")
       .def("arena_bytes", &TensorProgram::arena_bytes, py::arg("inputs"))
-      .def_readwrite("uses_team", &TensorProgram::uses_team)
-      .def_readwrite("images_together", &TensorProgram::images_together);
+      .def_property(
+          "uses_team", [](const TensorProgram& p) { return p.uses_team.load(); },
+          [](TensorProgram& p, bool value) { p.uses_team = value; })
+      .def_property(
+          "images_together", [](const TensorProgram& p) { return p.images_together.load(); },
+          [](TensorProgram& p, int64_t value) { p.images_together = value; });
 }
 
 }  // namespace torchquant

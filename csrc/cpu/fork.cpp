@@ -10,16 +10,42 @@
 // and one of them may read the pool before it exists ("Invalid thread pool!"). The first call of ours in a child therefore
 // makes the pool while other calls wait (threads_after_fork).
 //
+// A child inherits mutexes that other threads had locked, and none of these threads unlocks them. The mutex of programs
+// is therefore locked by the thread that forks, and unlocked in parent and child.
+//
 // The function is looked up by name because not every libgomp that torch ships has it; if it is missing, call
 // torch.set_num_threads(1) in the child. subprocess calls vfork and is not affected.
 #include "cpu/fork.h"
 
+#include <mutex>
+
+namespace torchquant {
+
+std::mutex& program_mutex() {
+  static std::mutex& mutex = *new std::mutex;  // also for threads that run while the process ends
+  return mutex;
+}
+
+}  // namespace torchquant
+
+#if defined(__linux__)
+#include <pthread.h>
+
+namespace torchquant {
+namespace {
+
+// Registered on its own: handlers of a fork run in the opposite order before it.
+[[maybe_unused]] const bool guards_mutex = pthread_atfork([] { program_mutex().lock(); },
+                                                          [] { program_mutex().unlock(); },
+                                                          [] { program_mutex().unlock(); }) == 0;
+
+}  // namespace
+}  // namespace torchquant
+#endif
+
 #if defined(_OPENMP) && defined(__linux__)
 #include <ATen/Parallel.h>
 #include <dlfcn.h>
-#include <pthread.h>
-
-#include <mutex>
 
 namespace torchquant {
 

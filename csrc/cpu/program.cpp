@@ -6,12 +6,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
 
 #include "core/threads.h"
 #include "cpu/core_call.h"
+#include "cpu/fork.h"
 #include "cpu/team.h"
 
 namespace torchquant {
@@ -168,14 +170,31 @@ bool all_finite(const Images& images, const tq_parallel* parallel) {
 }  // namespace
 
 TensorProgram::TensorProgram(program::Program program, std::vector<at::Tensor> held)
-    : program_(std::move(program)), held_(std::move(held)) {}
+    : program_(std::move(program)) {
+  for (at::Tensor& t : held) {
+    const c10::StorageImpl& storage = *t.storage().unsafeGetStorageImpl();
+    held_.push_back({t, storage.data(), storage.nbytes()});
+  }
+}
+
+// The steps point to the memory of the held tensors. share_memory_() and resize_() of a storage replace that memory.
+void TensorProgram::check_held() const {
+  for (const Held& held : held_) {
+    const c10::StorageImpl& storage = *held.tensor.storage().unsafeGetStorageImpl();
+    if (storage.data() != held.data || storage.nbytes() != held.bytes) {
+      throw std::invalid_argument(
+          "Program.run: the tensors of the layers must keep their memory, but that of one was replaced; make the program "
+          "again");
+    }
+  }
+}
 
 TensorProgram::~TensorProgram() = default;
 
 std::shared_ptr<const TensorProgram::Prepared> TensorProgram::prepared(const Request& request, int64_t threads) {
   const int64_t asked = images_together;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(program_mutex());
     for (size_t i = prepared_.size(); i-- > 0;) {
       const auto& p = prepared_[i];
       if (p->threads != threads || p->images_together != asked || !(p->request == request)) continue;
@@ -211,7 +230,7 @@ std::shared_ptr<const TensorProgram::Prepared> TensorProgram::prepared(const Req
     made->groups = 1;
     made->group = made->last = made->whole;
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(program_mutex());
   if (prepared_.size() == kPlans) prepared_.erase(prepared_.begin());
   prepared_.push_back(made);
   return made;
@@ -219,7 +238,7 @@ std::shared_ptr<const TensorProgram::Prepared> TensorProgram::prepared(const Req
 
 std::unique_ptr<TensorProgram::Arena> TensorProgram::take_arena(int64_t bytes) {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(program_mutex());
     for (auto& arena : arenas_) {
       if (arena->bytes() < bytes) continue;
       std::swap(arena, arenas_.back());
@@ -233,11 +252,12 @@ std::unique_ptr<TensorProgram::Arena> TensorProgram::take_arena(int64_t bytes) {
 }
 
 void TensorProgram::give_back(std::unique_ptr<Arena> arena) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(program_mutex());
   if (arenas_.size() < kArenas) arenas_.push_back(std::move(arena));
 }
 
 std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::Tensor>& given) {
+  check_held();
   if (static_cast<int64_t>(given.size()) != program_.arguments()) {
     throw std::invalid_argument("Program.run: inputs must be " + std::to_string(program_.arguments()) +
                                 " tensors, got " + std::to_string(given.size()));

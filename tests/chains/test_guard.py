@@ -50,6 +50,87 @@ def test_changes_are_noticed(change: str) -> None:
     assert len(guard.broken()) == 1
 
 
+def test_every_assignment_is_noticed() -> None:
+    """Python's interpreter has instructions of its own for assignments that are frequent."""
+    owner = Owner()
+    guard = guard_of(owner)
+
+    def assign(value: object) -> None:
+        owner.number = value  # type: ignore[assignment]
+
+    usual = owner.number
+    for _ in range(300):
+        assign(object())
+        assert not guard.holds()
+        assign(usual)
+        assert guard.holds()
+        object.__setattr__(owner, "number", 5.5)
+        assert not guard.holds()
+        owner.__dict__["number"] = usual
+        assert guard.holds()
+
+
+def test_what_classes_define() -> None:
+    class Base:
+        number = 1
+
+    class Derived(Base):
+        pass
+
+    absent = Guard.ABSENT
+    guard = Guard([(Base, "number", Base.number), (Derived, "number", absent)])
+    assert guard.holds()
+    Derived.number = 2
+    assert guard.broken() == [1]
+    del Derived.number
+    assert guard.holds()
+    Base.number = 3
+    assert guard.broken() == [0]
+    Base.other = 4  # type: ignore[attr-defined]
+    Base.number = 1
+    assert guard.holds()
+
+
+def test_contents_and_classes() -> None:
+    owner, items, table = Owner(), [1, "a"], {"x": 1, "y": "b"}
+    entries = [
+        (items, None, tuple(items)),
+        (table, None, ("x", table["x"], "y", table["y"])),
+        (owner, None, Owner),
+    ]
+    guard = Guard(entries)
+    assert guard.holds()
+    items.append(2)
+    table["x"] = table.pop("x")  # another order
+    assert guard.broken() == [0, 1]
+    items.pop()
+    table["y"] = table.pop("y")
+    assert guard.holds()
+    own, owner.__dict__ = owner.__dict__, dict(owner.__dict__)
+    assert guard.broken() == [2]
+    owner.__dict__ = own
+    owner.__class__ = type("Other", (Owner,), {})
+    assert guard.broken() == [2]
+
+
+def test_dictionaries_outlive_their_guards() -> None:
+    """A dictionary that several guards watch, some of which are gone."""
+    place: dict[str, Any] = {"key": 1}
+    first, second = (Guard([(place, "key", 1)]) for _ in range(2))
+    assert first.holds() and second.holds()
+    del first
+    gc.collect()
+    place["key"] = 2
+    assert not second.holds()
+    del second
+    gc.collect()
+    place["key"] = 3
+    third = Guard([(place, "key", 3)])
+    assert third.holds()
+    place.clear()
+    assert not third.holds()
+
+
 def test_what_was_put_back_is_as_it_was() -> None:
     owner = Owner()
     guard, child = guard_of(owner), owner.child
@@ -133,7 +214,10 @@ def test_keys_that_are_equal_but_not_the_same_object() -> None:
 
 @pytest.mark.parametrize(
     "entries",
-    [[1], [(1, 2, 3)], [({}, "key")], [({}, 5, None)], [[{}, "key", None]]],
+    [
+        *([1], [(1, 2, 3)], [({}, "key")], [({}, 5, None)], [[{}, "key", None]]),
+        *([(5, "key", 1)], [([], None, [])], [(5, None, ())], [(int, None, type)]),
+    ],
     ids=str,
 )
 def test_wrong_entries(entries: Any) -> None:

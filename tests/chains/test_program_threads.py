@@ -79,6 +79,29 @@ SCRIPTS = {
             assert in_child(different) == 0
             assert different() == 0
     """,
+    "fork while another thread runs": """
+        import threading
+        torch.set_num_threads(2)
+        assert different() == 0
+        stop, wrong = threading.Event(), []
+        def work():
+            torch.set_num_threads(2)
+            while not stop.is_set():
+                wrong.append(different())
+        def alone():
+            import signal
+            signal.alarm(60)  # instead of waiting for ever
+            return different()
+        others = [threading.Thread(target=work) for _ in range(2)]
+        for other in others:
+            other.start()
+        for _ in range(15):
+            assert in_child(alone) == 0
+        stop.set()
+        for other in others:
+            other.join()
+        assert not any(wrong)
+    """,
     "other threads in a child": """
         torch.set_num_threads(2)
         assert different() == 0

@@ -1,5 +1,6 @@
 """Tools that follow or copy a model see a region, and compute its values."""
 
+import copy
 import inspect
 import pydoc
 import warnings
@@ -90,3 +91,13 @@ def test_gradients_of_samples(made: Any) -> None:
     y = x.clone().requires_grad_()
     model(y).sum().backward()
     torch.testing.assert_close(grads, y.grad)
+
+
+def test_a_changed_model_is_compiled_as_its_class_computes(made: Any) -> None:
+    model, x, wanted = made
+    model = copy.deepcopy(model)
+    model.first.append(nn.Sigmoid())
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="a child of Sequential was changed"):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+        assert torch.equal(compiled, Functional.forward(model, x))
+    assert not torch.equal(compiled, wanted)

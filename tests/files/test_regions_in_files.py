@@ -87,3 +87,41 @@ def test_a_float_file_does_not_fit_a_converted_model(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="does not fit the model"):
             torchquant.load(tmp_path / "float", model)
         assert torch.equal(model(x), wanted)
+
+
+class Pooled(nn.Module):
+    """Its record depends on numbers that no layer holds."""
+
+    def __init__(self, stride: int = 1, factor: float = 2.0, swap: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.stride, self.factor, self.swap = stride, factor, swap
+
+    def forward(self, x: Tensor) -> Any:
+        y = nn.functional.avg_pool2d(self.first(x), 3, self.stride, 1)
+        z = self.second(torch.relu(y * self.factor))
+        return (y, z) if self.swap else (z, y)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"stride": 2},
+            r"call 2 \(.*avg_pool2d\) with the arguments \(#1, 3, 2, 1\), the file with "
+            r"\(#1, 3, 1, 1\)",
+        ),
+        ({"factor": 3.0}, r"call 3 .* with the arguments \(#2, 3.0\), the file with \(#2, 2.0\)"),
+        ({"swap": True}, "returns other results than the one that was saved"),
+    ],
+    ids=["stride", "factor", "result"],
+)
+def test_the_arguments_of_calls_are_compared(
+    other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model, x = saved(Pooled, tmp_path / "file")
+    same = torchquant.load(tmp_path / "file", Pooled().eval())
+    with torch.no_grad():
+        assert all(map(torch.equal, same(x), model(x)))
+    with pytest.raises(ValueError, match=message):
+        torchquant.load(tmp_path / "file", Pooled(**other).eval())

@@ -66,10 +66,13 @@ class Quantized(Protocol):
 
 
 def may_use_kernels(inputs: Sequence[Any]) -> bool:
-    """True if no mode of torch watches the operators, and the inputs are plain float32 tensors.
+    """True if no mode of torch watches the operators, and the inputs are plain tensors on the CPU.
+
+    A program refuses tensors that are not float32. A forward may convert its input first.
 
     Example:
-        >>> may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([torch.zeros(1, 4).double()])
+        >>> sparse = torch.zeros(1, 4).to_sparse()
+        >>> may_use_kernels([torch.zeros(1, 4)]), may_use_kernels([sparse.to("meta")])
         (True, False)
     """
     if _is_any_autocast_enabled():
@@ -78,10 +81,7 @@ def may_use_kernels(inputs: Sequence[Any]) -> bool:
         return False
     if torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(
-        type(item) is Tensor and item.dtype is torch.float32 and item.is_cpu and not item.is_nested
-        for item in inputs
-    )
+    return all(type(item) is Tensor and item.is_cpu and not item.is_nested for item in inputs)
 
 
 class Programs:

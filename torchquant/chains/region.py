@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant.chains.averages import average
+from torchquant.chains.call import bound, misfit
 from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import Expected
@@ -33,11 +35,26 @@ from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
 from torchquant.chains.root import SCALE, ZERO_POINT
 from torchquant.configs import Static
+from torchquant.functional._checks import dtype_name
 from torchquant.graph.trace import Trace
 from torchquant.training.observers import Observer
 
 Qparams = tuple[Tensor, Tensor]
+_LOW = (torch.bfloat16, torch.float16)
+_ROUNDED = (torch.float32, *_LOW)
 _OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
+
+
+def _asking(region: RegionForward) -> Callable[[], bool]:
+    """A function that says whether a region is intact; torch.compile asks it while it compiles."""
+    known = weakref.ref(region)
+
+    def is_intact() -> bool:
+        found = known()
+        return found is not None and found.is_intact()
+
+    asked: Callable[[], bool] = torch.compiler.assume_constant_result(is_intact)
+    return asked
 
 
 class RegionForward:
@@ -82,6 +99,7 @@ class RegionForward:
         make_observer: Callable[[Static], Observer],
         pausing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self._asked = _asking(self)
         self.root = root
         self.name = name
         self.trace = trace
@@ -96,7 +114,7 @@ class RegionForward:
         self.failure = ""  # why the region does not run its calls; found by the first batch
         self.missed = ""  # why a batch could not be the first one
         self.expected: Expected | None = Expected(root, trace)
-        self._warned = False
+        self._warned = self._warned_of_dtype = False
         self._forget()
 
     def _forget(self) -> None:
@@ -105,7 +123,11 @@ class RegionForward:
         self._programs: Programs | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_interpreter": None, "_programs": None}
+        return {**self.__dict__, "_interpreter": None, "_programs": None, "_asked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._asked = _asking(self)
 
     def __getattr__(self, name: str) -> Any:
         """What tools read of a forward: that of the module's class."""
@@ -130,17 +152,19 @@ class RegionForward:
         """The forward of the module."""
         if self.failure or not (self.quantized or self.observing):
             return self.original(*args, **kwargs)
-        inputs = self._inputs(args, kwargs)
+        inputs = bound(self.trace, args, kwargs)
         if inputs is None:
             tracer = next((item.tracer for item in args if isinstance(item, torch.fx.Proxy)), None)
             if isinstance(tracer, torch.fx.Tracer) and self.quantized:  # the module is one call
                 path = tracer.path_of_module(self.root)
                 return tracer.create_proxy("call_module", path, args, kwargs)
             if self.observing:
-                self.missed = "its arguments in the calibration were no tensors, or no defaults"
+                self.missed = self.missed or misfit(self.trace, args, kwargs)
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self._interpreted(inputs) if self.quantized else self._original_on(*inputs)
+            if self.quantized and self._asked():
+                return self._interpreted(inputs)
+            return self.original(*args, **kwargs)
         kernels = self.quantized and may_use_kernels(inputs)
         if kernels and self._programs is not None and self._programs.holds():
             return self._programmed(inputs)
@@ -172,7 +196,10 @@ class RegionForward:
     def _without_gradients(self, inputs: Sequence[Any]) -> Any:
         assert self._programs is not None
         result = self._programs.run(inputs)
-        return self._interpreted(inputs) if result is REFUSED else result
+        if result is not REFUSED:
+            return result
+        self._warn_of_dtype(inputs)
+        return self._interpreted(inputs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class, on float values between the layers."""
@@ -184,26 +211,6 @@ class RegionForward:
         count = sum(name in order for name in names)
         by_name = dict(zip(names[count:], inputs[count:], strict=True))
         return self.original(*inputs[:count], **by_name)
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The tensor arguments in their order; None if the record does not hold for the call."""
-        names, order = self.trace.inputs, self.trace.order
-        if len(args) == len(names) and not kwargs and order[: len(names)] == names:
-            inputs = list(args)
-        else:
-            given = dict(zip(order, args, strict=False))
-            if len(args) > len(order) or given.keys() & kwargs.keys():
-                return None  # Python will say what is wrong
-            given |= kwargs
-            if not given.keys() <= {*names, *self.trace.defaults}:
-                return None
-            for name, default in self.trace.defaults.items():
-                if not _is_same(given.get(name, default), default):
-                    return None
-            if not all(name in given for name in names):
-                return None
-            inputs = [given[name] for name in names]
-        return inputs if all(isinstance(item, Tensor) for item in inputs) else None
 
     def is_intact(self) -> bool:
         """True if what the record relies on is as it was; warns once if it is not."""
@@ -223,6 +230,20 @@ class RegionForward:
                 stacklevel=6,
             )
         return False
+
+    def _warn_of_dtype(self, inputs: Sequence[Any]) -> None:
+        """Say once that bfloat16 and float16 inputs are slower than float32 ones."""
+        dtype = next((item.dtype for item in inputs if item.dtype in _LOW), None)
+        if dtype is None or self._warned_of_dtype or not self.quantized:
+            return
+        self._warned_of_dtype = True
+        where = "the model" if not self.name else self.name
+        warnings.warn(
+            f"{where}: the input is {dtype_name(dtype)}, so the calls of its forward run one by "
+            "one, which is slower; give it float32, which is computed on integers in one call",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
     # ------------------------------------------------------------ observing
 
@@ -337,6 +358,8 @@ class RegionForward:
         qmin, qmax = self.plan.edges[edge].range
 
         def rounded(value: Tensor) -> Tensor:
+            if value.dtype not in _ROUNDED:
+                return value  # the layer that reads it says what it needs
             scale, zero_point = self.edge_qparams(edge)
             if _is_channels_last(value):  # the operator returns contiguous tensors
                 value = value.permute(0, 2, 3, 1)
@@ -376,14 +399,6 @@ def _is_channels_last(value: Tensor) -> bool:
         return False
     last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
     return last and not value.is_contiguous()
-
-
-def _is_same(value: Any, default: Any) -> bool:
-    """True if an argument is the default, or an equal number or text, or a tuple of such."""
-    if type(value) is type(default) is tuple and len(value) == len(default):
-        return all(map(_is_same, value, default))
-    plain = type(value) is type(default) and isinstance(value, (bool, int, float, str, bytes))
-    return value is default or (plain and value == default)
 
 
 def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:

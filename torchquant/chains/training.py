@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchquant.chains.call import bound
 from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.modes import ModeExpected, Record, TrainingBatch
 from torchquant.chains.operations import Layer, Shape
@@ -89,7 +90,7 @@ class TrainingForward(RegionForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module."""
-        inputs = None if self.failure else self._inputs(args, kwargs)
+        inputs = None if self.failure else bound(self.trace, args, kwargs)
         if inputs is None or not _is_plain(inputs):
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():

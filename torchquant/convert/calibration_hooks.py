@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchquant.configs import QuantizationConfig
 from torchquant.convert.adjustment import Adjustment, adjust
+from torchquant.report import RegionReport
 from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
 
@@ -27,7 +28,10 @@ class InputObserver:
 
     Attributes:
         observing: False except during :func:`torchquant.calibrate`.
+        refused: the modules around the layer that are no region, and why.
     """
+
+    refused: tuple[RegionReport, ...] = ()
 
     def __init__(self, config: QuantizationConfig, observer: Observer) -> None:
         self.config = config

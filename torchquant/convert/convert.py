@@ -19,7 +19,7 @@ from torchquant.convert.notes import plan_notes, untied_note
 from torchquant.convert.plan import Step, check_model, find_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.ranges import Calibrated, calibrated
-from torchquant.convert.regions import Ranges, kept, quantize, ranges, region_reports
+from torchquant.convert.regions import Ranges, kept, quantize, ranges, region_reports, remembered
 from torchquant.convert.training_regions import check_loaded
 from torchquant.convert.unreached import (
     UNREACHED,
@@ -98,7 +98,7 @@ def convert_(
     fusion = check_fusion("convert_", fusion)
     plan = find_layers(model)
     check_loaded(model)
-    observed = ranges(model)
+    observed, refused = ranges(model), remembered(model)
     steps = _prepared_steps(plan, observed)
     unreached = unreached_layers(steps, strict)
     left = {id(step.module) for step in unreached}
@@ -130,7 +130,7 @@ def convert_(
         fusions,
         "converted",
         others,
-        region_reports(model, (), observed.useless),
+        region_reports(model, refused, observed.useless),
     )
 
 

@@ -20,7 +20,7 @@ from torchquant.convert.calibration_hooks import hook_of, observe_input
 from torchquant.convert.fold import fold_batch_norms, folded_rows, is_outdated
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import cover, find, kept, learn, region_reports
+from torchquant.convert.regions import cover, find, kept, learn, region_reports, remember
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
@@ -144,7 +144,7 @@ def prepare_(
         tuple(foldings),
         "prepared",
         folded_rows(others, foldings),
-        region_reports(model, found.refusals),
+        region_reports(model, remember(found)),
     )
 
 

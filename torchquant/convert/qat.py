@@ -25,7 +25,7 @@ from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import region_reports
+from torchquant.convert.regions import region_reports, reports_of
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.convert.training_regions import (
     cover_training,
@@ -181,7 +181,7 @@ def _prepare(
         found = cover_training(model)
         if example_inputs is not None:
             learn_sizes(model, example_inputs)
-        regions = region_reports(model, found.refusals)
+        regions = region_reports(model, reports_of(found))
     general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
     notes = (*general, *_notes(plan), *edge_notes)
     return QuantizationReport(

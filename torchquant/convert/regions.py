@@ -21,7 +21,8 @@ from torchquant.chains.region import Qparams, RegionForward, region_of
 from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
 from torchquant.chains.training import TrainingForward
 from torchquant.configs import Static
-from torchquant.convert.calibration_hooks import hook_of, missing_range
+from torchquant.convert.agreement import agree
+from torchquant.convert.calibration_hooks import hook_of, missing_range, prepared_layers
 from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -242,18 +243,41 @@ def forget(model: nn.Module) -> None:
 
 def region_reports(
     model: nn.Module,
-    refusals: Iterable[Refusal] = (),
+    refusals: Iterable[RegionReport] = (),
     useless: Iterable[tuple[RegionForward, str]] = (),
 ) -> tuple[RegionReport, ...]:
     """The reports on the regions of a model, and on the modules that are none."""
     reports = [report_of(region) for region in regions_in(model)]
-    others = [(one.path, one.module, one.reason) for one in refusals]
-    others += [(region.name, region.root, reason) for region, reason in useless]
     reports += (
-        RegionReport(path, type(module).__name__, "float", reason)
-        for path, module, reason in others
+        RegionReport(region.name, type(region.root).__name__, "float", reason)
+        for region, reason in useless
     )
-    return tuple(reports)
+    return (*reports, *refusals)
+
+
+def reports_of(found: Found) -> tuple[RegionReport, ...]:
+    """The reports on the modules that are no region."""
+    return tuple(
+        RegionReport(one.path, type(one.module).__name__, "float", one.reason)
+        for one in found.refusals
+    )
+
+
+def remember(found: Found) -> tuple[RegionReport, ...]:
+    """The reports on the modules that are no region; prepared layers keep them for convert_."""
+    reports = reports_of(found)
+    for report, refusal in zip(reports, found.refusals, strict=True):
+        for child in refusal.module.modules():
+            hook = hook_of(child)
+            if hook is not None:
+                hook.refused = tuple(dict.fromkeys((*hook.refused, report)))
+    return reports
+
+
+def remembered(model: nn.Module) -> tuple[RegionReport, ...]:
+    """The reports on the modules around prepared layers that are no region."""
+    hooks = prepared_layers(model).values()
+    return tuple(dict.fromkeys(report for hook in hooks for report in hook.refused))
 
 
 @dataclass
@@ -279,9 +303,12 @@ def ranges(model: nn.Module) -> Ranges:
     function.
     """
     found = Ranges()
-    for region in regions_in(model):
-        if region.quantized:
-            continue
+    regions = [region for region in regions_in(model) if not region.quantized]
+    observing = [region for region in regions if not isinstance(region, TrainingForward)]
+    layers = list(prepared_layers(model))
+    if layers or observing:
+        agree(layers, observing)
+    for region in regions:
         if isinstance(region, TrainingForward):
             deployed = region.deployed()
             if isinstance(deployed, str):

@@ -15,9 +15,12 @@ from torchquant.configs import Static
 from torchquant.convert.regions import is_leaf, regions_in
 from torchquant.files.fit import Misfit
 from torchquant.graph.in_place import without_in_place
-from torchquant.graph.trace import Trace, Untraceable, trace
+from torchquant.graph.trace import Call, Ref, Trace, Untraceable, trace
 from torchquant.nn.base import QuantizedModule
 from torchquant.training.calibration import observer_for
+
+_WITH_TEXT: tuple[type, ...] = (bool, int, float, str, type(None), type(...))
+_WITH_TEXT += (torch.dtype, torch.device, torch.memory_format)
 
 
 def region_entries(model: nn.Module) -> dict[str, Any]:
@@ -34,6 +37,8 @@ def region_entries(model: nn.Module) -> dict[str, Any]:
         if region.quantized and plan is not None and facts is not None:
             entries[names[id(region.root)]] = {
                 "calls": [call.target for call in region.trace.calls],
+                "arguments": [_described(call) for call in region.trace.calls],
+                "result": _text(region.trace.result),
                 "shapes": facts.shapes,
                 "flops": facts.flops,
                 "edges": len(plan.edges),
@@ -71,6 +76,7 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
     same = [call.target for call in record.calls] == calls
     if not same or not len(shapes) == len(calls) == len(flops):
         raise Misfit(f"{where} makes other calls than the one that was saved")
+    _check_arguments(entry, record, where)
     activations = {}
     for path in layers:
         layer = root.get_submodule(path)
@@ -89,6 +95,42 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
     root.register_buffer(SCALE, torch.ones(edges, dtype=torch.float32, device=device))
     root.register_buffer(ZERO_POINT, torch.zeros(edges, dtype=torch.int32, device=device))
     return region
+
+
+def _check_arguments(entry: Mapping[str, Any], record: Trace, where: str) -> None:
+    """Compare the arguments of the calls; files of older versions do not have them."""
+    saved = entry.get("arguments")
+    if saved is None:
+        return
+    found = [_described(call) for call in record.calls]
+    for index, call in enumerate(record.calls):
+        text = saved[index] if isinstance(saved, list) and index < len(saved) else None
+        if text != found[index]:
+            raise Misfit(
+                f"{where} makes call {index} ({call.target}) with the arguments {found[index]}, "
+                f"the file with {text}"
+            )
+    if entry.get("result") != _text(record.result):
+        raise Misfit(f"{where} returns other results than the one that was saved")
+
+
+def _described(call: Call) -> str:
+    """The arguments of a call as text; results of other calls are #index."""
+    named = (f"{key}={_text(value)}" for key, value in call.kwargs.items())
+    return f"({', '.join((*map(_text, call.args), *named))})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Ref):
+        return f"#{value.index}"
+    if isinstance(value, slice):
+        return f"{_text(value.start)}:{_text(value.stop)}:{_text(value.step)}"
+    if isinstance(value, (tuple, list)):
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return f"{left}{', '.join(map(_text, value))}{right}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
+    return repr(value) if isinstance(value, _WITH_TEXT) else type(value).__name__
 
 
 def _traced(root: nn.Module, where: str) -> Trace:
