@@ -16,6 +16,7 @@ from torch import nn
 
 from torchquant._extension import load
 from torchquant.chains.arguments import attributes_of
+from torchquant.chains.root import NAMES
 from torchquant.graph.modules import HOOKS
 from torchquant.graph.names import Names, names_read
 from torchquant.graph.trace import Trace
@@ -25,7 +26,8 @@ _Guard = load().Guard
 _INTERNAL = frozenset(
     (
         *HOOKS,
-        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "forward"),
+        *NAMES,
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"),
         *("_load_state_dict_post_hooks", "training", "_is_full_backward_hook"),
     )

@@ -77,6 +77,7 @@ class Replicate(_Method):
 
 
 _METHODS = (Apply, Replicate)
+NAMES = ("forward", *(method.name for method in _METHODS))  # of the attributes
 
 
 def attach(region: Region) -> None:
@@ -88,5 +89,5 @@ def attach(region: Region) -> None:
 
 def detach(root: nn.Module) -> None:
     """Give the root of a region the methods of its class again."""
-    for name in ("forward", *(method.name for method in _METHODS)):
+    for name in NAMES:
         root.__dict__.pop(name, None)
