@@ -25,6 +25,9 @@ const std::map<std::string, Kind> kKinds = {
     {"input", Kind::kInput},      {"conv", Kind::kConv},         {"linear", Kind::kLinear},
     {"add", Kind::kAdd},          {"mul", Kind::kMul},           {"map", Kind::kMap},
     {"max_pool", Kind::kMaxPool}, {"avg_pool", Kind::kAvgPool},  {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
+    {"affine", Kind::kAffine},    {"norm", Kind::kNorm},         {"adaptive_max_pool", Kind::kAdaptiveMaxPool},
+    {"channels", Kind::kChannels}, {"crop", Kind::kCrop},        {"pad", Kind::kPad},
+    {"pixel_shuffle", Kind::kPixelShuffle},
     {"concat", Kind::kConcat},    {"upsample", Kind::kUpsample}, {"flatten", Kind::kFlatten},
     {"output", Kind::kOutput},
 };
@@ -47,7 +50,7 @@ const at::Tensor& hold(Held& held, const at::Tensor& t, at::ScalarType type, int
 template <class T>
 const T* per_output(Held& held, const at::Tensor& t, at::ScalarType type, int64_t outputs) {
   TORCH_CHECK_VALUE(t.numel() == outputs, "Program: a layer's tensor must have one element for each of ", outputs,
-                    " outputs, got ", describe(t));
+                    " channels, got ", describe(t));
   return hold(held, t, type, alignof(T)).const_data_ptr<T>();
 }
 
@@ -82,6 +85,13 @@ class Reader {  // of one step
     set("ceil_mode", s.ceil_mode);
     set("count_include_pad", s.count_include_pad);
     set("divisor", s.divisor);
+    set("index", s.index);
+    set("last", s.last);
+    set("inverse", s.inverse);
+    set("eps", s.eps);
+    set("begin", s.begin);
+    set("end", s.end);
+    if (s.kind == Kind::kAffine || s.kind == Kind::kNorm) read_channels(s.channel);
     for (const auto& table : get_or<std::vector<at::Tensor>>("tables")) {
       TORCH_CHECK_VALUE(table.numel() == 0 || table.numel() == 256, "Program: a table must have 256 elements, got ",
                         describe(table));
@@ -109,6 +119,12 @@ class Reader {  // of one step
   template <class T>
   void set(const char* name, T& value) const {
     if (has(name)) value = get<T>(name);
+  }
+
+  void read_channels(program::PerChannel& c) {
+    set("channels", c.count);
+    if (has("gain")) c.gain = per_output<float>(held_, get<at::Tensor>("gain"), at::kFloat, c.count);
+    if (has("shift")) c.shift = per_output<float>(held_, get<at::Tensor>("shift"), at::kFloat, c.count);
   }
 
   void read_weight(program::Weight& w) {

@@ -129,14 +129,16 @@ tq_image_float image_of(const at::Tensor& t, void* data) {
 
 std::vector<at::Tensor> empty_results(const Plan& plan) {
   std::vector<at::Tensor> results;
-  for (const Shape& s : plan.results) {
+  for (size_t i = 0; i < plan.results.size(); ++i) {
+    const Shape& s = plan.results[i];
+    const bool last = plan.request.channels_last || plan.results_last[i];
     const auto options = at::TensorOptions(at::kFloat);
     if (s.rank == 2) results.push_back(at::empty({s.n, s.c}, options));
     else if (s.rank == 3) results.push_back(at::empty({s.n, s.c, s.w}, options));
     else
       results.push_back(
           at::empty({s.n, s.c, s.h, s.w}, options,
-                    plan.request.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+                    last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
   }
   return results;
 }

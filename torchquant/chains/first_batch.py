@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from torchquant.chains.interpreter import Interpreter
 from torchquant.chains.operations import Operation, Shape
+from torchquant.chains.per_channel import with_numbers
 from torchquant.chains.plan import Plan, make_plan
+from torchquant.chains.rearrange import with_rearrangements
 from torchquant.chains.recognize import operation_of
 from torchquant.configs import Static
 from torchquant.graph.trace import Trace
@@ -113,14 +115,18 @@ class FirstBatch:
         fixed = _fixed(self.trace)
         known = [None if index in fixed else shape for index, shape in enumerate(shapes)]
         operations: list[Operation] = []
+        modules = [
+            self.root.get_submodule(call.target) if call.kind == "module" else None
+            for call in self.trace.calls
+        ]
         for index, call in enumerate(self.trace.calls):
-            module = self.root.get_submodule(call.target) if call.kind == "module" else None
-            layer = None
+            module, layer = modules[index], None
             if module is not None and call.target in activations:
                 kind = kind_of(module)
                 layer = None if kind is None else kind.name
             operations.append(operation_of(call, module, layer, known, known[index]))
-        return operations
+        operations = with_numbers(self.trace, modules, operations, shapes)
+        return with_rearrangements(self.trace, modules, operations, shapes)
 
 
 def _fixed(trace: Trace) -> set[int]:

@@ -2,7 +2,10 @@
 
 A value is int8 if a layer with static activations reads it, or a step whose own result is int8.
 Everything else stays float32. Values that pass through unchanged (max pooling, flattening, nearest
-upsampling) share their scale with what they are made from; such a group of values is an *edge*.
+upsampling, some of the channels) share their scale with what they are made from; such a group of
+values is an *edge*. The parts of a concatenation belong to its edge where nothing else reads them.
+
+Steps on float values are in programs too, where a program makes or reads one of their values.
 """
 
 from __future__ import annotations
@@ -10,24 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torchquant.chains.edges import PASSING, Edges
 from torchquant.chains.operations import (
     Activate,
     Add,
+    Affine,
+    Channels,
     Concat,
-    Flatten,
     Layer,
-    MaxPool,
     Mul,
+    Norm,
     Operation,
     Other,
     Same,
     Shape,
-    Upsample,
 )
 from torchquant.configs import Static
 from torchquant.graph.trace import Trace, refs
 
-_PASSING = (MaxPool, Flatten, Upsample)
 _MIXING = (Add, Mul, Concat)
 
 
@@ -73,6 +76,9 @@ class Plan:
         edge_of: the edge of each int8 value, by the index of its call.
         points: the int8 values that are rounded right after their call; the other int8 values only
             move integers.
+        observed: the points that the region has to observe; a layer that reads one of the others
+            sees all of its values.
+        last: the results ``[n, h, w, c]`` that are images ``[n, c, h, w]`` to the steps.
         layers: the edge that each layer reads, by the layer's path.
         groups: the steps, by the index of their last call.
         in_float: why a call that a step could compute does not, by its index.
@@ -85,6 +91,8 @@ class Plan:
     edges: tuple[Static, ...]
     edge_of: Mapping[int, int]
     points: frozenset[int]
+    observed: frozenset[int]
+    last: frozenset[int]
     layers: Mapping[str, int]
     groups: Mapping[int, Group]
     in_float: Mapping[int, str]
@@ -141,22 +149,26 @@ class _Planner:
         self.residuals: dict[int, int] = {}  # by the index of the addition
         self.in_float: dict[int, str] = {}
         self.rows: set[int] = set()  # values [..., c] of more than two dimensions
+        self.last = self._last()
         self.sequences = self._has_sequences()
         self.able = self._able()
         self._fuse_activations()
         self.int8 = self._int8()
-        self.parents = {index: index for index in self.int8}
-        self._share()
+        self.joined = self._joined()
+        self.edges = Edges(self)
 
     # ------------------------------------------------------------ the graph without identities
 
     def operands(self, index: int) -> tuple[int, ...]:
         """The results that a call computes with; sizes are not among them."""
-        operation, call = self.operations[index], self.trace.calls[index]
-        reads = tuple(self.sources[read] for read in call.reads())
-        if isinstance(operation, (*_MIXING, Other)):
-            return reads
-        return reads[:1]
+        return tuple(self.sources[read] for read in self._reads(index))
+
+    def _reads(self, index: int) -> tuple[int, ...]:
+        """The same, with identities."""
+        operation, reads = self.operations[index], self.trace.calls[index].reads()
+        if isinstance(operation, (Affine, Norm, Channels)):
+            return (operation.source,)
+        return reads if isinstance(operation, (*_MIXING, Other)) else reads[:1]
 
     def _sources(self) -> list[int]:
         found: list[int] = []
@@ -186,6 +198,17 @@ class _Planner:
 
     # ------------------------------------------------------------ what can be a step
 
+    def _last(self) -> set[int]:
+        """The results ``[n, h, w, c]`` of calls that were given images in this order."""
+        found: set[int] = set()
+        for index, operation in enumerate(self.operations):
+            known = any(read in found for read in self._reads(index))
+            if isinstance(operation, Same) and operation.last is not None:
+                known = operation.last
+            if known and self._rank(index) == 4 and not isinstance(operation, Other):
+                found.add(index)
+        return found
+
     def _has_sequences(self) -> bool:
         """True if three dimensions mean [n, c, l] here: a convolution makes such values.
 
@@ -211,15 +234,26 @@ class _Planner:
                 continue
             ranks = {self._rank(index), *map(self._rank, self.operands(index))}
             allowed = {2, 4, 3} if self.sequences else {2, 4}
+            if isinstance(operation, Norm):
+                allowed = {2}
             if isinstance(operation, Layer):
                 allowed = {operation.rank}
-            if self._is_of_rows(index, ranks, able):
+            if any(read in self.last for read in self._reads(index)):
+                able.append(self._is_last(index, able))
+                if not able[-1]:
+                    self.in_float[index] = "its values are [n, h, w, c]"
+            elif self._is_of_rows(index, ranks, able):
                 self.rows.add(index)
                 able.append(True)
+            elif isinstance(operation, Affine) and operation.dim not in (None, 1):
+                self.in_float[index] = (
+                    f"it has a number for each place in dimension {operation.dim}"
+                )
+                able.append(False)
             elif not ranks <= allowed or self.rows.intersection(self.operands(index)):
                 self.in_float[index] = f"its values have {max(ranks)} dimensions"
                 able.append(False)
-            elif isinstance(operation, (Layer, *_PASSING)):
+            elif isinstance(operation, (Layer, Affine, Norm, *PASSING)):
                 able.append(True)
             else:
                 able.append(any(able[read] for read in self.operands(index)))
@@ -234,16 +268,32 @@ class _Planner:
             return False  # an image
         if isinstance(operation, Layer):
             return operation.linear
+        if isinstance(operation, Affine):
+            return operation.dim in (None, min(ranks) - 1)
+        if isinstance(operation, Norm):
+            return True
         return isinstance(operation, (Activate, Add)) and any(read in self.rows for read in reads)
+
+    def _is_last(self, index: int, able: Sequence[bool]) -> bool:
+        """True if a step can compute the call on images whose channels are the last dimension."""
+        operation, reads = self.operations[index], self._reads(index)
+        if not all(read in self.last and able[read] for read in reads):
+            return False
+        if isinstance(operation, Layer):
+            return operation.linear
+        if isinstance(operation, Affine):
+            return operation.dim in (None, 3)
+        same = all(self.shapes[read] == self.shapes[index] for read in reads)
+        return same and isinstance(operation, (Activate, Norm, Add, Mul))
 
     def _fuse_activations(self) -> None:
         for index in self.live:
             operation = self.operations[index]
-            if isinstance(operation, (Layer, Add, Mul)) and self.able[index]:
+            if isinstance(operation, (Layer, Add, Mul, Affine)) and self.able[index]:
                 readers = self.readers[index]
                 if len(readers) == 1 and readers[0] < self.count:
                     after = self.operations[readers[0]]
-                    if isinstance(after, Activate):
+                    if isinstance(after, Activate) and self.able[readers[0]]:
                         self.next[index] = readers[0]
 
     def end(self, index: int) -> int:
@@ -263,25 +313,66 @@ class _Planner:
                 self._wants_int8(reader, index, found) for reader in self.readers[index]
             ):
                 found.add(index)
-            if isinstance(operation, Add) and self.able[index] and end in found:
+            if isinstance(operation, Add) and self.able[index]:
                 self._fuse_addition(index)
+        for index in sorted(self.live):  # what passes through an int8 value unchanged is int8 too
+            passing = isinstance(self.operations[index], PASSING) and self.able[index]
+            if passing and self.operands(index)[0] in found:
+                found.add(index)
         return found
 
     def _wants_int8(self, reader: int, index: int, found: set[int]) -> bool:
         if reader == self.count:
             return False
-        if isinstance(self.operations[reader], Layer):
+        operation = self.operations[reader]
+        if isinstance(operation, Layer):
             return True
-        return self.able[reader] and self.end(reader) in found
+        if isinstance(operation, Norm) or not self.able[reader]:
+            return False
+        if isinstance(operation, Affine) and not self.able[index]:
+            return False  # a float value of Python's is scaled before it is rounded
+        return self.end(reader) in found
+
+    def _joined(self) -> set[int]:
+        """The last calls of steps on float values that are in programs, next to other steps."""
+        starts = [
+            index
+            for index in sorted(self.live - set(self.next.values()))
+            if self.able[index] and not isinstance(self.operations[index], (Same, Other))
+        ]
+        made = {
+            self.end(index)
+            for index in starts
+            if isinstance(self.operations[index], Layer) or self.end(index) in self.int8
+        }
+        needed = {read for index in starts if self.end(index) in made for read in self._all(index)}
+        found: set[int] = set()
+        for index in reversed(starts):  # what a step reads
+            if self.end(index) in needed and self.end(index) not in made:
+                found.add(self.end(index))
+                needed.update(self._all(index))
+        for index in starts:  # what reads a step's result
+            end = self.end(index)
+            if end not in made and any(read in made or read in found for read in self._all(index)):
+                found.add(end)
+        return found
+
+    def _all(self, index: int) -> Iterator[int]:
+        """The results that a step reads, by the index of its first call."""
+        yield from self.operands(index)
+        while index in self.next:
+            index = self.next[index]
+            if index in self.residuals:
+                yield self.residuals[index]
 
     def _fuse_addition(self, index: int) -> None:
         candidates = [
             read
             for read in dict.fromkeys(self.operands(index))
-            if isinstance(operation := self.operations[read], Layer)
-            and not operation.linear
+            if isinstance(self.operations[read], (Layer, Affine))
             and self.able[read]
             and self.readers[read] == [index]
+            and (read in self.rows) == (index in self.rows)
         ]
         if candidates and len(set(self.operands(index))) == 2:
             layer = max(candidates)
@@ -289,43 +380,13 @@ class _Planner:
             self.next[layer] = index
             self.residuals[index] = other
 
-    # ------------------------------------------------------------ which values share a scale
-
-    def _share(self) -> None:
-        inputs: dict[str, int] = {}
-        for index in sorted(self.live):
-            operation = self.operations[index]
-            passing = isinstance(operation, _PASSING)
-            moving = isinstance(operation, Other) and operation.moves
-            if (passing or moving) and index in self.int8:
-                for read in self.operands(index):
-                    if read in self.int8:
-                        self._unite(index, read)
-            if isinstance(operation, Layer):
-                read = self.operands(index)[0]
-                self._unite(read, inputs.setdefault(operation.path, read))
-
-    def _find(self, index: int) -> int:
-        while self.parents[index] != index:
-            index = self.parents[index]
-        return index
-
-    def _unite(self, first: int, second: int) -> None:
-        a, b = sorted((self._find(first), self._find(second)))
-        self.parents[b] = a
-
-    def _layers(self) -> Iterator[tuple[str, int]]:
-        """The paths of the layers, with the first value of the edge that they read."""
-        for index in sorted(self.live):
-            operation = self.operations[index]
-            if isinstance(operation, Layer):
-                yield operation.path, self._find(self.operands(index)[0])
+    # ------------------------------------------------------------ the result
 
     def conflicts(self) -> dict[str, str]:
         """Layers that read an edge of other layers but have another quantization of activations."""
         first: dict[int, tuple[str, Static]] = {}
         found = {}
-        for path, edge in self._layers():
+        for path, edge in self.edges.layers():
             own = self.activations[path]
             name, known = first.setdefault(edge, (path, own))
             if known != own:
@@ -333,32 +394,28 @@ class _Planner:
         return found
 
     def plan(self, dropped: Mapping[str, str]) -> Plan:
-        layers = dict(self._layers())
+        layers = dict(self.edges.layers())
         chosen = {edge: self.activations[path] for path, edge in layers.items()}
         usual = next(iter(self.activations.values()), Static())
         between = replace(usual, bits=8, narrow_range=None)  # read by no layer
-        firsts = sorted({self._find(index) for index in self.int8})
+        firsts = sorted({self.edges.find(index) for index in self.int8})
         numbers = {first: number for number, first in enumerate(firsts)}
         groups = {group.end: group for group in self._groups()}
+        points = {index for index in self.int8 if self.edges.rounds(index)}
         return Plan(
             tuple(self.operations),
             tuple(self.sources),
             frozenset(self.live),
             tuple(chosen.get(first, between) for first in firsts),
-            {index: numbers[self._find(index)] for index in sorted(self.int8)},
-            frozenset(index for index in self.int8 if self._rounds(index)),
+            {index: numbers[self.edges.find(index)] for index in sorted(self.int8)},
+            frozenset(points),
+            frozenset(index for index in points if not self.edges.is_seen(index)),
+            frozenset(self.last),
             {path: numbers[edge] for path, edge in layers.items()},
             groups,
             {index: why for index, why in self.in_float.items() if index in self.live},
             dict(dropped),
         )
-
-    def _rounds(self, index: int) -> bool:
-        operation = self.operations[index]
-        moving = isinstance(operation, Other) and operation.moves
-        if not (moving or isinstance(operation, _PASSING)):
-            return True
-        return not all(read in self.int8 for read in self.operands(index)[:1])
 
     def _groups(self) -> Iterator[Group]:
         inner = set(self.next.values())
@@ -367,7 +424,8 @@ class _Planner:
             if index in inner or not self.able[index] or isinstance(operation, (Same, Other)):
                 continue
             end = self.end(index)
-            if not isinstance(operation, Layer) and end not in self.int8:
+            float_step = not isinstance(operation, Layer) and end not in self.int8
+            if float_step and end not in self.joined:
                 continue
             calls = [index]
             while calls[-1] in self.next:

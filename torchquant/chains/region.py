@@ -27,7 +27,7 @@ from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute
-from torchquant.chains.observed import observed_points
+from torchquant.chains.normalize import normalizing
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
@@ -237,8 +237,8 @@ class RegionForward:
 
     def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         assert self.plan is not None
-        points = observed_points(self.trace, self.plan)
-        return {index: _observing(self.observers[edge]) for index, edge in points.items()}
+        edges = {index: self.plan.edge_of[index] for index in self.plan.observed}
+        return {index: _observing(self.observers[edge]) for index, edge in edges.items()}
 
     def take_first_batch(self, inputs: Sequence[Any]) -> None:
         """Compare the record with the forward, learn the sizes, and decide what is int8."""
@@ -258,7 +258,7 @@ class RegionForward:
         known = {} if self.plan is None else _firsts(self.plan)
         kept = {known[edge]: observer for edge, observer in self.observers.items()}
         self.plan, self.observers = plan, {}
-        watched = {*observed_points(self.trace, plan).values()}
+        watched = {plan.edge_of[index] for index in plan.observed}
         unread = {*range(len(plan.edges))} - {*plan.layers.values()}
         for edge in sorted(watched | unread):
             activations = plan.edges[edge]
@@ -355,17 +355,24 @@ class RegionForward:
                 found[index] = _activation(operation.function)
             elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
                 found[index] = self._average(index, operation)
+        for group in self.plan.groups.values():
+            index = group.calls[0]
+            substitute = normalizing(self.trace, self.root, index, self.plan.operations[index])
+            if substitute is not None:
+                found[index] = substitute
         return found
 
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
         assert self.plan is not None and self.facts is not None
         operand = self.plan.groups[index].operands[0]
-        edge, shape = self.plan.edge_of[operand], self.facts.shapes[operand]
+        edge, shape = self.plan.edge_of.get(operand), self.facts.shapes[operand]
         rank = 0 if shape is None else len(shape)
 
         def averaged(value: Tensor, *rest: Any) -> Any:
             if value.dim() != rank:
                 return NotImplemented
+            if edge is None:
+                return average(value, None, None, operation)
             return average(value, *self.edge_qparams(edge), operation)
 
         return averaged
