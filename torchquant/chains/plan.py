@@ -375,7 +375,8 @@ class _Planner:
             and (read in self.rows) == (index in self.rows)
         ]
         if candidates and len(set(self.operands(index))) == 2:
-            layer = max(candidates)
+            # The later one, and a layer rather than numbers for each channel.
+            layer = max(candidates, key=lambda one: (isinstance(self.operations[one], Layer), one))
             (other,) = set(self.operands(index)) - {layer}
             self.next[layer] = index
             self.residuals[index] = other
