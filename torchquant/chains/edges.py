@@ -24,7 +24,7 @@ from torchquant.chains.operations import (
     Shape,
     Upsample,
 )
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 
 _WHOLE = (MaxPool, AdaptiveMaxPool, Flatten, Upsample, Pad, PixelShuffle)  # no value is left out
 PASSING = (*_WHOLE, Channels, Crop)
@@ -40,6 +40,7 @@ class Graph(Protocol):
     live: set[int]
     int8: set[int]
     readers: list[list[int]]
+    forced: dict[int, tuple[str, Static | Float]]
 
     def operands(self, index: int) -> tuple[int, ...]:
         """The results that a call computes with."""
@@ -56,7 +57,7 @@ class Edges:
         self.operations, self.shapes = graph.operations, graph.shapes
         self.activations, self.operands = graph.activations, graph.operands
         self.count, self.readers = graph.count, graph.readers
-        self.live, self.int8 = graph.live, graph.int8
+        self.live, self.int8, self.forced = graph.live, graph.int8, graph.forced
         self.parents = {index: index for index in self.int8}
         self._share()
         self._share_parts()
@@ -71,7 +72,7 @@ class Edges:
                 for read in self.operands(index):
                     if read in self.int8:
                         self._unite(index, read)
-            if isinstance(operation, Layer):
+            if isinstance(operation, Layer) and self.operands(index)[0] in self.int8:
                 read = self.operands(index)[0]
                 self._unite(read, inputs.setdefault(operation.path, read))
 
@@ -90,6 +91,9 @@ class Edges:
                 )
                 edges = {self.find(read), self.find(index)}
                 own = {self.activations[path] for path, edge in self.layers() if edge in edges}
+                for end, (_, part) in self.forced.items():
+                    if end in self.int8 and self.find(end) in edges and isinstance(part, Static):
+                        own.add(part)
                 if alone and len(own) <= 1 and all(one.bits == 8 for one in own):
                     self._unite(index, read)
 
@@ -107,7 +111,7 @@ class Edges:
         """The paths of the layers, with the first value of the edge that they read."""
         for index in sorted(self.live):
             operation = self.operations[index]
-            if isinstance(operation, Layer):
+            if isinstance(operation, Layer) and self.operands(index)[0] in self.int8:
                 yield operation.path, self.find(self.operands(index)[0])
 
     def is_seen(self, index: int) -> bool:

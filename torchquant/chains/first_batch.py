@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torchquant.chains.per_channel import with_numbers
 from torchquant.chains.plan import Plan, make_plan
 from torchquant.chains.rearrange import with_rearrangements
 from torchquant.chains.recognize import operation_of
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.graph.trace import Trace
 from torchquant.nn.kinds import kind_of
 
@@ -98,13 +99,19 @@ class FirstBatch:
         self.flops = [after - before for before, after in itertools.pairwise(ends)]
         return result
 
-    def plan(self, activations: Mapping[str, Static]) -> Plan:
+    def plan(
+        self,
+        activations: Mapping[str, Static],
+        outputs: Mapping[str, Static | Float] = MappingProxyType({}),
+    ) -> Plan:
         """What is int8, from the sizes of the batch.
 
         Args:
             activations: the quantization of the activations that enter each layer, by path.
+            outputs: what configurations say about the values that leave layers, by path.
         """
-        return make_plan(self.trace, self.operations(activations), self.shapes, activations)
+        operations = self.operations(activations)
+        return make_plan(self.trace, operations, self.shapes, activations, outputs)
 
     def operations(
         self, activations: Mapping[str, Static], shapes: Sequence[Shape] | None = None

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torchquant.chains.edges import PASSING, Edges
+from torchquant.chains.layouts import Layouts, reads_of
 from torchquant.chains.operations import (
     Activate,
     Add,
     Affine,
-    Channels,
-    Concat,
     Layer,
     Mul,
     Norm,
@@ -28,10 +28,8 @@ from torchquant.chains.operations import (
     Same,
     Shape,
 )
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.graph.trace import Trace, refs
-
-_MIXING = (Add, Mul, Concat)
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class Plan:
         groups: the steps, by the index of their last call.
         in_float: why a call that a step could compute does not, by its index.
         dropped: layers that read no edge, and why.
+        ended: the values that their layer's configuration keeps in float, and the layer's path.
     """
 
     operations: tuple[Operation, ...]
@@ -97,6 +96,7 @@ class Plan:
     groups: Mapping[int, Group]
     in_float: Mapping[int, str]
     dropped: Mapping[str, str]
+    ended: Mapping[int, str]
 
 
 def make_plan(
@@ -104,6 +104,7 @@ def make_plan(
     operations: Sequence[Operation],
     shapes: Sequence[Shape],
     activations: Mapping[str, Static],
+    outputs: Mapping[str, Static | Float] = MappingProxyType({}),
 ) -> Plan:
     """Decide which values of a region are int8.
 
@@ -112,6 +113,11 @@ def make_plan(
         operations: what each of them computes.
         shapes: the shape of each result in the first batch.
         activations: the quantization of the activations that enter each layer, by path.
+        outputs: what the configurations of some layers say about the values that leave them.
+
+    Raises:
+        ValueError: the outputs of two layers are one value, or share a scale, and have different
+            configurations.
     """
     dropped: dict[str, str] = {}
     while True:
@@ -122,7 +128,7 @@ def make_plan(
             else op
             for op in operations
         ]
-        planner = _Planner(trace, known, shapes, used)
+        planner = _Planner(trace, known, shapes, used, outputs)
         other = planner.conflicts()
         if not other:
             return planner.plan(dropped)
@@ -136,6 +142,7 @@ class _Planner:
         operations: Sequence[Operation],
         shapes: Sequence[Shape],
         activations: Mapping[str, Static],
+        outputs: Mapping[str, Static | Float],
     ) -> None:
         self.trace = trace
         self.operations = operations
@@ -147,12 +154,13 @@ class _Planner:
         self.readers = self._readers()
         self.next: dict[int, int] = {}  # the call that becomes part of the same step
         self.residuals: dict[int, int] = {}  # by the index of the addition
-        self.in_float: dict[int, str] = {}
-        self.rows: set[int] = set()  # values [..., c] of more than two dimensions
-        self.last = self._last()
-        self.sequences = self._has_sequences()
-        self.able = self._able()
+        layouts = Layouts(trace, operations, shapes, self.sources)
+        self.able, self.rows, self.last = layouts.able, layouts.rows, layouts.last
+        self.in_float = layouts.in_float
         self._fuse_activations()
+        self._fuse_additions()
+        self.outputs = outputs
+        self.forced = self._forced()
         self.int8 = self._int8()
         self.joined = self._joined()
         self.edges = Edges(self)
@@ -161,14 +169,7 @@ class _Planner:
 
     def operands(self, index: int) -> tuple[int, ...]:
         """The results that a call computes with; sizes are not among them."""
-        return tuple(self.sources[read] for read in self._reads(index))
-
-    def _reads(self, index: int) -> tuple[int, ...]:
-        """The same, with identities."""
-        operation, reads = self.operations[index], self.trace.calls[index].reads()
-        if isinstance(operation, (Affine, Norm, Channels)):
-            return (operation.source,)
-        return reads if isinstance(operation, (*_MIXING, Other)) else reads[:1]
+        return tuple(self.sources[read] for read in reads_of(index, self.trace, self.operations))
 
     def _sources(self) -> list[int]:
         found: list[int] = []
@@ -196,95 +197,7 @@ class _Planner:
             found[read].append(self.count)
         return found
 
-    # ------------------------------------------------------------ what can be a step
-
-    def _last(self) -> set[int]:
-        """The results ``[n, h, w, c]`` of calls that were given images in this order."""
-        found: set[int] = set()
-        for index, operation in enumerate(self.operations):
-            known = any(read in found for read in self._reads(index))
-            if isinstance(operation, Same) and operation.last is not None:
-                known = operation.last
-            if known and self._rank(index) == 4 and not isinstance(operation, Other):
-                found.add(index)
-        return found
-
-    def _has_sequences(self) -> bool:
-        """True if three dimensions mean [n, c, l] here: a convolution makes such values.
-
-        One image [c, h, w] without a batch has three dimensions, too.
-        """
-        return any(
-            isinstance(operation, Layer)
-            and not operation.linear
-            and operation.rank == self._rank(index) == 3
-            for index, operation in enumerate(self.operations)
-        )
-
-    def _rank(self, index: int) -> int:
-        shape = self.shapes[index]
-        return 0 if shape is None else len(shape)
-
-    def _able(self) -> list[bool]:
-        """For each call whether a step can compute it from integers, or from quantized floats."""
-        able: list[bool] = []
-        for index, operation in enumerate(self.operations):
-            if isinstance(operation, (Same, Other)):
-                able.append(isinstance(operation, Same) and able[self.sources[index]])
-                continue
-            ranks = {self._rank(index), *map(self._rank, self.operands(index))}
-            allowed = {2, 4, 3} if self.sequences else {2, 4}
-            if isinstance(operation, Norm):
-                allowed = {2}
-            if isinstance(operation, Layer):
-                allowed = {operation.rank}
-            if any(read in self.last for read in self._reads(index)):
-                able.append(self._is_last(index, able))
-                if not able[-1]:
-                    self.in_float[index] = "its values are [n, h, w, c]"
-            elif self._is_of_rows(index, ranks, able):
-                self.rows.add(index)
-                able.append(True)
-            elif isinstance(operation, Affine) and operation.dim not in (None, 1):
-                self.in_float[index] = (
-                    f"it has a number for each place in dimension {operation.dim}"
-                )
-                able.append(False)
-            elif not ranks <= allowed or self.rows.intersection(self.operands(index)):
-                self.in_float[index] = f"its values have {max(ranks)} dimensions"
-                able.append(False)
-            elif isinstance(operation, (Layer, Affine, Norm, *PASSING)):
-                able.append(True)
-            else:
-                able.append(any(able[read] for read in self.operands(index)))
-        return able
-
-    def _is_of_rows(self, index: int, ranks: set[int], able: Sequence[bool]) -> bool:
-        """True if a step can compute the call on rows ``[..., c]`` of more than two dimensions."""
-        operation, reads = self.operations[index], self.operands(index)
-        if self.sequences or len(ranks) != 1 or min(ranks) < 3:
-            return False
-        if any(able[read] and read not in self.rows for read in reads):
-            return False  # an image
-        if isinstance(operation, Layer):
-            return operation.linear
-        if isinstance(operation, Affine):
-            return operation.dim in (None, min(ranks) - 1)
-        if isinstance(operation, Norm):
-            return True
-        return isinstance(operation, (Activate, Add)) and any(read in self.rows for read in reads)
-
-    def _is_last(self, index: int, able: Sequence[bool]) -> bool:
-        """True if a step can compute the call on images whose channels are the last dimension."""
-        operation, reads = self.operations[index], self._reads(index)
-        if not all(read in self.last and able[read] for read in reads):
-            return False
-        if isinstance(operation, Layer):
-            return operation.linear
-        if isinstance(operation, Affine):
-            return operation.dim in (None, 3)
-        same = all(self.shapes[read] == self.shapes[index] for read in reads)
-        return same and isinstance(operation, (Activate, Norm, Add, Mul))
+    # ------------------------------------------------------------ what is one step
 
     def _fuse_activations(self) -> None:
         for index in self.live:
@@ -307,14 +220,12 @@ class _Planner:
     def _int8(self) -> set[int]:
         found: set[int] = set()
         for index in sorted(self.live, reverse=True):
-            operation = self.operations[index]
-            end = self.end(index)
-            if end == index and any(
+            forced = self.forced.get(index, ("", None))[1]
+            wanted = isinstance(forced, Static) or any(
                 self._wants_int8(reader, index, found) for reader in self.readers[index]
-            ):
+            )
+            if self.end(index) == index and wanted and not isinstance(forced, Float):
                 found.add(index)
-            if isinstance(operation, Add) and self.able[index]:
-                self._fuse_addition(index)
         for index in sorted(self.live):  # what passes through an int8 value unchanged is int8 too
             passing = isinstance(self.operations[index], PASSING) and self.able[index]
             if passing and self.operands(index)[0] in found:
@@ -365,6 +276,21 @@ class _Planner:
             if index in self.residuals:
                 yield self.residuals[index]
 
+    def _forced(self) -> dict[int, tuple[str, Static | Float]]:
+        """The values that configurations decide about, with the layers that they leave."""
+        found: dict[int, tuple[str, Static | Float]] = {}
+        for index in sorted(self.live):
+            operation = self.operations[index]
+            part = self.outputs.get(operation.path) if isinstance(operation, Layer) else None
+            if isinstance(operation, Layer) and part is not None:
+                found[self.end(index)] = (operation.path, part)
+        return found
+
+    def _fuse_additions(self) -> None:
+        for index in sorted(self.live, reverse=True):
+            if isinstance(self.operations[index], Add) and self.able[index]:
+                self._fuse_addition(index)
+
     def _fuse_addition(self, index: int) -> None:
         candidates = [
             read
@@ -387,6 +313,23 @@ class _Planner:
         """Layers that read an edge of other layers but have another quantization of activations."""
         first: dict[int, tuple[str, Static]] = {}
         found = {}
+        for index, operation in enumerate(self.operations):
+            source = self.operands(index)[0] if isinstance(operation, Layer) else -1
+            name, part = self.forced.get(source, ("", None))
+            if index in self.live and isinstance(operation, Layer) and isinstance(part, Float):
+                found[operation.path] = (
+                    f"it reads the output of {name}, which is configured as float"
+                )
+        if found:
+            return found
+        for index, (name, part) in self.forced.items():
+            if index in self.int8 and isinstance(part, Static):
+                other, known = first.setdefault(self.edges.find(index), (name, part))
+                if known != part:
+                    raise ValueError(
+                        f"the outputs of {other} and {name} share a scale and must have one "
+                        f"configuration, got {known!r} and {part!r}; give both the same output"
+                    )
         for path, edge in self.edges.layers():
             own = self.activations[path]
             name, known = first.setdefault(edge, (path, own))
@@ -397,6 +340,9 @@ class _Planner:
     def plan(self, dropped: Mapping[str, str]) -> Plan:
         layers = dict(self.edges.layers())
         chosen = {edge: self.activations[path] for path, edge in layers.items()}
+        for index, (_, part) in self.forced.items():
+            if index in self.int8 and isinstance(part, Static):
+                chosen[self.edges.find(index)] = part
         usual = next(iter(self.activations.values()), Static())
         between = replace(usual, bits=8, narrow_range=None)  # read by no layer
         firsts = sorted({self.edges.find(index) for index in self.int8})
@@ -416,6 +362,7 @@ class _Planner:
             groups,
             {index: why for index, why in self.in_float.items() if index in self.live},
             dict(dropped),
+            {end: path for end, (path, part) in self.forced.items() if isinstance(part, Float)},
         )
 
     def _groups(self) -> Iterator[Group]:

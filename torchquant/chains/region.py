@@ -16,6 +16,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
 from torchquant.chains.root import SCALE, ZERO_POINT
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.graph.trace import Trace
 from torchquant.training.observers import Observer
 
@@ -53,6 +54,7 @@ class RegionForward:
         activations: the quantization of the activations that enter each layer, by path.
         make_observer: makes the observer of an int8 value that no layer reads.
         pausing: takes the root; a context in which its layers do not observe.
+        outputs: what configurations say about the values that leave layers, by path.
 
     Attributes:
         observing: True during calibration.
@@ -81,11 +83,13 @@ class RegionForward:
         activations: Mapping[str, Static],
         make_observer: Callable[[Static], Observer],
         pausing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        outputs: Mapping[str, Static | Float] = MappingProxyType({}),
     ) -> None:
         self.root = root
         self.name = name
         self.trace = trace
         self.activations = dict(activations)
+        self.outputs = dict(outputs)
         self.make_observer = make_observer
         self.pausing = pausing
         self.plan: Plan | None = None
@@ -247,7 +251,7 @@ class RegionForward:
             self.failure = facts.compare(self._original_on, inputs)
         if not self.failure:
             self.facts = facts
-            self.set_plan(facts.plan(self.activations))
+            self.set_plan(facts.plan(self.activations, self.outputs))
 
     def set_plan(self, plan: Plan) -> None:
         """Take a plan; observers of edges that it has in common with the last one stay."""
