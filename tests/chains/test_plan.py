@@ -212,7 +212,7 @@ def test_the_report_names_what_is_float() -> None:
 def test_a_report_without_a_batch() -> None:
     model = with_statistics(Functional())
     report = torchquant.prepare_(model)
-    assert str(report.regions[0]).startswith("found: the model (Functional): 3 layers;")
+    assert str(report.regions[0]).startswith("found: the model (Functional): 4 layers;")
 
 
 def test_only_static_layers_make_regions() -> None:

@@ -1,6 +1,7 @@
 """Forwards that one program runs, without Python in between, with the bits of the interpreter."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ import torchquant
 from torchquant.chains import region as region_module
 from torchquant.chains.operations import Affine, Channels, Norm
 from torchquant.chains.schedule import Segment
-from torchquant.configs import Float, QuantizationConfig, Static, Weights
+from torchquant.configs import (
+    Float,
+    QuantizationConfig,
+    Static,
+    Weights,
+    config_from_dict,
+    config_to_dict,
+)
 from torchquant.convert.regions import regions_in
 
 CONFIG = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax")
@@ -389,3 +397,19 @@ def test_an_output_that_is_no_part(output: Any) -> None:
 def test_an_output_needs_static_activations() -> None:
     with pytest.raises(ValueError, match="output must be None unless activations are Static"):
         QuantizationConfig(output=Float())
+
+
+@pytest.mark.parametrize("output", [None, Float(), Static(bits=4)])
+def test_outputs_in_files(output: Any, tmp_path: Path) -> None:
+    config = torchquant.Int8StaticActivationInt8WeightConfig(observer="minmax", output=output)
+    assert config_from_dict(config_to_dict(config)) == config
+    assert ("output" in config_to_dict(config)) == (output is not None)
+    torch.manual_seed(0)
+    model, other, x = Two().eval(), Two().eval(), images(2)
+    with torch.no_grad():
+        calibrated(model, x, {"second": config, "first": CONFIG})
+        torchquant.save(model, tmp_path / "model")
+        torchquant.load(tmp_path / "model", other)
+        assert_same_bits(other(x), model(x))
+        plan, wanted = (regions_in(one)[0].plan for one in (other, model))
+        assert (plan.edges, plan.points) == (wanted.edges, wanted.points)

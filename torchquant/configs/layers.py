@@ -196,7 +196,7 @@ class QuantizationConfig(Part):
 
     weights: Weights = field(default_factory=Weights)
     activations: Any = field(default_factory=Dynamic)
-    output: Static | Float | None = None
+    output: Static | Float | None = field(default=None, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
         if self.output is not None and not isinstance(self.output, (Static, Float)):
