@@ -31,9 +31,9 @@ def normalizing(
         return None
     module, numbers = root.get_submodule(trace.calls[index].target), Numbers(trace, root)
 
-    def normalized(value: Tensor) -> Tensor:
+    def normalized(value: Tensor) -> Any:
         if value.dtype is not torch.float32:
-            return type(module).forward(module, value)  # type: ignore[no-any-return]
+            return NotImplemented
         y = functional.channel_affine(value.detach(), *numbers.of(index, operation))
         if torch.is_grad_enabled():
             real = type(module).forward(module, value)
@@ -48,7 +48,9 @@ def _layer_norm(trace: Trace, root: nn.Module, index: int, operation: Norm) -> S
     module: Any = root.get_submodule(call.target) if operation.module else None
     places = {read: place for place, read in enumerate(call.reads())}
 
-    def normalized(*arguments: Tensor) -> Tensor:
+    def normalized(*arguments: Tensor) -> Any:
+        if arguments[places[operation.source]].dtype is not torch.float32:
+            return NotImplemented
         if module is not None:
             weight, bias = module.weight, module.bias
         else:

@@ -20,20 +20,21 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant.chains.averages import average
+from torchquant.chains.edges import PASSING
 from torchquant.chains.guard import reads_mode
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
 from torchquant.chains.modes import Record
+from torchquant.chains.normalize import normalizing
 from torchquant.chains.operations import (
     Activate,
     AdaptiveAvgPool,
     AvgPool,
-    Flatten,
+    Channels,
+    Concat,
     Layer,
-    MaxPool,
     Other,
     Same,
     Shape,
-    Upsample,
 )
 from torchquant.chains.plan import Plan
 from torchquant.nn.base import Rounding, TrainedModule
@@ -196,10 +197,12 @@ class Simulation:
                 return found
             if index in self.drops:
                 found.append(self.modules[call.target] if call.kind == "module" else _ALWAYS)
+            if isinstance(operation, Concat):  # its parts were rounded to its scale
+                return [*found, *(one for read in call.reads() for one in self._droppers(read))]
             moving = isinstance(operation, Other) and operation.moves
-            if not moving and not isinstance(operation, (Same, MaxPool, Flatten, Upsample)):
+            if not moving and not isinstance(operation, (Same, *PASSING)):
                 return found
-            index = call.reads()[0]
+            index = operation.source if isinstance(operation, Channels) else call.reads()[0]
 
     def _in_place(self) -> dict[int, list[nn.Module]]:
         """Modules that drop in place, by the results that they change."""
@@ -227,9 +230,17 @@ class Simulation:
             elif isinstance(operation, Activate):
                 yield index, self._activation(operation.function, index in fused.values())
             elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
-                edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
-                if self.places[edge] is not None:
+                edge = self.plan.edge_of.get(self.plan.groups[index].operands[0])
+                if edge is None:
+                    yield index, self._float_average(operation)
+                elif self.places[edge] is not None:
                     yield index, self._average(index, operation)
+        for group in self.plan.groups.values():
+            index = group.calls[0]
+            operation, trace = self.plan.operations[index], self.record.trace
+            norm = normalizing(trace, self.region.root, index, operation)
+            if norm is not None:
+                yield index, self._norm(norm, self.modules.get(self.calls[index].target))
 
     def _fused(self) -> Iterator[tuple[int, int]]:
         """Layers that apply the activation after them, and the calls of the activations."""
@@ -267,6 +278,22 @@ class Simulation:
             return value if fused and self.fusing else ops.activation(value, function)
 
         return call
+
+    def _norm(self, substitute: Substitute, module: nn.Module | None) -> Substitute:
+        """A norm with the bits of deployment; one that uses statistics of the batch stays."""
+
+        def call(value: Tensor, *rest: Any) -> Any:
+            batch = module is not None and module.training and reads_mode(module)
+            return substitute(value, *rest) if self.quantizing and not batch else NotImplemented
+
+        return call
+
+    def _float_average(self, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
+        def averaged(value: Tensor, *rest: Any) -> Any:
+            plain = not self.quantizing or value.dim() not in (3, 4)
+            return NotImplemented if plain else average(value, None, None, operation)
+
+        return averaged
 
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
         operand = self.plan.groups[index].operands[0]
