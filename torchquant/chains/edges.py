@@ -89,12 +89,14 @@ class Edges:
                     reader in self.int8 and isinstance(self.operations[reader], Concat)
                     for reader in self.readers[read]
                 )
+                if not alone:
+                    continue
                 edges = {self.find(read), self.find(index)}
                 own = {self.activations[path] for path, edge in self.layers() if edge in edges}
                 for end, (_, part) in self.forced.items():
                     if end in self.int8 and self.find(end) in edges and isinstance(part, Static):
                         own.add(part)
-                if alone and len(own) <= 1 and all(one.bits == 8 for one in own):
+                if len(own) <= 1 and all(one.bits == 8 for one in own):
                     self._unite(index, read)
 
     def find(self, index: int) -> int:

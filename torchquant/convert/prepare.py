@@ -20,7 +20,7 @@ from torchquant.convert.calibration_hooks import hook_of, observe_input
 from torchquant.convert.fold import fold_batch_norms, folded_rows, is_outdated
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import Found, calls_of, cover, find, kept, learn, region_reports
+from torchquant.convert.regions import cover, find, join_small_ones, kept, learn, region_reports
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
@@ -123,8 +123,7 @@ def prepare_(
     steps = [step for step in plan if step.skip is None]
     missed, ranks = ([], {}) if example_inputs is None else _tried(model, steps, example_inputs)
     found = find(model, _wanted(steps))
-    for step in _small_ones(plan, found):
-        step.leave = None
+    join_small_ones(plan, found)
     steps = [step for step in plan if step.skip is None]
     size = tensor_bytes(model)
     with kept(model):
@@ -156,15 +155,6 @@ def _wanted(steps: Iterable[Step]) -> Callable[[nn.Module], bool]:
     """Is a module one of the layers that are or will be prepared?"""
     chosen = {id(step.module) for step in steps}
     return lambda module: id(module) in chosen or hook_of(module) is not None
-
-
-def _small_ones(plan: Iterable[Step], found: Found) -> list[Step]:
-    """The layers that are too small to benefit by themselves, but are parts of chains.
-
-    The data of a chain stays in integers, and leaving the chain costs more than a small layer.
-    """
-    called = {id(module) for region in found.regions for _, module in calls_of(region)}
-    return [step for step in plan if step.small and id(step.module) in called]
 
 
 def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:

@@ -22,6 +22,7 @@ from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
 from torchquant.chains.training import TrainingForward
 from torchquant.configs import Float, Static
 from torchquant.convert.calibration_hooks import hook_of, missing_range
+from torchquant.convert.plan import Step
 from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -133,6 +134,21 @@ def own_layers(found: Found) -> Iterator[tuple[Region, list[tuple[str, nn.Module
     )
     for region in found.regions:
         yield region, [(path, m) for path, m in calls_of(region) if calls[id(m)] == 1]
+
+
+def join_small_ones(plan: Iterable[Step], found: Found) -> None:
+    """Let layers take part that are too small to benefit by themselves, but are parts of chains.
+
+    The data of a chain stays in integers, and leaving the chain costs more than a small layer.
+
+    Args:
+        plan: the plan for all layers.
+        found: the regions of the other layers.
+    """
+    called = {id(module) for region in found.regions for _, module in calls_of(region)}
+    for step in plan:
+        if step.small and id(step.module) in called:
+            step.leave = None
 
 
 def calls_of(region: Region) -> Iterator[tuple[str, nn.Module]]:
