@@ -1,4 +1,4 @@
-"""Models that nobody rewrites by hand: one program each, with 90 % of the products int8 at least."""
+"""Models that nobody rewrites by hand: one program each, 90 % of the products int8 at least."""
 
 import copy
 from typing import Any

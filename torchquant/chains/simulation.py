@@ -106,7 +106,7 @@ class Simulation:
         self.drops = {index for index in range(len(self.calls)) if self._may_drop(index)}
         self.in_place = self._in_place()
         self.points = {
-            index for index in plan.points if self.places[plan.edge_of[index]] is not None
+            index for index in self._rounded() if self.places[plan.edge_of[index]] is not None
         }
         # Values that one layer alone reads: the layer rounds them. In bfloat16 it does not, because
         # the deployed region rounds to multiples of the scale in bfloat16 before the layer does.
@@ -129,6 +129,32 @@ class Simulation:
 
     def _points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         return {index: self._point(index) for index in self.points}
+
+    def _rounded(self) -> set[int]:
+        """The values that are observed and rounded: concatenations instead of their parts.
+
+        While a range is still learned, each part would be rounded with another scale.
+        """
+        whole = {
+            index
+            for index in self.plan.edge_of
+            if index in self.plan.live and isinstance(self.plan.operations[index], Concat)
+        }
+        readers = self.record.trace.readers()
+        return {one for one in whole | self.plan.points if not self._is_part(one, one, readers)}
+
+    def _is_part(self, index: int, point: int, readers: list[list[int]]) -> bool:
+        """True if a value only becomes part of concatenations that have its scale."""
+        edges = self.plan.edge_of
+        for reader in readers[index]:
+            operation = self.plan.operations[reader] if reader < len(self.calls) else None
+            joins = isinstance(operation, Concat) and edges.get(reader) == edges[point]
+            passes = isinstance(operation, Same) or (
+                isinstance(operation, PASSING) and edges.get(reader) == edges[point]
+            )
+            if not joins and not (passes and self._is_part(reader, point, readers)):
+                return False
+        return bool(readers[index])
 
     def _point(self, index: int) -> Callable[[Tensor], Tensor]:
         edge = self.plan.edge_of[index]
@@ -154,7 +180,7 @@ class Simulation:
         """The values that exactly one call of one layer reads, and nothing else does."""
         readers = self.record.trace.readers()
         counts: dict[int, int] = {}
-        for index in self.plan.points:
+        for index in self.points:
             edge = self.plan.edge_of[index]
             counts[edge] = counts.get(edge, 0) + 1
         for index in self.points:
@@ -197,8 +223,6 @@ class Simulation:
                 return found
             if index in self.drops:
                 found.append(self.modules[call.target] if call.kind == "module" else _ALWAYS)
-            if isinstance(operation, Concat):  # its parts were rounded to its scale
-                return [*found, *(one for read in call.reads() for one in self._droppers(read))]
             moving = isinstance(operation, Other) and operation.moves
             if not moving and not isinstance(operation, (Same, *PASSING)):
                 return found
