@@ -26,8 +26,9 @@ from torchquant.chains.operations import (
 )
 from torchquant.configs import Float, Static
 
-_WHOLE = (MaxPool, AdaptiveMaxPool, Flatten, Upsample, Pad, PixelShuffle)  # no value is left out
-PASSING = (*_WHOLE, Channels, Crop)
+_WHOLE = (Flatten, Upsample, Pad, PixelShuffle)  # no value is left out
+_MAXIMA = (MaxPool, AdaptiveMaxPool)
+PASSING = (*_WHOLE, *_MAXIMA, Channels, Crop)
 
 
 class Graph(Protocol):
@@ -117,19 +118,24 @@ class Edges:
                 yield operation.path, self.find(self.operands(index)[0])
 
     def is_seen(self, index: int) -> bool:
-        """True if a layer reads all values of a result."""
-        for reader in self.readers[index]:
+        """True if a layer reads all values of a result, or if only their maxima matter."""
+        readers = self.readers[index]
+        inside = [
+            reader in self.int8 and self.find(reader) == self.find(index) for reader in readers
+        ]
+        for reader, same in zip(readers, inside, strict=True):
             if reader == self.count:
                 continue
             operation = self.operations[reader]
             if isinstance(operation, Layer):
                 return True
-            whole = isinstance(operation, _WHOLE) or (
+            whole = isinstance(operation, (*_WHOLE, Concat)) or (
                 isinstance(operation, Channels)
                 and len(set(operation.index)) == (self.shapes[operation.source] or (0, 0))[1]
             )
-            same = reader in self.int8 and self.find(reader) == self.find(index)
-            if (whole or isinstance(operation, Concat)) and same and self.is_seen(reader):
+            if isinstance(operation, _MAXIMA):
+                whole = all(inside)
+            if whole and same and self.is_seen(reader):
                 return True
         return False
 
