@@ -134,7 +134,10 @@ class Edges:
                 and len(set(operation.index)) == (self.shapes[operation.source] or (0, 0))[1]
             )
             if isinstance(operation, _MAXIMA):
-                whole = all(inside)
+                whole = all(inside) and all(
+                    isinstance(self.operations[other], _MAXIMA) or self.is_seen(other)
+                    for other in readers
+                )
             if whole and same and self.is_seen(reader):
                 return True
         return False
