@@ -31,8 +31,8 @@ struct WatchedDict {
   int64_t watches = 0;   // that look at it
 };
 
-struct DictWatcher {  // one for the process
-  int id = -1;                     // -1: Python gave none
+struct DictWatcher {                 // one for the process
+  int id = -1;                       // -1: Python gave none
   bool announces_attributes = true;  // also those whose values lie in the object
   std::unordered_map<PyObject*, WatchedDict> dicts;
 };

@@ -251,7 +251,7 @@ PyObject* interned(PyObject* text) {  // names of attributes are, so that they a
 // False: the tuple is not an entry.
 bool add(State& s, PyObject* place, PyObject* key, PyObject* expected, size_t index) {
   const bool is_type = PyType_Check(place);
-  PyObject* const dict = is_type ? dict_of(reinterpret_cast<PyTypeObject*>(place))
+  PyObject* const dict = is_type               ? dict_of(reinterpret_cast<PyTypeObject*>(place))
                          : PyDict_Check(place) ? place
                                                : nullptr;
   if (key != Py_None) {
@@ -271,8 +271,7 @@ bool add(State& s, PyObject* place, PyObject* key, PyObject* expected, size_t in
   }
   if (!PyTuple_Check(expected)) return false;
   if (PyList_Check(place)) s.lists.push_back({Py_NewRef(place), Py_NewRef(expected), index});
-  else if (dict && !is_type)
-    record_of(s, place, dict).entries.push_back({nullptr, Py_NewRef(expected), -1, index});
+  else if (dict && !is_type) record_of(s, place, dict).entries.push_back({nullptr, Py_NewRef(expected), -1, index});
   else return false;
   return true;
 }

@@ -23,10 +23,25 @@ using program::Step;
 using program::Value;
 
 const std::map<std::string, Kind> kKinds = {
-    {"input", Kind::kInput},      {"conv", Kind::kConv},         {"linear", Kind::kLinear},
-    {"add", Kind::kAdd},          {"mul", Kind::kMul},           {"map", Kind::kMap},
-    {"max_pool", Kind::kMaxPool}, {"avg_pool", Kind::kAvgPool},  {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
-    {"concat", Kind::kConcat},    {"upsample", Kind::kUpsample}, {"flatten", Kind::kFlatten},
+    {"input", Kind::kInput},
+    {"conv", Kind::kConv},
+    {"linear", Kind::kLinear},
+    {"add", Kind::kAdd},
+    {"mul", Kind::kMul},
+    {"map", Kind::kMap},
+    {"max_pool", Kind::kMaxPool},
+    {"avg_pool", Kind::kAvgPool},
+    {"adaptive_avg_pool", Kind::kAdaptiveAvgPool},
+    {"affine", Kind::kAffine},
+    {"norm", Kind::kNorm},
+    {"adaptive_max_pool", Kind::kAdaptiveMaxPool},
+    {"channels", Kind::kChannels},
+    {"crop", Kind::kCrop},
+    {"pad", Kind::kPad},
+    {"pixel_shuffle", Kind::kPixelShuffle},
+    {"concat", Kind::kConcat},
+    {"upsample", Kind::kUpsample},
+    {"flatten", Kind::kFlatten},
     {"output", Kind::kOutput},
 };
 
@@ -48,7 +63,7 @@ const at::Tensor& hold(Held& held, const at::Tensor& t, at::ScalarType type, int
 template <class T>
 const T* per_output(Held& held, const at::Tensor& t, at::ScalarType type, int64_t outputs) {
   TORCH_CHECK_VALUE(t.numel() == outputs, "Program: a layer's tensor must have one element for each of ", outputs,
-                    " outputs, got ", describe(t));
+                    " channels, got ", describe(t));
   return hold(held, t, type, alignof(T)).const_data_ptr<T>();
 }
 
@@ -83,6 +98,13 @@ class Reader {  // of one step
     set("ceil_mode", s.ceil_mode);
     set("count_include_pad", s.count_include_pad);
     set("divisor", s.divisor);
+    set("index", s.index);
+    set("last", s.last);
+    set("inverse", s.inverse);
+    set("eps", s.eps);
+    set("begin", s.begin);
+    set("end", s.end);
+    if (s.kind == Kind::kAffine || s.kind == Kind::kNorm) read_channels(s.channel);
     for (const auto& table : get_or<std::vector<at::Tensor>>("tables")) {
       const bool is_float = s.kind == Kind::kMap && table.scalar_type() == at::kFloat;
       TORCH_CHECK_VALUE((table.numel() == 0 && !is_float) || table.numel() == 256,
@@ -113,6 +135,12 @@ class Reader {  // of one step
   template <class T>
   void set(const char* name, T& value) const {
     if (has(name)) value = get<T>(name);
+  }
+
+  void read_channels(program::PerChannel& c) {
+    set("channels", c.count);
+    if (has("gain")) c.gain = per_output<float>(held_, get<at::Tensor>("gain"), at::kFloat, c.count);
+    if (has("shift")) c.shift = per_output<float>(held_, get<at::Tensor>("shift"), at::kFloat, c.count);
   }
 
   void read_weight(Step& s) {
@@ -158,32 +186,35 @@ void check_step(size_t index, const Step& s, const std::vector<Value>& values) {
   const bool two = s.kind == Kind::kAdd || s.kind == Kind::kMul;
   const size_t wanted = s.kind == Kind::kInput ? 0 : two ? 2 : 1;
   require(s.kind == Kind::kConcat ? !s.inputs.empty() : s.inputs.size() == wanted, "has another number of inputs");
-  require(s.residual < 0 || s.kind == Kind::kConv, "must not have a residual");
+  const bool adds = s.kind == Kind::kConv || s.kind == Kind::kLinear || s.kind == Kind::kAffine;
+  require(s.residual < 0 || adds, "must not have a residual");
   switch (s.kind) {
     case Kind::kConv:
     case Kind::kLinear:
-    case Kind::kAdd:
-    case Kind::kMul:
     case Kind::kAvgPool:
-    case Kind::kAdaptiveAvgPool:
-      for (const int32_t v : s.inputs) require(is_int8(v), "must read int8 values");
-      break;
+    case Kind::kAdaptiveAvgPool: require(is_int8(s.inputs[0]), "must read int8 values"); break;
+    case Kind::kNorm: require(!is_int8(s.inputs[0]) && !is_int8(s.output), "must read and write floats"); break;
     case Kind::kMap:
       if (!is_int8(s.inputs[0])) break;
       if (is_int8(s.output)) require(s.tables.size() == 1 && s.tables[0].size() == 256, "must have a table of int8");
       else require(s.float_table.size() == 256, "must have a table of floats");
       break;
     case Kind::kMaxPool:
+    case Kind::kAdaptiveMaxPool:
       require(is_int8(s.inputs[0]) && is_int8(s.output), "must read and write int8 values");
       break;
     case Kind::kConcat:
-      require(is_int8(s.output), "must write int8 values");
-      require(s.tables.size() == s.inputs.size(), "must have a table for each input");
+      if (is_int8(s.output)) require(s.tables.size() == s.inputs.size(), "must have a table for each input");
       break;
+    case Kind::kChannels:
+    case Kind::kCrop:
+    case Kind::kPad:
+    case Kind::kPixelShuffle:
     case Kind::kUpsample:
-    case Kind::kFlatten:
-      require(is_int8(s.inputs[0]) == is_int8(s.output), "must write what it reads");
-      break;
+    case Kind::kFlatten: require(is_int8(s.inputs[0]) == is_int8(s.output), "must write what it reads"); break;
+    case Kind::kAdd:
+    case Kind::kMul:
+    case Kind::kAffine:
     case Kind::kInput:
     case Kind::kOutput: break;
   }

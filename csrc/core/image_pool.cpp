@@ -56,7 +56,7 @@ tq_status pool(const tq_image& in, const tq_image& out, ImagePoolArgs args, int6
                      const int64_t n = i / out.h, y = i % out.h;
                      const Taps taps = taps_h(y);
                      ImagePoolArgs g = args;
-                     g.in = reinterpret_cast<const uint8_t*>(pixel_at(in, n, taps.first, 0));
+                     g.in = pixel_at(in, n, taps.first, 0);
                      g.rows = taps.count;
                      g.counted_rows = taps.counted;
                      g.out = pixel_at(out, n, y, 0);
@@ -72,6 +72,10 @@ ImagePoolArgs average_args(tq_qparams inq, const tq_image& out, tq_qparams outq)
   args.zero = inq.zero_point;
   args.result = result_args(out, outq, nullptr);
   return args;
+}
+
+PoolKernel average_kernel(const tq_image& in) {
+  return in.type == TQ_I8 ? kernels().average_pool_row : kernels().average_floats_row;
 }
 
 }  // namespace
@@ -94,7 +98,7 @@ tq_status tq_image_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_
   ImagePoolArgs args = average_args(in_qparams, *out, out_qparams);
   args.divisor = divisor;
   return pool(
-      *in, *out, args, 1, 1, kernels().average_pool_row,
+      *in, *out, args, 1, 1, average_kernel(*in),
       [&](int64_t y) { return window_taps(y, in->h, w.kernel_h, w.stride_h, w.pad_h, 1, count_include_pad); },
       [&](int64_t x) { return window_taps(x, in->w, w.kernel_w, w.stride_w, w.pad_w, 1, count_include_pad); },
       parallel);
@@ -103,7 +107,14 @@ tq_status tq_image_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_
 tq_status tq_image_adaptive_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_image* out,
                                      tq_qparams out_qparams, const tq_parallel* parallel) {
   return pool(
-      *in, *out, average_args(in_qparams, *out, out_qparams), 1, 1, kernels().average_pool_row,
+      *in, *out, average_args(in_qparams, *out, out_qparams), 1, 1, average_kernel(*in),
+      [&](int64_t y) { return adaptive_taps(y, in->h, out->h); },
+      [&](int64_t x) { return adaptive_taps(x, in->w, out->w); }, parallel);
+}
+
+tq_status tq_image_adaptive_max_pool(const tq_image* in, const tq_image* out, const tq_parallel* parallel) {
+  return pool(
+      *in, *out, ImagePoolArgs{}, 1, 1, kernels().max_pool_row,
       [&](int64_t y) { return adaptive_taps(y, in->h, out->h); },
       [&](int64_t x) { return adaptive_taps(x, in->w, out->w); }, parallel);
 }

@@ -98,6 +98,13 @@ GemmArgs gemm_args(const Call& call, const tq_linear_part& part, const Panel& pa
     g.out_hi = static_cast<float>(part.out_qmax - part.out_zero_point);
     g.out_zero = part.out_zero_point;
   }
+  if (part.residual) {
+    g.residual.data = element_at(part.residual, part.residual_type, first_row * part.residual_stride);
+    g.residual.stride = part.residual_stride;
+    g.residual.is_int8 = part.residual_type == TQ_I8;
+    g.residual.scale = part.residual_scale;
+    g.residual.zero = part.residual_zero_point;
+  }
   g.c = element_at(part.out, part.out_type, first_row * part.out_stride);
   g.ldc = part.out_stride;
   return g;

@@ -29,10 +29,17 @@ enum class Kind {
   kAdd,
   kMul,
   kMap,
+  kAffine,
+  kNorm,
   kMaxPool,
   kAvgPool,
+  kAdaptiveMaxPool,
   kAdaptiveAvgPool,
   kConcat,
+  kChannels,
+  kCrop,
+  kPad,
+  kPixelShuffle,
   kUpsample,
   kFlatten,
   kOutput
@@ -46,6 +53,12 @@ struct Weight {  // of a convolution or a linear layer
   int64_t inputs = 0, outputs = 0, groups = 1;
 };
 
+struct PerChannel {              // of kAffine and kNorm
+  const float* gain = nullptr;   // [count] or null
+  const float* shift = nullptr;  // [count] or null
+  int64_t count = 0;
+};
+
 using Pair = std::array<int64_t, 2>;  // of height and width
 
 struct Step {
@@ -55,11 +68,17 @@ struct Step {
   int32_t place = 0;  // kInput: the argument; kOutput: the result
   tq_activation activation = TQ_NONE;
   Weight weight;
+  PerChannel channel;
+  float eps = 0;                // kNorm
+  std::vector<int32_t> index;   // kChannels: the input's channel for each of the output's
+  bool last = false;            // kOutput: the result is channels_last whatever the first argument is
+  bool inverse = false;         // kPixelShuffle, with the factor in `factor`
+  Pair begin{0, 0}, end{0, 0};  // kCrop: as in Python's slices, a negative number counts from the end
   Pair kernel{1, 1}, stride{1, 1}, before{0, 0}, after{0, 0}, dilation{1, 1};  // before, after: the padding
   bool ceil_mode = false, count_include_pad = true;
   int64_t divisor = 0;
-  Pair size{0, 0};    // kAdaptiveAvgPool: 0 keeps the input's; kUpsample: 0 where there is a factor
-  Pair factor{1, 1};  // kUpsample
+  Pair size{0, 0};    // kAdaptive...: 0 keeps the input's; kUpsample: 0 where there is a factor
+  Pair factor{1, 1};  // kUpsample, kPixelShuffle
   // kMap: 256 entries; kConcat: 256 for each input. Of int8 for int8 outputs; empty: the integers are copied.
   std::vector<std::vector<int8_t>> tables;
   std::vector<float> float_table;  // kMap with an int8 input and a float output
@@ -79,19 +98,20 @@ struct Request {  // what a plan depends on
   bool operator==(const Request& o) const { return channels_last == o.channels_last && arguments == o.arguments; }
 };
 
-struct Place {               // where a value lies
-  int32_t result = -1;       // in this result; -1: in the arena
-  int64_t offset = 0;        // bytes from there
-  int64_t pixel_stride = 0;  // elements; more than c in a part of a concatenation
+struct Place {                                                 // where a value lies
+  int32_t result = -1;                                         // in this result; -1: in the arena
+  int64_t offset = 0;                                          // bytes from there
+  int64_t image_stride = 0, row_stride = 0, pixel_stride = 0;  // elements; pixels are apart in a part of another value
 };
 
 struct Plan {
   Request request;
-  std::vector<Shape> shapes;     // of values
-  std::vector<Shape> results;    // of results
-  std::vector<Place> places;     // of values
-  std::vector<bool> runs;        // of steps: false where the output lies in its place already
-  std::vector<int64_t> touched;  // of steps: bytes read and written, without weights
+  std::vector<Shape> shapes;       // of values
+  std::vector<Shape> results;      // of results
+  std::vector<bool> results_last;  // whether they are channels_last whatever the first argument is
+  std::vector<Place> places;       // of values
+  std::vector<bool> runs;          // of steps: false where the output lies in its place already
+  std::vector<int64_t> touched;    // of steps: bytes read and written, without weights
   int64_t arena_bytes = 0;
 };
 
@@ -119,6 +139,12 @@ class Program {
   int32_t arguments_ = 0, results_ = 0;
   int64_t weight_bytes_ = 0;
 };
+
+// The first row or column of a kCrop and how many there are, of `size`.
+struct Span {
+  int64_t first, count;
+};
+Span cropped(int64_t begin, int64_t end, int64_t size);
 
 // The shape of a step's output; `shapes` holds those of the values before it. (program_shapes.cpp)
 Shape output_shape(const Step& step, const std::vector<Shape>& shapes, const Request& request);

@@ -1,9 +1,10 @@
 // Where the values of a program lie: values whose lives do not meet share memory.
 //
 // A block is a stretch of memory with a life: the steps from the first that writes it to the last that reads it. Most
-// values have a block of their own. Two kinds of values lie in another value's block, so that nothing is copied: the
-// output of kFlatten where no pixel changes its place, and the parts of a concatenation that have its qparams. A value
-// that is a result lies in the result's tensor.
+// values have a block of their own. Some lie in another value's block, so that nothing is copied: the parts of a
+// concatenation that have its qparams, a concatenation of parts that lie side by side already, adjacent channels or
+// pixels of another value, and the output of kFlatten where no pixel changes its place. A value that is a result lies in
+// the result's tensor.
 #include <algorithm>
 #include <numeric>
 
@@ -24,8 +25,16 @@ struct Block {
 struct Home {  // of a value: in which value's block it lies, how far from its beginning
   int32_t owner;
   int64_t offset;  // bytes
-  int64_t pixel_stride;
+  int64_t image_stride, row_stride, pixel_stride;
 };
+
+Home own_home(int32_t value, const Shape& s) { return {value, 0, s.h * s.w * s.c, s.w * s.c, s.c}; }
+
+bool is_adjacent(const std::vector<int32_t>& channels) {
+  for (size_t i = 1; i < channels.size(); ++i)
+    if (channels[i] != channels[0] + static_cast<int32_t>(i)) return false;
+  return !channels.empty();
+}
 
 int64_t bytes_of(const Value& value, const Shape& shape) { return shape.elements() * (value.type == TQ_F32 ? 4 : 1); }
 
@@ -66,37 +75,73 @@ void place_values(const std::vector<Value>& values, const std::vector<Step>& ste
   const auto at = [](int32_t i) { return static_cast<size_t>(i); };
   std::vector<Home> homes(values.size());
   std::vector<int32_t> writer(values.size(), 0);
-  for (size_t v = 0; v < values.size(); ++v) homes[v] = {static_cast<int32_t>(v), 0, plan.shapes[v].c};
+  for (size_t v = 0; v < values.size(); ++v) homes[v] = own_home(static_cast<int32_t>(v), plan.shapes[v]);
   const auto is_free = [&](int32_t v) { return homes[at(v)].owner == v; };
 
+  const auto element = [&](int32_t v) { return values[at(v)].type == TQ_F32 ? int64_t{4} : int64_t{1}; };
+
   // Values in the block of a later one: the parts of concatenations. From the last step to the first, so that a part
-  // that is a concatenation itself takes its parts along.
+  // that is a concatenation itself takes its parts along. Where the parts lie side by side already, in a later
+  // concatenation that has them too, the whole lies there.
   plan.runs.assign(steps.size(), true);
   for (size_t i = 0; i < steps.size(); ++i)
     if (steps[i].output >= 0) writer[at(steps[i].output)] = static_cast<int32_t>(i);
+  const auto can_move = [&](int32_t v) {  // its step can write pixels that are apart, or computes nothing
+    const Kind kind = steps[at(writer[at(v)])].kind;
+    return is_free(v) && kind != Kind::kFlatten && kind != Kind::kNorm && kind != Kind::kCrop &&
+           !(kind == Kind::kChannels && is_adjacent(steps[at(writer[at(v)])].index));
+  };
+  const auto held = [&](int32_t part, int32_t whole) {
+    const Value &a = values[at(part)], &b = values[at(whole)];
+    return a.type == b.type && (a.type == TQ_F32 || is_held(a.qparams, b.qparams));
+  };
   for (size_t i = steps.size(); i-- > 0;) {
     const Step& step = steps[i];
     if (step.kind != Kind::kConcat) continue;
-    const Home whole = homes[at(step.output)];
+    const Home first = homes[at(step.inputs[0])];
+    bool side_by_side = is_free(step.output) && !is_free(step.inputs[0]);
     int64_t channel = 0;
     for (const int32_t part : step.inputs) {
-      const bool held =
-          values[at(part)].type == TQ_I8 && is_held(values[at(part)].qparams, values[at(step.output)].qparams);
-      if (held && is_free(part) && steps[at(writer[at(part)])].kind != Kind::kFlatten)
-        homes[at(part)] = {whole.owner, whole.offset + channel, whole.pixel_stride};
+      const Home& home = homes[at(part)];
+      side_by_side = side_by_side && held(part, step.output) && home.owner == first.owner &&
+                     home.offset == first.offset + channel * element(part) && home.pixel_stride == first.pixel_stride &&
+                     home.row_stride == first.row_stride && home.image_stride == first.image_stride;
+      channel += plan.shapes[at(part)].c;
+    }
+    if (side_by_side) {
+      homes[at(step.output)] = first;
+      plan.runs[i] = false;
+      continue;
+    }
+    const Home whole = homes[at(step.output)];
+    channel = 0;
+    for (const int32_t part : step.inputs) {
+      if (held(part, step.output) && can_move(part)) {
+        homes[at(part)] = whole;
+        homes[at(part)].offset += channel * element(part);
+      }
       channel += plan.shapes[at(part)].c;
     }
   }
-  // Values in the block of an earlier one: flattened images of one pixel.
+  // Values in the block of an earlier one: adjacent channels, a part of the pixels, flattened images of one pixel.
   for (size_t i = 0; i < steps.size(); ++i) {
     const Step& step = steps[i];
-    if (step.kind != Kind::kFlatten) continue;
+    if (step.output < 0 || step.inputs.empty() || !is_free(step.output)) continue;
     const Shape& in = plan.shapes[at(step.inputs[0])];
-    const Home home = homes[at(step.inputs[0])];
-    const bool moves = in.h * in.w > 1 && in.c > 1;
-    const bool dense = home.pixel_stride == in.c;
-    if (moves || !dense || !is_free(step.output)) continue;
-    homes[at(step.output)] = {home.owner, home.offset, in.h * in.w * in.c};
+    Home home = homes[at(step.inputs[0])];
+    if (step.kind == Kind::kChannels && is_adjacent(step.index)) {
+      home.offset += step.index[0] * element(step.output);
+    } else if (step.kind == Kind::kCrop) {
+      const Span rows = cropped(step.begin[0], step.end[0], in.h), columns = cropped(step.begin[1], step.end[1], in.w);
+      home.offset += (rows.first * home.row_stride + columns.first * home.pixel_stride) * element(step.output);
+    } else if (step.kind == Kind::kFlatten) {
+      const bool moves = in.h * in.w > 1 && (in.c > 1 || home.pixel_stride != 1 || home.row_stride != in.w);
+      if (moves) continue;
+      home.row_stride = home.pixel_stride = in.h * in.w * in.c;
+    } else {
+      continue;
+    }
+    homes[at(step.output)] = home;
     plan.runs[i] = false;
   }
 
@@ -134,7 +179,7 @@ void place_values(const std::vector<Value>& values, const std::vector<Step>& ste
     const int32_t value = step.inputs[0];
     Block& block = blocks[at(value)];
     const bool alone = is_free(value) && values[at(value)].type == TQ_F32 && block.result < 0;
-    if (!alone || !dense_in(plan.shapes[at(value)], plan.request.channels_last)) continue;
+    if (!alone || !dense_in(plan.shapes[at(value)], plan.request.channels_last || step.last)) continue;
     block.result = step.place;
     plan.runs[i] = false;
   }
@@ -149,7 +194,8 @@ void place_values(const std::vector<Value>& values, const std::vector<Step>& ste
   plan.places.resize(values.size());
   for (size_t v = 0; v < values.size(); ++v) {
     const Block& block = blocks[at(homes[v].owner)];
-    plan.places[v] = {block.result, block.offset + homes[v].offset, homes[v].pixel_stride};
+    const Home& home = homes[v];
+    plan.places[v] = {block.result, block.offset + home.offset, home.image_stride, home.row_stride, home.pixel_stride};
   }
 }
 

@@ -51,8 +51,8 @@ Shape conv_shape(const Step& s, const Shape& in) {
   return out;
 }
 
-Shape linear_shape(const Step& s, const Shape& in) {
-  if (in.rank != 2) refuse("linear layer: input must be [n, c], got " + text(in));
+Shape linear_shape(const Step& s, const Shape& in) {  // of an image: on the channels of each pixel
+  if (in.rank == 3) refuse("linear layer: input must be [n, c] or [n, c, h, w], got " + text(in));
   require_channels(s, in, "linear layer");
   Shape out = in;
   out.c = s.weight.outputs;
@@ -65,6 +65,51 @@ Shape pointwise_shape(const Step& s, const Shape& left, const Shape& right) {
   if (!(left == right) && !one_pixel)
     refuse("sum or product: both inputs must have one shape, got " + text(left) + " and " + text(right));
   return left;
+}
+
+Shape per_channel_shape(const Step& s, const Shape& in) {
+  if (in.c != s.channel.count)
+    refuse("numbers for each channel: input must have " + std::to_string(s.channel.count) + " channels, got " +
+           text(in));
+  return in;
+}
+
+Shape channels_shape(const Step& s, const Shape& in) {
+  Shape out = in;
+  out.c = static_cast<int64_t>(s.index.size());
+  for (const int32_t c : s.index)
+    if (c < 0 || c >= in.c) refuse("channels: channel " + std::to_string(c) + " must be in the input, got " + text(in));
+  return out;
+}
+
+Shape cropped_shape(const Step& s, const Shape& in) {
+  if (in.rank < 3) refuse("crop: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  Shape out = in;
+  out.h = cropped(s.begin[0], s.end[0], in.h).count;
+  out.w = cropped(s.begin[1], s.end[1], in.w).count;
+  if (out.h < 1 || out.w < 1) refuse("crop: a pixel must remain, got " + text(in));
+  return out;
+}
+
+Shape padded_shape(const Step& s, const Shape& in) {
+  if (in.rank < 3) refuse("padding: input must be [n, c, h, w] or [n, c, l], got " + text(in));
+  Shape out = in;
+  out.h += s.before[0] + s.after[0];
+  out.w += s.before[1] + s.after[1];
+  return out;
+}
+
+Shape pixel_shuffled_shape(const Step& s, const Shape& in) {
+  const int64_t f = s.factor[0];
+  Shape out = in;
+  if (in.rank != 4 || (s.inverse ? in.h % f || in.w % f : in.c % (f * f)))
+    refuse("pixel shuffle: input must be [n, c, h, w] with " +
+           std::string(s.inverse ? "sizes" : "channels, divided by the factor,") + " that the factor " +
+           std::to_string(f) + " divides, got " + text(in));
+  out.c = s.inverse ? in.c * f * f : in.c / (f * f);
+  out.h = s.inverse ? in.h / f : in.h * f;
+  out.w = s.inverse ? in.w / f : in.w * f;
+  return out;
 }
 
 Shape concat_shape(const Step& s, const std::vector<Shape>& shapes) {
@@ -84,17 +129,19 @@ Shape concat_shape(const Step& s, const std::vector<Shape>& shapes) {
 
 constexpr int64_t kMostSummed = ((int64_t{1} << 31) - 1) / 255;  // a sum of differences of bytes fits 32 bits
 
+bool is_adaptive(const Step& s) { return s.kind == Kind::kAdaptiveAvgPool || s.kind == Kind::kAdaptiveMaxPool; }
+
 int64_t largest_window(const Step& s, const Shape& in) {
-  if (s.kind != Kind::kAdaptiveAvgPool) return std::min(s.kernel[0], in.h) * std::min(s.kernel[1], in.w);
+  if (!is_adaptive(s)) return std::min(s.kernel[0], in.h) * std::min(s.kernel[1], in.w);
   const auto side = [](int64_t from, int64_t to) { return to ? std::min(from, from / to + 2) : int64_t{1}; };
   return side(in.h, s.size[0]) * side(in.w, s.size[1]);
 }
 
 Shape pool_shape(const Step& s, const Shape& in) {
   if (in.rank < 3) refuse("pooling: input must be [n, c, h, w] or [n, c, l], got " + text(in));
-  if (s.kind != Kind::kMaxPool && largest_window(s, in) > kMostSummed)
+  if (s.kind != Kind::kMaxPool && s.kind != Kind::kAdaptiveMaxPool && largest_window(s, in) > kMostSummed)
     refuse("pooling: a window must have at most " + std::to_string(kMostSummed) + " elements, got " + text(in));
-  if (s.kind != Kind::kAdaptiveAvgPool) return windows(s, in, "pooling");
+  if (!is_adaptive(s)) return windows(s, in, "pooling");
   Shape out = in;
   if (s.size[0]) out.h = s.size[0];
   if (s.size[1]) out.w = s.size[1];
@@ -111,6 +158,12 @@ Shape upsampled_shape(const Step& s, const Shape& in) {
 
 }  // namespace
 
+Span cropped(int64_t begin, int64_t end, int64_t size) {
+  const auto place = [&](int64_t at) { return std::clamp(at < 0 ? at + size : at, int64_t{0}, size); };
+  const int64_t first = place(begin);
+  return {first, std::max<int64_t>(0, place(end) - first)};
+}
+
 Shape output_shape(const Step& step, const std::vector<Shape>& shapes, const Request& request) {
   if (step.kind == Kind::kInput) return request.arguments[static_cast<size_t>(step.place)];
   const Shape in = shapes[static_cast<size_t>(step.inputs[0])];
@@ -122,7 +175,14 @@ Shape output_shape(const Step& step, const std::vector<Shape>& shapes, const Req
     case Kind::kMul: out = pointwise_shape(step, in, shapes[static_cast<size_t>(step.inputs[1])]); break;
     case Kind::kMaxPool:
     case Kind::kAvgPool:
+    case Kind::kAdaptiveMaxPool:
     case Kind::kAdaptiveAvgPool: out = pool_shape(step, in); break;
+    case Kind::kAffine:
+    case Kind::kNorm: out = per_channel_shape(step, in); break;
+    case Kind::kChannels: out = channels_shape(step, in); break;
+    case Kind::kCrop: out = cropped_shape(step, in); break;
+    case Kind::kPad: out = padded_shape(step, in); break;
+    case Kind::kPixelShuffle: out = pixel_shuffled_shape(step, in); break;
     case Kind::kConcat: out = concat_shape(step, shapes); break;
     case Kind::kUpsample: out = upsampled_shape(step, in); break;
     case Kind::kFlatten: out = {in.n, 1, 1, in.h * in.w * in.c, 2}; break;
@@ -131,7 +191,7 @@ Shape output_shape(const Step& step, const std::vector<Shape>& shapes, const Req
     case Kind::kOutput: break;
   }
   if (step.residual >= 0 && !(shapes[static_cast<size_t>(step.residual)] == out)) {
-    refuse("convolution: the residual must have the result's shape " + text(out) + ", got " +
+    refuse("addition: the residual must have the result's shape " + text(out) + ", got " +
            text(shapes[static_cast<size_t>(step.residual)]));
   }
   return out;

@@ -148,7 +148,7 @@ typedef struct tq_linear_input {
 
 /* A weight and what follows the product:
  * out[m, n] = activation((sum_k (q[m, k] - zero_point[m]) (W[n, k] - weight_zero_point[n]) + integer_bias[n])
- *                        * (scale[m] * weight_scale[n]) + bias[n]), rounded or quantized to out_type. */
+ *                        * (scale[m] * weight_scale[n]) + bias[n] + residual[m, n]), rounded or quantized to out_type. */
 typedef struct tq_linear_part {
   int64_t n;
   const int8_t* packed;
@@ -163,6 +163,12 @@ typedef struct tq_linear_part {
   int32_t out_qmin, out_qmax;
   void* out; /* [m, n], out_stride elements from row to row */
   int64_t out_stride;
+  /* Added before the activation, not with TQ_I32; or null. Of TQ_F32, or TQ_I8 with residual_scale and _zero_point. */
+  const void* residual; /* [m, n], residual_stride elements from row to row */
+  int64_t residual_stride;
+  tq_type residual_type;
+  float residual_scale;
+  int32_t residual_zero_point;
 } tq_linear_part;
 
 /* One linear layer or several on the same input, which is then quantized once. */
@@ -246,6 +252,23 @@ tq_status tq_image_mul(const tq_image* a, tq_qparams a_qparams, const tq_image* 
                        tq_activation activation, const tq_image* out, tq_qparams out_qparams,
                        const tq_parallel* parallel);
 
+/* y = a, then y * gain + shift with one number for each channel (one rounding where both are there), then y + b or
+ * y * b; out = activation(y). Images are TQ_I8 or TQ_F32. Strides of b that are 0 repeat. */
+typedef struct tq_image_blend_call {
+  tq_image a;
+  tq_qparams a_qparams;
+  const float* gain;  /* [c] or null */
+  const float* shift; /* [c] or null */
+  const tq_image* b;  /* of a's size, or null */
+  tq_qparams b_qparams;
+  bool multiply; /* by b */
+  tq_activation activation;
+  tq_image out;
+  tq_qparams out_qparams;
+} tq_image_blend_call;
+
+tq_status tq_image_blend(const tq_image_blend_call* call, const tq_parallel* parallel);
+
 /* out = table[q + 128]: any function of one int8 value. `table`: int8_t [256] for TQ_I8, float [256] for TQ_F32.
  * With `out` a slice of the channels of a wider image this is one part of a concatenation; null copies. */
 tq_status tq_image_map(const tq_image* in, const void* table, const tq_image* out, const tq_parallel* parallel);
@@ -260,8 +283,13 @@ typedef struct tq_window {
 tq_status tq_image_max_pool(const tq_image* in, const tq_window* window, const tq_image* out,
                             const tq_parallel* parallel);
 
+/* The same over the windows [floor(i * in / out), ceil((i + 1) * in / out)). */
+tq_status tq_image_adaptive_max_pool(const tq_image* in, const tq_image* out, const tq_parallel* parallel);
+
 /* sum of (q - zero_point) * (scale * (1 / count)), as TQ_I8 with out_qparams or as floats. count: `divisor` where it is
- * not 0, otherwise the elements of the window, with those of the padding or without. A sum fits 32 bits. */
+ * not 0, otherwise the elements of the window, with those of the padding or without. A sum fits 32 bits.
+ * Of a float image: sum * (1 / count), in fp32; each column of the window from top to bottom, then the columns from left
+ * to right. in_qparams is not read. */
 tq_status tq_image_avg_pool(const tq_image* in, tq_qparams in_qparams, const tq_window* window, bool count_include_pad,
                             int64_t divisor, const tq_image* out, tq_qparams out_qparams, const tq_parallel* parallel);
 
@@ -272,6 +300,19 @@ tq_status tq_image_adaptive_avg_pool(const tq_image* in, tq_qparams in_qparams, 
 /* Pixel (y, x) of `out` is pixel (min(floor(y * scale_h), in.h - 1), ...) of `in`, in fp32. Any type. */
 tq_status tq_image_upsample_nearest(const tq_image* in, float scale_h, float scale_w, const tq_image* out,
                                     const tq_parallel* parallel);
+
+/* out[c] = in[index[c]] for each pixel. Both of one type, TQ_I8 or TQ_F32. index: [out.c] */
+tq_status tq_image_channels(const tq_image* in, const int32_t* index, const tq_image* out, const tq_parallel* parallel);
+
+/* `in` from row `top` and column `left` of `out` on, and around it the zero point or 0.0. The image may reach beyond
+ * `out`. Both of one type, TQ_I8 or TQ_F32. */
+tq_status tq_image_pad(const tq_image* in, int64_t top, int64_t left, int32_t zero_point, const tq_image* out,
+                       const tq_parallel* parallel);
+
+/* Channels to pixels as torch's pixel_shuffle: out[n, y * f + i, x * f + j, c] = in[n, y, x, (c * f + i) * f + j], or,
+ * inverse, pixels to channels. Both of one type. */
+tq_status tq_image_pixel_shuffle(const tq_image* in, int64_t factor, bool inverse, const tq_image* out,
+                                 const tq_parallel* parallel);
 
 /* Each image as one row in the order [c, h, w]: int8 [n, c * h * w], out_stride elements from row to row. */
 tq_status tq_image_flatten(const tq_image* in, int8_t* out, int64_t out_stride, const tq_parallel* parallel);

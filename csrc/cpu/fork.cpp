@@ -35,9 +35,9 @@ namespace torchquant {
 namespace {
 
 // Registered on its own: handlers of a fork run in the opposite order before it.
-[[maybe_unused]] const bool guards_mutex = pthread_atfork([] { program_mutex().lock(); },
-                                                          [] { program_mutex().unlock(); },
-                                                          [] { program_mutex().unlock(); }) == 0;
+[[maybe_unused]] const bool guards_mutex =
+    pthread_atfork([] { program_mutex().lock(); }, [] { program_mutex().unlock(); },
+                   [] { program_mutex().unlock(); }) == 0;
 
 }  // namespace
 }  // namespace torchquant

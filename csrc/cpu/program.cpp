@@ -131,14 +131,15 @@ tq_image_float image_of(const at::Tensor& t, void* data) {
 
 std::vector<at::Tensor> empty_results(const Plan& plan) {
   std::vector<at::Tensor> results;
-  for (const Shape& s : plan.results) {
+  for (size_t i = 0; i < plan.results.size(); ++i) {
+    const Shape& s = plan.results[i];
+    const bool last = plan.request.channels_last || plan.results_last[i];
     const auto options = at::TensorOptions(at::kFloat);
     if (s.rank == 2) results.push_back(at::empty({s.n, s.c}, options));
     else if (s.rank == 3) results.push_back(at::empty({s.n, s.c, s.w}, options));
     else
-      results.push_back(
-          at::empty({s.n, s.c, s.h, s.w}, options,
-                    plan.request.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+      results.push_back(at::empty({s.n, s.c, s.h, s.w}, options,
+                                  last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
   }
   return results;
 }
@@ -169,8 +170,7 @@ bool all_finite(const Images& images, const tq_parallel* parallel) {
 
 }  // namespace
 
-TensorProgram::TensorProgram(program::Program program, std::vector<at::Tensor> held)
-    : program_(std::move(program)) {
+TensorProgram::TensorProgram(program::Program program, std::vector<at::Tensor> held) : program_(std::move(program)) {
   for (at::Tensor& t : held) {
     const c10::StorageImpl& storage = *t.storage().unsafeGetStorageImpl();
     held_.push_back({t, storage.data(), storage.nbytes()});

@@ -40,6 +40,35 @@ struct ImageCombineArgs {
   ResultArgs result;
 };
 
+// out = activation((a * gain + shift) op b), `rows` runs of `length` elements: a by itself, then with numbers of the
+// channels, then with a second image. a and b are floats, or bytes (q - zero) * scale.
+struct ImageBlendArgs {
+  const void* a;
+  const void* b;       // or null
+  const float* gain;   // [length] or null: 1
+  const float* shift;  // [length] or null: 0; with a gain in one fused operation
+  void* out;
+  int64_t rows, length;
+  int64_t a_row, b_row, out_row;  // strides in elements
+  bool a_float, b_float;
+  float a_scale, b_scale;
+  int32_t a_zero, b_zero;
+  bool multiply;  // by b, otherwise b is added
+  Activation activation;
+  ResultArgs result;
+};
+
+// out[c] = in[index[c]] for each pixel.
+struct ImageChannelsArgs {
+  const void* in;
+  void* out;
+  const int32_t* index;  // [channels]
+  int64_t pixels, channels;
+  int64_t in_pixel, out_pixel;  // strides in elements
+  int64_t interleaved;          // not 0: index is that of a channel shuffle of so many groups
+  bool floats;
+};
+
 // out = table[byte] for bytes as unsigned numbers: the second half of the specification's table comes first.
 struct ImageMapArgs {
   const uint8_t* in;
@@ -59,7 +88,7 @@ struct PoolColumns {
 
 // One row of a pool's result: pixel i is that of the window of `rows` rows and the columns columns[i].
 struct ImagePoolArgs {
-  const uint8_t* in;  // the first of the rows
+  const void* in;  // the first of the rows
   const PoolColumns* columns;
   void* out;
   int64_t pixels, channels, out_pixel;

@@ -36,8 +36,11 @@ namespace torchquant {
   KERNEL(dequantize_pixels, const ImageConvertArgs&)                                  \
   KERNEL(combine_pixels, const ImageCombineArgs&)                                     \
   KERNEL(map_pixels, const ImageMapArgs&)                                             \
+  KERNEL(blend_pixels, const ImageBlendArgs&)                                         \
+  KERNEL(pick_channels, const ImageChannelsArgs&)                                     \
   KERNEL(max_pool_row, const ImagePoolArgs&)                                          \
   KERNEL(average_pool_row, const ImagePoolArgs&)                                      \
+  KERNEL(average_floats_row, const ImagePoolArgs&)                                    \
   KERNEL(depthwise, const DepthwiseArgs&, int64_t block, int64_t row0, int64_t row1)  \
   KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                     \
   KERNEL(pack_attention, const AttentionArgs&)                                        \

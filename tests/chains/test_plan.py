@@ -80,9 +80,9 @@ STEPS = {
     "no relu": ["first relu", "second", "side add [second]", "head"],
     "read twice": ["first relu", "second", "side add relu [second]", "mul", "head"],
     "relu before": ["first relu", "second relu", "side add [relu]", "head"],
-    "returned": ["first relu", "second", "side"],
-    "broadcast": ["first relu", "second", "head"],
-    "scaled": ["first relu", "second", "side add [mul]", "head"],
+    "returned": ["first relu", "second", "side add [second]"],
+    "broadcast": ["first relu", "second", "mean", "head"],
+    "scaled": ["first relu", "second", "mul", "side add [mul]", "head"],
 }
 
 
@@ -177,7 +177,7 @@ class Mlp(nn.Module):
 @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8)], ids=str)
 def test_rows_of_linear_layers(shape: tuple[int, ...]) -> None:
     record, plan = planned(Mlp(), torch.randn(shape))
-    assert steps(record, plan) == ["up gelu", "down", "add relu", "out"]
+    assert steps(record, plan) == ["norm", "up gelu", "down add relu [norm]", "out"]
     assert {group.rows for group in plan.groups.values()} == {len(shape) > 2}
 
 
@@ -212,7 +212,7 @@ def test_the_report_names_what_is_float() -> None:
 def test_a_report_without_a_batch() -> None:
     model = with_statistics(Functional())
     report = torchquant.prepare_(model)
-    assert str(report.regions[0]).startswith("found: the model (Functional): 3 layers;")
+    assert str(report.regions[0]).startswith("found: the model (Functional): 4 layers;")
 
 
 def test_only_static_layers_make_regions() -> None:

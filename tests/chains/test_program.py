@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchquant.chains.program import Program, refusal
 from torchquant.chains.steps import (
     AdaptiveAvgPool,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     Concat,
@@ -346,8 +347,8 @@ FLOAT = Value(1, None)
             f"Program: value 0 must have the same qparams in all steps, got {Q} and {WIDE}",
         ),
         (
-            [Input(FLOAT, 0), Add(FLOAT, FLOAT, VALUE)],
-            "Program: step 1 is not supported: Add: left and right must be int8",
+            [Input(FLOAT, 0), AdaptiveMaxPool(FLOAT, Value(2, None), (1, 1))],
+            "Program: step 1 is not supported: AdaptiveMaxPool: input must be int8",
         ),
         (
             [Input(Value(0, Qparams(0.0, 0)), 0)],
@@ -368,10 +369,10 @@ def test_steps_that_do_not_fit(steps: list[Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (AvgPool(FLOAT, OTHER, (1, 1), (1, 1), (0, 0)), "AvgPool: input must be int8"),
-        (AdaptiveAvgPool(FLOAT, OTHER, (1, 1)), "AdaptiveAvgPool: input must be int8"),
+        (AvgPool(FLOAT, OTHER, (1, 1), (1, 1), (0, 0)), None),
+        (AdaptiveMaxPool(FLOAT, FLOAT, (1, 1)), "AdaptiveMaxPool: input must be int8"),
         (MaxPool(FLOAT, FLOAT, (1, 1), (1, 1), (0, 0)), "MaxPool: input must be int8"),
-        (Concat((FLOAT,), FLOAT), "Concat: output must be int8"),
+        (Concat((FLOAT,), OTHER), None),
         (Upsample(FLOAT, OTHER), "Upsample: input and output must have the same qparams"),
         (Map(FLOAT, OTHER, "relu"), None),
     ],

@@ -20,7 +20,7 @@ from support.chains import converted, plain
 from torch import Tensor, nn
 
 import torchquant
-from torchquant import ops
+from torchquant import functional, ops
 from torchquant.chains import region as region_module
 from torchquant.convert.regions import regions_in
 
@@ -73,7 +73,8 @@ def test_a_chain_equals_its_layers_one_by_one() -> None:
     model, x, _ = converted(Shared)
     (region,) = regions_in(model)
     assert region.plan is not None
-    assert len(region.plan.edges) == 2  # the input; what the shared convolution reads
+    # The input; what the shared convolution reads; what is averaged; the averages.
+    assert len(region.plan.edges) == 4
 
     def rounded(value: Tensor, edge: int) -> Tensor:
         scale, zero_point = model.chain_scale[edge : edge + 1], model.chain_zero_point[edge]
@@ -82,8 +83,11 @@ def test_a_chain_equals_its_layers_one_by_one() -> None:
     with torch.no_grad():
         y = rounded(torch.relu(model.stem(rounded(x, 0))), 1)
         y = rounded(torch.relu(model.conv(y)), 1)
-        y = torch.relu(model.conv(y))
-        wanted = model.fc(y.mean([2, 3]))
+        y = rounded(torch.relu(model.conv(y)), 2)
+        scale, zero_point = region.edge_qparams(2)
+        q = functional.quantize(y, scale, zero_point, dtype=torch.int8)
+        y = functional.int8_adaptive_avg_pool(q, scale, zero_point, 1)
+        wanted = model.fc(rounded(y.flatten(1), 3))
         assert torch.equal(model(x), wanted)
     assert torch.equal(model.conv.input_scale, model.chain_scale[1:2])
 

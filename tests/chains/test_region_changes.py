@@ -183,7 +183,7 @@ def test_random_calls_stay_random() -> None:
 
     model, x, _ = converted(Noisy)
     (region,) = regions_in(model)
-    assert region.plan is not None and len(region.plan.layers) == 3
+    assert region.plan is not None and len(region.plan.layers) == 4
     with torch.no_grad():
         torch.manual_seed(0)
         first = model(x)
@@ -214,8 +214,11 @@ def test_a_record_with_other_results_is_dropped() -> None:
 
 
 def test_float_layers_of_a_region_can_be_quantized_later() -> None:
-    model, x, _ = converted(Functional)
-    assert type(model.fc) is nn.Linear  # too small to benefit
+    model, x = with_statistics(Functional()), images(3)
+    torchquant.prepare_(model, CONFIG, filter_fn=lambda module, name: name != "fc")
+    torchquant.calibrate(model, [x])
+    torchquant.convert_(model)
+    assert type(model.fc) is nn.Linear
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         wanted = model(x)

@@ -161,16 +161,29 @@ def test_parts_in_another_mode() -> None:
 # ---------------------------------------------------------------- state
 
 
+class Products(nn.Module):
+    """No layer reads the factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.third, self.head = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.head(self.second(x) * self.third(x))
+
+
 def fresh(**options: Any) -> nn.Module:
     torch.manual_seed(1)
-    model = UNet()
+    model = Products()
     prepare_qat_(model, STATIC, filter_fn="*", **options)
     return model
 
 
 @pytest.mark.parametrize("example", [False, True])
 def test_a_state_dict_from_the_middle_of_training(example: bool, tmp_path: Path) -> None:
-    model, x = trained(UNet)
+    model, x = trained(Products)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     other = fresh(example_inputs=x[:1]) if example else fresh()
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
@@ -191,7 +204,7 @@ def test_a_state_dict_from_the_middle_of_training(example: bool, tmp_path: Path)
 
 
 def test_a_state_dict_from_before_the_first_batch() -> None:
-    model, x = trained(UNet)
+    model, x = trained(Products)
     model.load_state_dict(fresh().state_dict())
     train(model, x)
     other = fresh()

@@ -185,21 +185,21 @@ def test_averages_of_the_deployed_bits_have_gradients() -> None:
 
 
 def test_stages() -> None:
-    model, x = trained(UNet)
+    model, x = trained(Gated)
     float_model = copy.deepcopy(model)
     qat.observe_(model)
     quantizers = [m for m in model.modules() if isinstance(m, ObservedQuantizer)]
     assert any("value_quantizers" in name for name, _ in model.named_modules())
     before = [quantizer.scale.clone() for quantizer in quantizers]
     with torch.no_grad():
-        floats = model.train()(10 * x)
+        floats = model.train()(10 * x)["out"]
     assert all(
         not torch.equal(a, q.scale) for a, q in zip(before, quantizers, strict=True)
     )  # observers of all values record their ranges
     torchquant.to_float_(float_model)
     assert not regions_in(float_model)
     with torch.no_grad():
-        assert torch.equal(floats, float_model.train()(10 * x))
+        assert torch.equal(floats, float_model.train()(10 * x)["out"])
     qat.freeze_(model)
     before = [quantizer.scale.clone() for quantizer in quantizers]
     with torch.no_grad():

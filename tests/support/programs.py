@@ -1,7 +1,7 @@
 """The steps of a chain by the functional specification, and steps to test."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,24 @@ from support import generator
 from torchquant import functional
 from torchquant.chains.steps import (
     AdaptiveAvgPool,
+    AdaptiveMaxPool,
     Add,
+    Affine,
     AvgPool,
+    Channels,
     Concat,
     Conv,
+    Crop,
     Flatten,
     Input,
     Linear,
     Map,
     MaxPool,
     Mul,
+    Norm,
     Output,
+    Pad,
+    PixelShuffle,
     Qparams,
     Step,
     Upsample,
@@ -98,22 +105,49 @@ def _conv(step: Conv, values: dict[int, Tensor]) -> Tensor:
 
 
 def _linear(step: Linear, values: dict[int, Tensor]) -> Tensor:
-    layer, q = step.layer, step.input.qparams
-    return functional.linear_static(
-        values[step.input.index],
+    """On images the channels of each pixel are a row; a residual is added to the float result."""
+    layer, q, x = step.layer, step.input.qparams, values[step.input.index]
+    last = x.movedim(1, -1)
+    plain = step.residual is None
+    to = step.output if plain else replace(step.output, qparams=None)
+    y = functional.linear_static(
+        last.reshape(-1, last.shape[-1]),
         q.scale,
         q.zero_point,
         layer.qweight,
         layer.qweight_scale,
         layer.qweight_zero_point,
         None if layer.bias is None else layer.bias.detach(),
-        activation=step.activation,
-        output_dtype=torch.float32 if step.output.qparams is None else torch.int8,
-        **output(step.output),
+        activation=step.activation if plain else "none",
+        output_dtype=torch.float32 if to.qparams is None else torch.int8,
+        **output(to),
     )
+    y = y.view(*last.shape[:-1], -1).movedim(-1, 1)
+    return y if plain else _finished(step, y, values)
+
+
+def _finished(step: Linear | Affine, y: Tensor, values: dict[int, Tensor]) -> Tensor:
+    if step.residual is not None:
+        y = y + real(values[step.residual.index], step.residual)
+    return rounded(functional.ACTIVATIONS[step.activation](y), step.output)
+
+
+def _affine(step: Affine, values: dict[int, Tensor]) -> Tensor:
+    x = real(values[step.input.index], step.input)
+    return _finished(step, functional.channel_affine(x, step.gain, step.shift), values)
+
+
+def _norm(step: Norm, values: dict[int, Tensor]) -> Tensor:
+    x = real(values[step.input.index], step.input).movedim(1, -1)
+    y = functional.layer_norm(x.contiguous(), step.weight, step.bias, step.eps)
+    return rounded(y.movedim(-1, 1).contiguous(), step.output)
 
 
 def _two(step: Add | Mul, values: dict[int, Tensor]) -> Tensor:
+    if step.left.qparams is None or step.right.qparams is None:
+        a, b = (real(values[side.index], side) for side in (step.left, step.right))
+        y = functional.ACTIVATIONS[step.activation](a + b if isinstance(step, Add) else a * b)
+        return rounded(y, step.output)
     function = functional.int8_add if isinstance(step, Add) else functional.int8_mul
     left, right = step.left.qparams, step.right.qparams
     return function(
@@ -155,6 +189,9 @@ def _max_pool(step: MaxPool, values: dict[int, Tensor]) -> Tensor:
 def _avg_pool(step: AvgPool, values: dict[int, Tensor]) -> Tensor:
     x, q = values[step.input.index], step.input.qparams
     windows = step.kernel, step.stride, step.padding, step.ceil_mode, step.count_include_pad
+    if q is None:
+        y = functional.float_avg_pool(_images(x), *windows, step.divisor)
+        return rounded(_like(x, y), step.output)
     scale = q.scale, q.zero_point
     return _like(
         x,
@@ -164,10 +201,39 @@ def _avg_pool(step: AvgPool, values: dict[int, Tensor]) -> Tensor:
 
 def _adaptive(step: AdaptiveAvgPool, values: dict[int, Tensor]) -> Tensor:
     x, q = values[step.input.index], step.input.qparams
+    if q is None:
+        y = functional.float_adaptive_avg_pool(_images(x), step.size)
+        return rounded(_like(x, y), step.output)
     y = functional.int8_adaptive_avg_pool(
         _images(x), q.scale, q.zero_point, step.size, **output(step.output)
     )
     return _like(x, y)
+
+
+def _adaptive_max(step: AdaptiveMaxPool, values: dict[int, Tensor]) -> Tensor:
+    x = values[step.input.index]
+    return _like(x, F.adaptive_max_pool2d(_images(x).double(), step.size).to(x.dtype))
+
+
+def _channels(step: Channels, values: dict[int, Tensor]) -> Tensor:
+    return values[step.input.index][:, list(step.index)]
+
+
+def _crop(step: Crop, values: dict[int, Tensor]) -> Tensor:
+    x = values[step.input.index]
+    rows, columns = (slice(a, b) for a, b in zip(step.begin, step.end, strict=True))
+    return _like(x, _images(x)[:, :, rows, columns])
+
+
+def _pad(step: Pad, values: dict[int, Tensor]) -> Tensor:
+    x, q = values[step.input.index], step.input.qparams
+    (top, left), (bottom, right) = step.before, step.after
+    return _like(x, F.pad(_images(x), (left, right, top, bottom), value=q.zero_point if q else 0))
+
+
+def _pixel_shuffle(step: PixelShuffle, values: dict[int, Tensor]) -> Tensor:
+    move = F.pixel_unshuffle if step.inverse else F.pixel_shuffle
+    return move(values[step.input.index], step.factor)
 
 
 def _upsample(step: Upsample, values: dict[int, Tensor]) -> Tensor:
@@ -186,6 +252,13 @@ _STEPS: dict[type, Any] = {
     Add: _two,
     Mul: _two,
     Map: _map,
+    Affine: _affine,
+    Norm: _norm,
+    AdaptiveMaxPool: _adaptive_max,
+    Channels: _channels,
+    Crop: _crop,
+    Pad: _pad,
+    PixelShuffle: _pixel_shuffle,
     MaxPool: _max_pool,
     AvgPool: _avg_pool,
     AdaptiveAvgPool: _adaptive,
@@ -202,7 +275,9 @@ WIDE = Qparams(float.fromhex("0x1.c28f5cp-4"), -7, -127, 127)
 NARROW = Qparams(float.fromhex("0x1.47ae14p-6"), 0, -8, 7)
 
 
-def layer_of(module: nn.Module, q: Qparams = Q, seed: int = 0, activation: str = "none") -> Any:
+def layer_of(
+    module: nn.Module, q: Qparams = Q, seed: int = 0, activation: str = "none", config: Any = None
+) -> Any:
     """The quantized form of a float layer, which reads integers of these parameters."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -210,7 +285,7 @@ def layer_of(module: nn.Module, q: Qparams = Q, seed: int = 0, activation: str =
             parameter.copy_(values * 0.5)
             seed += 1
     kinds = {nn.Conv1d: QuantizedConv1d, nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear}
-    config = Int8StaticActivationInt8WeightConfig()
+    config = Int8StaticActivationInt8WeightConfig() if config is None else config
     return kinds[type(module)].from_float(
         module,
         config,

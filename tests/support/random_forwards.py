@@ -324,7 +324,7 @@ class Rounding:
         return functional.activation(value, name) if name in ACTIVATIONS else NotImplemented
 
     def average(self, call: int, value: Tensor, real: Callable[[], Tensor]) -> Tensor:
-        """Averages of integers; those of float values are torch's."""
+        """Averages of integers and, in a fixed order, of floats, where a step computes them."""
         operation = self.plan.operations[call]
         group = next((g for g in self.plan.groups.values() if call in g.calls), None)
         if group is None or not isinstance(operation, (AvgPool, AdaptiveAvgPool)):
@@ -332,13 +332,20 @@ class Rounding:
         operand = group.operands[0]
         if value.dim() != self.ranks[operand]:
             return real()
+        flat = getattr(operation, "flat", False)
+        if operand not in self.plan.edge_of:
+            if isinstance(operation, AvgPool):
+                y = functional.float_avg_pool(value, *vars(operation).values())
+            else:
+                y = functional.float_adaptive_avg_pool(value, operation.size)
+            return y.flatten(1) if flat else y
         scale, zero_point = self.region.edge_qparams(self.plan.edge_of[operand])
         integers = (torch.round(value / scale) + zero_point).to(torch.int8)
         if isinstance(operation, AvgPool):
             y = functional.int8_avg_pool(integers, scale, zero_point, *vars(operation).values())
         else:
             y = functional.int8_adaptive_avg_pool(integers, scale, zero_point, operation.size)
-        return y.flatten(1) if getattr(operation, "flat", False) else y
+        return y.flatten(1) if flat else y
 
 
 __all__ = ["CHANNELS", "Rounding", "Written", "module_of", "written"]

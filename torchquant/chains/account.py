@@ -46,6 +46,9 @@ def _breaks(trace: Trace, plan: Plan, flops: list[int]) -> Iterator[BreakReport]
     stepped = {call for group in plan.groups.values() for call in group.calls}
     for index in sorted(plan.live):
         operation = plan.operations[index]
+        if index in plan.ended:
+            reason = f"the output of {plan.ended[index]} is configured as float"
+            yield BreakReport(_place(trace, index), reason, 0)
         if index in stepped or isinstance(operation, Same):
             continue
         if isinstance(operation, Other):

@@ -16,13 +16,16 @@ from torchquant.chains.operations import AdaptiveAvgPool, AvgPool
 
 
 def average(
-    input: Tensor, scale: Tensor, zero_point: Tensor, operation: AvgPool | AdaptiveAvgPool
+    input: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    operation: AvgPool | AdaptiveAvgPool,
 ) -> Tensor:
-    """The averages of a value that holds multiples of ``scale``.
+    """The averages of a value that holds multiples of ``scale``, or any floats.
 
     Args:
         input: ``[n, c, h, w]`` or ``[n, c, l]``.
-        scale: float32 ``[1]``, the scale of the integers of input.
+        scale: float32 ``[1]``, the scale of the integers of input; None if it has none.
         zero_point: int32 ``[1]``, their zero point.
         operation: the windows.
 
@@ -32,6 +35,30 @@ def average(
         tensor([[[[0.7500]]]])
     """
     x = input if input.dim() == 4 else input.unsqueeze(2)
+    if scale is None:
+        y, real = _of_floats(x, operation)
+    else:
+        y, real = _of_integers(x, scale, zero_point, operation)
+    y = y.to(x.dtype) + (real - real.detach())  # gradients; NaN stays NaN
+    if isinstance(operation, AdaptiveAvgPool) and operation.flat:
+        return y.flatten(1)
+    return y if input.dim() == 4 else y.squeeze(2)
+
+
+def _of_floats(x: Tensor, operation: AvgPool | AdaptiveAvgPool) -> tuple[Tensor, Tensor]:
+    """The averages in the order of the specification, and those of torch."""
+    wide = x.detach().to(torch.float32)
+    if isinstance(operation, AvgPool):
+        sizes: Any = (operation.kernel, operation.stride, operation.padding)
+        rest: Any = (operation.ceil_mode, operation.count_include_pad, operation.divisor)
+        return functional.float_avg_pool(wide, *sizes, *rest), F.avg_pool2d(x, *sizes, *rest)
+    size: Any = operation.size
+    return functional.float_adaptive_avg_pool(wide, size), F.adaptive_avg_pool2d(x, size)
+
+
+def _of_integers(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, operation: AvgPool | AdaptiveAvgPool
+) -> tuple[Tensor, Tensor]:
     integers = functional.quantize(x.detach(), scale, zero_point, dtype=torch.int8)
     if isinstance(operation, AvgPool):
         sizes: Any = (operation.kernel, operation.stride, operation.padding)
@@ -42,7 +69,4 @@ def average(
         y = functional.int8_adaptive_avg_pool(integers, scale, zero_point, operation.size)
         size: Any = operation.size
         real = F.adaptive_avg_pool2d(x, size)
-    y = y.to(x.dtype) + (real - real.detach())  # gradients; NaN stays NaN
-    if isinstance(operation, AdaptiveAvgPool) and operation.flat:
-        return y.flatten(1)
-    return y if input.dim() == 4 else y.squeeze(2)
+    return y, real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from torchquant.chains.interpreter import Interpreter
 from torchquant.chains.operations import Operation, Shape
+from torchquant.chains.per_channel import with_numbers
 from torchquant.chains.plan import Plan, make_plan
+from torchquant.chains.rearrange import with_rearrangements
 from torchquant.chains.recognize import operation_of
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.graph.trace import Trace
 from torchquant.nn.kinds import kind_of
 
@@ -96,13 +99,19 @@ class FirstBatch:
         self.flops = [after - before for before, after in itertools.pairwise(ends)]
         return result
 
-    def plan(self, activations: Mapping[str, Static]) -> Plan:
+    def plan(
+        self,
+        activations: Mapping[str, Static],
+        outputs: Mapping[str, Static | Float] = MappingProxyType({}),
+    ) -> Plan:
         """What is int8, from the sizes of the batch.
 
         Args:
             activations: the quantization of the activations that enter each layer, by path.
+            outputs: what configurations say about the values that leave layers, by path.
         """
-        return make_plan(self.trace, self.operations(activations), self.shapes, activations)
+        operations = self.operations(activations)
+        return make_plan(self.trace, operations, self.shapes, activations, outputs)
 
     def operations(
         self, activations: Mapping[str, Static], shapes: Sequence[Shape] | None = None
@@ -113,14 +122,18 @@ class FirstBatch:
         fixed = _fixed(self.trace)
         known = [None if index in fixed else shape for index, shape in enumerate(shapes)]
         operations: list[Operation] = []
+        modules = [
+            self.root.get_submodule(call.target) if call.kind == "module" else None
+            for call in self.trace.calls
+        ]
         for index, call in enumerate(self.trace.calls):
-            module = self.root.get_submodule(call.target) if call.kind == "module" else None
-            layer = None
+            module, layer = modules[index], None
             if module is not None and call.target in activations:
                 kind = kind_of(module)
                 layer = None if kind is None else kind.name
             operations.append(operation_of(call, module, layer, known, known[index]))
-        return operations
+        operations = with_numbers(self.trace, modules, operations, shapes)
+        return with_rearrangements(self.trace, modules, operations, shapes)
 
 
 def _fixed(trace: Trace) -> set[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torchquant.chains.steps import Pair
+from torchquant.graph.trace import Ref
 
 Shape: TypeAlias = tuple[int, ...] | None  # None: the result is no float tensor
 
@@ -52,6 +53,49 @@ class Mul:
 
 
 @dataclass(frozen=True)
+class Affine:
+    """One number for each channel, or one for all: a batch norm, ``x * gamma``, ``x + 1``.
+
+    Args:
+        source: the index of the result that it computes with.
+        channels: of this result.
+        gain: what multiplies: a number, or the result of a call that reads only parameters.
+        shift: what is added then.
+        norm: True for a batch norm, whose module has the numbers.
+        negative: True if ``shift`` is subtracted.
+        dim: the dimension of the numbers in the result's shape; None for one number for all.
+    """
+
+    source: int
+    channels: int
+    gain: Ref | float | None = None
+    shift: Ref | float | None = None
+    norm: bool = False
+    negative: bool = False
+    dim: int | None = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm over the last dimension.
+
+    Args:
+        source: the index of the result that it computes with.
+        channels: the size of the last dimension.
+        eps: the summand of the variance.
+        weight, bias: results of calls that read only parameters; None if the call has none.
+        module: True if the module that is called has weight and bias.
+    """
+
+    source: int
+    channels: int
+    eps: float
+    weight: Ref | None = None
+    bias: Ref | None = None
+    module: bool = False
+
+
+@dataclass(frozen=True)
 class MaxPool:
     """The arguments of the step of this name."""
 
@@ -83,8 +127,47 @@ class AdaptiveAvgPool:
 
 
 @dataclass(frozen=True)
+class AdaptiveMaxPool:
+    """The argument of the step of this name."""
+
+    size: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
 class Concat:
     """The results after each other in the dimension of channels."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Some channels of the result ``source``; several calls may pick them, the last is this one."""
+
+    source: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The arguments of the step of this name."""
+
+    begin: Pair
+    end: Pair
+
+
+@dataclass(frozen=True)
+class Pad:
+    """The arguments of the step of this name."""
+
+    before: Pair
+    after: Pair
+
+
+@dataclass(frozen=True)
+class PixelShuffle:
+    """The arguments of the step of this name."""
+
+    factor: int
+    inverse: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +185,14 @@ class Flatten:
 
 @dataclass(frozen=True)
 class Same:
-    """The argument itself: an identity, dropout in evaluation."""
+    """The argument itself: an identity, dropout in evaluation, another order of dimensions.
+
+    Args:
+        last: True if the call takes ``[n, c, h, w]`` to ``[n, h, w, c]``, False if it takes it
+            back; None if the dimensions stay.
+    """
+
+    last: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -125,10 +215,17 @@ Operation: TypeAlias = (
     | Activate
     | Add
     | Mul
+    | Affine
+    | Norm
     | MaxPool
     | AvgPool
+    | AdaptiveMaxPool
     | AdaptiveAvgPool
     | Concat
+    | Channels
+    | Crop
+    | Pad
+    | PixelShuffle
     | Upsample
     | Flatten
     | Same

@@ -6,36 +6,35 @@ steps; the shapes and the memory of the values between them are planned once for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchquant import functional
 from torchquant._extension import load
+from torchquant.chains.describe import described, inputs_of, output_of
 from torchquant.chains.steps import (
-    AdaptiveAvgPool,
-    Add,
-    AvgPool,
-    Concat,
+    AdaptiveMaxPool,
+    Channels,
     Conv,
+    Crop,
     Flatten,
-    Input,
     Linear,
     Map,
     MaxPool,
-    Mul,
-    Output,
+    Norm,
+    Pad,
+    PixelShuffle,
     Qparams,
     Step,
     Upsample,
     Value,
 )
 from torchquant.configs import Static
-from torchquant.nn.conv_geometry import before_and_after
 
-Description = dict[str, Any]  # of a step, for C++
+# Their output has the integers of their input.
+PASSING = (MaxPool, AdaptiveMaxPool, Channels, Crop, Pad, PixelShuffle, Upsample, Flatten)
 
 
 class Program:
@@ -108,17 +107,8 @@ def refusal(step: Step) -> str | None:
     reason: str | None = None
     if isinstance(step, (Conv, Linear)):
         reason = _layer_refusal(step)
-    elif isinstance(step, (Add, Mul)):
-        if step.left.qparams is None or step.right.qparams is None:
-            reason = "left and right must be int8"
-    elif isinstance(step, (AvgPool, AdaptiveAvgPool)):
-        if step.input.qparams is None:
-            reason = "input must be int8"
-    elif isinstance(step, Concat):
-        if step.output.qparams is None:
-            reason = "output must be int8"
-    elif isinstance(step, (MaxPool, Upsample, Flatten)):
-        if isinstance(step, MaxPool) and step.input.qparams is None:
+    elif isinstance(step, PASSING):
+        if isinstance(step, (MaxPool, AdaptiveMaxPool)) and step.input.qparams is None:
             reason = "input must be int8"
         elif step.input.qparams != step.output.qparams:
             reason = "input and output must have the same qparams"
@@ -136,7 +126,7 @@ def _layer_refusal(step: Conv | Linear) -> str | None:
     if layer.activation != "none" and (step.activation != "none" or step.residual is not None):
         return f"the layer applies {layer.activation} itself, before what the step adds"
     if isinstance(step, Linear):
-        return None if step.residual is None else "a linear layer cannot add a residual"
+        return None
     if layer.padding_mode != "zeros":
         return f"the padding must be zeros, not {layer.padding_mode}"
     return None
@@ -144,41 +134,41 @@ def _layer_refusal(step: Conv | Linear) -> str | None:
 
 def _build(steps: Sequence[Step]) -> Any:
     values: dict[int, Value] = {}
-    described = []
+    texts = []
     for index, step in enumerate(steps):
         reason = refusal(step)
         if reason is not None:
             raise ValueError(f"Program: step {index} is not supported: {reason}")
-    for step in _split_maps(steps):
-        for value in (*_inputs(step), getattr(step, "residual", None), _output(step)):
+    for step in _split_norms(steps):
+        for value in (*inputs_of(step), getattr(step, "residual", None), output_of(step)):
             if value is not None and values.setdefault(value.index, value) != value:
                 raise ValueError(
                     f"Program: value {value.index} must have the same qparams in all steps, got "
                     f"{values[value.index].qparams} and {value.qparams}"
                 )
-        described.append(_described(step))
+        texts.append(described(step))
     count = max(values, default=-1) + 1
     qparams = [values[index].qparams if index in values else None for index in range(count)]
-    return load().Program([_tuple(q) for q in qparams], described)
+    return load().Program([_tuple(q) for q in qparams], texts)
 
 
-def _split_maps(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, in which a function of a float value is apart from the rounding that follows."""
+def _split_norms(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, in which a norm reads and writes float values."""
     free = 1 + max(
-        (value.index for step in steps for value in (*_inputs(step), _output(step)) if value),
+        (value.index for step in steps for value in (*inputs_of(step), output_of(step)) if value),
         default=-1,
     )
     for step in steps:
-        if (
-            isinstance(step, Map)
-            and step.input.qparams is None
-            and step.output.qparams is not None
-            and step.activation != "none"
-        ):
-            between = Value(free, None)
+        if not isinstance(step, Norm):
+            yield step
+            continue
+        if step.input.qparams is not None:
+            yield Map(step.input, Value(free, None))
+            step, free = replace(step, input=Value(free, None)), free + 1
+        if step.output.qparams is not None:
+            yield replace(step, output=Value(free, None))
+            yield Map(Value(free, None), step.output)
             free += 1
-            yield Map(step.input, between, step.activation)
-            yield Map(between, step.output)
         else:
             yield step
 
@@ -188,171 +178,5 @@ def _tuple(qparams: Qparams | None) -> tuple[float, int, int, int] | None:
         return None
     return qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax
 
-
-def _inputs(step: Step) -> tuple[Value, ...]:
-    if isinstance(step, Input):
-        return ()
-    if isinstance(step, (Add, Mul)):
-        return step.left, step.right
-    return step.inputs if isinstance(step, Concat) else (step.input,)
-
-
-def _output(step: Step) -> Value | None:
-    return None if isinstance(step, Output) else step.output
-
-
-def _described(step: Step) -> Description:
-    """The step as C++ reads it (csrc/program_binding.cpp)."""
-    output = _output(step)
-    common = {
-        "inputs": [value.index for value in _inputs(step)],
-        "output": -1 if output is None else output.index,
-    }
-    return {**common, **_PARTS[type(step)](step)}
-
-
-def _input(step: Input) -> Description:
-    return {"kind": "input", "place": step.argument}
-
-
-def _result(step: Output) -> Description:
-    return {"kind": "output", "place": step.result}
-
-
-def _conv(step: Conv) -> Description:
-    layer: Any = step.layer
-    flat = len(layer.kernel_size) == 1  # a sequence is an image of one row
-    before, after = before_and_after(layer)[0::2], before_and_after(layer)[1::2]
-    return {
-        "kind": "conv",
-        **_weight(step, layer.in_channels, layer.out_channels),
-        "groups": layer.groups,
-        "kernel": [1] * flat + list(layer.kernel_size),
-        "stride": [1] * flat + list(layer.stride),
-        "dilation": [1] * flat + list(layer.dilation),
-        "before": [0] * flat + before,
-        "after": [0] * flat + after,
-        "residual": -1 if step.residual is None else step.residual.index,
-    }
-
-
-def _linear(step: Linear) -> Description:
-    layer: Any = step.layer
-    outputs, inputs = layer.weight_shape
-    return {"kind": "linear", **_weight(step, inputs, outputs)}
-
-
-def _weight(step: Conv | Linear, inputs: int, outputs: int) -> Description:
-    layer: Any = step.layer
-    scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
-    given = step.input.qparams
-    assert given is not None
-    if (given.scale, given.zero_point) != (scale, zero_point):
-        raise ValueError(
-            f"Program: the input of a layer must have the layer's scale {scale} and zero point "
-            f"{zero_point}, got {given.scale} and {given.zero_point}"
-        )
-    bias, weight_scale = layer.bias, layer.qweight_scale
-    return {
-        "in_channels": inputs,
-        "out_channels": outputs,
-        "packed": layer.packed,
-        "weight_scale": weight_scale.expand(outputs),
-        "weight_zero_point": layer.qweight_zero_point,
-        "bias": None if bias is None else bias.detach().to(torch.float32),
-        "activation": step.activation if layer.activation == "none" else layer.activation,
-    }
-
-
-def _two(step: Add | Mul) -> Description:
-    return {"kind": "add" if isinstance(step, Add) else "mul", "activation": step.activation}
-
-
-def _map(step: Map) -> Description:
-    tables = [_table(step.input, step.output, step.activation)]
-    given = [] if tables[0] is None else tables
-    return {"kind": "map", "activation": step.activation, "tables": given}
-
-
-def _table(input: Value, output: Value, activation: str) -> Tensor | None:
-    """All 256 results of a function of an int8 value; None for a float value."""
-    q, to = input.qparams, output.qparams
-    if q is None:
-        return None
-    rest = {}
-    if to is not None:
-        rest = {
-            "output_scale": to.scale,
-            "output_zero_point": to.zero_point,
-            "output_qmin": to.qmin,
-            "output_qmax": to.qmax,
-        }
-    return functional.int8_table(q.scale, q.zero_point, activation=activation, **rest)  # type: ignore[arg-type]
-
-
-def _max_pool(step: MaxPool) -> Description:
-    return {"kind": "max_pool", **_windows(step), "dilation": list(step.dilation)}
-
-
-def _avg_pool(step: AvgPool) -> Description:
-    return {
-        "kind": "avg_pool",
-        **_windows(step),
-        "count_include_pad": step.count_include_pad,
-        "divisor": step.divisor or 0,
-    }
-
-
-def _windows(step: MaxPool | AvgPool) -> Description:
-    padding = list(step.padding)
-    return {
-        "kernel": list(step.kernel),
-        "stride": list(step.stride),
-        "before": padding,
-        "after": padding,
-        "ceil_mode": step.ceil_mode,
-    }
-
-
-def _adaptive_avg_pool(step: AdaptiveAvgPool) -> Description:
-    return {"kind": "adaptive_avg_pool", "size": [size or 0 for size in step.size]}
-
-
-def _concat(step: Concat) -> Description:
-    tables = []
-    for value in step.inputs:
-        table = _table(value, step.output, "none")
-        same = value.qparams == step.output.qparams
-        tables.append(torch.empty(0, dtype=torch.int8) if same or table is None else table)
-    return {"kind": "concat", "tables": tables}
-
-
-def _upsample(step: Upsample) -> Description:
-    return {
-        "kind": "upsample",
-        "size": list(step.size or (0, 0)),
-        "factor": list(step.factor or (1, 1)),
-    }
-
-
-def _flatten(step: Flatten) -> Description:
-    return {"kind": "flatten"}
-
-
-_PARTS: dict[type, Callable[[Any], Description]] = {
-    Input: _input,
-    Output: _result,
-    Conv: _conv,
-    Linear: _linear,
-    Add: _two,
-    Mul: _two,
-    Map: _map,
-    MaxPool: _max_pool,
-    AvgPool: _avg_pool,
-    AdaptiveAvgPool: _adaptive_avg_pool,
-    Concat: _concat,
-    Upsample: _upsample,
-    Flatten: _flatten,
-}
 
 __all__ = ["Program", "refusal"]

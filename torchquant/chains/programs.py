@@ -17,7 +17,8 @@ from torchquant._extension import load
 from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
-from torchquant.chains.operations import Other
+from torchquant.chains.operations import Affine, Norm, Other
+from torchquant.chains.per_channel import Numbers
 from torchquant.chains.plan import Group, Plan
 from torchquant.chains.program import Program
 from torchquant.chains.recognize import depends_on_sizes
@@ -127,7 +128,13 @@ class Programs:
             program = None
             if isinstance(item, Segment):
                 program = Program(
-                    make_steps(item, self.plan, qparams, self.interpreter.modules.__getitem__)
+                    make_steps(
+                        item,
+                        self.plan,
+                        qparams,
+                        self.interpreter.modules.__getitem__,
+                        Numbers(region.trace, region.root).of,
+                    )
                 )
             self.items.append((item, program))
 
@@ -156,6 +163,11 @@ class Programs:
             given = [results[index] for index in item.reads]
             if not item.rows and not self.sizes.have_ranks(given, item.reads):
                 return REFUSED
+            last = self.plan.last
+            given = [
+                value.permute(0, 3, 1, 2) if index in last else value
+                for index, value in zip(item.reads, given, strict=True)
+            ]
             try:
                 made = _run_rows(program, given) if item.rows else program.run(given)
             except ValueError:  # sizes that the steps do not take; the calls say what is wrong
@@ -163,7 +175,7 @@ class Programs:
             if made is None:
                 return REFUSED
             for index, value in zip(item.writes, made, strict=True):
-                results[index] = value
+                results[index] = value.permute(0, 2, 3, 1) if index in last else value
         return self.interpreter.result(_Resolved(results, self.interpreter, sources), inputs)
 
 
@@ -266,8 +278,9 @@ def _without_unsupported(region: Quantized, plan: Plan) -> Plan:
     kept: dict[int, Group] = {}
     for end, group in plan.groups.items():
         segment = Segment((group,), (), ())
-        (step,) = make_steps(segment, plan, qparams, region.root.get_submodule)
-        if Program.supports(step):
+        numbers = Numbers(region.trace, region.root).of
+        made = make_steps(segment, plan, qparams, region.root.get_submodule, numbers)
+        if all(map(Program.supports, made)):
             kept[end] = group
     return replace(plan, groups=kept)
 
@@ -292,9 +305,14 @@ def _entries(
         if isinstance(getattr(global_hooks, name), dict)
     )
     places: list[dict[str, Any]] = [root._buffers]
-    for path in plan.layers:
-        layer = interpreter.modules[path]
-        places += [layer._buffers, layer._parameters]
+    calls = interpreter.trace.calls
+    paths = {call.target.rpartition(".")[0] for call in calls if call.kind == "tensor"}
+    owners = [root.get_submodule(path) for path in sorted(paths)]
+    for call, operation in zip(calls, plan.operations, strict=True):
+        if isinstance(operation, (Affine, Norm)) and call.kind == "module":
+            owners.append(interpreter.modules[call.target])
+    for module in (*owners, *(interpreter.modules[path] for path in plan.layers)):
+        places += [module._buffers, module._parameters]
     for place in places:
         entries += (
             (place, name, tensor)

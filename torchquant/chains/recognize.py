@@ -15,15 +15,19 @@ from torchquant.chains.arguments import arguments_of
 from torchquant.chains.operations import (
     Activate,
     AdaptiveAvgPool,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     Concat,
+    Crop,
     Flatten,
     Layer,
     MaxPool,
     Mul,
     Operation,
     Other,
+    Pad,
+    PixelShuffle,
     Same,
     Shape,
     Upsample,
@@ -71,7 +75,7 @@ def operation_of(
     found = _KNOWN[name](arguments, reads, shape) if name in _KNOWN else None
     if found is not None:
         return found
-    moves = name in _MOVING and shape is not None
+    moves = name in MOVING and shape is not None
     return Other(_words(call, module), moves=moves, quiet=shape is None)
 
 
@@ -204,6 +208,11 @@ def _adaptive(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     return AdaptiveAvgPool((first, second))
 
 
+def _adaptive_max(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+    found = None if values.get("return_indices") else _adaptive(values, reads, shape)
+    return AdaptiveMaxPool(found.size) if isinstance(found, AdaptiveAvgPool) else None
+
+
 def _mean(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     dims, given = values.get("dim"), reads[0] if len(reads) == 1 else None
     if given is None or dims is None or _holds_ref(dims) or len(given) not in (3, 4):
@@ -274,6 +283,58 @@ def _flat(given: tuple[int, ...], shape: tuple[int, ...]) -> Found:
     return Flatten() if len(given) in (3, 4) and shape == (given[0], size) else None
 
 
+_END = 2**31 - 1  # of a slice without one
+
+
+def _getitem(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+    """A crop: rows and columns of an image, columns of a sequence."""
+    given, index = reads[0], values.get("index")
+    if given is None or shape is None or len(given) not in (3, 4) or not isinstance(index, tuple):
+        return None
+    if Ellipsis in index:
+        place = index.index(Ellipsis)
+        gap = len(given) - len(index) + 1
+        index = (*index[:place], *[slice(None)] * gap, *index[place + 1 :])
+    parts = [part for part in index if isinstance(part, slice) and part.step in (None, 1)]
+    bounds = [part for one in parts for part in (one.start, one.stop)]
+    plain = all(bound is None or type(bound) is int for bound in bounds)
+    if len(parts) != len(index) or len(index) > len(given) or not plain:
+        return None
+    if any(part != slice(None) for part in parts[:2]):
+        return None
+    ends = [(part.start or 0, _END if part.stop is None else part.stop) for part in parts[2:]]
+    rest = len(given) - 2 - len(ends)
+    ends = [*ends, *[(0, _END)] * rest]
+    ends = [(0, _END)] * (2 - len(ends)) + ends
+    return Crop((ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
+
+
+def _pad(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+    if values.get("mode", "constant") != "constant" or values.get("value") not in (None, 0):
+        return None
+    return _zero_pad({"padding": values.get("pad")}, reads, shape)
+
+
+def _zero_pad(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+    sizes: Any = values.get("padding")
+    given = reads[0]
+    if given is None or shape is None or len(given) not in (3, 4) or _holds_ref(sizes):
+        return None
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,) * (2 * len(given) - 4)
+    if len(sizes) > 2 * len(given) - 4 or len(sizes) % 2 or min(sizes) < 0:
+        return None
+    left, right, top, bottom = (*sizes, 0, 0, 0, 0)[:4]
+    return Pad((top, left), (bottom, right))
+
+
+def _pixel_shuffle(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
+    inverse = "downscale_factor" in values
+    factor = values["downscale_factor" if inverse else "upscale_factor"]
+    if shape is None or len(shape) != 4 or isinstance(factor, Ref):
+        return None
+    return PixelShuffle(factor, inverse)
+
+
 def _same(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Found:
     return Same()
 
@@ -288,7 +349,7 @@ def _contiguous(values: Arguments, reads: Sequence[Shape], shape: Shape) -> Foun
 
 
 # They move elements without changing them.
-_MOVING = frozenset(
+MOVING = frozenset(
     (
         *("chunk", "split", "getitem", "view", "reshape", "transpose", "permute", "flatten"),
         *("squeeze", "unsqueeze", "contiguous", "narrow", "select", "unbind", "movedim", "flip"),
@@ -314,7 +375,14 @@ _KNOWN: dict[str, Recognizer] = {
     "avg_pool2d": _batched(4, _avg_pool),
     "adaptive_avg_pool1d": _batched(3, _adaptive),
     "adaptive_avg_pool2d": _batched(4, _adaptive),
+    "adaptive_max_pool1d": _batched(3, _adaptive_max),
+    "adaptive_max_pool2d": _batched(4, _adaptive_max),
     "mean": _mean,
+    "getitem": _getitem,
+    "pad": _pad,
+    "zero_pad": _zero_pad,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_shuffle,
     "cat": _cat,
     "interpolate": _interpolate,
     "flatten": _flatten,

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -29,12 +30,12 @@ from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.gradients import recomputed, trained
 from torchquant.chains.guard import Expected
 from torchquant.chains.interpreter import Interpreter, Substitute
-from torchquant.chains.observed import observed_points
+from torchquant.chains.normalize import normalizing
 from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
 from torchquant.chains.root import SCALE, ZERO_POINT
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.functional._checks import dtype_name
 from torchquant.graph.trace import Trace
 from torchquant.training.observers import Observer
@@ -70,6 +71,7 @@ class RegionForward:
         activations: the quantization of the activations that enter each layer, by path.
         make_observer: makes the observer of an int8 value that no layer reads.
         pausing: takes the root; a context in which its layers do not observe.
+        outputs: what configurations say about the values that leave layers, by path.
 
     Attributes:
         observing: True during calibration.
@@ -98,12 +100,14 @@ class RegionForward:
         activations: Mapping[str, Static],
         make_observer: Callable[[Static], Observer],
         pausing: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        outputs: Mapping[str, Static | Float] = MappingProxyType({}),
     ) -> None:
         self._asked = _asking(self)
         self.root = root
         self.name = name
         self.trace = trace
         self.activations = dict(activations)
+        self.outputs = dict(outputs)
         self.make_observer = make_observer
         self.pausing = pausing
         self.plan: Plan | None = None
@@ -258,8 +262,8 @@ class RegionForward:
 
     def _observing_points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         assert self.plan is not None
-        points = observed_points(self.trace, self.plan)
-        return {index: _observing(self.observers[edge]) for index, edge in points.items()}
+        edges = {index: self.plan.edge_of[index] for index in self.plan.observed}
+        return {index: _observing(self.observers[edge]) for index, edge in edges.items()}
 
     def take_first_batch(self, inputs: Sequence[Any]) -> None:
         """Compare the record with the forward, learn the sizes, and decide what is int8."""
@@ -268,7 +272,7 @@ class RegionForward:
             self.failure = facts.compare(self._original_on, inputs)
         if not self.failure:
             self.facts = facts
-            self.set_plan(facts.plan(self.activations))
+            self.set_plan(facts.plan(self.activations, self.outputs))
 
     def set_plan(self, plan: Plan) -> None:
         """Take a plan; observers of edges that it has in common with the last one stay."""
@@ -279,7 +283,7 @@ class RegionForward:
         known = {} if self.plan is None else _firsts(self.plan)
         kept = {known[edge]: observer for edge, observer in self.observers.items()}
         self.plan, self.observers = plan, {}
-        watched = {*observed_points(self.trace, plan).values()}
+        watched = {plan.edge_of[index] for index in plan.observed}
         unread = {*range(len(plan.edges))} - {*plan.layers.values()}
         for edge in sorted(watched | unread):
             activations = plan.edges[edge]
@@ -378,17 +382,24 @@ class RegionForward:
                 found[index] = _activation(operation.function)
             elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
                 found[index] = self._average(index, operation)
+        for group in self.plan.groups.values():
+            index = group.calls[0]
+            substitute = normalizing(self.trace, self.root, index, self.plan.operations[index])
+            if substitute is not None:
+                found[index] = substitute
         return found
 
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
         assert self.plan is not None and self.facts is not None
         operand = self.plan.groups[index].operands[0]
-        edge, shape = self.plan.edge_of[operand], self.facts.shapes[operand]
+        edge, shape = self.plan.edge_of.get(operand), self.facts.shapes[operand]
         rank = 0 if shape is None else len(shape)
 
         def averaged(value: Tensor, *rest: Any) -> Any:
             if value.dim() != rank:
                 return NotImplemented
+            if edge is None:
+                return average(value, None, None, operation)
             return average(value, *self.edge_qparams(edge), operation)
 
         return averaged

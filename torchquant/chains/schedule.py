@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchquant.chains import operations as known
 from torchquant.chains import steps
@@ -33,6 +33,9 @@ class Segment:
     rows: bool = False
 
 
+NumbersOf: TypeAlias = Callable[
+    [int, "known.Affine | known.Norm"], tuple[Tensor | None, Tensor | None]
+]
 Item: TypeAlias = Segment | int  # an int: the index of a call that runs in Python
 
 
@@ -144,6 +147,7 @@ def make_steps(
     plan: Plan,
     qparams: Sequence[Qparams],
     module_of: Callable[[str], nn.Module],
+    numbers_of: NumbersOf,
 ) -> list[Step]:
     """The steps of a program.
 
@@ -152,29 +156,36 @@ def make_steps(
         plan: the plan of the region.
         qparams: scale and integers of each edge.
         module_of: returns the layer at a path.
+        numbers_of: returns the numbers of a call by its index.
     """
-    values: dict[int, Value] = {}
+    values: dict[tuple[int, bool], Value] = {}
 
-    def value(index: int) -> Value:
-        if index not in values:
+    def value(index: int, inside: bool = False) -> Value:
+        """The value of a result, or one inside of its step."""
+        if (index, inside) not in values:
             edge = plan.edge_of.get(index)
-            values[index] = Value(len(values), None if edge is None else qparams[edge])
-        return values[index]
+            q = None if edge is None else qparams[edge]
+            values[index, inside] = Value(len(values), q)
+        return values[index, inside]
 
     found: list[Step] = [
         steps.Input(value(index), place) for place, index in enumerate(segment.reads)
     ]
     for group in segment.groups:
-        found += _steps(group, plan, value, module_of)
-    found += (steps.Output(value(index), place) for place, index in enumerate(segment.writes))
+        found += _steps(group, plan, value, module_of, numbers_of)
+    found += (
+        steps.Output(value(index), place, index in plan.last)
+        for place, index in enumerate(segment.writes)
+    )
     return found
 
 
 def _steps(
     group: Group,
     plan: Plan,
-    value: Callable[[int], Value],
+    value: Callable[..., Value],
     module_of: Callable[[str], nn.Module],
+    numbers_of: NumbersOf,
 ) -> list[Step]:
     operation = plan.operations[group.calls[0]]
     operands = [value(index) for index in group.operands]
@@ -193,10 +204,31 @@ def _steps(
         if operation.left_is_factor:
             left, right = right, left
         return [steps.Mul(left, right, output, group.activation)]
+    if isinstance(operation, (known.Affine, known.Norm)):
+        numbers = numbers_of(group.calls[0], operation)
+        if isinstance(operation, known.Norm):
+            sizes = operation.channels, operation.eps
+            return [steps.Norm(operands[0], output, *sizes, *numbers)]
+        rest = (*numbers, group.activation, residual)
+        return [steps.Affine(operands[0], output, operation.channels, *rest)]
+    if isinstance(operation, known.AdaptiveAvgPool) and operation.flat:
+        whole = value(group.end, inside=True)
+        pool = steps.AdaptiveAvgPool(operands[0], whole, operation.size)
+        return [pool, steps.Flatten(whole, output)]
     return _unary(operation, operands[0], output)
 
 
 def _unary(operation: known.Operation, input: Value, output: Value) -> list[Step]:
+    if isinstance(operation, known.AdaptiveMaxPool):
+        return [steps.AdaptiveMaxPool(input, output, operation.size)]
+    if isinstance(operation, known.Channels):
+        return [steps.Channels(input, output, operation.index)]
+    if isinstance(operation, known.Crop):
+        return [steps.Crop(input, output, operation.begin, operation.end)]
+    if isinstance(operation, known.Pad):
+        return [steps.Pad(input, output, operation.before, operation.after)]
+    if isinstance(operation, known.PixelShuffle):
+        return [steps.PixelShuffle(input, output, operation.factor, operation.inverse)]
     if isinstance(operation, known.Activate):
         return [steps.Map(input, output, operation.function)]
     if isinstance(operation, known.MaxPool):

@@ -20,20 +20,21 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant.chains.averages import average
+from torchquant.chains.edges import PASSING
 from torchquant.chains.guard import reads_mode
 from torchquant.chains.interpreter import Interpreter, Substitute, runs_hooks
 from torchquant.chains.modes import Record
+from torchquant.chains.normalize import normalizing
 from torchquant.chains.operations import (
     Activate,
     AdaptiveAvgPool,
     AvgPool,
-    Flatten,
+    Channels,
+    Concat,
     Layer,
-    MaxPool,
     Other,
     Same,
     Shape,
-    Upsample,
 )
 from torchquant.chains.plan import Plan
 from torchquant.nn.base import Rounding, TrainedModule
@@ -105,7 +106,7 @@ class Simulation:
         self.drops = {index for index in range(len(self.calls)) if self._may_drop(index)}
         self.in_place = self._in_place()
         self.points = {
-            index for index in plan.points if self.places[plan.edge_of[index]] is not None
+            index for index in self._rounded() if self.places[plan.edge_of[index]] is not None
         }
         # Values that one layer alone reads: the layer rounds them. In bfloat16 it does not, because
         # the deployed region rounds to multiples of the scale in bfloat16 before the layer does.
@@ -128,6 +129,32 @@ class Simulation:
 
     def _points(self) -> dict[int, Callable[[Tensor], Tensor]]:
         return {index: self._point(index) for index in self.points}
+
+    def _rounded(self) -> set[int]:
+        """The values that are observed and rounded: concatenations instead of their parts.
+
+        While a range is still learned, each part would be rounded with another scale.
+        """
+        whole = {
+            index
+            for index in self.plan.edge_of
+            if index in self.plan.live and isinstance(self.plan.operations[index], Concat)
+        }
+        readers = self.record.trace.readers()
+        return {one for one in whole | self.plan.points if not self._is_part(one, one, readers)}
+
+    def _is_part(self, index: int, point: int, readers: list[list[int]]) -> bool:
+        """True if a value only becomes part of concatenations that have its scale."""
+        edges = self.plan.edge_of
+        for reader in readers[index]:
+            operation = self.plan.operations[reader] if reader < len(self.calls) else None
+            joins = isinstance(operation, Concat) and edges.get(reader) == edges[point]
+            passes = isinstance(operation, Same) or (
+                isinstance(operation, PASSING) and edges.get(reader) == edges[point]
+            )
+            if not joins and not (passes and self._is_part(reader, point, readers)):
+                return False
+        return bool(readers[index])
 
     def _point(self, index: int) -> Callable[[Tensor], Tensor]:
         edge = self.plan.edge_of[index]
@@ -153,7 +180,7 @@ class Simulation:
         """The values that exactly one call of one layer reads, and nothing else does."""
         readers = self.record.trace.readers()
         counts: dict[int, int] = {}
-        for index in self.plan.points:
+        for index in self.points:
             edge = self.plan.edge_of[index]
             counts[edge] = counts.get(edge, 0) + 1
         for index in self.points:
@@ -197,9 +224,9 @@ class Simulation:
             if index in self.drops:
                 found.append(self.modules[call.target] if call.kind == "module" else _ALWAYS)
             moving = isinstance(operation, Other) and operation.moves
-            if not moving and not isinstance(operation, (Same, MaxPool, Flatten, Upsample)):
+            if not moving and not isinstance(operation, (Same, *PASSING)):
                 return found
-            index = call.reads()[0]
+            index = operation.source if isinstance(operation, Channels) else call.reads()[0]
 
     def _in_place(self) -> dict[int, list[nn.Module]]:
         """Modules that drop in place, by the results that they change."""
@@ -227,9 +254,17 @@ class Simulation:
             elif isinstance(operation, Activate):
                 yield index, self._activation(operation.function, index in fused.values())
             elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
-                edge = self.plan.edge_of[self.plan.groups[index].operands[0]]
-                if self.places[edge] is not None:
+                edge = self.plan.edge_of.get(self.plan.groups[index].operands[0])
+                if edge is None:
+                    yield index, self._float_average(operation)
+                elif self.places[edge] is not None:
                     yield index, self._average(index, operation)
+        for group in self.plan.groups.values():
+            index = group.calls[0]
+            operation, trace = self.plan.operations[index], self.record.trace
+            norm = normalizing(trace, self.region.root, index, operation)
+            if norm is not None:
+                yield index, self._norm(norm, self.modules.get(self.calls[index].target))
 
     def _fused(self) -> Iterator[tuple[int, int]]:
         """Layers that apply the activation after them, and the calls of the activations."""
@@ -267,6 +302,22 @@ class Simulation:
             return value if fused and self.fusing else ops.activation(value, function)
 
         return call
+
+    def _norm(self, substitute: Substitute, module: nn.Module | None) -> Substitute:
+        """A norm with the bits of deployment; one that uses statistics of the batch stays."""
+
+        def call(value: Tensor, *rest: Any) -> Any:
+            batch = module is not None and module.training and reads_mode(module)
+            return substitute(value, *rest) if self.quantizing and not batch else NotImplemented
+
+        return call
+
+    def _float_average(self, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
+        def averaged(value: Tensor, *rest: Any) -> Any:
+            plain = not self.quantizing or value.dim() not in (3, 4)
+            return NotImplemented if plain else average(value, None, None, operation)
+
+        return averaged
 
     def _average(self, index: int, operation: AvgPool | AdaptiveAvgPool) -> Substitute:
         operand = self.plan.groups[index].operands[0]

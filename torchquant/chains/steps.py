@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 Pair: TypeAlias = tuple[int, int]
 
@@ -76,7 +76,9 @@ class Conv:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer on ``[n, c]``; ``layer`` is a quantized layer with static activations.
+    """A linear layer on ``[n, c]``, or on the channels of each pixel of an image.
+
+    ``layer`` is a quantized layer with static activations.
 
     ``residual`` is added before the activation.
     """
@@ -118,6 +120,41 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Affine:
+    """``input * gain + shift`` with one number for each channel, then perhaps a residual.
+
+    With both numbers it is one fused operation, ``fmaf(input, gain, shift)``. ``residual`` is added
+    before the activation.
+
+    Args:
+        input, output: of one shape.
+        channels: how many there are.
+        gain: float32 ``[channels]``; None for 1.
+        shift: float32 ``[channels]``; None for 0.
+    """
+
+    input: Value
+    output: Value
+    channels: int
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str = "none"
+    residual: Value | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``functional.layer_norm`` over the channels of each pixel; weight and bias are float32."""
+
+    input: Value
+    output: Value
+    channels: int
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MaxPool:
     """The greatest integer of each window; input and output have the same qparams."""
 
@@ -131,8 +168,20 @@ class MaxPool:
 
 
 @dataclass(frozen=True)
+class AdaptiveMaxPool:
+    """The greatest integers of ``size`` windows; None keeps the input's height or width."""
+
+    input: Value
+    output: Value
+    size: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
 class AvgPool:
-    """The mean of each window; ``divisor`` replaces the number of elements."""
+    """The mean of each window; ``divisor`` replaces the number of elements.
+
+    The means of float values are those of ``functional.float_avg_pool``.
+    """
 
     input: Value
     output: Value
@@ -162,6 +211,48 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Some channels in some order: channel i of the output is channel ``index[i]`` of the input.
+
+    Adjacent channels are not copied.
+    """
+
+    input: Value
+    output: Value
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Rows and columns from ``begin`` to before ``end``; negative numbers count from the end."""
+
+    input: Value
+    output: Value
+    begin: Pair
+    end: Pair
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Zeros around each image: ``before`` at the top and the left, ``after`` at the other sides."""
+
+    input: Value
+    output: Value
+    before: Pair
+    after: Pair
+
+
+@dataclass(frozen=True)
+class PixelShuffle:
+    """Channels to pixels as torch's ``pixel_shuffle``; ``inverse``: ``pixel_unshuffle``."""
+
+    input: Value
+    output: Value
+    factor: int
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
 class Upsample:
     """Nearest-neighbour upsampling to ``size``, or by the whole numbers ``factor``."""
 
@@ -183,11 +274,12 @@ class Flatten:
 class Output:
     """A value as a float32 result of the program; integers are dequantized.
 
-    The result has the memory format of the program's first argument.
+    The result has the memory format of the program's first argument, or channels_last if ``last``.
     """
 
     input: Value
     result: int
+    last: bool = False
 
 
 Step: TypeAlias = (
@@ -197,10 +289,17 @@ Step: TypeAlias = (
     | Add
     | Mul
     | Map
+    | Affine
+    | Norm
     | MaxPool
     | AvgPool
+    | AdaptiveMaxPool
     | AdaptiveAvgPool
     | Concat
+    | Channels
+    | Crop
+    | Pad
+    | PixelShuffle
     | Upsample
     | Flatten
     | Output

@@ -20,6 +20,7 @@ from torchquant.configs.fusion import Fusion, check_fusion
 from torchquant.configs.layers import (
     Activations,
     Dynamic,
+    Float,
     QuantizationConfig,
     Static,
     Weights,
@@ -37,6 +38,7 @@ __all__ = [
     "Calibration",
     "Dynamic",
     "Entropy",
+    "Float",
     "Fusion",
     "Histogram",
     "Int8DynamicActivationInt8WeightConfig",

@@ -158,6 +158,19 @@ class Static(Activations):
 
 
 @dataclass(frozen=True)
+class Float(Part):
+    """The value that leaves a layer stays float32: a chain of int8 layers ends there on purpose.
+
+    Example:
+        >>> QuantizationConfig(activations=Static(), output=Float()).output
+        Float()
+    """
+
+    def __str__(self) -> str:
+        return "float"
+
+
+@dataclass(frozen=True)
 class QuantizationConfig(Part):
     """The quantization of a layer: of its weight, and of the activations that enter the layer.
 
@@ -165,10 +178,15 @@ class QuantizationConfig(Part):
         weights: an instance of :class:`Weights`.
         activations: an instance of :class:`Dynamic`, :class:`Static`, or another subclass of
             :class:`Activations`.
+        output: the value that leaves the layer, after an addition and an activation that are
+            computed with it, in a region whose values are int8. A :class:`Static` rounds it to
+            these integers, whatever reads it; a :class:`Float` keeps it float32; None rounds it
+            where a layer with static activations reads it, to the integers of this layer.
 
     Raises:
-        TypeError: weights is not a :class:`Weights`, or activations is not an
-            :class:`Activations`.
+        TypeError: weights is not a :class:`Weights`, activations is not an :class:`Activations`, or
+            output is not one of its parts.
+        ValueError: output is given although activations are not static.
 
     Example:
         >>> from torchquant.configs import IntxActivationIntxWeightConfig
@@ -178,13 +196,24 @@ class QuantizationConfig(Part):
 
     weights: Weights = field(default_factory=Weights)
     activations: Any = field(default_factory=Dynamic)
+    output: Static | Float | None = field(default=None, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
+        if self.output is not None and not isinstance(self.output, (Static, Float)):
+            raise TypeError(
+                f"QuantizationConfig: output must be None, Static() or Float(), got {self.output!r}"
+            )
         for name, kind in (("weights", Weights), ("activations", Activations)):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 example = {"weights": "Weights()", "activations": "Dynamic() or Static()"}[name]
                 raise TypeError(f"QuantizationConfig: {name} must be {example}, got {value!r}")
+        if self.output is not None and not isinstance(self.activations, Static):
+            raise ValueError(
+                "QuantizationConfig: output must be None unless activations are Static(), got "
+                f"{self.output!r} with {self.activations!r}; values between layers are int8 only "
+                "where the layers have static activations"
+            )
 
 
 def check_config(who: str, config: QuantizationConfig | None) -> QuantizationConfig:

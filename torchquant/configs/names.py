@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchquant.configs.calibration import Calibration, calibration_named
-from torchquant.configs.layers import Dynamic, QuantizationConfig, Static, Weights
+from torchquant.configs.layers import Dynamic, Float, QuantizationConfig, Static, Weights
 from torchquant.configs.part import require_bits, require_boolean
 
 
@@ -39,6 +39,7 @@ def Int8StaticActivationInt8WeightConfig(
     weight_symmetric: bool = True,
     activation_narrow_range: bool | None = None,
     observer: Calibration | str | None = None,
+    output: Static | Float | None = None,
 ) -> QuantizationConfig:
     """int8 weights with one scale per output channel; int8 activations with one scale per tensor.
 
@@ -54,12 +55,13 @@ def Int8StaticActivationInt8WeightConfig(
         observer: how the range of the activations is chosen: "histogram" (least squared error; used
             for None), "minmax", "moving_average", "percentile", "entropy", or a part with other
             arguments, such as ``torchquant.configs.Percentile(99.9)``.
+        output: whether the value that leaves the layer is int8, see :class:`QuantizationConfig`.
 
     Returns:
         The configuration in parts.
 
     Raises:
-        TypeError: a flag is not a bool, or observer is not one of these.
+        TypeError: a flag is not a bool, or observer or output is not one of these.
         ValueError: observer is a string that is no name.
 
     Example:
@@ -74,7 +76,7 @@ def Int8StaticActivationInt8WeightConfig(
         require_boolean(who, "activation_narrow_range", activation_narrow_range, ", or None")
     chosen = calibration_named(who, observer)
     activations = Static(8, flags[0], activation_narrow_range, chosen)
-    return QuantizationConfig(Weights(symmetric=flags[1]), activations)
+    return QuantizationConfig(Weights(symmetric=flags[1]), activations, output)
 
 
 def IntxActivationIntxWeightConfig(

@@ -50,12 +50,17 @@ class Part:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Convert a configuration or a part to JSON values; the key ``type`` is the name of its class.
 
+    A part that a configuration does not have is left out, so that earlier versions read the rest.
+
     Example:
         >>> from torchquant.configs import Dynamic
         >>> config_to_dict(Dynamic(symmetric=True))
         {'type': 'Dynamic', 'bits': 8, 'symmetric': True}
     """
     values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    for entry in fields(config):
+        if entry.metadata.get("left_out") and values[entry.name] is None:
+            del values[entry.name]
     parts = {
         name: config_to_dict(value) if is_dataclass(value) else value
         for name, value in values.items()

@@ -52,6 +52,7 @@ class Step:
     asked: bool = False
     refusal: str | None = None  # the reason why it cannot be changed
     leave: str | None = None  # the reason why it should not be changed, although it could
+    small: bool = False  # leave says that it does not benefit by itself
     config: Any = None  # what the verb makes of it
     pattern: str | None = None  # the key under which config was given
     prepared: Any = None  # what convert_ makes the new layer from
@@ -245,6 +246,7 @@ def plan_layers(
             step.leave = adapters[id(module)]
         elif not in_particular and not step.refusal:
             step.leave = kind.no_benefit(module, step.config)
+            step.small = step.leave is not None
     if unfit and len(unfit) == sum(not step.already for step in steps):
         raise unfit[0]  # no layer has the attribute: the filter is wrong
     return steps

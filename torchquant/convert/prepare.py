@@ -20,7 +20,15 @@ from torchquant.convert.calibration_hooks import hook_of, observe_input
 from torchquant.convert.fold import fold_batch_norms, folded_rows, is_outdated
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import cover, find, kept, learn, region_reports, remember
+from torchquant.convert.regions import (
+    cover,
+    find,
+    join_small_ones,
+    kept,
+    learn,
+    region_reports,
+    remember,
+)
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule
@@ -79,7 +87,8 @@ def prepare_(
             the inputs of batch norms have.
         filter_fn: selects the layers to prepare, including small ones: a function of
             ``(module, name)``, a name pattern or a list of patterns, as in :func:`quantize_`. None
-            selects all layers except those that are too small to benefit.
+            selects all layers except those that are too small to benefit. A small linear layer
+            benefits where other layers are called in the same region (see ``regions`` below).
         strict: if True, raise before anything is changed if something that was asked for cannot be
             done, as in :func:`quantize_`. False reports it.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
@@ -122,6 +131,8 @@ def prepare_(
     steps = [step for step in plan if step.skip is None]
     missed, ranks = ([], {}) if example_inputs is None else _tried(model, steps, example_inputs)
     found = find(model, _wanted(steps))
+    join_small_ones(plan, found)
+    steps = [step for step in plan if step.skip is None]
     size = tensor_bytes(model)
     with kept(model):
         foldings = fold_batch_norms(model, found.regions, _wanted(steps), ranks)

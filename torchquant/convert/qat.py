@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.configs import QuantizationConfig
+from torchquant.configs import QuantizationConfig, Static
 from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
-from torchquant.convert.regions import region_reports, reports_of
+from torchquant.convert.regions import find, join_small_ones, region_reports, reports_of
 from torchquant.convert.selection import FilterFn, Selection, selection
 from torchquant.convert.training_regions import (
     cover_training,
@@ -153,6 +153,13 @@ def _prepare(
     problems = asked_problems(model, plan, account, chosen)
     if strict:
         check_strict("prepare_qat_", plan, account.others, problems)
+    static = {
+        id(step.module)
+        for step in plan
+        if step.skip is None and isinstance(step.config.activations.deployed(), Static)
+    }
+    if static:
+        join_small_ones(plan, find(model, lambda module: id(module) in static))
     steps = [step for step in plan if step.skip is None]
     edges, edge_notes = _edges(model, plan)
     pairs, folds = pairs_to_fold(model, steps) if fold_batch_norms else ({}, [])

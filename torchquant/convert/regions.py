@@ -20,9 +20,10 @@ from torchquant.chains.plan import Plan
 from torchquant.chains.region import Qparams, RegionForward, region_of
 from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
 from torchquant.chains.training import TrainingForward
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.convert.agreement import agree
 from torchquant.convert.calibration_hooks import hook_of, missing_range, prepared_layers
+from torchquant.convert.plan import Step
 from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
@@ -107,14 +108,16 @@ def cover(model: nn.Module, found: Found) -> list[RegionForward]:
     made: list[RegionForward] = []
     for region, called in own_layers(found):
         own: dict[str, Static] = {}
+        outputs: dict[str, Static | Float] = {}
         for path, module in called:
             hook = hook_of(module)
             if hook is not None:
                 own[path] = hook.config.activations
+                if hook.config.output is not None:
+                    outputs[path] = hook.config.output
         if own and not any(id(module) in taken for module in region.module.modules()):
-            made.append(
-                RegionForward(region.module, region.path, region.trace, own, observer_for, paused)
-            )
+            parts = own, observer_for, paused, outputs
+            made.append(RegionForward(region.module, region.path, region.trace, *parts))
             install(made[-1])
     return made
 
@@ -128,13 +131,28 @@ def covered(model: nn.Module) -> set[int]:
 def own_layers(found: Found) -> Iterator[tuple[Region, list[tuple[str, nn.Module]]]]:
     """The regions, with the modules that no other region calls and their paths."""
     calls = Counter(
-        identity for region in found.regions for identity in {id(m) for _, m in _called(region)}
+        identity for region in found.regions for identity in {id(m) for _, m in calls_of(region)}
     )
     for region in found.regions:
-        yield region, [(path, m) for path, m in _called(region) if calls[id(m)] == 1]
+        yield region, [(path, m) for path, m in calls_of(region) if calls[id(m)] == 1]
 
 
-def _called(region: Region) -> Iterator[tuple[str, nn.Module]]:
+def join_small_ones(plan: Iterable[Step], found: Found) -> None:
+    """Let layers take part that are too small to benefit by themselves, but are parts of chains.
+
+    The data of a chain stays in integers, and leaving the chain costs more than a small layer.
+
+    Args:
+        plan: the plan for all layers.
+        found: the regions of the other layers.
+    """
+    called = {id(module) for region in found.regions for _, module in calls_of(region)}
+    for step in plan:
+        if step.small and id(step.module) in called:
+            step.leave = None
+
+
+def calls_of(region: Region) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a region calls as one entry, each once, with their paths."""
     paths = dict.fromkeys(call.target for call in region.trace.calls if call.kind == "module")
     for path in paths:
@@ -331,7 +349,7 @@ def ranges(model: nn.Module) -> Ranges:
             assert region.facts is not None
             seen = {value: observers[edge] for value, edge in plan.edge_of.items()}
             rest = {p: part for p, part in region.activations.items() if p not in missing}
-            plan = region.facts.plan(rest)
+            plan = region.facts.plan(rest, region.outputs)
             observers = {edge: seen[value] for value, edge in plan.edge_of.items()}
         if not plan.layers:
             found.useless.append((region, "none of its layers has a range"))

@@ -11,7 +11,7 @@ from torch import nn
 from torchquant.chains.first_batch import FirstBatch
 from torchquant.chains.region import RegionForward
 from torchquant.chains.root import SCALE, ZERO_POINT
-from torchquant.configs import Static
+from torchquant.configs import Float, Static
 from torchquant.convert.regions import is_leaf, regions_in
 from torchquant.files.fit import Misfit
 from torchquant.graph.in_place import without_in_place
@@ -77,16 +77,20 @@ def _new_region(name: str, entry: Any, root: nn.Module | None) -> RegionForward:
     if not same or not len(shapes) == len(calls) == len(flops):
         raise Misfit(f"{where} makes other calls than the one that was saved")
     _check_arguments(entry, record, where)
-    activations = {}
+    activations: dict[str, Static] = {}
+    outputs: dict[str, Static | Float] = {}
     for path in layers:
         layer = root.get_submodule(path)
         part = layer.config.activations if isinstance(layer, QuantizedModule) else None
         if not isinstance(part, Static):
             raise Misfit(f"{path!r} in {where} must be a layer with static activations")
         activations[path] = part
-    region = RegionForward(root, name, record, activations, observer_for)
+        output = layer.config.output if isinstance(layer, QuantizedModule) else None
+        if output is not None:
+            outputs[path] = output
+    region = RegionForward(root, name, record, activations, observer_for, outputs=outputs)
     region.facts = FirstBatch.known(root, record, shapes, flops)
-    region.set_plan(region.facts.plan(activations))
+    region.set_plan(region.facts.plan(activations, outputs))
     plan = region.plan
     if plan is None or len(plan.edges) != edges or dict(plan.layers) != layers:
         found = 0 if plan is None else len(plan.edges)

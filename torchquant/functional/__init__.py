@@ -58,11 +58,13 @@ from torchquant.functional.hard_activations import (
     relu6,
 )
 from torchquant.functional.images import (
+    channel_affine,
     int8_add,
     int8_concat,
     int8_map,
     int8_mul,
     int8_table,
+    norm_as_affine,
 )
 from torchquant.functional.linear import (
     int8_mm,
@@ -72,6 +74,8 @@ from torchquant.functional.linear import (
 )
 from torchquant.functional.norms import layer_norm, rms_norm
 from torchquant.functional.pools import (
+    float_adaptive_avg_pool,
+    float_avg_pool,
     int8_adaptive_avg_pool,
     int8_avg_pool,
     int8_max_pool,
@@ -91,6 +95,7 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "attention",
+    "channel_affine",
     "choose_qparams",
     "conv_dynamic",
     "conv_static",
@@ -99,6 +104,8 @@ __all__ = [
     "fake_quantize_learned",
     "fake_quantize_learned_backward",
     "fake_quantize_mask",
+    "float_adaptive_avg_pool",
+    "float_avg_pool",
     "fmaf",
     "gated_activation",
     "gelu",
@@ -125,6 +132,7 @@ __all__ = [
     "mask_gradient",
     "minmax",
     "mm_fake_quantized",
+    "norm_as_affine",
     "pack_bits",
     "positive",
     "qat_linear",

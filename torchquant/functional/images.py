@@ -7,6 +7,7 @@ result's own scale (or, without ``output_scale``, with the fp32 numbers themselv
     add   y = activation(fl(deq(a) + deq(b)))
     mul   y = activation(fl(deq(a) * deq(b)))
     map   y = activation(deq(a))                 as a table of 256 entries
+    affine  y = activation(fmaf(deq(a), gain[c], shift[c])), one number for each channel
     concat: each part by itself, y = deq(part)
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchquant.functional._arithmetic import fmaf
 from torchquant.functional._checks import describe, require_device, require_dtype, require_tensor
 from torchquant.functional.activations import ACTIVATIONS, require_activation
 from torchquant.functional.affine import dequantize, quantize
@@ -114,6 +116,76 @@ def int8_mul(
     require_activation(who, activation)
     y = ACTIVATIONS[activation](a * b)
     return result(y, output_scale, output_zero_point, output_qmin, output_qmax)
+
+
+def channel_affine(input: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``fmaf(input, gain[c], shift[c])``: a batch norm in evaluation, one rounding.
+
+    Args:
+        input: float32 ``[N, C, ...]``.
+        gain: float32 ``[C]``; with None the result is ``fl(input + shift[c])``.
+        shift: float32 ``[C]``; with None the result is ``fl(input * gain[c])``.
+
+    Returns:
+        float32 of input's shape.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: gain or shift does not have one number for each channel.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> channel_affine(x, torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.0]))
+        tensor([[2.5000, 2.0000],
+                [6.5000, 4.0000]])
+    """
+    who = "channel_affine"
+    require_dtype(who, "input", input, (torch.float32,))
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    for name, numbers in (("gain", gain), ("shift", shift)):
+        if numbers is None:
+            continue
+        require_dtype(who, name, numbers, (torch.float32,))
+        if numbers.shape != input.shape[1:2]:
+            raise ValueError(
+                f"{who}: {name} must have one number for each channel of input "
+                f"{list(input.shape)}, got {describe(numbers)}"
+            )
+    if gain is None:
+        return input if shift is None else input + shift.view(shape)
+    if shift is None:
+        return input * gain.view(shape)
+    return fmaf(input, gain.view(shape), shift.view(shape))
+
+
+def norm_as_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gain and shift with which :func:`channel_affine` computes a batch norm in evaluation.
+
+    In float64, each rounded to float32 once: ``gain = weight / sqrt(var + eps)`` and
+    ``shift = bias - mean * gain``.
+
+    Args:
+        mean, var: the statistics, float ``[C]``.
+        weight, bias: float ``[C]`` or None.
+        eps: the summand of the variance.
+
+    Returns:
+        float32 ``[C]``, twice.
+
+    Raises:
+        AttributeError: a statistic is no tensor.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> norm_as_affine(one, 3 * one, 4 * one, None, 1.0)
+        (tensor([2.]), tensor([-2.]))
+    """
+    root = torch.sqrt(var.to(torch.float64) + eps)
+    gain = (1.0 if weight is None else weight.to(torch.float64)) / root
+    shift = (0.0 if bias is None else bias.to(torch.float64)) - mean.to(torch.float64) * gain
+    return gain.to(torch.float32), shift.to(torch.float32)
 
 
 def int8_table(

@@ -1,4 +1,4 @@
-"""Pools of int8 images ``[N, C, H, W]`` and sequences ``[N, C, L]``; upsampling.
+"""Pools of int8 images ``[N, C, H, W]`` or sequences ``[N, C, L]``; averages of floats.
 
 A maximum is one of the window's integers. An average is an exact integer sum over the window, one
 product, and ``quantize`` to the result's own scale (or, without ``output_scale``, fp32)::
@@ -6,7 +6,9 @@ product, and ``quantize`` to the result's own scale (or, without ``output_scale`
     S = sum of (q - zero_point)            elements of the padding add nothing
     y = fl(float(S) * fl(scale * fl(1 / count)))
 
-Windows, their number and ``count`` are those of torch's pools.
+Windows, their number and ``count`` are those of torch's pools. The sum of a window of floats has a
+fixed order, so that it has the same bits everywhere: each column from top to bottom, then the sums
+of the columns from left to right, and then one product with ``fl(1 / count)``.
 """
 
 from __future__ import annotations
@@ -112,14 +114,9 @@ def int8_avg_pool(
         values, kernel, steps, pads = values.unsqueeze(2), [1, *kernel], [1, *steps], [0, *pads]
     # In float64 every sum is exact.
     sums = F.avg_pool2d(values, kernel, steps, pads, ceil_mode, divisor_override=1)
-    if divisor_override is not None:
-        count = torch.full_like(sums, divisor_override)
-    elif count_include_pad:
-        count = _counted(0, values, sums, kernel, steps, pads)[:, None]
-        count = count * _counted(1, values, sums, kernel, steps, pads)
-    else:
-        ones = torch.ones_like(values)
-        count = F.avg_pool2d(ones, kernel, steps, pads, ceil_mode, divisor_override=1)
+    count = _counts(
+        values, sums, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override
+    )
     y = _averages(sums, s, count)
     y = y.squeeze(2) if dims == 1 else y
     return result(y, output_scale, output_zero_point, output_qmin, output_qmax)
@@ -158,25 +155,107 @@ def int8_adaptive_avg_pool(
     """
     who = "int8_adaptive_avg_pool"
     dims = _spatial(who, input)
-    wanted = [output_size] * dims if output_size is None or isinstance(output_size, int) else None
-    sizes = list(output_size) if wanted is None else wanted  # type: ignore[arg-type]
-    if len(sizes) != dims:
-        raise ValueError(f"{who}: output_size must have {dims} entries, got {output_size!r}")
+    sizes = _adaptive_sizes(who, output_size, dims)
     s, values = _values(who, input, scale, zero_point)
     count = torch.ones((), dtype=torch.float64, device=input.device)
     for dim, size in zip(range(2, 2 + dims), sizes, strict=True):
-        length = input.shape[dim]
-        windows = [
-            (i * length // out, -(-(i + 1) * length // out))
-            for out in (length if size is None else size,)
-            for i in range(out)
-        ]
+        windows = _adaptive_windows(input.shape[dim], size)
         parts = [values.narrow(dim, a, b - a).sum(dim, keepdim=True) for a, b in windows]
         values = torch.cat(parts, dim)
         widths = torch.tensor([b - a for a, b in windows], dtype=torch.float64)
         count = count.unsqueeze(-1) * widths.to(input.device)
     y = _averages(values, s, count)
     return result(y, output_scale, output_zero_point, output_qmin, output_qmax)
+
+
+def float_avg_pool(
+    input: Tensor,
+    kernel_size: _Sizes,
+    stride: _Sizes | None = None,
+    padding: _Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """The average of each window of floats, summed in the order that the module states.
+
+    Args:
+        input: float32 ``[N, C, H, W]`` or ``[N, C, L]``.
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in
+            :func:`int8_avg_pool`.
+
+    Returns:
+        float32 ``[N, C, H', W']`` or ``[N, C, L']``.
+
+    Raises:
+        TypeError: ``input`` is not float32.
+        ValueError: a wrong number of dimensions or sizes.
+
+    Example:
+        >>> float_avg_pool(torch.tensor([[[[1.0, 2.0], [4.0, 5.0]]]]), 2).item()
+        3.0
+    """
+    who = "float_avg_pool"
+    dims = _spatial(who, input, torch.float32)
+    kernel = _sizes(who, "kernel_size", kernel_size, dims)
+    steps = kernel if stride is None else _sizes(who, "stride", stride, dims)
+    pads = _sizes(who, "padding", padding, dims)
+    x = input
+    if dims == 1:
+        x, kernel, steps, pads = x.unsqueeze(2), [1, *kernel], [1, *steps], [0, *pads]
+    sizes = F.avg_pool2d(x, kernel, steps, pads, ceil_mode, divisor_override=1)
+    count = _counts(x, sizes, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override)
+    height, width = sizes.shape[2:]
+    x = F.pad(x, (pads[1], pads[1] + kernel[1] + steps[1], pads[0], pads[0] + kernel[0] + steps[0]))
+    total = torch.zeros_like(sizes)
+    for column in range(kernel[1]):
+        part = torch.zeros_like(sizes)
+        for row in range(kernel[0]):
+            taps = x[:, :, row :: steps[0], column :: steps[1]]
+            part = part + taps[:, :, :height, :width]
+        total = total + part
+    y: Tensor = total * reciprocal(count.to(torch.float32))
+    return y.squeeze(2) if dims == 1 else y
+
+
+def float_adaptive_avg_pool(
+    input: Tensor, output_size: int | Sequence[int | None] | None
+) -> Tensor:
+    """Averages of floats over windows that divide the input into ``output_size`` parts.
+
+    Args:
+        input: float32 ``[N, C, H, W]`` or ``[N, C, L]``.
+        output_size: as in :func:`int8_adaptive_avg_pool`.
+
+    Returns:
+        float32 ``[N, C, *output_size]``.
+
+    Raises:
+        TypeError: ``input`` is not float32.
+        ValueError: a wrong number of dimensions or sizes.
+
+    Example:
+        >>> float_adaptive_avg_pool(torch.tensor([[[[1.0, 2.0], [4.0, 5.0]]]]), (1, None))[0, 0]
+        tensor([[2.5000, 3.5000]])
+    """
+    who = "float_adaptive_avg_pool"
+    dims = _spatial(who, input, torch.float32)
+    x = input if dims == 2 else input.unsqueeze(2)
+    sizes = [None, *_adaptive_sizes(who, output_size, dims)][-2:]
+    rows, columns = (_adaptive_windows(x.shape[2 + i], size) for i, size in enumerate(sizes))
+    found = []
+    for top, bottom in rows:
+        sums = torch.zeros_like(x[:, :, 0])
+        for row in range(top, bottom):
+            sums = sums + x[:, :, row]
+        for left, right in columns:
+            total = torch.zeros_like(sums[..., 0])
+            for column in range(left, right):
+                total = total + sums[..., column]
+            count = torch.full_like(total[:1, :1], (bottom - top) * (right - left))
+            found.append(total * reciprocal(count))
+    y: Tensor = torch.stack(found, -1).unflatten(-1, (len(rows), len(columns)))
+    return y if dims == 2 else y.squeeze(2)
 
 
 def int8_upsample_nearest(
@@ -209,9 +288,25 @@ def int8_upsample_nearest(
     return whole.to(torch.int8)
 
 
-def _spatial(who: str, input: Tensor) -> int:
+def _adaptive_sizes(
+    who: str, output_size: int | Sequence[int | None] | None, dims: int
+) -> list[int | None]:
+    if output_size is None or isinstance(output_size, int):
+        return [output_size] * dims
+    if len(output_size) != dims:
+        raise ValueError(f"{who}: output_size must have {dims} entries, got {output_size!r}")
+    return list(output_size)
+
+
+def _adaptive_windows(length: int, size: int | None) -> list[tuple[int, int]]:
+    """Where each window begins and ends; None is one window for each element."""
+    out = length if size is None else size
+    return [(i * length // out, -(-(i + 1) * length // out)) for i in range(out)]
+
+
+def _spatial(who: str, input: Tensor, dtype: torch.dtype = torch.int8) -> int:
     """The number of spatial dimensions, 1 or 2."""
-    require_dtype(who, "input", input, (torch.int8,))
+    require_dtype(who, "input", input, (dtype,))
     if input.dim() not in (3, 4):
         raise ValueError(
             f"{who}: input must have shape [N, C, H, W] or [N, C, L], got {list(input.shape)}"
@@ -237,6 +332,26 @@ def _values(
 
 def _averages(sums: Tensor, scale: Tensor, count: Tensor) -> Tensor:
     return sums.to(torch.float32) * (scale * reciprocal(count.to(torch.float32)))
+
+
+def _counts(
+    values: Tensor,
+    sums: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    pad: list[int],
+    ceil_mode: bool,
+    include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    """What each sum is divided by."""
+    if divisor is not None:
+        return torch.full_like(sums, divisor)
+    if include_pad:
+        rows = _counted(0, values, sums, kernel, stride, pad)[:, None]
+        return rows * _counted(1, values, sums, kernel, stride, pad)
+    ones = torch.ones_like(values)
+    return F.avg_pool2d(ones, kernel, stride, pad, ceil_mode, divisor_override=1)
 
 
 def _counted(
