@@ -50,6 +50,32 @@ def test_round_trip(
         assert torch.equal(third(x), wanted)
 
 
+class OwnForward(nn.Linear):
+    """A linear layer whose class has a forward of its own, as timm's has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class WithOwnForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 64, 3), OwnForward(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x)).mean([2, 3]))
+
+
+def test_layers_of_derived_classes_are_in_the_chain(tmp_path: Path) -> None:
+    model, x = saved(WithOwnForward, tmp_path / "file")
+    (region,) = regions_in(model)
+    assert {call.target for call in region.trace.calls} >= {"conv", "head"}
+    assert len(region.plan.layers) == 2
+    other = torchquant.load(tmp_path / "file", WithOwnForward().eval())
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
 class Other(Functional):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
