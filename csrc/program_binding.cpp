@@ -190,9 +190,7 @@ void check_step(size_t index, const Step& s, const std::vector<Value>& values) {
   require(s.residual < 0 || adds, "must not have a residual");
   switch (s.kind) {
     case Kind::kConv:
-    case Kind::kLinear:
-    case Kind::kAvgPool:
-    case Kind::kAdaptiveAvgPool: require(is_int8(s.inputs[0]), "must read int8 values"); break;
+    case Kind::kLinear: require(is_int8(s.inputs[0]), "must read int8 values"); break;
     case Kind::kNorm: require(!is_int8(s.inputs[0]) && !is_int8(s.output), "must read and write floats"); break;
     case Kind::kMap:
       if (!is_int8(s.inputs[0])) break;
@@ -215,6 +213,8 @@ void check_step(size_t index, const Step& s, const std::vector<Value>& values) {
     case Kind::kAdd:
     case Kind::kMul:
     case Kind::kAffine:
+    case Kind::kAvgPool:
+    case Kind::kAdaptiveAvgPool:
     case Kind::kInput:
     case Kind::kOutput: break;
   }
