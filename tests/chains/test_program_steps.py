@@ -134,6 +134,17 @@ def test_a_product_and_a_sum_for_each_channel_have_one_rounding() -> None:
     assert got.item() == 2.0**-11 + 2.0**-24
 
 
+def test_integers_show_the_one_rounding_too() -> None:
+    """The sum is what the product's rounding would have lost."""
+    x = torch.full((1, 64, 1, 1), 16 * Q.scale)
+    gain = 1000 * floats(64)
+    shift = -(functional.dequantize(torch.full((64,), 19).char(), Q.scale, Q.zero_point) * gain)
+    to = Qparams(2.0**-17, 0)
+    chain = single(Affine, to=to, channels=64, gain=gain, shift=shift)
+    assert bool((expected(chain.steps, [x])[0] != 0).any())
+    check(chain, x)
+
+
 @pytest.mark.parametrize("to", [WIDE, None], ids=["int8", "float32"])
 @pytest.mark.parametrize("other", [NARROW, None], ids=["int8 residual", "float residual"])
 def test_residuals(other: Qparams | None, to: Qparams | None) -> None:
