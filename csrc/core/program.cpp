@@ -166,10 +166,26 @@ tq_status look_for_nonfinite(const Run& run, const tq_image_float& x) {  // whos
   return status;
 }
 
-// A step has been used long ago, and its lines are no longer near.
+// What was used in the last call is no longer near: the lines of a step ...
 void fetch(const Step& s) {
   const char* const first = reinterpret_cast<const char*>(&s);
   for (size_t at = 0; at < sizeof(Step); at += 64) __builtin_prefetch(first + at);
+}
+
+// ... and those of its layer that have to be read before the step can begin, for the second-level cache. Every thread
+// waits for them.
+void fetch_channels(const Step& s) {
+  if (s.kind != Kind::kConv) return;
+  const Weight& w = s.weight;
+  const char *const scale = reinterpret_cast<const char*>(w.scale), *const bias = reinterpret_cast<const char*>(w.bias);
+  for (int64_t at = 0; at < w.outputs * 4; at += 64) {
+    __builtin_prefetch(scale + at, 0, 2);
+    if (bias) __builtin_prefetch(bias + at, 0, 2);
+  }
+  if (w.groups > 1) return;
+  const int64_t k = w.inputs * s.kernel[0] * s.kernel[1];
+  for (int64_t tile = 0; tile < num_tiles(w.outputs); ++tile)
+    __builtin_prefetch(tile_sums(tile_at(w.packed, k, tile), k), 0, 2);
 }
 
 [[noreturn]] void refuse(size_t step, const std::string& what) {
@@ -240,7 +256,8 @@ tq_status Program::run(const Plan& plan, const tq_image_float* arguments, const 
     if (status != TQ_OK) return status;
   }
   for (size_t i = 0; i < steps_.size() && !has_nonfinite; ++i) {
-    if (i + 1 < steps_.size()) fetch(steps_[i + 1]);
+    if (i + 1 < steps_.size()) fetch_channels(steps_[i + 1]);
+    if (i + 2 < steps_.size()) fetch(steps_[i + 2]);
     if (!plan.runs[i]) continue;
     const tq_status status = run_step(run, steps_[i]);
     if (status != TQ_OK) return status;
