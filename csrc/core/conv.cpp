@@ -101,10 +101,18 @@ Panel make_panel(const Conv& conv, int64_t rows) {
 void set_row_parameters(const Conv& conv, const Panel& panel, int64_t first, int64_t count) {
   const tq_conv_call& call = conv.call;
   const int64_t pixels = call.out.h * call.out.w;
+  const auto zero_of = [&](int64_t image) {
+    return (call.input_zero_point ? call.input_zero_point[image] : 0) + conv.table.panel_offset;
+  };
+  if (!call.per_image) {
+    std::fill_n(panel.row_scale, count, *call.input_scale);
+    std::fill_n(panel.row_zero, count, zero_of(0));
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t image = call.per_image ? (first + i) / pixels : 0;
+    const int64_t image = (first + i) / pixels;
     panel.row_scale[i] = call.input_scale[image];
-    panel.row_zero[i] = (call.input_zero_point ? call.input_zero_point[image] : 0) + conv.table.panel_offset;
+    panel.row_zero[i] = zero_of(image);
   }
 }
 
@@ -202,32 +210,21 @@ Limits int8_limits(tq_activation activation, const tq_qparams& q) {
   return {true, least, six < most ? static_cast<int32_t>(six) + q.zero_point : q.qmax};
 }
 
-// Fills the channels of a group, for whole tiles, and returns the greatest magnitude that a value can have before it is
-// divided by the output's scale, as the bits of a float: NaN is above all numbers.
+// Fills the channels of a group; returns what fill_int8 does.
 int32_t fill_channels(const Conv& conv, int64_t group, int32_t* start, float* scale, float* bias) {
   const tq_conv_call& call = conv.call;
-  const int64_t n = conv.shape.n(), k = conv.shape.k();
-  const int32_t zero = call.input_zero_point ? *call.input_zero_point : 0;
-  const uint32_t row_zero = static_cast<uint32_t>(zero + conv.table.panel_offset);
-  const float input_scale = *call.input_scale, greatest_sum = 255.0f * 128.0f * static_cast<float>(k);
-  const int8_t* const packed = call.packed + group * packed_group_bytes(conv.shape);
-  int32_t greatest = 0;
-  for (int64_t tile = 0; tile < conv.tiles; ++tile, start += kTileN, scale += kTileN, bias += kTileN) {
-    const int64_t channel = group * n + tile * kTileN, count = std::min(kTileN, n - tile * kTileN);
-    const int32_t* const sums = tile_sums(tile_at(packed, k, tile), k);
-    for (int64_t i = 0; i < kTileN; ++i)
-      start[i] = static_cast<int32_t>(0u - row_zero * static_cast<uint32_t>(sums[i]));
-    for (int64_t i = 0; i < count; ++i) scale[i] = input_scale * call.weight_scale[channel + i];
-    for (int64_t i = 0; i < count; ++i) bias[i] = call.bias ? call.bias[channel + i] : 0.0f;
-    for (int64_t i = count; i < kTileN; ++i) scale[i] = bias[i] = 0.0f;
-    for (int64_t i = 0; i < kTileN; ++i) {
-      const float magnitude = greatest_sum * std::fabs(scale[i]) + std::fabs(bias[i]);
-      int32_t bits;
-      std::memcpy(&bits, &magnitude, sizeof(bits));
-      greatest = std::max(greatest, bits & 0x7fffffff);  // without the sign, which NaN may have
-    }
-  }
-  return greatest;
+  Int8ChannelsArgs g{};
+  g.k = conv.shape.k();
+  g.n = conv.shape.n();
+  g.packed = call.packed + group * packed_group_bytes(conv.shape);
+  g.row_zero = (call.input_zero_point ? *call.input_zero_point : 0) + conv.table.panel_offset;
+  g.input_scale = *call.input_scale;
+  g.weight_scale = call.weight_scale + group * g.n;
+  g.bias = call.bias ? call.bias + group * g.n : nullptr;
+  g.start = start;
+  g.scale = scale;
+  g.bias_of_tiles = bias;
+  return conv.table.fill_int8(g);
 }
 
 // The register tile of the product with an int8 output where a thread has so many tiles.
@@ -272,10 +269,11 @@ tq_status convolve(const Conv& conv, int64_t m0, int64_t m1, int64_t group0, int
   if (m0 >= m1) return TQ_OK;
   const Panel panel = make_panel(conv, m1 - m0);
   if (!panel.q) return TQ_OUT_OF_MEMORY;
+  if (!conv.call.per_image) set_row_parameters(conv, panel, m0, std::min(panel.height, m1 - m0));
   const bool weights_stay = (group1 - group0) * (tile1 - tile0) * tile_bytes(conv.shape.k()) <= kSharedWeightBytes;
   for (int64_t first = m0, count; first < m1; first += count) {
     count = std::min({panel.height, m1 - first, conv.uniform - first % conv.uniform});
-    set_row_parameters(conv, panel, first, count);
+    if (conv.call.per_image) set_row_parameters(conv, panel, first, count);
     for (int64_t group = group0; group < group1; ++group) {
       gather(conv, panel, group, first, count);
       const GemmArgs g = gemm_args(conv, panel, group, first);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
@@ -108,6 +109,10 @@ Runs<K> runs_of(const tq_image& shape, const std::array<const tq_image*, K>& ima
   }
   return Runs<K>({shape.n, shape.h, shape.w, shape.c}, strides);
 }
+
+// tq_image_quantize, which also tells whether the image holds NaN or infinities. (image_convert.cpp)
+void quantize_image(const tq_image_float& x, tq_qparams qparams, const tq_image& q, std::atomic<bool>& has_nonfinite,
+                    const tq_parallel* parallel);
 
 // The result's type and parameters; an activation that only cuts the range of an int8 result becomes part of it.
 inline ResultArgs result_args(const tq_image& out, tq_qparams q, tq_activation* activation) {

@@ -1,4 +1,6 @@
 // tq_image_quantize, tq_image_dequantize: float images of any strides <-> int8 images.
+#include <atomic>
+
 #include "core/image.h"
 #include "isa.h"
 
@@ -16,8 +18,10 @@ FloatStrides strides_of(const tq_image_float& x) {
 
 using ConvertKernel = void (*)(const ImageConvertArgs&);
 
-void convert(const tq_image_float& x, const tq_image& q, ImageConvertArgs args, bool quantize, ConvertKernel kernel,
-             const tq_parallel* parallel) {
+// has_nonfinite: null where int8 becomes float.
+void convert(const tq_image_float& x, const tq_image& q, ImageConvertArgs args, std::atomic<bool>* has_nonfinite,
+             ConvertKernel kernel, const tq_parallel* parallel) {
+  const bool quantize = has_nonfinite;
   const FloatStrides s = strides_of(x);
   args.float_type = float_type(x.type);
   const auto call = [&](ImageConvertArgs a, int64_t x_at, int64_t q_at) {
@@ -25,7 +29,10 @@ void convert(const tq_image_float& x, const tq_image& q, ImageConvertArgs args, 
     char* const bytes = static_cast<char*>(q.data) + q_at;
     a.in = quantize ? floats : bytes;
     a.out = quantize ? bytes : floats;
+    bool found = false;
+    a.has_nonfinite = &found;
     kernel(a);
+    if (found) has_nonfinite->store(true, std::memory_order_relaxed);
   };
   if (s.channel == 1) {
     const Runs<2> runs({q.n, q.h, q.w, q.c},
@@ -67,19 +74,26 @@ void convert(const tq_image_float& x, const tq_image& q, ImageConvertArgs args, 
 }
 
 }  // namespace
+
+void quantize_image(const tq_image_float& x, tq_qparams qparams, const tq_image& q, std::atomic<bool>& has_nonfinite,
+                    const tq_parallel* parallel) {
+  if (is_empty(q)) return;
+  ImageConvertArgs args{};
+  args.scale = 1.0f / qparams.scale;
+  args.zero = qparams.zero_point;
+  args.lo = static_cast<float>(qparams.qmin - qparams.zero_point);
+  args.hi = static_cast<float>(qparams.qmax - qparams.zero_point);
+  convert(x, q, args, &has_nonfinite, kernels().quantize_pixels, parallel);
+}
+
 }  // namespace torchquant
 
 using namespace torchquant;
 
 tq_status tq_image_quantize(const tq_image_float* x, tq_qparams qparams, const tq_image* q,
                             const tq_parallel* parallel) {
-  if (is_empty(*q)) return TQ_OK;
-  ImageConvertArgs args{};
-  args.scale = 1.0f / qparams.scale;
-  args.zero = qparams.zero_point;
-  args.lo = static_cast<float>(qparams.qmin - qparams.zero_point);
-  args.hi = static_cast<float>(qparams.qmax - qparams.zero_point);
-  convert(*x, *q, args, true, kernels().quantize_pixels, parallel);
+  std::atomic<bool> has_nonfinite{false};
+  quantize_image(*x, qparams, *q, has_nonfinite, parallel);
   return TQ_OK;
 }
 
@@ -89,6 +103,6 @@ tq_status tq_image_dequantize(const tq_image* q, tq_qparams qparams, const tq_im
   ImageConvertArgs args{};
   args.scale = qparams.scale;
   args.zero = qparams.zero_point;
-  convert(*x, *q, args, false, kernels().dequantize_pixels, parallel);
+  convert(*x, *q, args, nullptr, kernels().dequantize_pixels, parallel);
   return TQ_OK;
 }

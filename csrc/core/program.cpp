@@ -5,8 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/threads.h"
 #include "core/convert.h"
+#include "core/image.h"
+#include "core/threads.h"
 #include "formats/int8_tiles.h"
 
 namespace torchquant::program {
@@ -18,8 +19,8 @@ tq_status run_input(const Run& run, const Step& s) {
     copy_floats(x, run.float_image(s.output), run.parallel);
     return TQ_OK;
   }
-  const tq_image q = run.image(s.output);
-  return tq_image_quantize(&x, run.qparams(s.output), &q, run.parallel);
+  quantize_image(x, run.qparams(s.output), run.image(s.output), run.has_nonfinite, run.parallel);
+  return TQ_OK;
 }
 
 tq_status run_output(const Run& run, const Step& s) {
@@ -154,6 +155,39 @@ tq_status run_step(const Run& run, const Step& s) {
   return TQ_OK;
 }
 
+tq_status look_for_nonfinite(const Run& run, const tq_image_float& x) {  // whose images have no gaps
+  const int64_t elements = x.n * x.h * x.w * x.c;
+  if (elements == 0) return TQ_OK;
+  const tq_spans spans = tq_spans_per_tensor(elements);
+  float least = 0.0f, greatest = 0.0f;
+  int64_t nonfinite = 0;
+  const tq_status status = tq_minmax(x.data, TQ_F32, &spans, 1, &least, &greatest, &nonfinite, run.parallel);
+  if (nonfinite) run.has_nonfinite = true;
+  return status;
+}
+
+// What was used in the last call is no longer near: the lines of a step ...
+void fetch(const Step& s) {
+  const char* const first = reinterpret_cast<const char*>(&s);
+  for (size_t at = 0; at < sizeof(Step); at += 64) __builtin_prefetch(first + at);
+}
+
+// ... and those of its layer that have to be read before the step can begin, for the second-level cache. Every thread
+// waits for them.
+void fetch_channels(const Step& s) {
+  if (s.kind != Kind::kConv) return;
+  const Weight& w = s.weight;
+  const char *const scale = reinterpret_cast<const char*>(w.scale), *const bias = reinterpret_cast<const char*>(w.bias);
+  for (int64_t at = 0; at < w.outputs * 4; at += 64) {
+    __builtin_prefetch(scale + at, 0, 2);
+    if (bias) __builtin_prefetch(bias + at, 0, 2);
+  }
+  if (w.groups > 1) return;
+  const int64_t k = w.inputs * s.kernel[0] * s.kernel[1];
+  for (int64_t tile = 0; tile < num_tiles(w.outputs); ++tile)
+    __builtin_prefetch(tile_sums(tile_at(w.packed, k, tile), k), 0, 2);
+}
+
 [[noreturn]] void refuse(size_t step, const std::string& what) {
   throw std::invalid_argument("Program: step " + std::to_string(step) + " " + what);
 }
@@ -181,7 +215,11 @@ Program::Program(std::vector<Value> values, std::vector<Step> steps)
         refuse(i, "must write a value of its own, got value " + std::to_string(s.output));
       written[out] = true;
     }
-    if (s.kind == Kind::kInput) arguments_ = std::max(arguments_, s.place + 1);
+    if (s.kind == Kind::kInput) {
+      arguments_ = std::max(arguments_, s.place + 1);
+      quantized_.resize(static_cast<size_t>(arguments_), false);
+      if (values_[static_cast<size_t>(s.output)].type == TQ_I8) quantized_[static_cast<size_t>(s.place)] = true;
+    }
     if (s.kind == Kind::kConv || s.kind == Kind::kLinear)
       weight_bytes_ += s.weight.outputs * (s.weight.inputs / s.weight.groups) * s.kernel[0] * s.kernel[1];
   }
@@ -211,9 +249,15 @@ Plan Program::plan(const Request& request) const {
 }
 
 tq_status Program::run(const Plan& plan, const tq_image_float* arguments, const tq_image_float* results, uint8_t* arena,
-                       const tq_parallel* parallel) const {
-  const Run run{values_, plan, arguments, results, arena, parallel};
-  for (size_t i = 0; i < steps_.size(); ++i) {
+                       std::atomic<bool>& has_nonfinite, const tq_parallel* parallel) const {
+  const Run run{values_, plan, arguments, results, arena, has_nonfinite, parallel};
+  for (size_t i = 0; i < quantized_.size(); ++i) {
+    const tq_status status = quantized_[i] ? TQ_OK : look_for_nonfinite(run, arguments[i]);
+    if (status != TQ_OK) return status;
+  }
+  for (size_t i = 0; i < steps_.size() && !has_nonfinite; ++i) {
+    if (i + 1 < steps_.size()) fetch_channels(steps_[i + 1]);
+    if (i + 2 < steps_.size()) fetch(steps_[i + 2]);
     if (!plan.runs[i]) continue;
     const tq_status status = run_step(run, steps_[i]);
     if (status != TQ_OK) return status;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -130,13 +131,15 @@ class Program {
   Plan plan(const Request& request) const;
 
   // `arguments` and `results` have the shapes of the plan; `arena` has plan.arena_bytes bytes, aligned to 64.
+  // Where an argument holds NaN or infinities, `has_nonfinite` becomes true, and the results mean nothing.
   tq_status run(const Plan& plan, const tq_image_float* arguments, const tq_image_float* results, uint8_t* arena,
-                const tq_parallel* parallel) const;
+                std::atomic<bool>& has_nonfinite, const tq_parallel* parallel) const;
 
  private:
   std::vector<Value> values_;
   std::vector<Step> steps_;
   int32_t arguments_ = 0, results_ = 0;
+  std::vector<bool> quantized_;  // of arguments: an Input rounds it to integers
   int64_t weight_bytes_ = 0;
 };
 

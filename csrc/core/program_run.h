@@ -11,6 +11,7 @@ struct Run {  // one call
   const tq_image_float* arguments;
   const tq_image_float* results;
   uint8_t* arena;
+  std::atomic<bool>& has_nonfinite;
   const tq_parallel* parallel;
 
   const Value& value(int32_t v) const { return values[static_cast<size_t>(v)]; }

@@ -155,19 +155,6 @@ Images part_of(const Images& images, int64_t first, int64_t count) {
   return parts;
 }
 
-bool all_finite(const Images& images, const tq_parallel* parallel) {
-  for (const tq_image_float& i : images) {
-    const int64_t elements = i.n * i.h * i.w * i.c;
-    if (elements == 0) continue;
-    const tq_spans spans = tq_spans_per_tensor(elements);
-    float least = 0.0f, greatest = 0.0f;
-    int64_t nonfinite = 0;
-    check_status(tq_minmax(i.data, TQ_F32, &spans, 1, &least, &greatest, &nonfinite, parallel));
-    if (nonfinite) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 TensorProgram::TensorProgram(program::Program program, std::vector<at::Tensor> held) : program_(std::move(program)) {
@@ -276,7 +263,7 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
   std::vector<at::Tensor> results = empty_results(p->whole);
   for (const at::Tensor& t : results) to.push_back(image_of(t, t.mutable_data_ptr()));
 
-  std::atomic<bool> finite{true};
+  std::atomic<bool> has_nonfinite{false};
   const auto run_group = [&](int64_t i, uint8_t* arena, const tq_parallel* parallel) {
     const bool is_last = i + 1 == p->groups;
     const Plan& plan = is_last ? p->last : p->group;
@@ -284,15 +271,11 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
     const bool split = p->groups > 1;
     const int64_t count = is_last ? request.arguments[0].n - first : p->together;
     const Images x = split ? part_of(from, first, count) : from, y = split ? part_of(to, first, count) : to;
-    if (!all_finite(x, parallel)) {
-      finite = false;
-      return;
-    }
-    check_status(program_.run(plan, x.data(), y.data(), arena, parallel));
+    check_status(program_.run(plan, x.data(), y.data(), arena, has_nonfinite, parallel));
   };
   const auto run_groups = [&](const tq_parallel* parallel) {
     std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
-    for (int64_t i = 0; i < p->groups && finite; ++i) run_group(i, arena->data(), parallel);
+    for (int64_t i = 0; i < p->groups && !has_nonfinite; ++i) run_group(i, arena->data(), parallel);
     give_back(std::move(arena));
   };
   if (p->groups == 0) return results;
@@ -300,7 +283,7 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t /*first*/, int64_t /*last*/) {
       std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
-      for (int64_t i = next++; i < p->groups && finite; i = next++) run_group(i, arena->data(), nullptr);
+      for (int64_t i = next++; i < p->groups && !has_nonfinite; i = next++) run_group(i, arena->data(), nullptr);
       give_back(std::move(arena));
     });
   } else if (uses_team) {
@@ -308,7 +291,7 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
   } else {
     run_groups(threads > 1 ? &kTorchThreads : nullptr);
   }
-  if (!finite) return std::nullopt;
+  if (has_nonfinite) return std::nullopt;
   return results;
 }
 

@@ -27,6 +27,7 @@ static constexpr KernelTable make_table() {
   table.products_per_ns = 300.0f;
   table.gather_rows = gather_rows_512;
   table.gemm_int8 = gemm_int8;
+  table.fill_int8 = fill_int8;
   for (int t = 0; t < 5; ++t) {
     table.int8_rows[t] = kInt8Rows[t];
     table.int8_most_rows[t] = kInt8MostRows[t];

@@ -38,4 +38,16 @@ struct Int8Channels {
   bool fetch;  // the weights are not in the second-level cache: their lines are fetched in time
 };
 
+// Where the arrays of Int8Channels come from: the `n` channels of one group.
+struct Int8ChannelsArgs {
+  const int8_t* packed;
+  int64_t k, n;
+  int32_t row_zero;
+  float input_scale;
+  const float* weight_scale;
+  const float* bias;  // or null
+  int32_t* start;     // for whole tiles; what lies beyond n is 0
+  float *scale, *bias_of_tiles;
+};
+
 }  // namespace torchquant

@@ -59,8 +59,10 @@ struct KernelTable {
   int64_t tile_block;     // weight tiles of a register tile (the unit in which threads share columns)
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   // The product with an int8 output, and the rows of its blocks by the number of weight tiles side by side, as they are
-  // usually and at most; or null.
+  // usually and at most; or null. fill_int8 writes its channels, and returns the greatest magnitude that a value can
+  // have before it is divided by the output's scale, as the bits of a float: NaN is above all numbers.
   void (*gemm_int8)(const GemmArgs&, const Int8Channels&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
+  int32_t (*fill_int8)(const Int8ChannelsArgs&);
   int64_t int8_rows[5], int8_most_rows[5];
 #define TQ_FIELD(name, ...) void (*name)(__VA_ARGS__);
   TQ_KERNELS(TQ_FIELD)

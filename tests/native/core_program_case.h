@@ -2,6 +2,8 @@
 // end at a hole, against the same steps by the reference, one after the other on whole images.
 #pragma once
 
+#include <atomic>
+
 #include "core/program.h"
 #include "core_conv_case.h"
 
@@ -32,9 +34,8 @@ class ProgramCase {
       if (trial_.real_threads) {  // another thread runs the same program at the same time
         const RunMemory own = memory_of(plan), other = memory_of(plan);
         tq_status status = TQ_OUT_OF_MEMORY;
-        std::thread thread(
-            [&] { status = program.run(plan, arguments_.data(), other.results.data(), other.arena, nullptr); });
-        const tq_status here = program.run(plan, arguments_.data(), own.results.data(), own.arena, parallel);
+        std::thread thread([&] { status = run(program, plan, other, nullptr); });
+        const tq_status here = run(program, plan, own, parallel);
         thread.join();
         CHECK(here == TQ_OK && status == TQ_OK, "%s: %s", name.c_str(), text_.c_str());
         check_results(own, name);
@@ -42,8 +43,7 @@ class ProgramCase {
         return;
       }
       const RunMemory own = memory_of(plan);
-      CHECK(program.run(plan, arguments_.data(), own.results.data(), own.arena, parallel) == TQ_OK, "%s: %s",
-            name.c_str(), text_.c_str());
+      CHECK(run(program, plan, own, parallel) == TQ_OK, "%s: %s", name.c_str(), text_.c_str());
       check_results(own, name);
     });
   }
@@ -55,6 +55,15 @@ class ProgramCase {
     uint8_t* arena;
     std::vector<tq_image_float> results;
   };
+
+  tq_status run(const program::Program& program, const program::Plan& plan, const RunMemory& memory,
+                const tq_parallel* parallel) const {
+    std::atomic<bool> has_nonfinite{false};
+    const tq_status status =
+        program.run(plan, arguments_.data(), memory.results.data(), memory.arena, has_nonfinite, parallel);
+    CHECK(!has_nonfinite, "finite arguments: %s", text_.c_str());
+    return status;
+  }
 
   // ---------------------------------------------------------------- values
 
