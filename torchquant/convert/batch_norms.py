@@ -50,13 +50,16 @@ class Pair:
 
 
 def pairs_to_fold(
-    model: nn.Module, steps: Iterable[Step]
+    model: nn.Module,
+    steps: Iterable[Step],
+    recorded: Iterable[tuple[nn.Module, nn.Module]] = (),
 ) -> tuple[dict[int, Pair], list[FusionReport]]:
     """Find the batch norms after the layers of some steps.
 
     Args:
         model: the model.
         steps: the layers that will be changed.
+        recorded: layers and batch norms that alone read their outputs in the record of a region.
 
     Returns:
         A pair for each layer that has one, by the layer's id, and a report for each batch norm that
@@ -68,23 +71,30 @@ def pairs_to_fold(
     names = {id(module): name for name, module in model.named_modules()}
     owners, held, reads = owners_by_module(model), held_modules(model), weight_reads(model)
     calls = [*neighbours(model)]
-    norms = (one.receiver for one in calls if isinstance(one.receiver, _BatchNorm))
+    candidates: list[tuple[nn.Module, nn.Module, str | None]] = [
+        (
+            found.module,
+            found.receiver,
+            (found.obstacle if found.follow is None else "")
+            or elsewhere(calls, found.module, found.receiver),
+        )
+        for found in calls
+        if isinstance(found.receiver, _BatchNorm)
+    ]
+    candidates += [(layer, norm, None) for layer, norm in recorded]
+    norms = (norm for _, norm, _ in candidates)
     ways = Ways(model, [*(step.module for step in wanted.values()), *norms])
     pairs: dict[int, Pair] = {}
     rows: dict[tuple[int, int], FusionReport] = {}
-    for found in calls:
-        step, norm = wanted.get(id(found.module)), found.receiver
-        if step is None or not isinstance(norm, _BatchNorm):
-            continue
-        layer, key = found.module, (id(found.module), id(norm))
-        if key in rows:
+    for layer, norm, obstacle in candidates:
+        step, key = wanted.get(id(layer)), (id(layer), id(norm))
+        if step is None or key in rows:
             continue
         problem = (
-            (found.obstacle if found.follow is None else "")
+            obstacle
             or step.kind.trained_with_norm.norm_refusal(layer, norm)
             or _shared("layer", layer, owners)
             or _shared("batch norm", norm, owners)
-            or elsewhere(calls, layer, norm)
             or ("a hook sees the output of the layer" if has_hooks_after(layer) else None)
             or ("the batch norm has hooks" if has_hooks(norm) else None)
             or ("the forward of the batch norm is replaced" if "forward" in vars(norm) else None)

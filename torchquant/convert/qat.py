@@ -23,6 +23,7 @@ from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
 from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.calibration_hooks import hook_of
+from torchquant.convert.fold_pairs import pairs_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.regions import find, join_small_ones, region_reports, reports_of
@@ -158,11 +159,15 @@ def _prepare(
         for step in plan
         if step.skip is None and isinstance(step.config.activations.deployed(), Static)
     }
+    recorded: list[tuple[nn.Module, nn.Module]] = []
     if static:
-        join_small_ones(plan, find(model, lambda module: id(module) in static))
+        found = find(model, lambda module: id(module) in static)
+        join_small_ones(plan, found)
+        every = pairs_of(model, found.regions, lambda layer: False)
+        recorded = [(pair.layer, pair.norm) for pair in every if not pair.problem]
     steps = [step for step in plan if step.skip is None]
     edges, edge_notes = _edges(model, plan)
-    pairs, folds = pairs_to_fold(model, steps) if fold_batch_norms else ({}, [])
+    pairs, folds = pairs_to_fold(model, steps, recorded) if fold_batch_norms else ({}, [])
     if example_inputs is not None:
         learn_sizes(model, example_inputs)  # can the model be called with them?
     new_layers: dict[int, TrainedModule] = {}
