@@ -52,10 +52,11 @@ class Program:
         ValueError: a step is not supported, or the steps do not fit each other.
 
     Example:
+        >>> from torchquant.chains.steps import Input, Map, Output, Qparams, Value
         >>> q = Qparams(scale=0.5, zero_point=0)
         >>> steps = [Input(Value(0, q), 0), Map(Value(0, q), Value(1, None), "relu"),
         ...          Output(Value(1, None), 0)]
-        >>> Program(steps).run([torch.tensor([[-1.0, 1.2]])])
+        >>> Program(steps).run([Tensor([[-1.0, 1.2]])])
         [tensor([[0., 1.]])]
     """
 
@@ -68,8 +69,9 @@ class Program:
         """True if a program can run the step.
 
         Example:
-            >>> both = Value(0, None), Value(1, None)
-            >>> Program.supports(Add(*both, Value(2, None)))
+            >>> from torchquant.chains.steps import MaxPool, Value
+            >>> floats = Value(0, None), Value(1, None)
+            >>> Program.supports(MaxPool(*floats, kernel=(2, 2), stride=(2, 2), padding=(0, 0)))
             False
         """
         return refusal(step) is None

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchquant import ops
 from torchquant.chains.averages import average
 from torchquant.chains.call import bound, misfit
 from torchquant.chains.first_batch import FirstBatch
@@ -35,6 +34,7 @@ from torchquant.chains.operations import Activate, AdaptiveAvgPool, AvgPool
 from torchquant.chains.plan import Plan
 from torchquant.chains.programs import REFUSED, Programs, may_use_kernels
 from torchquant.chains.root import SCALE, ZERO_POINT
+from torchquant.chains.rounding import activated, round_to
 from torchquant.configs import Float, Static
 from torchquant.functional._checks import dtype_name
 from torchquant.graph.trace import Trace
@@ -364,12 +364,7 @@ class RegionForward:
         def rounded(value: Tensor) -> Tensor:
             if value.dtype not in _ROUNDED:
                 return value  # the layer that reads it says what it needs
-            scale, zero_point = self.edge_qparams(edge)
-            if _is_channels_last(value):  # the operator returns contiguous tensors
-                value = value.permute(0, 2, 3, 1)
-                y = ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
-                return y.permute(0, 3, 1, 2)
-            return ops.fake_quantize(value, scale, zero_point, qmin=qmin, qmax=qmax)
+            return round_to(value, *self.edge_qparams(edge), qmin, qmax)
 
         return rounded
 
@@ -379,7 +374,7 @@ class RegionForward:
         found: dict[int, Substitute] = {}
         for index, operation in enumerate(self.plan.operations):
             if isinstance(operation, Activate):
-                found[index] = _activation(operation.function)
+                found[index] = activated(operation.function)
             elif isinstance(operation, (AvgPool, AdaptiveAvgPool)) and index in self.plan.groups:
                 found[index] = self._average(index, operation)
         for group in self.plan.groups.values():
@@ -405,13 +400,6 @@ class RegionForward:
         return averaged
 
 
-def _is_channels_last(value: Tensor) -> bool:
-    if torch._C._functorch.is_batchedtensor(value):  # vmap does not know it
-        return False
-    last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-    return last and not value.is_contiguous()
-
-
 def _observing(observer: Observer) -> Callable[[Tensor], Tensor]:
     def seen(value: Tensor) -> Tensor:
         if observer.num_batches.device != value.device:
@@ -428,15 +416,6 @@ def _firsts(plan: Plan) -> dict[int, int]:
     for index, edge in plan.edge_of.items():
         firsts.setdefault(edge, index)
     return firsts
-
-
-def _activation(function: str) -> Substitute:
-    def activated(value: Tensor, *rest: Any) -> Any:
-        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return NotImplemented
-        return ops.activation(value, function)
-
-    return activated
 
 
 def region_of(module: nn.Module) -> RegionForward | None:

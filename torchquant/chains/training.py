@@ -353,7 +353,7 @@ def _is_distributed(hooks: Iterable[Any]) -> bool:
 def _is_plain(inputs: Sequence[Tensor]) -> bool:
     """True for ordinary tensors with values, which no transform of torch watches."""
     if torch.compiler.is_compiling():
-        return True
+        return not any(item.is_nested for item in inputs)
     if torch._C._get_tracing_state() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(

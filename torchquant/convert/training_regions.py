@@ -35,6 +35,10 @@ def cover_training(model: nn.Module) -> Found:
 
     Returns:
         The regions that are possible, and the modules that are none, with the reasons.
+
+    Example:
+        >>> cover_training(nn.Sequential(nn.ReLU())).regions
+        []
     """
     records: dict[int, tuple[Record, ...]] = {}
 

@@ -47,7 +47,13 @@ _ITERATING = ("iter", "list", "tuple", "sorted", "set", "reversed", "enumerate",
 
 
 class Elements:
-    """The stack, and the instructions that lead from a value to what is in it."""
+    """The stack, and the instructions that lead from a value to what is in it.
+
+    Example:
+        >>> machine = Elements()
+        >>> machine.stack
+        []
+    """
 
     def __init__(self) -> None:
         self.stack: list[Value] = []
@@ -251,7 +257,12 @@ class Elements:
 
 
 def view_of(callee: Value, arguments: list[Value]) -> Value | None:
-    """The result of a call that only leads to modules, such as ``self.layers.children()``."""
+    """The result of a call that only leads to modules, such as ``self.layers.children()``.
+
+    Example:
+        >>> view_of(frozenset([Named("print")]), []) is None
+        True
+    """
     found: set[Thing] = set()
     for thing in callee:
         if isinstance(thing, At) and not thing.part and thing.path and not arguments:

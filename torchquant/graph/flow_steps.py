@@ -83,7 +83,12 @@ class State:
 
 
 class Machine(Elements):
-    """Runs single instructions; a class below notes what they use and call."""
+    """Runs single instructions; a class below notes what they use and call.
+
+    Example:
+        >>> Machine((lambda x: x).__code__).variables
+        {}
+    """
 
     def __init__(self, code: CodeType) -> None:
         super().__init__()

@@ -22,17 +22,11 @@ def path_problem(ways: Ways, first: nn.Module, second: nn.Module) -> str:
         second: the module that shall be its only reader.
 
     Example:
-        >>> class Net(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        ...     def stem(self, x):
-        ...         return self.conv(x)
-        ...     def forward(self, x):
-        ...         return self.norm(self.stem(x))
-        >>> net = Net()
-        >>> path_problem(Ways(net, [net.conv, net.norm]), net.conv, net.norm)
-        'Net.stem returns the output of the Conv2d'
+        >>> net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        >>> path_problem(Ways(net, [*net]), net[0], net[1])
+        ''
+        >>> path_problem(Ways(net, [*net]), net[1], net[0])
+        'Sequential.forward returns the output of the BatchNorm2d'
     """
     for module in (first, second):
         if id(module) in ways.problems:

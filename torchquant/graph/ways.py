@@ -85,6 +85,11 @@ class Ways:
     Attributes:
         calls: by the module's id, the places in the code that call it.
         problems: by the module's id, what else the code does with it, in words.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> [call.where for call in Ways(net, [net[0]]).calls[id(net[0])]]
+        ['Sequential.forward']
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -249,7 +254,12 @@ class Ways:
 
 
 def is_exact(call: CallPlace) -> bool:
-    """True if the place in the code calls one module only, in each run through its loops."""
+    """True if the place in the code calls one module only, in each run through its loops.
+
+    Example:
+        >>> is_exact(CallPlace("Sequential.forward", nn.Sequential()))
+        True
+    """
     if call.flow is None or call.site is None:
         return True
     steps = [step for step in call.path if not isinstance(step, str)]
@@ -265,6 +275,10 @@ def readers(flow: Flow, site: Site) -> Iterator[tuple[Thing, str, Site | None]]:
 
     Yields:
         The result or an attribute of it, the verb, and the call that gets it, if it is a call.
+
+    Example:
+        >>> [*readers(Flow(), (0, 0))]
+        []
     """
     return _readers(flow, lambda thing: isinstance(thing, Result) and thing.site == site)
 

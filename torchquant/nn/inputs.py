@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ def special_output(layer: nn.Module, input: Any) -> Any:
     if isinstance(input, torch.fx.Proxy):
         return _one_node(layer, input)
     if isinstance(input, Tensor) and input.is_nested:
-        return _nested(layer, input)
+        return on_nested(
+            layer.forward, input
+        )  # the hooks of the layer run around the nested tensor
     return None
 
 
@@ -39,11 +42,17 @@ def _one_node(layer: nn.Module, input: torch.fx.Proxy) -> Any:
     return tracer.create_proxy("call_module", name, (input,), {}) if name else None
 
 
-def _nested(layer: nn.Module, input: Any) -> Tensor:
-    # Its forward, because the hooks of the layer run around the nested tensor.
+def on_nested(function: Callable[[Tensor], Tensor], input: Any) -> Tensor:
+    """A function of rows or elements, applied to what is in a nested tensor.
+
+    Example:
+        >>> pair = torch.nested.nested_tensor([torch.ones(2), torch.ones(1)], layout=torch.jagged)
+        >>> [part.tolist() for part in on_nested(torch.neg, pair).unbind()]
+        [[-1.0, -1.0], [-1.0]]
+    """
     if input.layout is not torch.jagged:
-        return torch.nested.as_nested_tensor([layer.forward(part) for part in input.unbind()])
-    values = layer.forward(input.values())
+        return torch.nested.as_nested_tensor([function(part) for part in input.unbind()])
+    values = function(input.values())
     structure = {"offsets": input.offsets(), "lengths": input.lengths()}
     return torch.nested.nested_tensor_from_jagged(values, **structure, jagged_dim=_ragged(input))
 
