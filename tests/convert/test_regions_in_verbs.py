@@ -8,7 +8,7 @@ import torch
 from support.chain_models import Decides, Functional, images, with_statistics
 from support.chains import CONFIG, converted
 from support.processes import in_processes
-from support.regions_in_processes import convert_in_process
+from support.regions_in_processes import Branch, convert_in_process
 from torch import Tensor, nn
 from torch.nn import functional as F
 
