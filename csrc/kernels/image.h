@@ -23,7 +23,7 @@ struct ImageConvertArgs {
   int64_t x_pixel, x_channel, q_pixel;  // strides in elements
   float scale;                          // quantize: the reciprocal
   int32_t zero;
-  float lo, hi;        // quantize
+  float lo, hi;         // quantize
   bool* has_nonfinite;  // quantize: becomes true where a float is NaN or infinite
 };
 
