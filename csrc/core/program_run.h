@@ -1,6 +1,9 @@
 // One call of a program, as its steps see it, and the steps that are in files of their own.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "core/program.h"
 
 namespace torchquant::program {
