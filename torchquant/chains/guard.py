@@ -284,10 +284,6 @@ def _of_value(
                 yield Expectation(value, inner, inside, "attribute", text)
 
 
-def _state_of(value: Any) -> Any:
-    return getattr(value, "__dict__", None)
-
-
 def _of_called(module: nn.Module) -> Iterator[Expectation]:
     """What is expected of a module whose call is one entry of the record."""
     kind = type(module).__name__

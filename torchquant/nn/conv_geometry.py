@@ -77,12 +77,6 @@ def set_sizes(
     layer.padding_mode = padding_mode
 
 
-def take_sizes(layer: Any, who: str, module: Any) -> None:
-    """Set the sizes of a layer to those of another convolution, in any form."""
-    dimensions = len(module.kernel_size)
-    set_sizes(layer, who, dimensions, **{name: getattr(module, name) for name in SIZES})
-
-
 def weight_shape(layer: Any) -> tuple[int, ...]:
     """``(out_channels, in_channels / groups, *kernel_size)``."""
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
