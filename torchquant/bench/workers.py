@@ -222,6 +222,18 @@ def serve(create: Callable[[], object]) -> None:
         answers.flush()
 
 
+def call_seconds(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Times of the calls that fill `seconds`, at least two, after one call that does not count."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def peak_megabytes() -> float | None:
     """The most memory that this process has held; None on systems that do not report it.
 
