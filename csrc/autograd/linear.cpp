@@ -5,6 +5,7 @@
 #include "common/arithmetic.h"
 #include "formats/packed_weight.h"
 #include "autograd/function.h"
+#include "autograd/bias.h"
 #include "operators.h"
 
 namespace torchquant {
@@ -16,22 +17,6 @@ at::Tensor float_weight(const at::Tensor& packed, const at::Tensor& weight_scale
   at::Tensor w = ops::unpack_weight::call_symbolic(packed, n, k).to(at::kFloat);
   if (weight_zero_point && weight_zero_point->defined()) w = w - weight_zero_point->to(at::kFloat).reshape({-1, 1});
   return w * weight_scale.reshape({-1, 1});
-}
-
-// Autograd numbers the tensors that are present, so the bias's number depends on the optional tensors before it.
-bool bias_wants_gradient(AutogradContext* ctx) {
-  const int64_t edge = ctx->saved_data["bias_edge"].toInt();
-  return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
-}
-
-// In the bias's own type, summed in float32 over all but the last dimension.
-at::Tensor bias_gradient(AutogradContext* ctx, const at::Tensor& grad) {
-  const auto type = static_cast<at::ScalarType>(ctx->saved_data["bias_dtype"].toInt());
-  return grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0).to(type);
-}
-
-int64_t dtype_number(const OptTensor& bias) {
-  return static_cast<int64_t>(present(bias) ? bias->scalar_type() : at::kFloat);
 }
 
 struct LinearDynamic {

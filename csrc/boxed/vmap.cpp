@@ -29,6 +29,7 @@ using c10::IValue;
 struct Rows {
   std::set<std::string> arguments;
   int64_t least_dimensions;
+  bool weight_groups = false;  // the groups are those of a weight, not of the rows
 };
 const std::map<std::string, Rows> kRows = {
     {"activation", {{"input"}, 0}},
@@ -40,6 +41,7 @@ const std::map<std::string, Rows> kRows = {
     {"int8_mm", {{"input"}, 1}},
     {"linear_dynamic", {{"input"}, 1}},
     {"linear_dynamic_split", {{"input"}, 1}},
+    {"linear_dynamic_intx", {{"input"}, 1, true}},
     {"qat_linear", {{"input"}, 1}},
     {"quantize", {{"input"}, 0}},
     {"dequantize", {{"input"}, 0}},
@@ -83,7 +85,7 @@ std::optional<std::vector<IValue>> as_rows(const Call& call) {
       }
     }
     // A group's scales have the input's leading dimensions, and an axis counts from the front.
-    if (call.name(i) == "group_size" && !values[i].isNone()) return std::nullopt;
+    if (call.name(i) == "group_size" && !values[i].isNone() && !rows.weight_groups) return std::nullopt;
     if (call.name(i) == "axis" && !values[i].isNone()) return std::nullopt;
   }
   return values;

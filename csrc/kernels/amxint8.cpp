@@ -17,12 +17,14 @@ namespace amxint8 {
 #include "vec_avx512.inc"
 #include "linear_avx512.inc"
 #include "amx_tiles.inc"
+#include "intx_avx512.inc"
 #include "attention_avx512.inc"
 #define TQ_ATTENTION_PRODUCTS "attention_amx.inc"
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "linear_amx.inc"
 #include "conv_gather_avx512.inc"
+#include "intx_few_avx512.inc"
 
 static bool use_bf16() {
   static const bool found = has_bf16();
@@ -45,6 +47,7 @@ static constexpr KernelTable make_table() {
   table.products_per_ns = 1600.0f;
   table.gemm = gemm_tiles_or_vectors;
   table.gather_rows = gather_rows_512;
+  table.intx_gemm = intx_gemm_512;
   table.pack_attention = pack_attention_any;
   table.attend = attend_any;
   return table;

@@ -11,11 +11,13 @@ namespace torchquant {
 namespace avx512vnni {
 #include "vec_avx512.inc"
 #include "linear_avx512.inc"
+#include "intx_avx512.inc"
 #include "attention_avx512.inc"
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "conv_gather_avx512.inc"
 #include "conv_avx512.inc"
+#include "intx_few_avx512.inc"
 
 static constexpr KernelTable make_table() {
   KernelTable table = all_kernels();
@@ -26,6 +28,7 @@ static constexpr KernelTable make_table() {
   table.tile_block = kTiles;
   table.products_per_ns = 300.0f;
   table.gather_rows = gather_rows_512;
+  table.intx_gemm = intx_gemm_512;
   table.gemm_int8 = gemm_int8;
   table.fill_int8 = fill_int8;
   for (int t = 0; t < 5; ++t) {

@@ -14,6 +14,7 @@
 #include "kernels/depthwise.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/image.h"
+#include "kernels/intx.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/qat.h"
@@ -29,6 +30,8 @@ namespace torchquant {
   KERNEL(quantize_pack, const QuantizePackArgs&, int64_t tile0, int64_t tile1)        \
   KERNEL(gemm, const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
   KERNEL(gather_rows, const GatherArgs&, int64_t m0, int64_t m1)                      \
+  KERNEL(intx_rows, const IntxRowsArgs&, int64_t m0, int64_t m1)                      \
+  KERNEL(intx_gemm, const IntxArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
   KERNEL(quantize_span, const SpanArgs&)                                              \
   KERNEL(dequantize_span, const SpanArgs&)                                            \
   KERNEL(activate_span, const ActivationArgs&)                                        \
@@ -57,6 +60,7 @@ struct KernelTable {
   int64_t panel_rows;     // rows of a panel's block, at most
   int64_t row_block;      // rows of a register tile (the unit in which threads share rows)
   int64_t tile_block;     // weight tiles of a register tile (the unit in which threads share columns)
+  int64_t intx_panel_rows, intx_tile_block;  // the same of the product with weights of 2 to 8 bits
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   // The product with an int8 output, and the rows of its blocks by the number of weight tiles side by side, as they are
   // usually and at most; or null. fill_int8 writes its channels, and returns the greatest magnitude that a value can
@@ -71,7 +75,8 @@ struct KernelTable {
 
 // Whether every instruction set's own facts and every kernel are there.
 constexpr bool is_complete(const KernelTable& t) {
-  bool complete = t.name && t.panel_rows > 0 && t.row_block > 0 && t.tile_block > 0 && t.products_per_ns > 0;
+  bool complete = t.name && t.panel_rows > 0 && t.row_block > 0 && t.tile_block > 0 && t.products_per_ns > 0 &&
+                  t.intx_panel_rows > 0 && t.intx_tile_block > 0;
 #define TQ_PRESENT(name, ...) complete = complete && t.name;
   TQ_KERNELS(TQ_PRESENT)
 #undef TQ_PRESENT

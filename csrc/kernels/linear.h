@@ -40,6 +40,7 @@ struct GemmArgs {
   bool same_row_zero;          // all of them are equal
   const int32_t* row_term;     // [m] or null
   const float* weight_scale;   // [n]
+  const float* tile_scale;     // [16] of the tile at hand, instead of weight_scale; or null
   const int32_t* weight_zero;  // [n] or null
   const float* bias;           // [n] or null
   const int32_t* bias_i32;     // [n] or null: makes the sum 64-bit

@@ -8,6 +8,7 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.qparams`: choosing scale and zero point
 * :mod:`~torchquant.functional.linear`: linear layers on float or integer input
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
+* :mod:`~torchquant.functional.intx`: weights of 2 to 8 bits, per channel and in groups
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
 * :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
@@ -66,6 +67,7 @@ from torchquant.functional.images import (
     int8_table,
     norm_as_affine,
 )
+from torchquant.functional.intx import linear_dynamic_intx, pack_integers, unpack_integers
 from torchquant.functional.linear import (
     int8_mm,
     linear_dynamic,
@@ -127,6 +129,7 @@ __all__ = [
     "leaky_relu",
     "learned_zero_point",
     "linear_dynamic",
+    "linear_dynamic_intx",
     "linear_dynamic_split",
     "linear_static",
     "mask_gradient",
@@ -134,6 +137,7 @@ __all__ = [
     "mm_fake_quantized",
     "norm_as_affine",
     "pack_bits",
+    "pack_integers",
     "positive",
     "qat_linear",
     "qat_linear_backward",
@@ -152,4 +156,5 @@ __all__ = [
     "silu",
     "tanh",
     "unpack_bits",
+    "unpack_integers",
 ]

@@ -33,6 +33,7 @@ from torchquant.ops.fake_quantize import (
     minmax,
     positive,
 )
+from torchquant.ops.intx import linear_dynamic_intx, pack_intx_weight, unpack_intx_weight
 from torchquant.ops.linear import (
     int8_mm,
     linear_dynamic,
@@ -61,12 +62,14 @@ __all__ = [
     "int8_mm",
     "layer_norm",
     "linear_dynamic",
+    "linear_dynamic_intx",
     "linear_dynamic_split",
     "linear_static",
     "mask_gradient",
     "minmax",
     "mm_fake_quantized",
     "pack_conv_weight",
+    "pack_intx_weight",
     "pack_weight",
     "positive",
     "qat_linear",
@@ -77,5 +80,6 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "unpack_conv_weight",
+    "unpack_intx_weight",
     "unpack_weight",
 ]

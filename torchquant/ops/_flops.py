@@ -66,6 +66,12 @@ def _linear_static(
     return _linear(input, out_features)
 
 
+def _linear_intx(
+    input: Shape, packed: Shape, bias: Shape | None, out_features: int, *rest: Any, **options: Any
+) -> int:
+    return _linear(input, out_features)
+
+
 def _conv(input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape) -> int:
     pixels = 1
     for i, (size, kernel) in enumerate(zip(input[2:], weight[2:], strict=True)):
@@ -124,6 +130,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_dynamic": _linear_on_packed,
     "linear_dynamic_split": _linear_on_packed,
     "linear_static": _linear_static,
+    "linear_dynamic_intx": _linear_intx,
     "conv_static": _conv_static,
     "conv_dynamic": _conv_dynamic,
     "qat_linear": _qat_linear,

@@ -1,0 +1,240 @@
+"""Weights of 2 to 8 bits: how they are stored, and linear layers on them.
+
+A weight has one scale for each output channel, or one for each group of inputs of a channel. With
+groups, the integer sum of each group is exact, and the groups are added in ascending order::
+
+    acc[g] = sum over k of group g of (x[m,k] - zx[m]) * (w[n,k] - zw[n,g])     exact
+    t      = fmaf(float(acc[g]), sw[n,g], t)     for g = 0, 1, ..., from t = 0
+    y      = fmaf(t, sx[m], bias[n])             or fl(t * sx[m]) without bias
+
+With one scale per channel the layer is :func:`torchquant.functional.linear_dynamic`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.functional._arithmetic import fmaf
+from torchquant.functional._checks import (
+    FLOAT_DTYPES,
+    describe,
+    dtype_name,
+    require_device,
+    require_dtype,
+    require_tensor,
+)
+from torchquant.functional.activations import ACTIVATIONS, require_activation
+from torchquant.functional.affine import quantize_per_token
+from torchquant.functional.linear import linear_dynamic
+from torchquant.functional.quantized_linear import accumulate, check_bias, check_weight
+from torchquant.scheme import MAX_BITS, MIN_BITS, quant_range
+
+
+def pack_integers(input: Tensor, bits: int) -> Tensor:
+    """Store integers of 2 to 8 bits without gaps, row by row.
+
+    A row of K integers becomes a string of ``K * bits`` bits. Integer k has the bits ``k * bits`` to
+    ``(k + 1) * bits - 1``, its lowest bit first, in two's complement. Bit i of the string is bit
+    ``i % 8`` of byte ``i // 8``. For 3 bits::
+
+        byte        |        0        |        1        |        2        |
+        bit         | 0 1 2 3 4 5 6 7 | 0 1 2 3 4 5 6 7 | 0 1 2 3 4 5 6 7 |
+        integer     | 0 0 0 1 1 1 2 2 | 2 3 3 3 4 4 4 5 | 5 5 6 6 6 7 7 7 |
+
+    Args:
+        input: int8 ``[..., K]``, each from ``-2^(bits-1)`` to ``2^(bits-1) - 1``.
+        bits: 2 to 8.
+
+    Returns:
+        uint8 ``[..., ceil(K * bits / 8)]``; the bits behind the last integer are 0.
+
+    Raises:
+        TypeError: input is not int8.
+        ValueError: bits is out of range, input has no dimension, or an integer has more bits.
+
+    Example:
+        >>> pack_integers(torch.tensor([1, -1, 7], dtype=torch.int8), 4)
+        tensor([241,   7], dtype=torch.uint8)
+    """
+    who = "pack_integers"
+    require_dtype(who, "input", input, (torch.int8,))
+    qmin, qmax = _range(who, bits)
+    if input.dim() == 0:
+        raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
+    if input.numel() and not (qmin <= int(input.min()) and int(input.max()) <= qmax):
+        raise ValueError(
+            f"{who}: input must be from {qmin} to {qmax} for bits = {bits}, got integers from "
+            f"{int(input.min())} to {int(input.max())}"
+        )
+    places = torch.arange(8, dtype=torch.uint8, device=input.device)
+    string = (input.contiguous().view(torch.uint8).unsqueeze(-1) >> places[:bits]) & 1
+    length = input.shape[-1] * bits
+    size = (length + 7) // 8
+    padded = torch.nn.functional.pad(string.flatten(-2), (0, 8 * size - length))
+    return (padded.unflatten(-1, (size, 8)) << places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_integers(input: Tensor, bits: int, length: int) -> Tensor:
+    """The reverse of :func:`pack_integers`.
+
+    Args:
+        input: uint8 ``[..., ceil(length * bits / 8)]``.
+        bits: 2 to 8.
+        length: K, the number of integers in a row.
+
+    Returns:
+        int8 ``[..., K]``.
+
+    Raises:
+        TypeError: input is not uint8.
+        ValueError: bits is out of range, or input has another number of bytes.
+
+    Example:
+        >>> unpack_integers(torch.tensor([241, 7], dtype=torch.uint8), 4, 3)
+        tensor([ 1, -1,  7], dtype=torch.int8)
+    """
+    who = "unpack_integers"
+    require_dtype(who, "input", input, (torch.uint8,))
+    _, qmax = _range(who, bits)
+    size = (length * bits + 7) // 8
+    if input.dim() == 0 or input.shape[-1] != size:
+        raise ValueError(
+            f"{who}: input must have {size} bytes in its last dimension for length = {length} and "
+            f"bits = {bits}, got {describe(input)}"
+        )
+    places = torch.arange(8, dtype=torch.uint8, device=input.device)
+    string = ((input.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : length * bits]
+    unsigned = (string.unflatten(-1, (length, bits)) << places[:bits]).sum(-1, dtype=torch.int16)
+    return torch.where(unsigned > qmax, unsigned - 2**bits, unsigned).to(torch.int8)
+
+
+def linear_dynamic_intx(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+    activation_bits: int = 8,
+) -> Tensor:
+    """A linear layer on float input, each row of which is quantized with a scale of its own.
+
+    A row that holds NaN or +-inf gives NaN in all its outputs; other rows are untouched.
+
+    Args:
+        input: fp32, bf16 or fp16 ``[..., K]``.
+        weight: int8 ``[N, K]``, integers of ``bits`` bits.
+        weight_scale: fp32 ``[N]``; with ``group_size`` ``[N, ceil(K / group_size)]``.
+        weight_zero_point: int8 of weight_scale's shape, integers of ``bits`` bits; or None.
+        bias: fp32, bf16 or fp16 ``[N]`` or None; added in fp32.
+        bits: 2 to 8.
+        group_size: inputs that share a scale, 1 to K; None: one scale per output channel.
+        symmetric, activation_bits: ``symmetric`` and ``bits`` of
+            :func:`torchquant.functional.quantize_per_token`.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
+        output_dtype: float32, bfloat16 or float16; by default input's dtype.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number, or the activation's name is wrong.
+
+    Example:
+        >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> x = torch.tensor([[127.0, 0.0, 1.0, 1.0]])
+        >>> linear_dynamic_intx(x, w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
+        tensor([[77.5000]])
+    """
+    who = "linear_dynamic_intx"
+    require_dtype(who, "input", input, FLOAT_DTYPES)
+    if input.dim() == 0:
+        raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
+    check_weight(who, input, weight)
+    groups = check_intx(who, weight, weight_scale, weight_zero_point, bits, group_size)
+    if group_size is None:
+        zero = None if weight_zero_point is None else weight_zero_point.to(torch.int32)
+        return linear_dynamic(
+            input,
+            weight,
+            weight_scale,
+            zero,
+            bias,
+            symmetric=symmetric,
+            activation=activation,
+            output_dtype=output_dtype,
+            activation_bits=activation_bits,
+        )
+    check_bias(who, bias, weight.shape[0], input.device, FLOAT_DTYPES)
+    require_activation(who, activation)
+    dtype = input.dtype if output_dtype is None else output_dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{who}: output_dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
+        )
+    q, scale, zero_point = quantize_per_token(input, symmetric=symmetric, bits=activation_bits)
+    t = torch.zeros((), device=input.device)
+    for g in range(groups):
+        inputs = slice(g * group_size, (g + 1) * group_size)
+        zero = torch.zeros(1) if weight_zero_point is None else weight_zero_point[:, g]
+        acc = accumulate(q[..., inputs], zero_point, weight[:, inputs], zero.to(input.device))
+        t = fmaf(acc.to(torch.float32), weight_scale[:, g], t)
+    y = t * scale if bias is None else fmaf(t, scale, bias.to(torch.float32))
+    return ACTIVATIONS[activation](y).to(dtype)
+
+
+def check_intx(
+    who: str,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bits: int,
+    group_size: int | None,
+) -> int:
+    """Raise unless integers, scales and zero points fit each other; return the number of groups."""
+    qmin, qmax = _range(who, bits)
+    outputs, inputs = weight.shape
+    if group_size is not None and not 1 <= group_size <= inputs:
+        raise ValueError(
+            f"{who}: group_size must be None (one scale per output channel) or between 1 and "
+            f"in_features = {inputs}, got {group_size}"
+        )
+    groups = 1 if group_size is None else -(-inputs // group_size)
+    shape = (outputs,) if group_size is None else (outputs, groups)
+    for name, value, dtype in (
+        ("weight_scale", weight_scale, torch.float32),
+        ("weight_zero_point", weight_zero_point, torch.int8),
+    ):
+        if value is None and name == "weight_zero_point":
+            continue
+        require_tensor(who, name, value)
+        require_dtype(who, name, value, (dtype,))
+        require_device(who, name, value, weight.device)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{who}: {name} must be {dtype_name(dtype)} {list(shape)}, got {describe(value)}"
+            )
+    for name, value in (("weight", weight), ("weight_zero_point", weight_zero_point)):
+        if value is None or not value.numel():
+            continue
+        least, most = int(value.min()), int(value.max())
+        if not (qmin <= least and most <= qmax):
+            raise ValueError(
+                f"{who}: {name} must be from {qmin} to {qmax} for bits = {bits}, got "
+                f"{least if least < qmin else most}"
+            )
+    return groups
+
+
+def _range(who: str, bits: int) -> tuple[int, int]:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{who}: bits must be an integer from 2 to 8, got {bits!r}")
+    return quant_range(bits)
