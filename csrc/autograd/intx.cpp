@@ -24,8 +24,8 @@ struct LinearDynamicIntx {
                           bool symmetric, std::string_view activation, std::optional<at::ScalarType> output_dtype,
                           int64_t activation_bits) {
     const bool needs_input = activation != "none";  // the pre-activation is computed again in backward
-    ctx->save_for_backward({needs_input ? input : Variable(), packed,
-                            needs_input ? bias.value_or(Variable()) : Variable()});
+    ctx->save_for_backward(
+        {needs_input ? input : Variable(), packed, needs_input ? bias.value_or(Variable()) : Variable()});
     ctx->saved_data["out_features"] = out_features;
     ctx->saved_data["in_features"] = input.sym_size(-1);
     ctx->saved_data["bits"] = bits;
@@ -51,9 +51,9 @@ struct LinearDynamicIntx {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     at::Tensor grad = grads[0].to(at::kFloat);
     if (activation != "none") {  // through autograd, for gradients of this gradient (create_graph=True)
-      const at::Tensor pre = ops::linear_dynamic_intx::call(
-          saved[0], saved[1], optional_of(saved[2]), n, bits, group_size, has_zero,
-          ctx->saved_data["symmetric"].toBool(), "none", at::kFloat, number("activation_bits"));
+      const at::Tensor pre = ops::linear_dynamic_intx::call(saved[0], saved[1], optional_of(saved[2]), n, bits,
+                                                            group_size, has_zero, ctx->saved_data["symmetric"].toBool(),
+                                                            "none", at::kFloat, number("activation_bits"));
       grad = activation_backward(activation, grad, pre);
     }
     Variable grad_input, grad_bias;
@@ -81,9 +81,7 @@ at::Tensor linear_dynamic_intx_autograd(const at::Tensor& input, const at::Tenso
                                                   symmetric, activation, output_dtype, activation_bits);
 }
 
-TORCH_LIBRARY_IMPL(torchquant, Autograd, m) {
-  ops::linear_dynamic_intx::implement(m, &linear_dynamic_intx_autograd);
-}
+TORCH_LIBRARY_IMPL(torchquant, Autograd, m) { ops::linear_dynamic_intx::implement(m, &linear_dynamic_intx_autograd); }
 
 }  // namespace
 }  // namespace torchquant::intx

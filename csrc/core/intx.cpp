@@ -7,16 +7,17 @@
 
 #include "core/convert.h"
 #include "core/threads.h"
+#include "core/torchquant_intx.h"
 #include "core/workspace.h"
 #include "isa.h"
 
 namespace torchquant::intx {
 namespace {
 
-constexpr int64_t kPanelBytes = 1 << 20;       // half of a common second-level cache
-constexpr int64_t kSerialQuantize = 1 << 15;   // elements below which one thread quantizes
-constexpr float kThreadingPays = 4500.0f;      // ns of work from which on a second thread is faster
-constexpr int64_t kTilesOfAThread = 1 << 18;   // bytes that a thread should pack at least
+constexpr int64_t kPanelBytes = 1 << 20;      // half of a common second-level cache
+constexpr int64_t kSerialQuantize = 1 << 15;  // elements below which one thread quantizes
+constexpr float kThreadingPays = 4500.0f;     // ns of work from which on a second thread is faster
+constexpr int64_t kTilesOfAThread = 1 << 18;  // bytes that a thread should pack at least
 
 IntxShape shape_of(const tq_intx_shape& s) { return {s.n, s.k, s.bits, s.group_size, s.has_zero_point}; }
 
@@ -81,7 +82,7 @@ void for_tiles(const IntxShape& s, const tq_parallel* parallel, const Body& body
 }
 
 tq_status run(const tq_rows* rows, const tq_row_quantization* how, const tq_intx_part* part,
-                         const tq_parallel* parallel) {
+              const tq_parallel* parallel) {
   const IntxShape shape = shape_of(part->shape);
   const int64_t m = rows->m;
   if (m == 0) return TQ_OK;
@@ -94,9 +95,8 @@ tq_status run(const tq_rows* rows, const tq_row_quantization* how, const tq_intx
     const Panel panel = make_panel(shape, last - first, table.intx_panel_rows);
     if (!panel.a) return TQ_OUT_OF_MEMORY;
     const bool serial = (last - first) * rows->k < kSerialQuantize;
-    parallel_for(serial ? nullptr : threads, first, last, 1, [&](int64_t m0, int64_t m1) {
-      make_rows(table, *rows, *how, shape, panel, m0, m1, first);
-    });
+    parallel_for(serial ? nullptr : threads, first, last, 1,
+                 [&](int64_t m0, int64_t m1) { make_rows(table, *rows, *how, shape, panel, m0, m1, first); });
     IntxArgs g{};
     g.a = panel.a;
     g.panel_rows = panel.block_rows;
@@ -130,18 +130,16 @@ int64_t tq_intx_most_inputs(int64_t bits) { return intx_most_inputs(bits); }
 tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* zero_point, const tq_intx_shape* shape,
                        uint8_t* packed, const tq_parallel* parallel) {
   const IntxShape s = intx::shape_of(*shape);
-  intx::for_tiles(s, parallel, [&](int64_t first, int64_t last) {
-    pack_intx(weight, scale, zero_point, s, first, last, packed);
-  });
+  intx::for_tiles(s, parallel,
+                  [&](int64_t first, int64_t last) { pack_intx(weight, scale, zero_point, s, first, last, packed); });
   return TQ_OK;
 }
 
 tq_status tq_unpack_intx(const uint8_t* packed, const tq_intx_shape* shape, int8_t* weight, float* scale,
                          int8_t* zero_point, const tq_parallel* parallel) {
   const IntxShape s = intx::shape_of(*shape);
-  intx::for_tiles(s, parallel, [&](int64_t first, int64_t last) {
-    unpack_intx(packed, s, first, last, weight, scale, zero_point);
-  });
+  intx::for_tiles(s, parallel,
+                  [&](int64_t first, int64_t last) { unpack_intx(packed, s, first, last, weight, scale, zero_point); });
   return TQ_OK;
 }
 

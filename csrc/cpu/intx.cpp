@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/intx_arguments.h"
+#include "core/torchquant_intx.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
 #include "operators.h"
@@ -24,8 +25,8 @@ void check_integers(const char* op, const char* name, const at::Tensor& t, const
     lowest = std::min<int32_t>(lowest, values[i]);
     highest = std::max<int32_t>(highest, values[i]);
   }
-  TORCH_CHECK_VALUE(-s.middle() <= lowest && highest < s.middle(), op, ": ", name, " must be from ", -s.middle(), " to ",
-                    s.middle() - 1, " for bits = ", s.bits, ", got ", lowest < -s.middle() ? lowest : highest);
+  TORCH_CHECK_VALUE(-s.middle() <= lowest && highest < s.middle(), op, ": ", name, " must be from ", -s.middle(),
+                    " to ", s.middle() - 1, " for bits = ", s.bits, ", got ", lowest < -s.middle() ? lowest : highest);
 }
 
 at::Tensor pack_intx_weight(const at::Tensor& weight, const at::Tensor& weight_scale,

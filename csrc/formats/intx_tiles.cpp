@@ -63,7 +63,8 @@ void pack_intx(const int8_t* weight, const float* scale, const int8_t* zero, con
       for (int64_t g = 0; g < groups; ++g) {
         uint8_t* group = tile + g * shape.group_bytes();
         std::memcpy(group + 4 * j, scale + row * groups + g, 4);
-        if (zero) tile[shape.zeros_at() + g * kTileN + j] = static_cast<uint8_t>(zero[row * groups + g] + shape.middle());
+        if (zero)
+          tile[shape.zeros_at() + g * kTileN + j] = static_cast<uint8_t>(zero[row * groups + g] + shape.middle());
         const int8_t* w = weight + row * shape.k + g * size;
         for (int64_t i = 0; i < shape.inputs(g); ++i) {
           uint8_t* block = group + kIntxScaleBytes + i / kIntxBlock * shape.block_bytes();
@@ -72,8 +73,11 @@ void pack_intx(const int8_t* weight, const float* scale, const int8_t* zero, con
         }
       }
     }
-    const int32_t header[] = {kIntxVersion, static_cast<int32_t>(shape.n), static_cast<int32_t>(shape.k),
-                              static_cast<int32_t>(bits), static_cast<int32_t>(shape.group_size),
+    const int32_t header[] = {kIntxVersion,
+                              static_cast<int32_t>(shape.n),
+                              static_cast<int32_t>(shape.k),
+                              static_cast<int32_t>(bits),
+                              static_cast<int32_t>(shape.group_size),
                               static_cast<int32_t>(shape.has_zero)};
     std::memcpy(tile + shape.header_at(), header, sizeof(header));
   }
@@ -89,7 +93,8 @@ void unpack_intx(const uint8_t* packed, const IntxShape& shape, int64_t first_ti
       for (int64_t g = 0; g < groups; ++g) {
         const uint8_t* group = tile + g * shape.group_bytes();
         std::memcpy(scale + row * groups + g, group + 4 * j, 4);
-        if (zero) zero[row * groups + g] = static_cast<int8_t>(tile[shape.zeros_at() + g * kTileN + j] - shape.middle());
+        if (zero)
+          zero[row * groups + g] = static_cast<int8_t>(tile[shape.zeros_at() + g * kTileN + j] - shape.middle());
         int8_t* w = weight + row * shape.k + g * size;
         for (int64_t i = 0; i < shape.inputs(g); ++i) {
           const uint8_t* block = group + kIntxScaleBytes + i / kIntxBlock * shape.block_bytes();

@@ -59,7 +59,7 @@ def test_the_core_has_a_c_interface(build: ModuleType) -> None:
 def files_below_the_core(build: ModuleType) -> list[Path]:
     """The core, and every file of csrc that it includes, directly or through another file."""
     csrc = build.ROOT / "csrc"
-    waiting, found = [*build.CORE, build.INTERFACE], set()
+    waiting, found = [*build.CORE, *build.INTERFACES], set()
     while waiting:
         path = waiting.pop()
         if path in found:

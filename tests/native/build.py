@@ -34,7 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "native"
-INTERFACE = ROOT / "csrc/core/torchquant_core.h"
+INTERFACES = sorted((ROOT / "csrc/core").glob("torchquant_*.h"))
 CORE_FOLDERS = ("core", "formats", "kernels")
 CORE = sorted(path for folder in CORE_FOLDERS for path in ROOT.glob(f"csrc/{folder}/*.cpp"))
 CORE.append(ROOT / "csrc/isa.cpp")
@@ -134,7 +134,8 @@ def check_interface() -> None:
     """The core's interface is C: it compiles as C99, without a warning and without C++."""
     source = BUILD / f"interface-{os.getpid()}.c"
     BUILD.mkdir(parents=True, exist_ok=True)
-    source.write_text(f'#include "{INTERFACE.relative_to(ROOT / "csrc")}"\n')
+    lines = (f'#include "{header.relative_to(ROOT / "csrc")}"\n' for header in INTERFACES)
+    source.write_text("".join(lines))
     try:
         flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
         command = [*compiler(), "-x", "c", *flags, *INCLUDES, str(source)]
@@ -142,7 +143,7 @@ def check_interface() -> None:
     finally:
         source.unlink()
     if result.returncode != 0:
-        raise AssertionError(f"{INTERFACE.name} is no C header:\n{result.stderr}")
+        raise AssertionError(f"the core's interface is not C:\n{result.stderr}")
 
 
 # What each variant runs: a program, its arguments from --times on, and what its output counts.

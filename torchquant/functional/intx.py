@@ -34,8 +34,8 @@ from torchquant.scheme import MAX_BITS, MIN_BITS, quant_range
 def pack_integers(input: Tensor, bits: int) -> Tensor:
     """Store integers of 2 to 8 bits without gaps, row by row.
 
-    A row of K integers becomes a string of ``K * bits`` bits. Integer k has the bits ``k * bits`` to
-    ``(k + 1) * bits - 1``, its lowest bit first, in two's complement. Bit i of the string is bit
+    A row of K integers becomes a string of ``K * bits`` bits. Integer k has the bits ``k * bits``
+    to ``(k + 1) * bits - 1``, its lowest bit first, in two's complement. Bit i of the string is bit
     ``i % 8`` of byte ``i // 8``. For 3 bits::
 
         byte        |        0        |        1        |        2        |
@@ -72,7 +72,8 @@ def pack_integers(input: Tensor, bits: int) -> Tensor:
     length = input.shape[-1] * bits
     size = (length + 7) // 8
     padded = torch.nn.functional.pad(string.flatten(-2), (0, 8 * size - length))
-    return (padded.unflatten(-1, (size, 8)) << places).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (padded.unflatten(-1, (size, 8)) << places).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_integers(input: Tensor, bits: int, length: int) -> Tensor:
@@ -209,12 +210,10 @@ def check_intx(
         )
     groups = 1 if group_size is None else -(-inputs // group_size)
     shape = (outputs,) if group_size is None else (outputs, groups)
-    for name, value, dtype in (
-        ("weight_scale", weight_scale, torch.float32),
-        ("weight_zero_point", weight_zero_point, torch.int8),
-    ):
-        if value is None and name == "weight_zero_point":
-            continue
+    given = [("weight_scale", weight_scale, torch.float32)]
+    if weight_zero_point is not None:
+        given.append(("weight_zero_point", weight_zero_point, torch.int8))
+    for name, value, dtype in given:
         require_tensor(who, name, value)
         require_dtype(who, name, value, (dtype,))
         require_device(who, name, value, weight.device)
@@ -222,10 +221,10 @@ def check_intx(
             raise ValueError(
                 f"{who}: {name} must be {dtype_name(dtype)} {list(shape)}, got {describe(value)}"
             )
-    for name, value in (("weight", weight), ("weight_zero_point", weight_zero_point)):
-        if value is None or not value.numel():
+    for name, integers in (("weight", weight), ("weight_zero_point", weight_zero_point)):
+        if integers is None or not integers.numel():
             continue
-        least, most = int(value.min()), int(value.max())
+        least, most = int(integers.min()), int(integers.max())
         if not (qmin <= least and most <= qmax):
             raise ValueError(
                 f"{who}: {name} must be from {qmin} to {qmax} for bits = {bits}, got "
