@@ -27,8 +27,11 @@ from torchquant.configs import (
     Dynamic,
     Fusion,
     Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
     IntxActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
     QuantizationConfig,
     Static,
     Weights,
@@ -51,7 +54,7 @@ from torchquant.integrations.transformers.attention import (
     replace_attention_,
     restore_attention_,
 )
-from torchquant.nn import QATLinear, QuantizedLinear
+from torchquant.nn import QATLinear, QuantizedIntxLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.report import (
     CalibrationReport,
@@ -93,8 +96,11 @@ __all__ = [
     "FusionReport",
     "Granularity",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8DynamicActivationIntxWeightConfig",
     "Int8StaticActivationInt8WeightConfig",
+    "Int8WeightOnlyConfig",
     "IntxActivationIntxWeightConfig",
+    "IntxWeightOnlyConfig",
     "LSQPlusQuantizer",
     "LSQQuantizer",
     "LayerReport",
@@ -115,6 +121,7 @@ __all__ = [
     "QATSchedule",
     "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedIntxLinear",
     "QuantizedLinear",
     "Report",
     "RowReport",

@@ -109,7 +109,7 @@ def test_learned_steps_use_the_least_integer_too(bits: int) -> None:
         model[0].weight_quantizer.step.mul_(0.01)  # now many weights are outside the range
     trained = copy.deepcopy(model)
     convert_(model)
-    assert model[0].qweight.min() == -(2 ** (bits - 1))
+    assert model[0].integers.min() == -(2 ** (bits - 1))
     assert verify(trained, model, [floats(4, 64)]).exact
 
 

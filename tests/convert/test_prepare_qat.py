@@ -25,7 +25,7 @@ from torchquant import (
     verify,
 )
 from torchquant.configs import Static
-from torchquant.nn import Activation, QATLinear, QuantizedLinear
+from torchquant.nn import Activation, QATLinear, QuantizedLinear, QuantizedModule
 from torchquant.training.layer_part import LayerPart
 
 
@@ -59,7 +59,7 @@ def test_prepare_train_convert(config: TrainingConfig) -> None:
         "head": "converted" if joins(config) else "skipped: not prepared",
     }
     assert converted.bytes_after < 0.5 * converted.bytes_before
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     assert [layer.config for layer in layers] == [config.deployed()] * (4 + joins(config))
     with torch.no_grad():
         assert_same_bits(model(tokens(9)), trained(tokens(9)))

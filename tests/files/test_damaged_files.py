@@ -118,11 +118,11 @@ def deeply_nested() -> dict[str, Any]:
         (setting("format", True), DAMAGED),
         (setting("format", [1]), DAMAGED),
         (
-            setting("format", 5),
-            "has format 5, but this torchquant reads formats 1 to 4; install a newer torchquant",
+            setting("format", 6),
+            "has format 6, but this torchquant reads formats 1 to 5; install a newer torchquant",
         ),
         (setting("format", 1), DAMAGED),  # format 1 has no "activations"
-        (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 4"),
+        (setting("format", 0), "has format 0, but this torchquant reads formats 1 to 5"),
         (setting("activations", None), DAMAGED),
         (setting("activations", ["1"]), DAMAGED),
         (setting("absorbed", None), DAMAGED),

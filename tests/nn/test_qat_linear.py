@@ -7,7 +7,7 @@ from support.qat_layers import CONFIGS, frozen, inputs, layer_of
 from torch import nn
 
 from torchquant import ObservedQuantizer, QATLinear
-from torchquant.nn import QuantizedLinear
+from torchquant.nn.linear_class import linear_class
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -58,7 +58,8 @@ def test_a_layer_of_low_precision_parameters(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("config", ["dynamic", "dynamic_w4", "dynamic_weight_zero_points"])
 def test_to_quantized_is_from_float(config: str) -> None:
     layer = layer_of(config)
-    other = QuantizedLinear.from_float(layer.to_float(), layer.config.deployed())
+    deployed = layer.config.deployed()
+    other = linear_class(deployed).from_float(layer.to_float(), deployed)
     for (name, got), (_, want) in zip(
         layer.to_quantized().state_dict().items(), other.state_dict().items(), strict=True
     ):
@@ -70,8 +71,8 @@ def test_deployed_integers_are_in_their_ranges(config: str) -> None:
     layer = layer_of(config)
     deployed = layer.to_quantized()
     qmin, qmax = layer.config.weights.range
-    assert qmin <= int(deployed.qweight.min())
-    assert int(deployed.qweight.max()) <= qmax
+    assert qmin <= int(deployed.integers.min())
+    assert int(deployed.integers.max()) <= qmax
     assert deployed.config == layer.config.deployed()
     if deployed.input_zero_point is not None:
         low, high = deployed.config.activations.range

@@ -28,8 +28,11 @@ from torchquant.configs.layers import (
 )
 from torchquant.configs.names import (
     Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
     IntxActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
 )
 from torchquant.configs.part import Part, config_from_dict, config_to_dict
 
@@ -42,8 +45,11 @@ __all__ = [
     "Fusion",
     "Histogram",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8DynamicActivationIntxWeightConfig",
     "Int8StaticActivationInt8WeightConfig",
+    "Int8WeightOnlyConfig",
     "IntxActivationIntxWeightConfig",
+    "IntxWeightOnlyConfig",
     "MinMax",
     "MovingAverage",
     "Part",

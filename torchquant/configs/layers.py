@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torchquant.configs.calibration import Calibration
 from torchquant.configs.part import GRANULARITIES, Part, require_bits, require_booleans
-from torchquant.scheme import PER_CHANNEL, Granularity, PerTensor, quant_range
+from torchquant.scheme import PER_CHANNEL, Granularity, PerGroup, PerTensor, quant_range
 
 _EXAMPLE = "Int8DynamicActivationInt8WeightConfig()"
 _OURS = "torchquant."
@@ -57,7 +57,10 @@ class Weights(Part):
     def __str__(self) -> str:
         zero = "" if self.symmetric else " with zero point"
         where = {PER_CHANNEL: "per channel", PerTensor(): "per tensor"}
-        return f"int{self.bits} {where.get(self.granularity, self.granularity)}{zero}"
+        place = where.get(self.granularity, str(self.granularity))
+        if isinstance(self.granularity, PerGroup):
+            place = f"in groups of {self.granularity.group_size}"
+        return f"int{self.bits} {place}{zero}"
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,15 @@ class QuantizationConfig(Part):
     Args:
         weights: an instance of :class:`Weights`.
         activations: an instance of :class:`Dynamic`, :class:`Static`, or another subclass of
-            :class:`Activations`.
+            :class:`Activations`; or None, with which activations stay float.
         output: the value that leaves the layer, after an addition and an activation that are
             computed with it, in a region whose values are int8. A :class:`Static` rounds it to
             these integers, whatever reads it; a :class:`Float` keeps it float32; None rounds it
             where a layer with static activations reads it, to the integers of this layer.
 
     Raises:
-        TypeError: weights is not a :class:`Weights`, activations is not an :class:`Activations`, or
-            output is not one of its parts.
+        TypeError: weights is not a :class:`Weights`, activations is not an :class:`Activations` and
+            not None, or output is not one of its parts.
         ValueError: output is given although activations are not static.
 
     Example:
@@ -205,8 +208,10 @@ class QuantizationConfig(Part):
             )
         for name, kind in (("weights", Weights), ("activations", Activations)):
             value = getattr(self, name)
-            if not isinstance(value, kind):
-                example = {"weights": "Weights()", "activations": "Dynamic() or Static()"}[name]
+            if not isinstance(value, kind) and (name, value) != ("activations", None):
+                example = {"weights": "Weights()", "activations": "Dynamic(), Static() or None"}[
+                    name
+                ]
                 raise TypeError(f"QuantizationConfig: {name} must be {example}, got {value!r}")
         if self.output is not None and not isinstance(self.activations, Static):
             raise ValueError(

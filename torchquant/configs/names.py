@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchquant.configs.calibration import Calibration, calibration_named
 from torchquant.configs.layers import Dynamic, Float, QuantizationConfig, Static, Weights
 from torchquant.configs.part import require_bits, require_boolean
+from torchquant.scheme import PER_CHANNEL, Granularity, PerGroup
 
 
 def Int8DynamicActivationInt8WeightConfig(
@@ -130,6 +131,103 @@ def IntxActivationIntxWeightConfig(
     if static:
         activations = Static(activation_bits, flags[0], observer=chosen)
     return QuantizationConfig(Weights(weight_bits, flags[1]), activations)
+
+
+def Int8DynamicActivationIntxWeightConfig(
+    bits: int = 4,
+    group_size: int | None = 32,
+    symmetric: bool = True,
+    activation_symmetric: bool = False,
+) -> QuantizationConfig:
+    """Weights of 2 to 8 bits in groups; int8 activations with one scale per token.
+
+    The layers multiply integers. They need ``bits`` bits for a weight and 32 bits for the scale of
+    a group, on disk and in memory, and 8 bits more for a zero point.
+
+    Args:
+        bits: 2 to 8 bits of a weight.
+        group_size: the inputs of an output channel that share a scale; the last group may be
+            shorter. None is one scale per output channel.
+        symmetric: if True, weights have no zero point; if False, one zero point per scale.
+        activation_symmetric: see :class:`Dynamic`.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        TypeError: a flag is not a bool.
+        ValueError: bits is not an integer from 2 to 8, or group_size is not a positive integer.
+
+    Example:
+        >>> config = Int8DynamicActivationIntxWeightConfig(bits=4, group_size=128)
+        >>> print(config.weights, "and", config.activations)
+        int4 in groups of 128 and int8 per token with zero point
+    """
+    who = "Int8DynamicActivationIntxWeightConfig"
+    require_boolean(who, "activation_symmetric", activation_symmetric)
+    weights = _weights(who, bits, group_size, symmetric)
+    return QuantizationConfig(weights, Dynamic(symmetric=activation_symmetric))
+
+
+def IntxWeightOnlyConfig(
+    bits: int = 4, group_size: int | None = 128, symmetric: bool = True
+) -> QuantizationConfig:
+    """Weights of 2 to 8 bits in groups; activations stay float.
+
+    The layers multiply floats: each integer is converted in a register.
+    :func:`Int8DynamicActivationIntxWeightConfig` is faster for many rows.
+
+    Args:
+        bits: 2 to 8 bits of a weight.
+        group_size: the inputs of an output channel that share a scale; the last group may be
+            shorter. None is one scale per output channel.
+        symmetric: if True, weights have no zero point; if False, one zero point per scale.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        TypeError: symmetric is not a bool.
+        ValueError: bits is not an integer from 2 to 8, or group_size is not a positive integer.
+
+    Example:
+        >>> print(IntxWeightOnlyConfig(bits=3).weights, IntxWeightOnlyConfig().activations)
+        int3 in groups of 128 None
+    """
+    return QuantizationConfig(_weights("IntxWeightOnlyConfig", bits, group_size, symmetric), None)
+
+
+def Int8WeightOnlyConfig(group_size: int | None = None) -> QuantizationConfig:
+    """int8 weights with one scale per output channel, or per group; activations stay float.
+
+    Args:
+        group_size: see :func:`IntxWeightOnlyConfig`; None is one scale per output channel.
+
+    Returns:
+        The configuration in parts.
+
+    Raises:
+        ValueError: group_size is not a positive integer.
+
+    Example:
+        >>> Int8WeightOnlyConfig() == IntxWeightOnlyConfig(8, group_size=None)
+        True
+    """
+    return QuantizationConfig(_weights("Int8WeightOnlyConfig", 8, group_size, True), None)
+
+
+def _weights(who: str, bits: int, group_size: int | None, symmetric: bool) -> Weights:
+    require_bits(who, "bits", bits)
+    require_boolean(who, "symmetric", symmetric)
+    granularity: Granularity = PER_CHANNEL
+    if group_size is not None:
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(
+                f"{who}: group_size must be a positive integer, or None for one scale per output "
+                f"channel, got {group_size!r}"
+            )
+        granularity = PerGroup(group_size)
+    return Weights(bits, symmetric, granularity=granularity)
 
 
 def _flags(who: str, activation: bool, weight: bool) -> tuple[bool, bool]:

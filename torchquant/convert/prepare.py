@@ -193,7 +193,9 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
         return f"already prepared{other}"
 
     def refusal(step: Step) -> str | None:
-        refused = step.kind.refusal(step.module) or step.kind.quantized.config_refusal(step.config)
+        if refused := step.kind.refusal(step.module):
+            return refused
+        refused = step.kind.config_refusal(step.config, step.module)
         return refused or step.kind.value_refusal(step.module)
 
     return plan_layers(model, chosen, done, refusal)

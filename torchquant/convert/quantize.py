@@ -133,7 +133,7 @@ def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
             "which is for training; use prepare_qat_(model, config), train, and convert_(model)"
         )
     config = check_config("quantize_", config)
-    if config.activations.needs_calibration:
+    if config.activations is not None and config.activations.needs_calibration:
         raise ValueError(
             f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
             "inputs has to be observed first; call prepare_(model, config), calibrate(model, "
@@ -154,7 +154,9 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
         return f"already quantized{other}"
 
     def refusal(step: Step) -> str | None:
-        refused = step.kind.refusal(step.module) or step.kind.quantized.config_refusal(step.config)
+        if refused := step.kind.refusal(step.module):
+            return refused
+        refused = step.kind.config_refusal(step.config, step.module)
         return refused or step.kind.value_refusal(step.module)
 
     return plan_layers(model, chosen, done, refusal)
@@ -181,7 +183,8 @@ def _carry_out(
         if step.skip is not None:
             rows[place] = step.skipped()
             continue
-        new = step.kind.quantized.from_float(step.module, step.config)
+        layer_class = step.kind.layer_class(step.config, step.module)
+        new = layer_class.from_float(step.module, step.config)
         free = not (chosen.filter.chooses or chosen.named_in_full(step.names))
         if adding[place] and free and tensor_bytes(model) + _added(step, new) > bytes_before:
             step.leave = (

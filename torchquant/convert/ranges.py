@@ -57,7 +57,8 @@ class Calibrated:
         kind = kind_of(self.layer)
         assert kind is not None  # a layer of no kind is not prepared
         scale, zero_point = self.qparams()
-        quantized: QuantizedModule = kind.quantized.from_float(  # type: ignore[call-arg]
+        layer_class = kind.layer_class(self.config, self.layer)
+        quantized: QuantizedModule = layer_class.from_float(  # type: ignore[call-arg]
             self.layer, self.config, input_scale=scale, input_zero_point=zero_point
         )
         apply_adjustment(self.layer, quantized)

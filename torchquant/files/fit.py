@@ -41,7 +41,7 @@ def current_tensors(model: nn.Module) -> dict[str, Tensor | None]:
         prefix = f"{name}." if name else ""
         if isinstance(module, QuantizedModule):
             for key, (dtype, shape) in module.canonical().items():
-                packed = key == "qweight"  # each access would unpack it
+                packed = key in module.layout.tensors  # each access would unpack it
                 empty = torch.empty(shape, dtype=dtype, device="meta") if packed else None
                 current[prefix + key] = empty if packed else getattr(module, key)
         else:

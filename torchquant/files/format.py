@@ -2,7 +2,7 @@
 
 A file is a plain safetensors file. Its metadata has one key, ``torchquant``, a JSON object::
 
-    {"format": 4, "torchquant": "0.1.0",
+    {"format": 5, "torchquant": "0.1.0",
      "layers": {"encoder.0": {"kind": "linear", "format": "int8", "dtype": "float32",
                               "in_features": 384, "out_features": 1536, "bias": true,
                               "activation": "none",
@@ -35,6 +35,8 @@ that a damaged or edited file is refused. It is not a signature: an attacker can
 are absent if they would be empty. A reader MUST refuse a higher ``format`` than its own.
 :mod:`torchquant.files.entries` reads older formats:
 
+- Format 5 added the weight format ``intx`` and configurations whose ``activations`` are null. A
+  file without them is written as format 4, which older versions read.
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
   ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
   3 call them ``weight_scale``, ``weight_zero_point`` and ``weight_quantizer``.
@@ -56,9 +58,21 @@ from torch import Tensor
 
 from torchquant.report.progress import track
 
-FORMAT = 4
+FORMAT = 5
+_WITHOUT_INTX = 4
 _OLDEST = 1
 KEY = "torchquant"
+
+
+def needed_format(layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """The lowest format in which layers with these entries can be stored.
+
+    Example:
+        >>> needed_format({"fc": {"format": "int8"}}), needed_format({"fc": {"format": "intx"}})
+        (4, 5)
+    """
+    new = any(entry.get("format") == "intx" for entry in layers.values())
+    return FORMAT if new else _WITHOUT_INTX
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -37,7 +37,7 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
     for name, stored in header["layers"].items():
         entry, kind = _entry_and_kind(name, stored, header["format"])
         old = modules.get(name)
-        there = isinstance(old, kind.quantized)
+        there = isinstance(old, kind.classes)
         if entry.get("dtype", "") is None and old is not None:
             entry["dtype"] = _dtype_of(old)
         if there and layer_entry(old) == entry:  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def _new_layer(
     name: str, entry: dict[str, Any], kind: Kind, old: nn.Module, folded: bool
 ) -> QuantizedModule:
     """Create the layer of an entry on the meta device, which allocates no memory."""
-    quantized = kind.quantized
+    quantized = kind.class_with(entry.get("format"))
     try:
         # Checked before the layer is created, because torch may fail on an impossible size.
         for argument in quantized.stored:

@@ -15,7 +15,7 @@ from torchquant.convert.projections import groups_of
 from torchquant.files.atomic import replacing
 from torchquant.files.buffers import stored_buffers
 from torchquant.files.entries import layer_entry
-from torchquant.files.format import FORMAT, KEY, digest
+from torchquant.files.format import KEY, digest, needed_format
 from torchquant.files.regions import region_entries
 from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
@@ -33,7 +33,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model that :func:`torchquant.prepare_` prepared are not stored; a warning says so.
 
     Args:
-        model: any module; quantized layers are stored as int8 integers with their scales, and
+        model: any module; quantized layers are stored as integers with their scales, and
             non-persistent buffers are stored for models that are built on the meta device.
         path: usually ``*.safetensors``.
 
@@ -93,7 +93,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     buffers, buffer_keys = stored_buffers(model)
     tensors = {**tensors, **buffers}
     header = {
-        "format": FORMAT,
+        "format": needed_format(layers),
         "torchquant": __version__,
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),

@@ -55,15 +55,16 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 @contextmanager
 def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Move each qweight to the CPU while a state dict is created.
+    """Move what is unpacked to the CPU while a state dict is created.
 
     All unpacked weights together would need the memory of a second model on the GPU.
     """
 
     def move(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        key = f"{prefix}qweight"
-        if key in state:  # another hook may have removed it
-            state[key] = state[key].cpu()
+        for name in module.layout.tensors:  # type: ignore[union-attr]
+            key = f"{prefix}{name}"
+            if key in state:  # another hook may have removed it
+                state[key] = state[key].cpu()
 
     handles = [
         module.register_state_dict_post_hook(move)
@@ -78,14 +79,15 @@ def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def _repeated_qweights(model: nn.Module) -> dict[str, str]:
-    """Aliases of layers that are registered twice, whose qweight is unpacked for each name."""
+    """Aliases of layers that are registered twice, whose weight is unpacked for each name."""
     first_name: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
             first = first_name.setdefault(id(module), name)
             if first != name:
-                aliases[f"{name}.qweight"] = f"{first}.qweight"
+                for key in module.layout.tensors:
+                    aliases[f"{name}.{key}"] = f"{first}.{key}"
     return aliases
 
 

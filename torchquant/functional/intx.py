@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant.functional import _bits
 from torchquant.functional._arithmetic import fmaf
 from torchquant.functional._checks import (
     FLOAT_DTYPES,
@@ -67,13 +68,7 @@ def pack_integers(input: Tensor, bits: int) -> Tensor:
             f"{who}: input must be from {qmin} to {qmax} for bits = {bits}, got integers from "
             f"{int(input.min())} to {int(input.max())}"
         )
-    places = torch.arange(8, dtype=torch.uint8, device=input.device)
-    string = (input.contiguous().view(torch.uint8).unsqueeze(-1) >> places[:bits]) & 1
-    length = input.shape[-1] * bits
-    size = (length + 7) // 8
-    padded = torch.nn.functional.pad(string.flatten(-2), (0, 8 * size - length))
-    packed: Tensor = (padded.unflatten(-1, (size, 8)) << places).sum(-1, dtype=torch.uint8)
-    return packed
+    return _bits.pack(input, bits)
 
 
 def unpack_integers(input: Tensor, bits: int, length: int) -> Tensor:
@@ -97,17 +92,14 @@ def unpack_integers(input: Tensor, bits: int, length: int) -> Tensor:
     """
     who = "unpack_integers"
     require_dtype(who, "input", input, (torch.uint8,))
-    _, qmax = _range(who, bits)
+    _range(who, bits)
     size = (length * bits + 7) // 8
     if input.dim() == 0 or input.shape[-1] != size:
         raise ValueError(
             f"{who}: input must have {size} bytes in its last dimension for length = {length} and "
             f"bits = {bits}, got {describe(input)}"
         )
-    places = torch.arange(8, dtype=torch.uint8, device=input.device)
-    string = ((input.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : length * bits]
-    unsigned = (string.unflatten(-1, (length, bits)) << places[:bits]).sum(-1, dtype=torch.int16)
-    return torch.where(unsigned > qmax, unsigned - 2**bits, unsigned).to(torch.int8)
+    return _bits.unpack(input, bits, length)
 
 
 def linear_dynamic_intx(

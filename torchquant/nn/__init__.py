@@ -4,6 +4,7 @@ from torchquant.nn.activation import Activation
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.intx_linear import QuantizedIntxLinear
 from torchquant.nn.kinds import Kind, kind_of, register
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.norm import LayerNorm, RMSNorm
@@ -23,6 +24,7 @@ __all__ = [
     "QATLinear",
     "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedIntxLinear",
     "QuantizedLinear",
     "QuantizedModule",
     "RMSNorm",

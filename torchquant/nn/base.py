@@ -82,6 +82,11 @@ class QuantizedModule(PackedState):
         return None
 
     @classmethod
+    def shape_refusal(cls, config: QuantizationConfig, shape: tuple[int, ...]) -> str | None:
+        """The reason why a layer whose weight has this shape cannot have ``config``, or None."""
+        return None
+
+    @classmethod
     def from_float(cls, module: Any, config: QuantizationConfig | None = None) -> Any:
         """Quantize a float layer; the float layer itself does not change."""
         raise missing(cls, "from_float")

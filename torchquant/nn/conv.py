@@ -129,7 +129,7 @@ class QuantizedConv(QuantizedModule):
         """The reason why no convolution can have ``config``, or None."""
         reason = weight_refusal(config)
         if reason is None and not isinstance(config.activations, (Dynamic, Static)):
-            name = type(config.activations).__name__
+            name = "None" if config.activations is None else type(config.activations).__name__
             return f"convolutions need Dynamic or Static activations, not {name}"
         return reason
 

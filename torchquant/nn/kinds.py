@@ -18,7 +18,9 @@ from torch import nn
 from torchquant.nn import float_conv, float_linear
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
+from torchquant.nn.intx_linear import QuantizedIntxLinear
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.linear_class import linear_class
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
 from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
@@ -33,7 +35,7 @@ class Kind:
     Args:
         name: a unique name, used in files and messages.
         float_types: the classes of float modules that can be quantized, without their subclasses.
-        quantized: the class of the layer to deploy.
+        quantized: the class of the layer to deploy; if there are several, the usual one.
         trained: the class of the layer that trains, or None if this kind cannot be trained.
         looks_like: takes a module; True if users expect the quantizer to take it as this kind. If
             such a module cannot be quantized, it appears in the report.
@@ -47,6 +49,9 @@ class Kind:
         unsuited: takes a float module and the configuration that it would have; returns the reason
             why the configuration does not benefit a layer of this shape, or None. None instead of a
             function stands for ``too_small``, whatever the configuration.
+        others: further classes of layers to deploy.
+        chooses: takes a configuration, and the shape of a weight or None; returns the class among
+            ``quantized`` and ``others`` that has the configuration. None stands for ``quantized``.
         trained_with_norm: a subclass of ``trained`` that trains a layer and the batch norm after
             it, or None. Its ``norm_refusal(layer, norm)`` gives the reason why it cannot; its
             ``from_float(layer, norm, config)`` makes it.
@@ -67,6 +72,50 @@ class Kind:
     weight_shape: Callable[[nn.Module], tuple[int, ...]]
     unsuited: Callable[[nn.Module, Any], str | None] | None = None
     trained_with_norm: Any = None
+    others: tuple[type[QuantizedModule], ...] = ()
+    chooses: Callable[[Any, tuple[int, ...] | None], type[QuantizedModule]] | None = None
+
+    @property
+    def classes(self) -> tuple[type[QuantizedModule], ...]:
+        """The classes of the layers to deploy."""
+        return (self.quantized, *self.others)
+
+    def layer_class(self, config: Any, module: nn.Module | None = None) -> type[QuantizedModule]:
+        """The class of the layer to deploy that has ``config``.
+
+        Args:
+            config: the configuration of a quantized layer.
+            module: a float or trained layer that shall have it; None for a layer of any shape.
+
+        Example:
+            >>> from torchquant import Int8DynamicActivationIntxWeightConfig
+            >>> LINEAR.layer_class(Int8DynamicActivationIntxWeightConfig(bits=4)).__name__
+            'QuantizedIntxLinear'
+        """
+        if self.chooses is None:
+            return self.quantized
+        return self.chooses(config, None if module is None else self.weight_shape(module))
+
+    def class_with(self, format_name: Any) -> type[QuantizedModule]:
+        """The class whose weights have the format of the name; ``quantized`` if there is none.
+
+        Example:
+            >>> LINEAR.class_with("intx").__name__, LINEAR.class_with("int8").__name__
+            ('QuantizedIntxLinear', 'QuantizedLinear')
+        """
+        found = (cls for cls in self.classes if cls.weight_format.name == format_name)
+        return next(found, self.quantized)
+
+    def config_refusal(self, config: Any, module: nn.Module) -> str | None:
+        """The reason why a float layer that ``refusal`` accepts cannot have ``config``, or None.
+
+        Example:
+            >>> from torchquant import Int8DynamicActivationIntxWeightConfig
+            >>> LINEAR.config_refusal(Int8DynamicActivationIntxWeightConfig(), nn.Linear(16, 64))
+            'group_size must be at most in_features = 16, got 32'
+        """
+        cls = self.layer_class(config, module)
+        return cls.config_refusal(config) or cls.shape_refusal(config, self.weight_shape(module))
 
     def no_benefit(self, module: nn.Module, config: Any) -> str | None:
         """The reason to leave a float module as it is, although it could have ``config``, or None.
@@ -92,6 +141,8 @@ LINEAR = Kind(
     value_refusal=float_linear.value_refusal,
     too_small=float_linear.too_small,
     weight_shape=float_linear.weight_shape,
+    others=(QuantizedIntxLinear,),
+    chooses=linear_class,
 )
 
 CONV1D, CONV2D = (
@@ -188,7 +239,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """
     for cls in type(module).__mro__:  # the nearest class decides: a subclass can be a kind
         for kind in kinds():
-            if cls in (kind.quantized, kind.trained) or (
+            if cls in (*kind.classes, kind.trained) or (
                 cls is type(module) and cls in kind.float_types
             ):
                 return kind
@@ -232,8 +283,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _types(kind: Kind) -> tuple[type[nn.Module], ...]:
-    own = (kind.quantized,) if kind.trained is None else (kind.quantized, kind.trained)
-    return (*kind.float_types, *own)
+    trained = () if kind.trained is None else (kind.trained,)
+    return (*kind.float_types, *kind.classes, *trained)
 
 
 __all__ = [

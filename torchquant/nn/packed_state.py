@@ -85,10 +85,19 @@ class PackedState(nn.Module):
         """
         return self.weight_format
 
+    def unpacked(self) -> dict[str, Tensor]:
+        """The canonical tensors that ``packed`` holds, new tensors."""
+        return self.layout.unpack_tensors(self.packed, self.weight_shape)
+
     @property
     def qweight(self) -> Tensor:
         """The canonical integers of the weight; each access unpacks them again."""
-        return self.layout.unpack(self.packed, self.weight_shape)
+        return self.unpacked()["qweight"]
+
+    @property
+    def integers(self) -> Tensor:
+        """The integers of the weight as int8, in the shape of the weight; a new tensor."""
+        return self.qweight
 
     @property
     def weight_scale(self) -> Tensor:
@@ -139,23 +148,26 @@ class PackedState(nn.Module):
         return self
 
     def _moved(self, packed: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """The packed weight on the device of the scales, which ``fn`` has moved already."""
-        device = self.qweight_scale.device
+        """The packed weight on the device of the other tensors, which ``fn`` has moved already."""
+        others = (*self._buffers.values(), *self._parameters.values())
+        device = next(tensor.device for tensor in others if tensor is not None)
         if device.type == packed.device.type:
             return fn(packed)
         if packed.is_meta or device.type == "meta":  # to_empty(): a valid layout without values
             return self.layout.empty(self.weight_shape, device)
-        qweight = self.layout.unpack(packed, self.weight_shape)
-        moved = fn(qweight)
-        wait_for_copy(qweight, moved)
-        return self.layout.pack(moved)
+        tensors = self.layout.unpack_tensors(packed, self.weight_shape)
+        moved = {name: fn(tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            wait_for_copy(tensor, moved[name])
+        return self.layout.pack_tensors(moved, self.weight_shape)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         # By name: the placeholder and the packed weight are not part of the state.
+        unpacked = self.unpacked()
         for name in self.canonical():
-            tensor = getattr(self, name)
+            tensor = unpacked[name] if name in unpacked else getattr(self, name)
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -181,26 +193,51 @@ class PackedState(nn.Module):
         if problems:  # load all or nothing: scales and integers belong together
             error_msgs.extend(problems)
             return
+        names = [name for name in self.layout.tensors if prefix + name in rest]
+        missing_keys.extend(
+            prefix + name for name in self.layout.tensors if name not in names and strict
+        )
+        try:
+            packed = self._packed_anew({name: rest.pop(prefix + name) for name in names}, assign)
+        except (ValueError, TypeError) as error:  # no weight has these values
+            error_msgs.append(f"{prefix}qweight cannot be loaded: {error}")
+            return
         for name, other in self._parameters.items():  # the placeholder
             if name not in canonical and other is not None:
                 rest.setdefault(prefix + name, other)
-        qweight = rest.pop(prefix + "qweight", None)
-        if qweight is None and strict:
-            missing_keys.append(prefix + "qweight")
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if qweight is None:
+        if packed is None:
             return
         if assign:
-            self._load_qweight_by_assignment(qweight)
+            self.load_packed_by_assignment(packed)
             self.move_placeholder()
-        elif not self.packed.is_meta:  # torch warns that copying to meta does nothing
+        else:
             with torch.no_grad():
-                self.packed.copy_(self.layout.pack(qweight.to(self.packed.device)))
+                self.packed.copy_(packed)
 
-    def _load_qweight_by_assignment(self, qweight: Tensor) -> None:
-        self.packed = self.layout.pack(qweight)
+    def _packed_anew(self, tensors: dict[str, Tensor], assign: bool) -> Tensor | None:
+        """The packed weight of a state dict, or None if nothing is to be changed.
+
+        A tensor that the state dict lacks keeps its values.
+        """
+        here = self.packed.device
+        if not tensors or (here.type == "meta" and not assign):  # torch warns: this does nothing
+            return None
+        if len(tensors) < len(self.layout.tensors):
+            if here.type == "meta":
+                return None
+            device = next(iter(tensors.values())).device if assign else here
+            own = {name: tensor.to(device) for name, tensor in self.unpacked().items()}
+            tensors = {**own, **tensors}
+        if not assign:
+            tensors = {name: tensor.to(here) for name, tensor in tensors.items()}
+        return self.layout.pack_tensors(tensors, self.weight_shape)
+
+    def load_packed_by_assignment(self, packed: Tensor) -> None:
+        """Take a packed weight that was made from a state dict, in place of the present one."""
+        self.packed = packed
 
     def move_placeholder(self) -> None:
         """Move the placeholder to the device of the weight that was loaded."""
@@ -243,15 +280,17 @@ class PackedState(nn.Module):
         buffers = dict(self._buffers)
         del buffers["packed"]
         state["_buffers"] = buffers
-        state["_qweight"] = self.qweight
+        state["_canonical"] = self.unpacked()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        qweight = state.pop("_qweight")
+        old = "_qweight" in state  # in pickles of older versions
+        tensors = {"qweight": state.pop("_qweight")} if old else state.pop("_canonical")
         super().__setstate__(state)
         # The order of __init__, so that a copy prints and iterates like the original.
-        self._buffers = {"packed": self.layout.pack(qweight), **self._buffers}
+        packed = self.layout.pack_tensors(tensors, self.weight_shape)
+        self._buffers = {"packed": packed, **self._buffers}
 
 
 def shared_parameter(tensor: Tensor) -> nn.Parameter:

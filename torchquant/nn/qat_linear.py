@@ -16,6 +16,8 @@ from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.linear_class import linear_class
+from torchquant.nn.linear_layer import LinearLayer
 from torchquant.nn.qat_parts import (
     StraightThrough,
     activate,
@@ -149,7 +151,7 @@ class QATLinear(TrainedLayer):
         layer._init(linear, config, activation)
         return layer.train(linear.training)
 
-    def to_quantized(self) -> QuantizedLinear:
+    def to_quantized(self) -> LinearLayer:
         """The layer to deploy; it holds integers and no float weight.
 
         Raises:
@@ -158,10 +160,11 @@ class QATLinear(TrainedLayer):
         """
         self.check_finite(self.weight)
         scale, zero_point = self.input_qparams()
-        layer = QuantizedLinear.from_tensors(
+        deployed = self.config.deployed()
+        layer: LinearLayer = linear_class(deployed, tuple(self._matrix().shape)).from_tensors(
             self._matrix(),
             self.bias,
-            self.config.deployed(),
+            deployed,
             self.activation,
             weight_scale=self._weight_scale(),
             input_scale=scale,
