@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from support import assert_same_bits, floats
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import QuantizationConfig, QuantizationReport, functional
-from torchquant.nn import QuantizedLinear
+from torchquant import PerGroup, QuantizationConfig, QuantizationReport, functional
+from torchquant.nn import QuantizedIntxLinear, QuantizedLinear
 
 CONFIGS = {
     "default": Config(),
@@ -54,6 +54,33 @@ def expected_output(
         layer.weight_zero_point,
         None if layer.bias is None else layer.bias.detach(),
         symmetric=layer.config.activations.symmetric,
+        output_dtype=output_dtype,
+        activation=layer.activation,
+    )
+
+
+def intx_layer_of(
+    config: QuantizationConfig | None = None, activation: str = "none", **kw: Any
+) -> QuantizedIntxLinear:
+    return QuantizedIntxLinear.from_float(float_layer(**kw), config, activation)
+
+
+def expected_intx_output(
+    layer: QuantizedIntxLinear, x: Tensor, output_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The specification's, from the canonical state; activations are dynamic."""
+    weights, activations = layer.config.weights, layer.config.activations
+    granularity = weights.granularity
+    return functional.linear_dynamic_intx(
+        x,
+        functional.unpack_integers(layer.qweight, weights.bits, layer.in_features),
+        layer.qweight_scale,
+        layer.qweight_zero_point,
+        None if layer.bias is None else layer.bias.detach(),
+        bits=weights.bits,
+        group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
+        symmetric=activations.symmetric,
+        activation_bits=activations.bits,
         output_dtype=output_dtype,
         activation=layer.activation,
     )
