@@ -20,13 +20,13 @@ from torchquant import (
     IntxWeightOnlyConfig,
     PerTensor,
     QuantizationConfig,
+    Static,
     Weights,
     cpu,
     functional,
 )
 from torchquant import Int8DynamicActivationIntxWeightConfig as Config
 from torchquant.nn import QuantizedIntxLinear, QuantizedLinear
-from torchquant.nn.linear_class import linear_class
 
 BITS = range(2, 9)
 GROUPS = (None, 32, 48)
@@ -158,15 +158,17 @@ def test_the_class_of_a_configuration() -> None:
         (IntxActivationIntxWeightConfig(4, 4), intx),
         (IntxActivationIntxWeightConfig(4, static=True), int8),
     ):
-        assert linear_class(config) is expected, config
-    assert linear_class(Config(4, None), (16, 65_793)) is intx
-    assert linear_class(Config(4, None), (16, 65_794)) is int8
+        assert QuantizedLinear.class_for(config) is expected, config
+    assert QuantizedLinear.class_for(Config(4, None), (16, 65_793)) is intx
+    assert QuantizedLinear.class_for(Config(4, None), (16, 65_794)) is int8
+
+    class Own(QuantizedLinear): ...
+
+    assert Own.class_for(Config(4, None)) is Own and Own.variants() == (Own,)
 
 
 def test_configurations_and_shapes_that_do_not_fit() -> None:
-    static = QuantizationConfig(
-        Config().weights, Int8StaticActivationInt8WeightConfig().activations
-    )
+    static = QuantizationConfig(Config().weights, Static())
     for config, text in (
         (Config(4, 65), "group_size must be at most in_features = 64, got 65"),
         (static, "linear weights of this kind need Dynamic activations or None, not Static"),
@@ -222,9 +224,7 @@ def test_forms_of_the_call_agree() -> None:
     assert_same_bits(nn.functional.linear(x, plain.weight, plain.bias), plain(x))
     model = nn.Sequential(plain)
     assert_same_bits(torch.fx.symbolic_trace(model)(x), plain(x))
-    with pytest.raises(
-        ValueError, match=r"QuantizedIntxLinear: input must be \[..., in_features\]"
-    ):
+    with pytest.raises(ValueError, match=r"IntxLinear: input must be \[..., in_features\]"):
         layer(floats(3, 65))
 
 

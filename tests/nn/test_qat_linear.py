@@ -7,7 +7,7 @@ from support.qat_layers import CONFIGS, frozen, inputs, layer_of
 from torch import nn
 
 from torchquant import ObservedQuantizer, QATLinear
-from torchquant.nn.linear_class import linear_class
+from torchquant.nn import QuantizedLinear
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -59,7 +59,7 @@ def test_a_layer_of_low_precision_parameters(dtype: torch.dtype) -> None:
 def test_to_quantized_is_from_float(config: str) -> None:
     layer = layer_of(config)
     deployed = layer.config.deployed()
-    other = linear_class(deployed).from_float(layer.to_float(), deployed)
+    other = QuantizedLinear.class_for(deployed).from_float(layer.to_float(), deployed)
     for (name, got), (_, want) in zip(
         layer.to_quantized().state_dict().items(), other.state_dict().items(), strict=True
     ):

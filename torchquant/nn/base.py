@@ -82,6 +82,23 @@ class QuantizedModule(PackedState):
         return None
 
     @classmethod
+    def variants(cls) -> tuple[type[QuantizedModule], ...]:
+        """The classes of layers of this kind, which differ in the format of the weight."""
+        return (cls,)
+
+    @classmethod
+    def class_for(
+        cls, config: QuantizationConfig, shape: tuple[int, ...] | None = None
+    ) -> type[QuantizedModule]:
+        """The class among :meth:`variants` whose layers have ``config``.
+
+        Args:
+            config: the configuration of a layer.
+            shape: the shape of the weight; None for a layer of any shape.
+        """
+        return cls
+
+    @classmethod
     def shape_refusal(cls, config: QuantizationConfig, shape: tuple[int, ...]) -> str | None:
         """The reason why a layer whose weight has this shape cannot have ``config``, or None."""
         return None

@@ -93,7 +93,7 @@ def integers_of(
         ``(integers, scale, zero_point)``: int8 ``[N, K]``, float32, int8 or None.
 
     Example:
-        >>> w = torch.tensor([[7.0, -3.4, 1.0, 0.5]])
+        >>> w = torch.tensor([[7.0, -3.4, 1.0, 0.6]])
         >>> integers_of(w, Weights(4, granularity=PerGroup(2)))[:2]
         (tensor([[ 7, -3,  7,  4]], dtype=torch.int8), tensor([[1.0000, 0.1429]]))
     """

@@ -18,9 +18,7 @@ from torch import nn
 from torchquant.nn import float_conv, float_linear
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
-from torchquant.nn.intx_linear import QuantizedIntxLinear
 from torchquant.nn.linear import QuantizedLinear
-from torchquant.nn.linear_class import linear_class
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
 from torchquant.nn.qat_conv_bn import QATConvBn2d
 from torchquant.nn.qat_linear import QATLinear
@@ -35,7 +33,8 @@ class Kind:
     Args:
         name: a unique name, used in files and messages.
         float_types: the classes of float modules that can be quantized, without their subclasses.
-        quantized: the class of the layer to deploy; if there are several, the usual one.
+        quantized: the class of the layer to deploy. Its ``variants`` are the further classes, and
+            its ``class_for`` chooses among them.
         trained: the class of the layer that trains, or None if this kind cannot be trained.
         looks_like: takes a module; True if users expect the quantizer to take it as this kind. If
             such a module cannot be quantized, it appears in the report.
@@ -49,9 +48,6 @@ class Kind:
         unsuited: takes a float module and the configuration that it would have; returns the reason
             why the configuration does not benefit a layer of this shape, or None. None instead of a
             function stands for ``too_small``, whatever the configuration.
-        others: further classes of layers to deploy.
-        chooses: takes a configuration, and the shape of a weight or None; returns the class among
-            ``quantized`` and ``others`` that has the configuration. None stands for ``quantized``.
         trained_with_norm: a subclass of ``trained`` that trains a layer and the batch norm after
             it, or None. Its ``norm_refusal(layer, norm)`` gives the reason why it cannot; its
             ``from_float(layer, norm, config)`` makes it.
@@ -72,13 +68,11 @@ class Kind:
     weight_shape: Callable[[nn.Module], tuple[int, ...]]
     unsuited: Callable[[nn.Module, Any], str | None] | None = None
     trained_with_norm: Any = None
-    others: tuple[type[QuantizedModule], ...] = ()
-    chooses: Callable[[Any, tuple[int, ...] | None], type[QuantizedModule]] | None = None
 
     @property
     def classes(self) -> tuple[type[QuantizedModule], ...]:
         """The classes of the layers to deploy."""
-        return (self.quantized, *self.others)
+        return self.quantized.variants()
 
     def layer_class(self, config: Any, module: nn.Module | None = None) -> type[QuantizedModule]:
         """The class of the layer to deploy that has ``config``.
@@ -92,9 +86,8 @@ class Kind:
             >>> LINEAR.layer_class(Int8DynamicActivationIntxWeightConfig(bits=4)).__name__
             'QuantizedIntxLinear'
         """
-        if self.chooses is None:
-            return self.quantized
-        return self.chooses(config, None if module is None else self.weight_shape(module))
+        shape = None if module is None else self.weight_shape(module)
+        return self.quantized.class_for(config, shape)
 
     def class_with(self, format_name: Any) -> type[QuantizedModule]:
         """The class whose weights have the format of the name; ``quantized`` if there is none.
@@ -141,8 +134,6 @@ LINEAR = Kind(
     value_refusal=float_linear.value_refusal,
     too_small=float_linear.too_small,
     weight_shape=float_linear.weight_shape,
-    others=(QuantizedIntxLinear,),
-    chooses=linear_class,
 )
 
 CONV1D, CONV2D = (

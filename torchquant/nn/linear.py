@@ -10,7 +10,9 @@ from torch import Tensor
 from torchquant import ops
 from torchquant._extension import load
 from torchquant.configs import Dynamic, QuantizationConfig, Static
-from torchquant.nn.base import autocast_dtype
+from torchquant.nn.base import QuantizedModule, autocast_dtype
+from torchquant.nn.intx_linear import QuantizedIntxLinear
+from torchquant.nn.intx_weight import group_size_of, most_inputs
 from torchquant.nn.linear_arguments import static_parameters
 from torchquant.nn.linear_layer import LinearLayer
 from torchquant.nn.packed_state import Canonical
@@ -63,7 +65,7 @@ class QuantizedLinear(LinearLayer):
             no linear layer can have the configuration.
 
     Example:
-        >>> linear = nn.Linear(64, 32)
+        >>> linear = torch.nn.Linear(64, 32)
         >>> layer = QuantizedLinear.from_float(linear)
         >>> x = torch.randn(4, 64)
         >>> bool((layer(x) - linear(x)).abs().max() < 0.1)
@@ -111,6 +113,41 @@ class QuantizedLinear(LinearLayer):
         if self.qweight_zero_point is not None:
             tensors["qweight_zero_point"] = (torch.int32, channel)
         return {**tensors, **self.canonical_rest()}
+
+    @classmethod
+    def variants(cls) -> tuple[type[QuantizedModule], ...]:
+        """This class and :class:`QuantizedIntxLinear`; a derived class stands alone."""
+        return (cls, QuantizedIntxLinear) if cls is QuantizedLinear else (cls,)
+
+    @classmethod
+    def class_for(
+        cls, config: QuantizationConfig, shape: tuple[int, ...] | None = None
+    ) -> type[QuantizedModule]:
+        """The class of the linear layer that has ``config``.
+
+        :class:`QuantizedIntxLinear` has weights in groups, weights beside float activations, and
+        weights of fewer than 8 bits beside dynamic activations. Other layers are of this class, and
+        so are layers with too many inputs for one scale of fewer bits.
+
+        Args:
+            config: the configuration of a layer.
+            shape: the shape of the weight; None for a layer of any shape.
+
+        Example:
+            >>> from torchquant import IntxActivationIntxWeightConfig as Config
+            >>> [QuantizedLinear.class_for(Config(bits)).__name__ for bits in (8, 4)]
+            ['QuantizedLinear', 'QuantizedIntxLinear']
+            >>> QuantizedLinear.class_for(Config(4), (64, 100_000)).__name__
+            'QuantizedLinear'
+        """
+        weights, activations = config.weights, config.activations
+        if cls is not QuantizedLinear:
+            return cls
+        if group_size_of(weights) is not None or activations is None:
+            return QuantizedIntxLinear
+        fits = shape is None or shape[1] <= most_inputs(weights.bits)
+        small = weights.bits < 8 and isinstance(activations, Dynamic) and fits
+        return QuantizedIntxLinear if small else cls
 
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
 from torchquant.nn.linear import QuantizedLinear
-from torchquant.nn.linear_class import linear_class
 from torchquant.nn.linear_layer import LinearLayer
 from torchquant.nn.qat_parts import (
     StraightThrough,
@@ -161,8 +160,10 @@ class QATLinear(TrainedLayer):
         self.check_finite(self.weight)
         scale, zero_point = self.input_qparams()
         deployed = self.config.deployed()
-        layer: LinearLayer = linear_class(deployed, tuple(self._matrix().shape)).from_tensors(
-            self._matrix(),
+        matrix = self._matrix()
+        layer_class: Any = self.quantized_class.class_for(deployed, tuple(matrix.shape))
+        layer: LinearLayer = layer_class.from_tensors(
+            matrix,
             self.bias,
             deployed,
             self.activation,
