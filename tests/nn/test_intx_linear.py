@@ -7,9 +7,9 @@ import torch
 from support import ACTIVATIONS, FLOATS, assert_same_bits, floats, supported_isas
 from support.layers import (
     assert_same_state,
-    expected_intx_output,
+    expected_output,
     float_layer,
-    intx_layer_of,
+    layer_of,
 )
 from torch import nn
 
@@ -32,6 +32,10 @@ BITS = range(2, 9)
 GROUPS = (None, 32, 48)
 
 
+def intx_layer(config: QuantizationConfig, **sizes: int) -> QuantizedIntxLinear:
+    return QuantizedIntxLinear.from_float(float_layer(**sizes), config)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
@@ -40,9 +44,9 @@ def test_forward_has_the_bits_of_the_specification(
 ) -> None:
     for activation_symmetric in (True, False):
         config = Config(bits, group_size, symmetric, activation_symmetric)
-        layer = intx_layer_of(config, out_features=33, in_features=100)
+        layer = intx_layer(config, out_features=33, in_features=100)
         x = floats(5, 100, seed=3)
-        expected = expected_intx_output(layer, x)
+        expected = expected_output(layer, x)
         assert_same_bits(layer(x), expected)
         for row in range(5):
             assert_same_bits(layer(x[row]), expected[row])
@@ -87,30 +91,30 @@ def test_rounding_in_chunks_gives_the_same_bits_as_rounding_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for config in (Config(4, 48), Config(3, None, False), Config(5, 32, False)):
-        whole = intx_layer_of(config, out_features=100, in_features=100)
+        whole = intx_layer(config, out_features=100, in_features=100)
         with monkeypatch.context() as patch:
             patch.setattr("torchquant.nn.intx_weight._CHUNK", 700)
-            assert_same_state(intx_layer_of(config, out_features=100, in_features=100), whole)
+            assert_same_state(intx_layer(config, out_features=100, in_features=100), whole)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str) -> None:
-    layer, x = intx_layer_of(Config(), activation), floats(3, 64)
-    assert_same_bits(layer(x), expected_intx_output(layer, x))
+    layer, x = layer_of(Config(), activation), floats(3, 64)
+    assert_same_bits(layer(x), expected_output(layer, x))
     assert f"activation={activation}" in repr(layer) or activation == "none"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
-    layer, x = intx_layer_of(Config(4, 32)), floats(2, 3, 64, dtype=dtype)
-    assert_same_bits(layer(x), expected_intx_output(layer, x))
+    layer, x = layer_of(Config(4, 32)), floats(2, 3, 64, dtype=dtype)
+    assert_same_bits(layer(x), expected_output(layer, x))
     assert layer(x[:0]).shape == (0, 3, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(layer(x), expected_intx_output(layer, x, torch.bfloat16))
+        assert_same_bits(layer(x), expected_output(layer, x, torch.bfloat16))
 
 
 def test_to_float_and_back() -> None:
-    layer = intx_layer_of(Config(4, 32))
+    layer = layer_of(Config(4, 32))
     linear = layer.to_float()
     assert type(linear) is nn.Linear
     assert_same_bits(linear.weight.detach(), layer.dequantized())
@@ -119,7 +123,7 @@ def test_to_float_and_back() -> None:
 
 def test_from_integers() -> None:
     config = Config(4, 32, symmetric=False)
-    made = intx_layer_of(config)
+    made = layer_of(config)
     layer = QuantizedIntxLinear.from_integers(
         made.integers, made.qweight_scale, made.qweight_zero_point, made.bias, config
     )
@@ -204,7 +208,7 @@ def test_bytes(bits: int, symmetric: bool) -> None:
 
 def test_gradients_reach_the_input_and_the_bias() -> None:
     for config in (Config(4, 32), Config(3, None, False)):
-        layer = intx_layer_of(config)
+        layer = layer_of(config)
         x = floats(5, 64).requires_grad_()
         layer(x).square().sum().backward()
         other = x.detach().clone().requires_grad_()
@@ -215,12 +219,12 @@ def test_gradients_reach_the_input_and_the_bias() -> None:
 
 
 def test_forms_of_the_call_agree() -> None:
-    layer, x = intx_layer_of(Config(4, 32), "gelu").eval(), floats(3, 64)
+    layer, x = layer_of(Config(4, 32), "gelu").eval(), floats(3, 64)
     expected = layer(x)
     assert_same_bits(torch.compile(layer, fullgraph=True)(x), expected)
     exported = torch.export.export(layer, (x,)).module()
     assert_same_bits(exported(x), expected)
-    plain = intx_layer_of(Config(4, 32))
+    plain = layer_of(Config(4, 32))
     assert_same_bits(nn.functional.linear(x, plain.weight, plain.bias), plain(x))
     model = nn.Sequential(plain)
     assert_same_bits(torch.fx.symbolic_trace(model)(x), plain(x))

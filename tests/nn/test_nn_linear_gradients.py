@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import FLOATS, assert_same_bits, floats
-from support.layers import ASYMMETRIC, CONFIGS, assert_same_state, expected_output, layer_of
+from support.layers import ALL_CONFIGS, ASYMMETRIC, assert_same_state, expected_output, layer_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -13,8 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from torchquant import QuantizationConfig
 from torchquant.nn import QuantizedLinear
 
+BOTH = pytest.mark.parametrize(
+    "config", [ALL_CONFIGS["default"], ALL_CONFIGS["int4_groups"]], ids=["int8", "int4_groups"]
+)
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradients_reach_input_and_bias(dtype: torch.dtype, config: QuantizationConfig) -> None:
     layer = layer_of(config)
@@ -100,13 +104,15 @@ def test_functional_call_with_another_bias() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap() -> None:
-    layer, x = layer_of(), floats(4, 3, 64)
+@BOTH
+def test_vmap(config: QuantizationConfig) -> None:
+    layer, x = layer_of(config), floats(4, 3, 64)
     assert_same_bits(torch.func.vmap(layer)(x).detach(), expected_output(layer, x))
 
 
-def test_fake_tensors() -> None:
-    layer = layer_of()
+@BOTH
+def test_fake_tensors(config: QuantizationConfig) -> None:
+    layer = layer_of(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = layer(torch.empty(3, 64, dtype=torch.bfloat16))
         assert (out.shape, out.dtype) == ((3, 32), torch.bfloat16)
@@ -118,8 +124,9 @@ class Tagged(Tensor):
     pass
 
 
-def test_tensor_subclasses() -> None:
-    layer, x = layer_of(), floats(3, 64)
+@BOTH
+def test_tensor_subclasses(config: QuantizationConfig) -> None:
+    layer, x = layer_of(config), floats(3, 64)
     out = layer(x.as_subclass(Tagged))
     assert isinstance(out, Tagged)
     assert_same_bits(out.as_subclass(Tensor).detach(), expected_output(layer, x))
@@ -140,8 +147,9 @@ def test_jit_trace() -> None:
     assert_same_bits(traced(x), layer(x))
 
 
-def test_hooks_run() -> None:
-    layer, seen = layer_of(), []
+@BOTH
+def test_hooks_run(config: QuantizationConfig) -> None:
+    layer, seen = layer_of(config), []
     layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     layer.register_forward_hook(lambda module, args, out: seen.append(out) or out + 1)
     layer.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append("backward"))
@@ -152,8 +160,9 @@ def test_hooks_run() -> None:
     assert seen[1:] == ["backward"]
 
 
-def test_forward_mode_gradients_raise_instead_of_vanishing() -> None:
-    layer, x = layer_of(), floats(3, 64)
+@BOTH
+def test_forward_mode_gradients_raise_instead_of_vanishing(config: QuantizationConfig) -> None:
+    layer, x = layer_of(config), floats(3, 64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="jvp is not implemented"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import assert_same_bits, floats
 from support.layers import (
+    ALL_CONFIGS,
     ASYMMETRIC,
     CONFIGS,
     assert_same_state,
@@ -42,7 +43,7 @@ COPIES: dict[str, Callable[[QuantizedLinear], Any]] = {
 
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
 def test_copies(
     config: QuantizationConfig, make: Callable[[QuantizedLinear], QuantizedLinear]
 ) -> None:
@@ -70,8 +71,9 @@ def through_bytes(thing: Any) -> bytes:
     return file.getvalue()
 
 
-def test_shared_memory_and_a_forked_process() -> None:
-    layer, x = layer_of(), floats(3, 64)
+@pytest.mark.parametrize("config", ["default", "int4_groups"])
+def test_shared_memory_and_a_forked_process(config: str) -> None:
+    layer, x = layer_of(ALL_CONFIGS[config]), floats(3, 64)
     expected = layer(x).detach()
     layer.share_memory()
     assert layer.packed.is_shared()
@@ -89,7 +91,7 @@ def test_shared_memory_and_a_forked_process() -> None:
     assert process.exitcode == 0
     assert same
     assert_same_bits(pickle.loads(data)(x).detach(), expected)
-    layer.load_state_dict(layer_of(seed=5).state_dict())
+    layer.load_state_dict(layer_of(ALL_CONFIGS[config], seed=5).state_dict())
     assert layer.packed.is_shared(), "loading must write into the memory that others read"
 
 
@@ -107,10 +109,12 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+@pytest.mark.parametrize("config", ["asymmetric", "int3_zero_points"])
 def test_scales_stay_float32_and_the_bias_follows(
+    config: str,
     convert: Callable[[nn.Module], nn.Module],
 ) -> None:
-    layer, x = layer_of(ASYMMETRIC), floats(3, 64)
+    layer, x = layer_of(ALL_CONFIGS[config]), floats(3, 64)
     layer(x.requires_grad_()).sum().backward()
     same, linear = copy.deepcopy(layer), nn.Linear(64, 32)
     bias, dtype = layer.bias, convert(linear).bias.dtype
@@ -143,8 +147,10 @@ def _no_lucky_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_lucky_memory")
-def test_to_meta_and_back_by_to_empty() -> None:
-    layer = layer_of(ASYMMETRIC)
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_meta_and_back_by_to_empty(bias: bool, config: QuantizationConfig) -> None:
+    layer = layer_of(config, bias=bias)
     state, x = layer.state_dict(), floats(3, 64)
     expected = layer(x).detach()
     layer.to("meta")
@@ -181,7 +187,7 @@ def test_keep_vars() -> None:
 
 
 @pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
 def test_loading_a_state_dict(config: QuantizationConfig, assign: bool) -> None:
     source, layer = layer_of(config, seed=1), layer_of(config, seed=2)
     packed, bias = layer.packed, layer.bias
@@ -196,8 +202,9 @@ def test_loading_a_state_dict(config: QuantizationConfig, assign: bool) -> None:
     assert (layer.bias is bias) is not assign
 
 
-def test_a_state_dict_on_disk_with_weights_only(tmp_path: Any) -> None:
-    source, layer = layer_of(ASYMMETRIC, seed=1), layer_of(ASYMMETRIC, seed=2)
+@pytest.mark.parametrize("config", ["asymmetric", "int3_zero_points"])
+def test_a_state_dict_on_disk_with_weights_only(config: str, tmp_path: Any) -> None:
+    source, layer = layer_of(ALL_CONFIGS[config], seed=1), layer_of(ALL_CONFIGS[config], seed=2)
     torch.save(source.state_dict(), tmp_path / "state.pt")
     for mmap in (False, True):
         state = torch.load(tmp_path / "state.pt", weights_only=True, mmap=mmap)

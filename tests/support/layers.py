@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from support import assert_same_bits, floats
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
-from torchquant import PerGroup, QuantizationConfig, QuantizationReport, functional
+from torchquant import (
+    Int8DynamicActivationIntxWeightConfig,
+    PerGroup,
+    QuantizationConfig,
+    QuantizationReport,
+    functional,
+)
 from torchquant.nn import QuantizedIntxLinear, QuantizedLinear
 
 CONFIGS = {
@@ -18,6 +24,13 @@ CONFIGS = {
     "asymmetric_weight": Config(activation_symmetric=True, weight_symmetric=False),
     "asymmetric": Config(activation_symmetric=False, weight_symmetric=False),
 }
+# Weights of fewer bits or in groups, which are layers of another class.
+INTX_CONFIGS = {
+    "int4_groups": Int8DynamicActivationIntxWeightConfig(4, 32),
+    "int3_zero_points": Int8DynamicActivationIntxWeightConfig(3, 48, symmetric=False),
+    "int6_per_channel": Int8DynamicActivationIntxWeightConfig(6, None, activation_symmetric=True),
+}
+ALL_CONFIGS = {**CONFIGS, **INTX_CONFIGS}
 ASYMMETRIC = Config(activation_symmetric=False, weight_symmetric=False)
 
 
@@ -39,14 +52,20 @@ def float_layer(
 
 def layer_of(
     config: QuantizationConfig | None = None, activation: str = "none", **kw: Any
-) -> QuantizedLinear:
-    return QuantizedLinear.from_float(float_layer(**kw), config, activation)
+) -> QuantizedLinear | QuantizedIntxLinear:
+    layer_class: Any = QuantizedLinear.class_for(config or Config())
+    layer: QuantizedLinear = layer_class.from_float(float_layer(**kw), config, activation)
+    return layer
 
 
 def expected_output(
-    layer: QuantizedLinear, x: Tensor, output_dtype: torch.dtype | None = None
+    layer: QuantizedLinear | QuantizedIntxLinear,
+    x: Tensor,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The specification's, from the canonical state."""
+    """The specification's, from the canonical state; activations are dynamic."""
+    if isinstance(layer, QuantizedIntxLinear):
+        return _expected_intx(layer, x, output_dtype)
     return functional.linear_dynamic(
         x,
         layer.qweight,
@@ -59,16 +78,9 @@ def expected_output(
     )
 
 
-def intx_layer_of(
-    config: QuantizationConfig | None = None, activation: str = "none", **kw: Any
-) -> QuantizedIntxLinear:
-    return QuantizedIntxLinear.from_float(float_layer(**kw), config, activation)
-
-
-def expected_intx_output(
-    layer: QuantizedIntxLinear, x: Tensor, output_dtype: torch.dtype | None = None
+def _expected_intx(
+    layer: QuantizedIntxLinear, x: Tensor, output_dtype: torch.dtype | None
 ) -> Tensor:
-    """The specification's, from the canonical state; activations are dynamic."""
     weights, activations = layer.config.weights, layer.config.activations
     granularity = weights.granularity
     return functional.linear_dynamic_intx(
