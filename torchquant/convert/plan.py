@@ -28,6 +28,7 @@ from torchquant.graph.modules import (
 from torchquant.graph.weight_reads import Reads, weight_reads
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import Kind, kind_of, weight_shape
+from torchquant.nn.multihead_attention import MultiheadAttention
 from torchquant.report import LayerReport
 from torchquant.report.quantization import Action
 
@@ -337,7 +338,9 @@ def _read_elsewhere(model: nn.Module) -> dict[int, str]:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             layers[id(module.out_proj)] = "nn.MultiheadAttention reads its weight"
-        if isinstance(module, nn.TransformerEncoderLayer):
+        attention = getattr(module, "self_attn", None)  # ours makes the fast path impossible
+        fused = isinstance(module, nn.TransformerEncoderLayer)
+        if fused and not isinstance(attention, MultiheadAttention):
             for name in ("linear1", "linear2"):  # a subclass may have other names
                 linear = getattr(module, name, None)
                 layers[id(linear)] = "nn.TransformerEncoderLayer's fast path reads its weight"

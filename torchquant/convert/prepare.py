@@ -15,6 +15,7 @@ from torchquant.configs import (
     check_config,
 )
 from torchquant.convert.account import account_of
+from torchquant.convert.attention import Separated, separated
 from torchquant.convert.batches import call, structure
 from torchquant.convert.calibration_hooks import hook_of, observe_input
 from torchquant.convert.fold import fold_batch_norms, folded_rows, is_outdated
@@ -123,7 +124,19 @@ def prepare_(
         floating="which cannot be replaced in place; use nn.Sequential(layer) as the model",
     )
     chosen = selection(_WHO, filter_fn, config, _check_config)
-    plan = _plan(model, chosen)
+    with separated(model, lambda: _plan(model, chosen)) as attention:
+        return _prepare(model, chosen, attention, example_inputs, strict, progress)
+
+
+def _prepare(
+    model: nn.Module,
+    chosen: Selection[QuantizationConfig],
+    attention: Separated,
+    example_inputs: Any,
+    strict: bool,
+    progress: bool | None,
+) -> QuantizationReport:
+    plan = attention.plan
     account = account_of(model, [step.module for step in plan])
     problems = asked_problems(model, plan, account, chosen)
     if strict:
@@ -134,6 +147,7 @@ def prepare_(
     join_small_ones(plan, found)
     steps = [step for step in plan if step.skip is None]
     size = tensor_bytes(model)
+    attention.commit()
     with kept(model):
         foldings = fold_batch_norms(model, found.regions, _wanted(steps), ranks)
     if any(is_outdated(region) for region in found.regions):
@@ -146,7 +160,8 @@ def prepare_(
             _run(model, example_inputs)
     rows = [step.skipped() if step.skip else step.marked("prepared") for step in plan]
     layers, others = account.filled(rows)
-    notes = (*sentences(problems), *plan_notes(model, plan, account, "prepare"), *_notes(missed))
+    general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
+    notes = (*general, *_notes(missed), *attention.notes())
     return QuantizationReport(
         layers,
         size,

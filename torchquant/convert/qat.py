@@ -21,6 +21,7 @@ from torch import nn
 from torchquant.configs import QuantizationConfig, Static
 from torchquant.convert.account import account_of
 from torchquant.convert.activations import fuse_activations
+from torchquant.convert.attention import Separated, separated
 from torchquant.convert.batch_norms import Pair, folded_rows, pairs_to_fold
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.fold_pairs import pairs_of
@@ -137,19 +138,25 @@ def prepare_qat_(
     chosen = selection(
         "prepare_qat_", filter_fn, config, lambda value: training_config("prepare_qat_", value)
     )
-    with without_training(model):
-        return _prepare(model, chosen, strict, fold_batch_norms, example_inputs, progress)
+    with (
+        without_training(model),
+        separated(model, lambda: _plan(model, chosen)) as attention,
+    ):
+        return _prepare(
+            model, chosen, attention, strict, fold_batch_norms, example_inputs, progress
+        )
 
 
 def _prepare(
     model: nn.Module,
     chosen: Selection[TrainingConfig],
+    attention: Separated,
     strict: bool,
     fold_batch_norms: bool,
     example_inputs: Any,
     progress: bool | None,
 ) -> QuantizationReport:
-    plan = _plan(model, chosen)
+    plan = attention.plan
     account = account_of(model, [step.module for step in plan])
     problems = asked_problems(model, plan, account, chosen)
     if strict:
@@ -176,6 +183,7 @@ def _prepare(
         config = edge.config if edge else step.config.inner()
         new_layers[id(step.module)] = _prepared(step, config, pair)
     bytes_before = tensor_bytes(model)
+    attention.commit()
     rows = []  # from here on the model changes; nothing can fail
     for step in plan:
         edge, pair = edges.get(id(step.module)), pairs.get(id(step.module))
@@ -195,7 +203,7 @@ def _prepare(
             learn_sizes(model, example_inputs)
         regions = region_reports(model, reports_of(found))
     general = (*sentences(problems), *plan_notes(model, plan, account, "prepare"))
-    notes = (*general, *_notes(plan), *edge_notes)
+    notes = (*general, *_notes(plan), *edge_notes, *attention.notes(optimizer=True))
     return QuantizationReport(
         layers,
         bytes_before,

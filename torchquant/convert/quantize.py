@@ -10,6 +10,7 @@ from torch import nn
 from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
 from torchquant.convert.account import Account, account_of
 from torchquant.convert.activations import fuse_activations
+from torchquant.convert.attention import separated
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
 from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
@@ -38,12 +39,16 @@ def quantize_(
     ``nn.Conv2d`` a :class:`torchquant.nn.QuantizedConv2d`, every ``nn.Conv1d`` a
     :class:`torchquant.nn.QuantizedConv1d`. Every parameter of the model is in one row of the
     report. Layers of these kinds that stay in float have a reason: subclasses, weights computed
-    from other tensors, layers whose weight is read by another module (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoderLayer``), adapters that are being trained, layers too small to benefit,
-    depthwise convolutions, which dynamic activations make no faster. Layers that are already
-    quantized are left unchanged. Modules of other kinds (transposed and three-dimensional
-    convolutions, embeddings, recurrent layers, experts in one parameter, norms) stay in float and
-    are in the report's ``others``.
+    from other tensors, layers whose weight is read by another module, adapters that are being
+    trained, layers too small to benefit, depthwise convolutions, which dynamic activations make no
+    faster. Layers that are already quantized are left unchanged. Modules of other kinds (transposed
+    and three-dimensional convolutions, embeddings, recurrent layers, experts in one parameter,
+    norms) stay in float and are in the report's ``others``.
+
+    The projections of an ``nn.MultiheadAttention``, which keeps three of them in one parameter,
+    become layers: a :class:`torchquant.nn.MultiheadAttention` takes its place, and
+    :func:`torchquant.to_float_` puts the original class back. An ``nn.TransformerEncoderLayer``
+    then runs its ordinary forward instead of its fused one, which reads float weights.
 
     A weight that is shared with an embedding is untied: the layer gets its own int8 copy. If the
     model would then be larger than in float, the layer stays in float, unless filter_fn selects it.
@@ -110,17 +115,19 @@ def quantize_(
     )
     chosen = selection("quantize_", filter_fn, config, _check_config)
     fusion = check_fusion("quantize_", fusion)
-    plan = _plan(model, chosen)
-    account = account_of(model, [step.module for step in plan])
-    problems = asked_problems(model, plan, account, chosen)
-    if strict:
-        check_strict("quantize_", plan, account.others, problems)
-    bytes_before = tensor_bytes(model)
-    with kept(model):
-        rows = _carry_out(model, plan, chosen, bytes_before, progress)
-        fusions = tuple(_fuse(model, plan, fusion))
+    with separated(model, lambda: _plan(model, chosen)) as attention:
+        plan = attention.plan
+        account = account_of(model, [step.module for step in plan])
+        problems = asked_problems(model, plan, account, chosen)
+        if strict:
+            check_strict("quantize_", plan, account.others, problems)
+        bytes_before = tensor_bytes(model)
+        attention.commit()
+        with kept(model):
+            rows = _carry_out(model, plan, chosen, bytes_before, progress)
+            fusions = tuple(_fuse(model, plan, fusion))
     layers, others = account.filled(rows)
-    notes = tuple(_notes(model, plan, account, problems))
+    notes = (*_notes(model, plan, account, problems), *attention.notes())
     return QuantizationReport(
         layers, bytes_before, tensor_bytes(model), notes, fusions, others=others
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchquant.convert.attention import join_attention
 from torchquant.convert.calibration_hooks import hook_of, release
 from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
@@ -22,7 +23,8 @@ def to_float_(model: nn.Module) -> QuantizationReport:
 
     The float layer of a prepared layer (:class:`torchquant.nn.QATLinear`) has the same parameter
     objects. The float layer of a quantized layer (:class:`torchquant.nn.QuantizedLinear`) has the
-    values that the integers represent. Activation modules are restored, and so are norms that
+    values that the integers represent. ``nn.MultiheadAttention`` is put back where a verb made
+    layers of its projections. Activation modules are restored, and so are norms that
     :func:`torchquant.replace_norms_` replaced, and batch norms that a prepared layer trains.
     Observers that :func:`torchquant.prepare_` attached are removed. A batch norm that ``prepare_``
     folded, or that was converted with its convolution, stays part of the layer: the layer keeps the
@@ -84,6 +86,7 @@ def to_float_(model: nn.Module) -> QuantizationReport:
     prepared = [module for module in model.modules() if hook_of(module) is not None]
     for module in prepared:
         release(module)
+    join_attention(model)
     restored = sum(restore_norm(module) for module in model.modules())
     notes = tuple(kept_notes(steps))
     if prepared:

@@ -24,15 +24,17 @@ does so for modules that became part of the preceding layer for good; they are i
 without tensors, and the layer has a bias. ``folded_dimensions`` maps the names of some of them to
 the number of dimensions that their inputs must have. ``regions`` maps the name of each module
 whose values stay int8 between layers to what its first batch showed
-(:mod:`torchquant.files.regions`). ``projections`` lists the layers that are computed together, in
-the order of their calls; a reader MAY ignore it. ``aliases`` maps keys to the key whose tensor they
-share; the tensor is stored once.
+(:mod:`torchquant.files.regions`). ``attentions`` lists the attention modules whose projections are
+layers of their own, and which were ``nn.MultiheadAttention``. ``projections`` lists the layers
+that are computed together, in the order of their calls; a reader MAY ignore it. ``aliases`` maps
+keys to the key whose tensor they share; the tensor is stored once.
 ``buffers`` maps the name of each non-persistent buffer to the key of its tensor. A reader uses them
 only where a model has no values: a buffer that has values is not replaced.
 ``sha256`` covers the rest of this object and the name, dtype, shape and bytes of every tensor, so
 that a damaged or edited file is refused. It is not a signature: an attacker can write a new one.
-``activations``, ``absorbed``, ``folded``, ``folded_dimensions``, ``projections`` and ``buffers``
-are absent if they would be empty. A reader MUST refuse a higher ``format`` than its own.
+``activations``, ``absorbed``, ``folded``, ``folded_dimensions``, ``attentions``, ``projections``
+and ``buffers`` are absent if they would be empty. A reader MUST refuse a higher ``format`` than its
+own.
 :mod:`torchquant.files.entries` reads older formats:
 
 - Format 5 added the weight format ``intx`` and configurations whose ``activations`` are null. A

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchquant.convert.activations import fuse_again
+from torchquant.convert.attention import separate
 from torchquant.convert.projections import group_again
 from torchquant.convert.regions import install
 from torchquant.files.buffers import MissingValues
@@ -81,6 +82,7 @@ def load(
     state = {**own, **{key: tensors[source] for key, source in header["aliases"].items()}}
     missing = MissingValues(model)
     with refusing(path), undoing(model):
+        separate(model, header.get("attentions", []))
         owners = owners_by_module(model)
         held = held_modules(model)
         replaced = new_layers(header, model)

@@ -21,6 +21,7 @@ from torchquant.files.ties import unique_tensors
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.folded_norm import FoldedNorm
 from torchquant.nn.fused import FusedActivation
+from torchquant.nn.multihead_attention import MultiheadAttention
 from torchquant.nn.replaced_activation import ReplacedActivation
 from torchquant.version import __version__
 
@@ -88,6 +89,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, FoldedNorm) and module.original is None
     }
     dimensions = {name: norm.dimensions for name, norm in norms.items() if norm.dimensions}
+    attentions = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, MultiheadAttention) and module.was_separated
+    ]
     projections = groups_of(model)
     regions = region_entries(model)
     buffers, buffer_keys = stored_buffers(model)
@@ -100,6 +106,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         **({"activations": activations} if activations else {}),
         **({"folded": [*norms]} if norms else {}),
         **({"folded_dimensions": dimensions} if dimensions else {}),
+        **({"attentions": attentions} if attentions else {}),
         **({"projections": projections} if projections else {}),
         **({"regions": regions} if regions else {}),
         **({"buffers": buffer_keys} if buffer_keys else {}),

@@ -85,6 +85,23 @@ def weight_reads(model: nn.Module) -> dict[int, Reads]:
     return found
 
 
+def names_in_code(model: nn.Module) -> dict[int, set[str]]:
+    """The names of attributes and variables in the methods of each module, by the module's id.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def forward(self, x):
+        ...         return x @ self.matrix
+        >>> net = Net()
+        >>> "matrix" in names_in_code(net)[id(net)]
+        True
+    """
+    return {
+        id(module): {name for _, code in _methods(type(module)) for name in _names(code)}
+        for module in model.modules()
+    }
+
+
 _known: WeakKeyDictionary[type[nn.Module], MethodReads] = WeakKeyDictionary()
 
 
@@ -106,7 +123,10 @@ def _methods(cls: type[nn.Module]) -> Iterator[tuple[str, CodeType]]:
     for base in cls.__mro__:
         if base is nn.Module:
             return
-        if base.__module__.partition(".")[0] == "torch":  # torchquant.convert.plan has a list
+        module = base.__module__
+        if module.partition(".")[0] == "torch":  # torchquant.convert.plan has a list
+            continue
+        if module.startswith("torchquant.nn."):  # they read only what any layer has
             continue
         for name, value in vars(base).items():
             code = _code(value)
@@ -170,4 +190,4 @@ def _below(value: object, name: str) -> list[object]:
     return [value] if name in _VIEWS else []
 
 
-__all__ = ["Reads", "weight_reads"]
+__all__ = ["Reads", "names_in_code", "weight_reads"]

@@ -7,6 +7,7 @@ from torchquant.nn.fused import FusedActivation
 from torchquant.nn.intx_linear import QuantizedIntxLinear
 from torchquant.nn.kinds import Kind, kind_of, register
 from torchquant.nn.linear import QuantizedLinear
+from torchquant.nn.multihead_attention import MultiheadAttention
 from torchquant.nn.norm import LayerNorm, RMSNorm
 from torchquant.nn.norm_replacement import ReplacedNorm
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
@@ -18,6 +19,7 @@ __all__ = [
     "FusedActivation",
     "Kind",
     "LayerNorm",
+    "MultiheadAttention",
     "QATConv1d",
     "QATConv2d",
     "QATConvBn2d",
