@@ -102,6 +102,9 @@ TORCHQUANT_OPERATOR(pack_intx_weight, Tensor(const Tensor&, const Tensor&, const
 TORCHQUANT_OPERATOR(unpack_intx_weight, ThreeTensors(const Tensor&, int64_t, int64_t, int64_t, OptInt, bool));
 TORCHQUANT_OPERATOR(linear_dynamic_intx, Tensor(const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t,
                                                 OptInt, bool, bool, std::string_view, OptScalarType, int64_t));
+TORCHQUANT_OPERATOR(linear_static_intx,
+                    Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&, int64_t,
+                           int64_t, OptInt, bool, std::string_view, ScalarType, int64_t, int64_t));
 
 // conv
 TORCHQUANT_OPERATOR(pack_conv_weight, Tensor(const Tensor&, int64_t));

@@ -43,7 +43,8 @@ void define_operators(torch::Library& m) {
       "ScalarType output_dtype=float, Tensor? output_scale=None, int output_zero_point=0, int output_qmin=-128, "
       "int output_qmax=127, int input_qmin=-128, int input_qmax=127) -> Tensor");
 
-  // ---- intx: weights of 2 to 8 bits, one scale per output channel or, with group_size, for each group of inputs
+  // ---- intx
+  // Weights of 2 to 8 bits, one scale per output channel or, with group_size, for each group of inputs.
   // int8 [N, K], float32 [N] or [N, groups], int8 of the same shape or None <-> uint8, the packed layout of
   // csrc/formats/intx_tiles.h; on CUDA rows of bits (csrc/aten/intx.cpp). unpack returns zero points 0 without them.
   m.def(
@@ -57,6 +58,11 @@ void define_operators(torch::Library& m) {
       "linear_dynamic_intx(Tensor input, Tensor packed, Tensor? bias, int out_features, int bits, int? group_size, "
       "bool has_zero_point=False, bool symmetric=True, str activation=\"none\", ScalarType? output_dtype=None, "
       "int activation_bits=8) -> Tensor");
+  // As linear_static on float input, with a float result.
+  m.def(
+      "linear_static_intx(Tensor input, Tensor input_scale, Tensor? input_zero_point, Tensor packed, Tensor? bias, "
+      "int out_features, int bits, int? group_size, bool has_zero_point=False, str activation=\"none\", "
+      "ScalarType output_dtype=float, int input_qmin=-128, int input_qmax=127) -> Tensor");
 
   // ---- conv
   // int8 [O, C / groups, kh, kw] or [O, C / groups, k] <-> the packed layout (csrc/formats/int8_conv.h); on CUDA int8

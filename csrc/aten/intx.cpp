@@ -1,5 +1,6 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx: torchquant/functional/intx.py in ATen. A packed row is the
-// canonical one: its integers as a string of bits, then its scales (float32), then its zero points (int8).
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx: torchquant/functional/intx.py in ATen. A
+// packed row is the canonical one: its integers as a string of bits, then its scales (float32), then its zero points
+// (int8).
 //
 //   row n:  | bits of k = 0, 1, ...; the lowest first, two's complement | scales, 4 bytes each | zero points, 1 byte each |
 #include <ATen/ATen.h>
@@ -57,7 +58,8 @@ at::Tensor pack_intx_weight(const at::Tensor& weight, const at::Tensor& weight_s
 
 Weight unpacked(const at::Tensor& packed, const IntxShape& s) {
   const int64_t at = bit_bytes(s), groups = s.groups();
-  const at::Tensor scale = packed.narrow(1, at, 4 * groups).contiguous().view(at::kFloat);
+  // A copy: floats must begin at a multiple of four bytes, and of a single row contiguous() would be the row itself.
+  const at::Tensor scale = packed.narrow(1, at, 4 * groups).clone(at::MemoryFormat::Contiguous).view(at::kFloat);
   const at::Tensor zero = s.has_zero ? packed.narrow(1, at + 4 * groups, groups).contiguous().view(at::kChar)
                                      : at::zeros({s.n, groups}, packed.options().dtype(at::kChar));
   return {from_bits(packed.narrow(1, 0, at), s), scale, zero};
@@ -75,29 +77,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> unpack_intx_weight(const at::Tens
   return {w.q, w.scale.reshape({s.n}), w.zero.reshape({s.n})};
 }
 
-at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias,
-                               int64_t out_features, int64_t bits, std::optional<int64_t> group_size,
-                               bool has_zero_point, bool symmetric, std::string_view activation,
-                               std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
-  const char* op = "linear_dynamic_intx";
-  check_float(op, "input", input);
-  check_dim(op, "input", input, 1);
-  check_activation_bits(op, activation_bits);
+// What is checked in every layer, and what follows from it.
+struct Layer {
+  IntxShape shape;
+  bool per_channel;
+  at::ScalarType dtype;
+  Activation activation;
+};
+
+Layer check_layer(const char* op, const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias,
+                  int64_t out_features, int64_t bits, std::optional<int64_t> group_size, bool has_zero_point,
+                  std::string_view activation, at::ScalarType dtype) {
   const IntxShape s = intx_shape(op, out_features, input.size(-1), bits, group_size, has_zero_point);
   check_device(op, "packed", packed, input);
   check_device(op, "bias", bias, input);
   check_intx_packed(op, packed, s.n, row_bytes(s));
   if (present(bias)) check_bias(op, *bias, false, s.n);
-  const at::ScalarType dtype = output_dtype.value_or(input.scalar_type());
   check_float_type(op, "output_dtype", dtype);
-  const Activation function = activation_from(op, activation);
+  return {s, !group_size, dtype, activation_from(op, activation)};
+}
+
+at::Tensor empty_output(const at::Tensor& input, const Layer& layer) {
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = s.n;
-  const at::Tensor out = at::empty(sizes, input.options().dtype(dtype));
-  if (out.numel() == 0) return out;
-  const at::Tensor x = as_matrix(input), q = at::empty(x.sizes(), x.options().dtype(at::kChar));
-  const int64_t qmax = (1 << (activation_bits - 1)) - 1, qmin = -qmax - 1;
-  const RowParams rows = dynamic_params(x, qmin, qmax, symmetric);
+  sizes.back() = layer.shape.n;
+  return at::empty(sizes, input.options().dtype(layer.dtype));
+}
+
+// The rows x [M, K] with these parameters through the layer, to out.
+void linear_into(const at::Tensor& out, const at::Tensor& x, const RowParams& rows, int64_t qmin, int64_t qmax,
+                 const at::Tensor& packed, const OptTensor& bias, const Layer& layer) {
+  const IntxShape& s = layer.shape;
+  const at::Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   quantize_into(q, x, rows, qmin, qmax);
   const Weight w = unpacked(packed, s);
   at::Tensor centred = q.to(at::kDouble);  // integers are exact in float64
@@ -108,12 +118,49 @@ at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed
     const at::Tensor u = w.q.narrow(1, first, count).to(at::kDouble) - w.zero.narrow(1, g, 1);
     const at::Tensor acc = (at::matmul(centred.narrow(1, first, count), u.t()) + 0.0).to(at::kFloat);
     const at::Tensor scale = w.scale.select(1, g).unsqueeze(0);
-    if (!group_size) t = acc;
+    if (layer.per_channel) t = acc;
     else t = t.defined() ? fmaf(acc, scale, t) : fmaf(acc, scale, 0.0);
   }
-  const at::Tensor scale = group_size ? rows.scale : rows.scale * w.scale.reshape({1, -1});
+  const at::Tensor scale = layer.per_channel ? rows.scale * w.scale.reshape({1, -1}) : rows.scale;
   const at::Tensor y = present(bias) ? fmaf(t, scale, bias->to(at::kFloat).unsqueeze(0)) : t * scale;
-  as_matrix(out).copy_(apply_activation(y, function));
+  out.copy_(apply_activation(y, layer.activation));
+}
+
+at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias,
+                               int64_t out_features, int64_t bits, std::optional<int64_t> group_size,
+                               bool has_zero_point, bool symmetric, std::string_view activation,
+                               std::optional<at::ScalarType> output_dtype, int64_t activation_bits) {
+  const char* op = "linear_dynamic_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_activation_bits(op, activation_bits);
+  const Layer layer = check_layer(op, input, packed, bias, out_features, bits, group_size, has_zero_point, activation,
+                                  output_dtype.value_or(input.scalar_type()));
+  const at::Tensor out = empty_output(input, layer);
+  if (out.numel() == 0) return out;
+  const at::Tensor x = as_matrix(input);
+  const int64_t qmax = (1 << (activation_bits - 1)) - 1, qmin = -qmax - 1;
+  linear_into(as_matrix(out), x, dynamic_params(x, qmin, qmax, symmetric), qmin, qmax, packed, bias, layer);
+  return out;
+}
+
+at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
+                              const at::Tensor& packed, const OptTensor& bias, int64_t out_features, int64_t bits,
+                              std::optional<int64_t> group_size, bool has_zero_point, std::string_view activation,
+                              at::ScalarType output_dtype, int64_t input_qmin, int64_t input_qmax) {
+  const char* op = "linear_static_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_device(op, "input_scale", input_scale, input);
+  check_device(op, "input_zero_point", input_zero_point, input);
+  check_static_input(op, input, input_scale, input_zero_point, input_qmin, input_qmax);
+  const Layer layer =
+      check_layer(op, input, packed, bias, out_features, bits, group_size, has_zero_point, activation, output_dtype);
+  const at::Tensor out = empty_output(input, layer);
+  if (out.numel() == 0) return out;
+  const at::Tensor x = as_matrix(input), scale = input_scale.reshape({1, 1});
+  const at::Tensor zero = present(input_zero_point) ? input_zero_point->reshape({1, 1}) : at::Tensor();
+  linear_into(as_matrix(out), x, static_params(x, scale, zero), input_qmin, input_qmax, packed, bias, layer);
   return out;
 }
 
@@ -121,6 +168,7 @@ TORCHQUANT_ATEN_KERNELS(m) {
   m.impl<ops::pack_intx_weight>(&pack_intx_weight);
   m.impl<ops::unpack_intx_weight>(&unpack_intx_weight);
   m.impl<ops::linear_dynamic_intx>(&linear_dynamic_intx);
+  m.impl<ops::linear_static_intx>(&linear_static_intx);
 }
 
 }  // namespace

@@ -45,6 +45,15 @@ inline IntxShape check_intx_weight(const char* op, const at::Tensor& weight, con
   return shape;
 }
 
+// linear_static_intx's parameters of the input.
+inline void check_static_input(const char* op, const at::Tensor& input, const at::Tensor& scale, const OptTensor& zero,
+                               int64_t qmin, int64_t qmax) {
+  check_input_parameter(op, "input_scale", scale, at::kFloat, input);
+  if (present(zero)) check_input_parameter(op, "input_zero_point", *zero, at::kInt, input);
+  TORCH_CHECK_VALUE(-128 <= qmin && qmin < qmax && qmax <= 127, op,
+                    ": input_qmin < input_qmax must lie within -128 .. 127, got ", qmin, " and ", qmax);
+}
+
 inline void check_intx_packed(const char* op, const at::Tensor& packed, int64_t rows, int64_t columns) {
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed must be the uint8 result of pack_intx_weight, got ",
                    describe(packed));

@@ -1,4 +1,4 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx.
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -75,6 +75,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> unpack_intx_weight(const at::Tens
   return {weight, scale, zero};
 }
 
+// What follows the quantization of the rows is the same for both operators.
+at::Tensor linear_of_rows(const char* op, const at::Tensor& input, const tq_row_quantization& how,
+                          const at::Tensor& packed, const OptTensor& bias, const IntxShape& shape,
+                          std::string_view activation, at::ScalarType output_dtype) {
+  at::Tensor b;
+  if (present(bias)) {
+    check_bias(op, *bias, false, shape.n);
+    b = bias->to(at::kFloat).contiguous();  // exact
+  }
+  check_float_type(op, "output_dtype", output_dtype);
+  const at::Tensor rows = as_rows(input);
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = shape.n;
+  tq_intx_part part{};
+  part.shape = core_shape(shape);
+  part.packed = packed.const_data_ptr<uint8_t>();
+  part.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  part.activation = activation_of(op, activation);
+  at::Tensor out = empty_output(sizes, input.options().dtype(output_dtype));
+  part.out_type = type_of(out);
+  part.out = out.mutable_data_ptr();
+  part.out_stride = shape.n;
+  const tq_rows x = rows_of(rows, shape.k);
+  check_status(tq_linear_intx(&x, &how, &part, &kTorchThreads));
+  return out;
+}
+
 at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias,
                                int64_t out_features, int64_t bits, std::optional<int64_t> group_size,
                                bool has_zero_point, bool symmetric, std::string_view activation,
@@ -85,38 +112,41 @@ at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed
   check_activation_bits(op, activation_bits);
   const IntxShape shape = intx_shape(op, out_features, input.size(-1), bits, group_size, has_zero_point);
   check_packed(op, packed, shape);
-  at::Tensor b;
-  if (present(bias)) {
-    check_bias(op, *bias, false, shape.n);
-    b = bias->to(at::kFloat).contiguous();  // exact
-  }
-  const at::ScalarType dtype = output_dtype.value_or(input.scalar_type());
-  check_float_type(op, "output_dtype", dtype);
-  const at::Tensor rows = as_rows(input);
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = shape.n;
-  at::Tensor out = empty_output(sizes, input.options().dtype(dtype));
   tq_row_quantization how{};
   how.mode = symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC;
   how.qmax = (1 << (activation_bits - 1)) - 1;
   how.qmin = -how.qmax - 1;
-  tq_intx_part part{};
-  part.shape = core_shape(shape);
-  part.packed = packed.const_data_ptr<uint8_t>();
-  part.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
-  part.activation = activation_of(op, activation);
-  part.out_type = type_of(out);
-  part.out = out.mutable_data_ptr();
-  part.out_stride = shape.n;
-  const tq_rows x = rows_of(rows, shape.k);
-  check_status(tq_linear_intx(&x, &how, &part, &kTorchThreads));
-  return out;
+  return linear_of_rows(op, input, how, packed, bias, shape, activation, output_dtype.value_or(input.scalar_type()));
+}
+
+at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
+                              const at::Tensor& packed, const OptTensor& bias, int64_t out_features, int64_t bits,
+                              std::optional<int64_t> group_size, bool has_zero_point, std::string_view activation,
+                              at::ScalarType output_dtype, int64_t input_qmin, int64_t input_qmax) {
+  const char* op = "linear_static_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  check_static_input(op, input, input_scale, input_zero_point, input_qmin, input_qmax);
+  const IntxShape shape = intx_shape(op, out_features, input.size(-1), bits, group_size, has_zero_point);
+  check_packed(op, packed, shape);
+  tq_row_quantization how{};
+  how.mode = TQ_STATIC;
+  how.scale = *input_scale.const_data_ptr<float>();
+  check_scale(op, "input_scale", how.scale);
+  how.zero_point = present(input_zero_point) ? *input_zero_point->const_data_ptr<int32_t>() : 0;
+  how.qmin = static_cast<int32_t>(input_qmin);
+  how.qmax = static_cast<int32_t>(input_qmax);
+  TORCH_CHECK_VALUE(how.qmin <= how.zero_point && how.zero_point <= how.qmax, op,
+                    ": input_zero_point must be from input_qmin = ", how.qmin, " to input_qmax = ", how.qmax, ", got ",
+                    how.zero_point);
+  return linear_of_rows(op, input, how, packed, bias, shape, activation, output_dtype);
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   ops::pack_intx_weight::implement(m, &pack_intx_weight);
   ops::unpack_intx_weight::implement(m, &unpack_intx_weight);
   ops::linear_dynamic_intx::implement(m, &linear_dynamic_intx);
+  ops::linear_static_intx::implement(m, &linear_static_intx);
 }
 
 }  // namespace

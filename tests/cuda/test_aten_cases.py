@@ -29,6 +29,10 @@ def results(namespace: Any, case: Case, device: str = "cpu") -> tuple[Tensor, ..
     if case.operator == "pack_conv_weight":
         sizes = case.given["weight"].shape
         found = (namespace.unpack_conv_weight(found[0], list(sizes), case.given["groups"]),)
+    if case.operator == "pack_intx_weight":
+        given = case.given
+        rest = (given["bits"], given.get("group_size"), "weight_zero_point" in given)
+        found = namespace.unpack_intx_weight(found[0], *given["weight"].shape, *rest)
     assert all(tensor.device.type == device for tensor in found)
     return tuple(tensor.cpu() for tensor in found)
 

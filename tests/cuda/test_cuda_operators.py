@@ -51,6 +51,11 @@ def compare(name: str, args: tuple[Any, ...], namespace: Any, device: str) -> No
         sizes = (list(args[0].shape), args[1])
         expected[0] = KERNELS.unpack_conv_weight(expected[0], *sizes)
         got[0] = namespace.unpack_conv_weight(got[0], *sizes)
+    if name == "pack_intx_weight":
+        weight, _, zeros, bits, group_size = args
+        sizes = (*weight.shape, bits, group_size, zeros is not None)
+        expected = list(KERNELS.unpack_intx_weight(expected[0], *sizes))
+        got = list(namespace.unpack_intx_weight(got[0], *sizes))
     assert len(got) == len(expected)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.device.type == device

@@ -19,7 +19,13 @@ WITHOUT_SPECIFICATION = {
     "unpack_weight",
     "pack_conv_weight",
     "unpack_conv_weight",
+    "pack_intx_weight",
+    "unpack_intx_weight",
 }
+
+# The operators on weights of 2 to 8 bits: `bits` and `group_size` are those of the weight, which
+# holds its scales and zero points when it is packed.
+INTX = {operator for operator in OPERATORS if "intx" in operator}
 
 # The wrappers have one argument for which elements share a scale.
 GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
@@ -27,17 +33,23 @@ GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
 # The specification takes the int8 weight, whose shape includes out_features, and bool masks.
 CANONICAL = {"packed": "weight", "bits": "mask"}
 TOLD_BY_THE_WEIGHT = {
-    "int8_mm": "out_features",
-    "linear_dynamic": "out_features",
-    "linear_static": "out_features",
-    "conv_dynamic": "weight_shape",
-    "conv_static": "weight_shape",
-}
-# Arguments of the specification only: an oracle's precision, and the bits of linear_dynamic.
+    "int8_mm": {"out_features"},
+    "linear_dynamic": {"out_features"},
+    "linear_static": {"out_features"},
+    "conv_dynamic": {"weight_shape"},
+    "conv_static": {"weight_shape"},
+} | {operator: {"out_features", "has_zero_point"} for operator in INTX}
+# Arguments of the specification only: an oracle's precision, the bits of linear_dynamic, and what
+# a packed weight of 2 to 8 bits holds.
 ONLY_IN_THE_SPECIFICATION = {
     "fake_quantize_learned_backward": {"dtype"},
     "quantize_per_token": {"bits"},
-}
+} | {operator: {"weight_scale", "weight_zero_point"} for operator in INTX}
+
+
+def canonical(operator: str, name: str) -> str:
+    """The specification's name of an argument."""
+    return name if operator in INTX and name == "bits" else CANONICAL.get(name, name)
 
 
 def parameters(function: Any) -> list[str]:
@@ -46,7 +58,8 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
-    renamed = dict.fromkeys(GRANULARITY.get(a.name, a.name) for a in schema(operator))
+    granularity = {} if operator in INTX else GRANULARITY
+    renamed = dict.fromkeys(granularity.get(a.name, a.name) for a in schema(operator))
     got = parameters(getattr(ops, operator))
     if "granularity" in renamed:  # its place differs: in the schema it is before dtype
         assert sorted(got) == sorted(renamed)
@@ -56,9 +69,10 @@ def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", sorted(set(OPERATORS) - WITHOUT_SPECIFICATION))
 def test_the_specification_has_the_wrappers_arguments(operator: str) -> None:
-    wanted = [CANONICAL.get(name, name) for name in parameters(getattr(ops, operator))]
-    if operator in TOLD_BY_THE_WEIGHT:
-        wanted.remove(TOLD_BY_THE_WEIGHT[operator])
+    told = TOLD_BY_THE_WEIGHT.get(operator, set())
+    names = parameters(getattr(ops, operator))
+    assert told <= set(names)
+    wanted = [canonical(operator, name) for name in names if name not in told]
     extra = ONLY_IN_THE_SPECIFICATION.get(operator, set())
     got = parameters(getattr(functional, operator))
     assert extra <= set(got)
@@ -90,14 +104,14 @@ def specified(case: Case) -> tuple[Tensor, ...]:
     for name, value in case.given.items():
         if isinstance(value, Packed):
             del values[name]
-            values["weight"] = torch.cat(value.weights)
-    if case.operator in TOLD_BY_THE_WEIGHT:
-        del values[TOLD_BY_THE_WEIGHT[case.operator]]
-    if "bits" in values:
+            values |= value.canonical
+    for name in TOLD_BY_THE_WEIGHT.get(case.operator, set()):
+        values.pop(name, None)
+    if "bits" in values and case.operator not in INTX:
         values["mask"] = functional.unpack_bits(values.pop("bits"), values["grad"].shape)
     if (axis := values.pop("axis", None)) is not None:
         values["granularity"] = PerAxis(axis)
-    if (size := values.pop("group_size", None)) is not None:
+    if case.operator not in INTX and (size := values.pop("group_size", None)) is not None:
         values["granularity"] = PerGroup(size)
     if case.operator == "quantize":
         values.setdefault("dtype", torch.int8)

@@ -3,6 +3,7 @@
 // Arguments: how many times (1), the seed (0), "threads" for threads that run at once.
 #include <array>
 
+#include "core_intx_case.h"
 #include "core_layer_case.h"
 #include "core_linear_case.h"
 #include "core_program_case.h"
@@ -32,6 +33,7 @@ constexpr Kind kKinds[] = {
     {"linear", 60, check_linear},
     {"pack", 20, check_core_pack},
     {"quantize_pack", 60, check_core_quantize_pack},
+    {"intx", 60, check_core_intx},
     {"affine", 150, check_core_affine},
     {"activation", 150, check_core_activation},
     {"norm", 100, check_core_norm},
@@ -56,6 +58,10 @@ void check_empty_calls() {
   float low = 0.0f, high = 0.0f;
   int64_t nonfinite = 7;
   CHECK(tq_linear(&in, &part, 1, nullptr) == TQ_OK, "linear of no rows");
+  const tq_rows no_rows{nullptr, TQ_F32, 0, 5, 5};
+  const tq_row_quantization how{TQ_SYMMETRIC, -128, 127, 0.0f, 0};
+  const tq_intx_part intx{{3, 5, 4, 2, false}, nullptr, nullptr, TQ_NONE, TQ_F32, nullptr, 3};
+  CHECK(tq_linear_intx(&no_rows, &how, &intx, nullptr) == TQ_OK, "linear of few bits of no rows");
   CHECK(tq_activate(&activation, nullptr) == TQ_OK, "activation of nothing");
   CHECK(tq_normalize(&norm, nullptr) == TQ_OK, "norm of no rows");
   CHECK(tq_quantize(nullptr, TQ_F32, nullptr, TQ_I8, &none, &scales, nullptr) == TQ_OK, "quantize of nothing");

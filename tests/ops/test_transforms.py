@@ -24,6 +24,8 @@ NO_SCALES = (None, None, None)
 CONV_WEIGHT, CONV_SHAPE = integers(N, 2, 3), [N, 2, 3]
 CONV, SAMPLES = ops.pack_conv_weight(CONV_WEIGHT, 1), floats(B, 2, M, seed=5)
 SIZES = (CONV_SHAPE, [2], [1, 0], [1], 1)  # weight_shape, stride, padding, dilation, groups
+FEW_BITS, GROUP_SCALE = WEIGHT >> 4, positive(N, 2, seed=7)  # 4 bits, groups of 32 inputs
+INTX, INTX_SIZES = ops.pack_intx_weight(FEW_BITS, GROUP_SCALE, bits=4, group_size=32), (N, 4, 32)
 
 Call = Callable[..., Any]
 
@@ -44,6 +46,14 @@ DIFFERENTIABLE: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
     ),
     "linear_static": (
         lambda x, b: OPS.linear_static(x, STEP, ZERO, PACKED, SCALE, None, b, N, "silu"),
+        (X, BIAS),
+    ),
+    "linear_dynamic_intx": (
+        lambda x, b: OPS.linear_dynamic_intx(x, INTX, b, *INTX_SIZES, False, True, "gelu"),
+        (X, BIAS),
+    ),
+    "linear_static_intx": (
+        lambda x, b: OPS.linear_static_intx(x, STEP, ZERO, INTX, b, *INTX_SIZES, False, "silu"),
         (X, BIAS),
     ),
     "conv_dynamic": (
@@ -88,6 +98,11 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     "quantize_per_token": (lambda x: OPS.quantize_per_token(x, False), X),
     "pack_weight": (OPS.pack_weight, WEIGHT),
     "unpack_weight": (lambda p: OPS.unpack_weight(p, N, K), PACKED),
+    "pack_intx_weight": (
+        lambda w: OPS.pack_intx_weight(w, GROUP_SCALE, FEW_BITS[:, :2], 4, 32),
+        FEW_BITS,
+    ),
+    "unpack_intx_weight": (lambda p: OPS.unpack_intx_weight(p, N, K, 4, 32), INTX),
     "pack_conv_weight": (lambda w: OPS.pack_conv_weight(w, 1), CONV_WEIGHT),
     "unpack_conv_weight": (lambda p: OPS.unpack_conv_weight(p, CONV_SHAPE, 1), CONV),
     "int8_mm": (lambda q: OPS.int8_mm(q, PACKED, N), integers(M, K)),
@@ -298,7 +313,9 @@ def test_vmap_gives_the_bits_of_a_loop(name: str) -> None:
 
 def test_vmap_in_vmap() -> None:
     x = floats(2, B, M, K)
-    for name in ("linear_dynamic", "activation", "quantize_per_token", "positive"):
+    for name in (
+        *("linear_dynamic", "linear_static_intx", "activation", "quantize_per_token", "positive"),
+    ):
         call, arguments = next((call, a) for found, call, a in everything() if found == name)
         got = vmap(vmap(lambda x, c=call, a=arguments: c(x, *a[1:])))(x)
         rows = [by_hand(lambda x, c=call, a=arguments: c(x, *a[1:]), entry) for entry in x]
@@ -341,7 +358,10 @@ def test_rows_are_one_call() -> None:
             self.calls += func.namespace == "torchquant"
             return func(*args, **(kwargs or {}))
 
-    for name, calls in (("linear_dynamic", 1), ("rms_norm", 1), ("minmax", B)):
+    for name, calls in (
+        *(("linear_dynamic", 1), ("linear_dynamic_intx", 1), ("linear_static_intx", 1)),
+        *(("rms_norm", 1), ("minmax", B)),
+    ):
         call, arguments = next((call, a) for found, call, a in everything() if found == name)
         with Counted() as counted:
             vmap(lambda x, c=call, a=arguments: c(x, *a[1:]))(batch_of(arguments[0]))

@@ -22,6 +22,11 @@ class Packed:
 
     weights: tuple[Tensor, ...]
 
+    @property
+    def canonical(self) -> dict[str, Tensor | None]:
+        """The specification's arguments in its place."""
+        return {"weight": torch.cat(self.weights)}
+
     def by(self, namespace: Any, device: str) -> Tensor:
         return torch.cat([namespace.pack_weight(moved(w, device)) for w in self.weights])
 
@@ -35,6 +40,26 @@ class PackedConv(Packed):
     def by(self, namespace: Any, device: str) -> Tensor:
         (weight,) = self.weights
         return namespace.pack_conv_weight(moved(weight, device), self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedIntx(Packed):
+    """A packed weight of 2 to 8 bits; it holds its scales and zero points."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group_size: int | None
+
+    @property
+    def canonical(self) -> dict[str, Tensor | None]:
+        (weight,) = self.weights
+        scales = {"weight_scale": self.scale, "weight_zero_point": self.zero_point}
+        return {"weight": weight, **scales}
+
+    def by(self, namespace: Any, device: str) -> Tensor:
+        tensors = [None if t is None else moved(t, device) for t in self.canonical.values()]
+        return namespace.pack_intx_weight(*tensors, self.bits, self.group_size)
 
 
 def packed(*weights: Tensor) -> Packed:

@@ -67,7 +67,12 @@ from torchquant.functional.images import (
     int8_table,
     norm_as_affine,
 )
-from torchquant.functional.intx import linear_dynamic_intx, pack_integers, unpack_integers
+from torchquant.functional.intx import (
+    linear_dynamic_intx,
+    linear_static_intx,
+    pack_integers,
+    unpack_integers,
+)
 from torchquant.functional.linear import (
     int8_mm,
     linear_dynamic,
@@ -132,6 +137,7 @@ __all__ = [
     "linear_dynamic_intx",
     "linear_dynamic_split",
     "linear_static",
+    "linear_static_intx",
     "mask_gradient",
     "minmax",
     "mm_fake_quantized",

@@ -7,7 +7,8 @@ groups, the integer sum of each group is exact, and the groups are added in asce
     t      = fmaf(float(acc[g]), sw[n,g], t)     for g = 0, 1, ..., from t = 0
     y      = fmaf(t, sx[m], bias[n])             or fl(t * sx[m]) without bias
 
-With one scale per channel the layer is :func:`torchquant.functional.linear_dynamic`.
+With one scale per channel the layers are :func:`torchquant.functional.linear_dynamic` and
+:func:`torchquant.functional.linear_static`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from torchquant.functional._checks import (
     require_device,
     require_dtype,
     require_tensor,
+    scale_tensor,
+    zero_point_tensor,
 )
 from torchquant.functional.activations import ACTIVATIONS, require_activation
-from torchquant.functional.affine import quantize_per_token
-from torchquant.functional.linear import linear_dynamic
+from torchquant.functional.affine import quantize, quantize_per_token
+from torchquant.functional.linear import linear_dynamic, linear_static
 from torchquant.functional.quantized_linear import accumulate, check_bias, check_weight
 from torchquant.scheme import MAX_BITS, MIN_BITS, quant_range
 
@@ -148,11 +151,9 @@ def linear_dynamic_intx(
         tensor([[77.5000]])
     """
     who = "linear_dynamic_intx"
-    require_dtype(who, "input", input, FLOAT_DTYPES)
-    if input.dim() == 0:
-        raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
+    _check_input(who, input)
     check_weight(who, input, weight)
-    groups = check_intx(who, weight, weight_scale, weight_zero_point, bits, group_size)
+    check_intx(who, weight, weight_scale, weight_zero_point, bits, group_size)
     if group_size is None:
         zero = None if weight_zero_point is None else weight_zero_point.to(torch.int32)
         return linear_dynamic(
@@ -166,22 +167,90 @@ def linear_dynamic_intx(
             output_dtype=output_dtype,
             activation_bits=activation_bits,
         )
-    check_bias(who, bias, weight.shape[0], input.device, FLOAT_DTYPES)
-    require_activation(who, activation)
     dtype = input.dtype if output_dtype is None else output_dtype
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{who}: output_dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
-        )
+    _check_output(who, weight, bias, activation, dtype)
     q, scale, zero_point = quantize_per_token(input, symmetric=symmetric, bits=activation_bits)
-    t = torch.zeros((), device=input.device)
-    for g in range(groups):
-        inputs = slice(g * group_size, (g + 1) * group_size)
-        zero = torch.zeros(1) if weight_zero_point is None else weight_zero_point[:, g]
-        acc = accumulate(q[..., inputs], zero_point, weight[:, inputs], zero.to(input.device))
-        t = fmaf(acc.to(torch.float32), weight_scale[:, g], t)
+    t = _grouped_sums(q, zero_point, weight, weight_scale, weight_zero_point, group_size)
     y = t * scale if bias is None else fmaf(t, scale, bias.to(torch.float32))
     return ACTIVATIONS[activation](y).to(dtype)
+
+
+def linear_static_intx(
+    input: Tensor,
+    input_scale: float | Tensor,
+    input_zero_point: int | Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+) -> Tensor:
+    """A linear layer on float input, which is quantized with a given scale.
+
+    A row that holds NaN gives NaN in all its outputs; +-inf saturates. Other rows are untouched.
+
+    Args:
+        input: fp32, bf16 or fp16 ``[..., K]``; quantized to int8 in ``[input_qmin, input_qmax]``.
+        input_scale: float, fp32 ``[1]``.
+        input_zero_point: None for 0, int, int32 ``[1]``.
+        weight, weight_scale, weight_zero_point, bias, bits, group_size, activation: as in
+            :func:`linear_dynamic_intx`.
+        output_dtype: float32, bfloat16 or float16.
+        input_qmin, input_qmax: ``-128 <= input_qmin < input_qmax <= 127``.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a range, a number, or the activation's name is wrong.
+
+    Example:
+        >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> x = torch.tensor([[1.0, 0.0, 2.0, 0.0], [float("nan"), 0.0, 0.0, 0.0]])
+        >>> linear_static_intx(x, 0.5, None, w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
+        tensor([[12.5000],
+                [    nan]])
+    """
+    who = "linear_static_intx"
+    _check_input(who, input)
+    check_weight(who, input, weight)
+    check_intx(who, weight, weight_scale, weight_zero_point, bits, group_size)
+    limits = input_qmin, input_qmax
+    if not -128 <= input_qmin < input_qmax <= 127:
+        raise ValueError(
+            f"{who}: input_qmin < input_qmax must lie within -128 .. 127, "
+            f"got {input_qmin} and {input_qmax}"
+        )
+    scale = scale_tensor(who, "input_scale", input_scale, input.device, (1,))
+    given = 0 if input_zero_point is None else input_zero_point
+    zero_point = zero_point_tensor(who, "input_zero_point", given, input.device, *limits, (1,))
+    _check_output(who, weight, bias, activation, output_dtype)
+    if group_size is None:
+        return linear_static(
+            input,
+            scale,
+            zero_point,
+            weight,
+            weight_scale,
+            None if weight_zero_point is None else weight_zero_point.to(torch.int32),
+            bias,
+            activation=activation,
+            output_dtype=output_dtype,
+            input_qmin=input_qmin,
+            input_qmax=input_qmax,
+        )
+    q = quantize(input, scale, zero_point, qmin=input_qmin, qmax=input_qmax, dtype=torch.int8)
+    scale = torch.where(input.isnan().any(-1, keepdim=True), float("nan"), scale)
+    t = _grouped_sums(q, zero_point, weight, weight_scale, weight_zero_point, group_size)
+    y = t * scale if bias is None else fmaf(t, scale, bias.to(torch.float32))
+    return ACTIVATIONS[activation](y).to(output_dtype)
 
 
 def check_intx(
@@ -191,8 +260,8 @@ def check_intx(
     weight_zero_point: Tensor | None,
     bits: int,
     group_size: int | None,
-) -> int:
-    """Raise unless integers, scales and zero points fit each other; return the number of groups."""
+) -> None:
+    """Raise unless integers, scales and zero points fit each other."""
     qmin, qmax = _range(who, bits)
     outputs, inputs = weight.shape
     if group_size is not None and not 1 <= group_size <= inputs:
@@ -222,7 +291,41 @@ def check_intx(
                 f"{who}: {name} must be from {qmin} to {qmax} for bits = {bits}, got "
                 f"{least if least < qmin else most}"
             )
-    return groups
+
+
+def _grouped_sums(
+    q: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """t of the module's docstring, fp32 ``[..., N]``."""
+    t = torch.zeros((), device=q.device)
+    for g in range(weight_scale.shape[1]):
+        inputs = slice(g * group_size, (g + 1) * group_size)
+        zero = torch.zeros(1) if weight_zero_point is None else weight_zero_point[:, g]
+        acc = accumulate(q[..., inputs], zero_point, weight[:, inputs], zero.to(q.device))
+        t = fmaf(acc.to(torch.float32), weight_scale[:, g], t)
+    return t
+
+
+def _check_input(who: str, input: Tensor) -> None:
+    require_dtype(who, "input", input, FLOAT_DTYPES)
+    if input.dim() == 0:
+        raise ValueError(f"{who}: input must have shape [..., K], got a 0-dimensional tensor")
+
+
+def _check_output(
+    who: str, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+) -> None:
+    check_bias(who, bias, weight.shape[0], weight.device, FLOAT_DTYPES)
+    require_activation(who, activation)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{who}: output_dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
+        )
 
 
 def _range(who: str, bits: int) -> tuple[int, int]:

@@ -33,7 +33,12 @@ from torchquant.ops.fake_quantize import (
     minmax,
     positive,
 )
-from torchquant.ops.intx import linear_dynamic_intx, pack_intx_weight, unpack_intx_weight
+from torchquant.ops.intx import (
+    linear_dynamic_intx,
+    linear_static_intx,
+    pack_intx_weight,
+    unpack_intx_weight,
+)
 from torchquant.ops.linear import (
     int8_mm,
     linear_dynamic,
@@ -65,6 +70,7 @@ __all__ = [
     "linear_dynamic_intx",
     "linear_dynamic_split",
     "linear_static",
+    "linear_static_intx",
     "mask_gradient",
     "minmax",
     "mm_fake_quantized",

@@ -72,6 +72,19 @@ def _linear_intx(
     return _linear(input, out_features)
 
 
+def _linear_static_intx(
+    input: Shape,
+    input_scale: Shape,
+    input_zero_point: Shape | None,
+    packed: Shape,
+    bias: Shape | None,
+    out_features: int,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return _linear(input, out_features)
+
+
 def _conv(input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape) -> int:
     pixels = 1
     for i, (size, kernel) in enumerate(zip(input[2:], weight[2:], strict=True)):
@@ -131,6 +144,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_dynamic_split": _linear_on_packed,
     "linear_static": _linear_static,
     "linear_dynamic_intx": _linear_intx,
+    "linear_static_intx": _linear_static_intx,
     "conv_static": _conv_static,
     "conv_dynamic": _conv_dynamic,
     "qat_linear": _qat_linear,

@@ -12,7 +12,7 @@ from torchquant.ops._register import fake
 _C = load()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
-__all__ = ["linear_dynamic_intx", "pack_intx_weight", "unpack_intx_weight"]
+__all__ = ["linear_dynamic_intx", "linear_static_intx", "pack_intx_weight", "unpack_intx_weight"]
 
 
 def pack_intx_weight(
@@ -211,3 +211,91 @@ def _(
 ) -> Tensor:
     dtype = input.dtype if output_dtype is None else output_dtype
     return torch.empty((*input.shape[:-1], out_features), dtype=dtype, device=input.device)
+
+
+def linear_static_intx(
+    input: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    bits: int,
+    group_size: int | None = None,
+    has_zero_point: bool = False,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+) -> Tensor:
+    """Run a linear layer on float input, which is quantized with a given scale inside the call.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``; quantized to int8 in
+            ``[input_qmin, input_qmax]``.
+        input_scale: float32 of one value.
+        input_zero_point: int32 of one value, or None.
+        packed, bias, out_features, bits, group_size, has_zero_point, activation: as in
+            :func:`linear_dynamic_intx`.
+        output_dtype: float32, bfloat16 or float16.
+        input_qmin, input_qmax: ``-128 <= input_qmin < input_qmax <= 127``.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``; the bits of
+        :func:`torchquant.functional.linear_static_intx`. A row with NaN gives NaN in all its
+        outputs, an infinity saturates; other rows do not change.
+
+    Gradients: to ``input`` (straight through where its integer lies in the range, zero elsewhere)
+    and ``bias``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a range, a number or the activation's name is wrong, or
+            packed was made for other arguments.
+
+    Example:
+        >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> packed = pack_intx_weight(w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
+        >>> x, scale = torch.tensor([[1.0, 0.0, 2.0, 0.0]]), torch.tensor([0.5])
+        >>> linear_static_intx(x, scale, None, packed, out_features=1, bits=4, group_size=2)
+        tensor([[12.5000]])
+    """
+    # As in linear_static: torch.ops takes long to parse this many arguments.
+    fast = type(input) is Tensor and not _is_dynamo_compiling()
+    call = _C.linear_static_intx if fast else torch.ops.torchquant.linear_static_intx.default
+    return call(  # type: ignore[no-any-return]
+        input,
+        input_scale,
+        input_zero_point,
+        packed,
+        bias,
+        out_features,
+        bits,
+        group_size,
+        has_zero_point,
+        activation,
+        output_dtype,
+        input_qmin,
+        input_qmax,
+    )
+
+
+@fake("linear_static_intx")
+def _(
+    input: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int | None,
+    has_zero_point: bool = False,
+    activation: str = "none",
+    output_dtype: torch.dtype = torch.float32,
+    input_qmin: int = -128,
+    input_qmax: int = 127,
+) -> Tensor:
+    shape = (*input.shape[:-1], out_features)
+    return torch.empty(shape, dtype=output_dtype, device=input.device)
