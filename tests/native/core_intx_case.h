@@ -1,6 +1,7 @@
 // Weights of 2 to 8 bits through the C interface: packed, read back, and a linear layer on them.
 #pragma once
 
+#include "core/torchquant_intx.h"
 #include "core_case.h"
 
 namespace native {

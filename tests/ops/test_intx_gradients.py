@@ -195,16 +195,17 @@ def test_an_adapter_below_a_layer_trains():
     packed = LAYERS["groups"].packed
     a, b = leaf(torch.randn(K, 4) * 0.1), leaf(torch.zeros(4, K))
     before = packed["packed"].clone()
-    target = torch.randn(6, N) + ops.linear_dynamic_intx(X, **packed)
+    x = torch.randn(6, K)
+    target = ops.linear_dynamic_intx(x + x @ torch.randn(K, 4) @ torch.randn(4, K) / 30, **packed)
     optimizer = torch.optim.Adam([a, b], lr=0.02)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = F.mse_loss(ops.linear_dynamic_intx(X + X @ a @ b, **packed), target)
+        loss = F.mse_loss(ops.linear_dynamic_intx(x + x @ a @ b, **packed), target)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(packed["packed"], before)
 
 
