@@ -213,14 +213,17 @@ def measure(dtype, shapes, config):
     print(size, largest, peak, after, report.bytes_after, flush=True)
 
 torch.set_num_threads(1)  # with more threads, a forked process could not use OpenMP
-config = torchquant.Int8DynamicActivationInt8WeightConfig(weight_symmetric=False)
-for dtype in (torch.float32, torch.bfloat16):
-    for shapes in ([(8192, 4096)], [(2048, 2048)] * 10):
-        child = os.fork()  # the peak of a process never decreases
-        if child == 0:
-            measure(dtype, shapes, config)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+int8 = torchquant.Int8DynamicActivationInt8WeightConfig(weight_symmetric=False)
+int4 = torchquant.Int8DynamicActivationIntxWeightConfig(4, 96, symmetric=False)
+one, many = [(8192, 4096)], [(2048, 2048)] * 10
+both = torch.float32, torch.bfloat16
+cases = [(dtype, shapes, int8) for dtype in both for shapes in (one, many)]
+for case in (*cases, (torch.float32, many, int4), (torch.bfloat16, one, int4)):
+    child = os.fork()  # the peak of a process never decreases
+    if child == 0:
+        measure(*case)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -230,7 +233,7 @@ def test_peak_memory_stays_below_the_float_model_and_its_largest_layer() -> None
     command = [sys.executable, "-c", MEMORY_SCRIPT]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     cases = [[int(number) for number in line.split()] for line in output.splitlines()]
-    assert len(cases) == 4
+    assert len(cases) == 6
     for size, largest, peak, after, reported in cases:
         assert size > 60e6
         assert size <= peak < size + largest

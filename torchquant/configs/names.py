@@ -88,10 +88,11 @@ def IntxActivationIntxWeightConfig(
     weight_symmetric: bool = True,
     observer: Calibration | str | None = None,
 ) -> QuantizationConfig:
-    """Weights and activations of 2 to 8 bits each, on the int8 kernels.
+    """Weights and activations of 2 to 8 bits each.
 
-    Integers of fewer than 8 bits are stored and multiplied as int8. Layers with fewer bits are
-    therefore neither smaller nor faster than layers with 8 bits.
+    In linear layers with dynamic activations, weights take as many bits as they have. In
+    convolutions, and beside static activations, they are stored as int8. Activations are multiplied
+    as int8, whatever their number of bits.
 
     Args:
         weight_bits: 2 to 8; weights have one scale per output channel.

@@ -136,7 +136,19 @@ class Step:
             after,
             family=self.kind.name,
             already=already or other_library(self.module) is not None,
+            weights=weights_of(self.module),
         )
+
+
+def weights_of(module: nn.Module) -> str:
+    """How the weight of a layer is quantized, in words; empty for a layer in float.
+
+    Example:
+        >>> from torchquant.nn import QuantizedLinear
+        >>> weights_of(QuantizedLinear(64, 32)), weights_of(nn.Linear(64, 32))
+        ('int8 per channel', '')
+    """
+    return str(module.config.weights) if isinstance(module, QuantizedModule) else ""
 
 
 def check_model(

@@ -35,8 +35,10 @@ def quantize_(
 ) -> QuantizationReport:
     """Quantize a model's linear layers and convolutions, in place.
 
-    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks, every
-    ``nn.Conv2d`` a :class:`torchquant.nn.QuantizedConv2d`, every ``nn.Conv1d`` a
+    Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks, or a
+    :class:`torchquant.nn.QuantizedIntxLinear` if the configuration has weights of fewer bits or in
+    groups, or float activations. Every ``nn.Conv2d`` becomes a
+    :class:`torchquant.nn.QuantizedConv2d`, every ``nn.Conv1d`` a
     :class:`torchquant.nn.QuantizedConv1d`. Every parameter of the model is in one row of the
     report. Layers of these kinds that stay in float have a reason: subclasses, weights computed
     from other tensors, layers whose weight is read by another module, adapters that are being

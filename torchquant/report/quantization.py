@@ -39,6 +39,8 @@ class LayerReport(RowReport):
             there is one.
         family: what the module is, in the words of the summary: "linear", "embedding", "experts".
         already: True for a layer that was quantized or prepared before the verb.
+        weights: how the integers of the weight are quantized, such as "int4 in groups of 32"; empty
+            for a layer that is not quantized.
 
     Example:
         >>> import torch, torchquant
@@ -54,6 +56,7 @@ class LayerReport(RowReport):
     parameters: int = 0
     family: str = "linear"
     already: bool = False
+    weights: str = ""
 
     @property
     def stays_float(self) -> bool:
@@ -62,7 +65,7 @@ class LayerReport(RowReport):
 
     def key(self) -> Any:
         shape = () if self.action == "float" else self.shape
-        return self.kind, self.action, shape, self.family, self.already
+        return self.kind, self.action, shape, self.family, self.already, self.weights
 
 
 @dataclass(frozen=True)
@@ -217,9 +220,11 @@ class QuantizationReport(Report):
             count = sum(row.parameters for row in _layers(line))
             return percent(count, total) if total else ""
 
+        others = {row.weights for row in self.layers} - {"", _USUAL}
         return (
             replace(NAME, title="layer"),
             Column("weight", _shape, right=True, drops=3),
+            *([Column("quantized to", _weights, folds=21, drops=1)] if others else []),
             Column("before", _before, right=True, drops=1),
             Column("after", _after, right=True, joins=" -> "),
             Column("share", share, right=True, drops=2),
@@ -244,6 +249,7 @@ class QuantizationReport(Report):
         yield from map(str, self.regions)
 
 
+_USUAL = "int8 per channel"  # a table in which all layers have it does not say so
 _MOST_FAMILIES = 4  # in the summary; the table has all
 
 
@@ -256,6 +262,10 @@ def _layers(line: RowLine) -> Iterator[LayerReport]:
 def _shape(line: RowLine) -> str:
     shapes = {row.shape for row in _layers(line)}
     return " x ".join(map(str, shapes.pop())) if len(shapes) == 1 else ""
+
+
+def _weights(line: RowLine) -> str:
+    return next(_layers(line)).weights
 
 
 def _before(line: RowLine) -> str:
