@@ -47,7 +47,12 @@ def most_inputs(bits: int) -> int:
 
 
 def weights_refusal(config: QuantizationConfig, what: str) -> str | None:
-    """The reason why the weights of ``config`` cannot be packed in :class:`IntxFormat`, or None."""
+    """The reason why the weights of ``config`` cannot be packed in :class:`IntxFormat`, or None.
+
+    Example:
+        >>> weights_refusal(QuantizationConfig(Weights(granularity=PerAxis(1))), "linear")
+        'linear weights need PerAxis(0) or PerGroup(group_size), not PerAxis(axis=1)'
+    """
     granularity = config.weights.granularity
     if granularity == PerAxis(0) or isinstance(granularity, PerGroup):
         return None
