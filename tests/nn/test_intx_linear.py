@@ -20,12 +20,12 @@ from torchquant import (
     IntxWeightOnlyConfig,
     PerTensor,
     QuantizationConfig,
-    Static,
     Weights,
     cpu,
     functional,
 )
 from torchquant import Int8DynamicActivationIntxWeightConfig as Config
+from torchquant.configs import Activations
 from torchquant.nn import QuantizedIntxLinear, QuantizedLinear
 
 BITS = range(2, 9)
@@ -172,10 +172,10 @@ def test_the_class_of_a_configuration() -> None:
 
 
 def test_configurations_and_shapes_that_do_not_fit() -> None:
-    static = QuantizationConfig(Config().weights, Static())
+    other = QuantizationConfig(Config().weights, Activations())
     for config, text in (
         (Config(4, 65), "group_size must be at most in_features = 64, got 65"),
-        (static, "linear weights of this kind need Dynamic activations or None, not Static"),
+        (other, "linear layers need Dynamic or Static activations or None, not Activations"),
         (
             QuantizationConfig(Weights(4, granularity=PerTensor())),
             r"linear weights need PerAxis\(0\) or PerGroup\(group_size\), not PerTensor\(\)",

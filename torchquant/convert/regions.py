@@ -20,7 +20,7 @@ from torchquant.chains.plan import Plan
 from torchquant.chains.region import Qparams, RegionForward, region_of
 from torchquant.chains.root import SCALE, ZERO_POINT, attach, detach
 from torchquant.chains.training import TrainingForward
-from torchquant.configs import Float, Static
+from torchquant.configs import Float, QuantizationConfig, Static
 from torchquant.convert.agreement import agree
 from torchquant.convert.calibration_hooks import hook_of, missing_range, prepared_layers
 from torchquant.convert.plan import Step
@@ -28,6 +28,7 @@ from torchquant.graph.regions import Refusal, Region, find_regions
 from torchquant.graph.trace import Trace
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import FoldedNorm
+from torchquant.nn.kinds import kind_of
 from torchquant.report import RegionReport
 from torchquant.training.calibration import observer_for
 from torchquant.training.observers import Observer
@@ -114,7 +115,7 @@ def cover(model: nn.Module, found: Found) -> list[RegionForward]:
         outputs: dict[str, Static | Float] = {}
         for path, module in called:
             hook = hook_of(module)
-            if hook is not None:
+            if hook is not None and joins(module, hook.config):
                 own[path] = hook.config.activations
                 if hook.config.output is not None:
                     outputs[path] = hook.config.output
@@ -123,6 +124,19 @@ def cover(model: nn.Module, found: Found) -> list[RegionForward]:
             made.append(RegionForward(region.module, region.path, region.trace, *parts))
             install(made[-1])
     return made
+
+
+def joins(module: nn.Module, config: QuantizationConfig) -> bool:
+    """True if the layer that a module becomes with ``config`` can have int8 values as input.
+
+    Example:
+        >>> from torchquant import PerGroup, Weights
+        >>> parts = [Weights(), Weights(4, granularity=PerGroup(32))]
+        >>> [joins(nn.Linear(64, 64), QuantizationConfig(part, Static())) for part in parts]
+        [True, False]
+    """
+    kind = kind_of(module)
+    return kind is not None and kind.layer_class(config, module).in_programs
 
 
 def covered(model: nn.Module) -> set[int]:

@@ -19,6 +19,7 @@ from torchquant.convert.regions import (
     find,
     install,
     is_leaf,
+    joins,
     own_layers,
     regions_in,
     remove,
@@ -54,7 +55,9 @@ def cover_training(model: nn.Module) -> Found:
         own: dict[str, Static] = {}
         for path, module in called:
             if isinstance(module, TrainedModule) and is_static(module):
-                own[path] = module.config.deployed().activations
+                deployed = module.config.deployed()
+                if joins(module, deployed):
+                    own[path] = deployed.activations
         if own and not any(id(module) in taken for module in region.module.modules()):
             made = TrainingForward(region.module, region.path, records[id(region.module)], own)
             install(made)

@@ -63,6 +63,8 @@ class QuantizedModule(PackedState):
     # The class that computes several layers of this kind on one input in one call, or None. Its
     # obstacle(members) returns the reason why members cannot be grouped; join() adds a member.
     group_type: ClassVar[Any] = None
+    # Whether the programs of regions with int8 values (torchquant.chains) can run the layer.
+    in_programs: ClassVar[bool] = True
     # Whether the layer may apply the activation module after it, if nobody can notice
     # (torchquant.nn.call_guard); whether the layer has to look at its caller at all.
     _fuses_activation: bool = False

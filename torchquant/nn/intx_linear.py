@@ -14,6 +14,7 @@ from torchquant.configs import (
     Dynamic,
     Int8DynamicActivationIntxWeightConfig,
     QuantizationConfig,
+    Static,
 )
 from torchquant.functional import _bits
 from torchquant.nn.base import autocast_dtype
@@ -50,7 +51,8 @@ class QuantizedIntxLinear(LinearLayer):
     State dict: ``qweight`` uint8 ``[N, ceil(K * bits / 8)]``
     (:func:`torchquant.functional.pack_integers`), ``qweight_scale`` float32 ``[N]``, or
     ``[N, groups]`` with groups, ``qweight_zero_point`` int8 of the same shape (absent if
-    symmetric), ``bias`` ``[N]`` (absent without bias).
+    symmetric), ``input_scale`` and ``input_zero_point`` (static activations only), ``bias`` ``[N]``
+    (absent without bias).
 
     Dtypes, gradients, autocast and ``weight`` are as in :class:`~torchquant.nn.QuantizedLinear`.
 
@@ -59,7 +61,7 @@ class QuantizedIntxLinear(LinearLayer):
         out_features: N, size of the output's last dimension.
         bias: whether the layer has a bias.
         config: the configuration, with weights per channel or in groups, and activations that are
-            ``Dynamic`` or None; None is ``Int8DynamicActivationIntxWeightConfig()``.
+            ``Dynamic``, ``Static`` or None; None is ``Int8DynamicActivationIntxWeightConfig()``.
         activation: as in :class:`~torchquant.nn.QuantizedLinear`.
         device: device of the state, which is not initialised; :meth:`from_float` creates a layer
             with values.
@@ -84,6 +86,7 @@ class QuantizedIntxLinear(LinearLayer):
     """
 
     weight_format: ClassVar[WeightFormat] = INTX
+    in_programs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -146,9 +149,9 @@ class QuantizedIntxLinear(LinearLayer):
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
         """The reason why no layer of this class can have ``config``, or None."""
         reason = weights_refusal(config, "linear")
-        if reason is None and not isinstance(config.activations, (Dynamic, type(None))):
+        if reason is None and not isinstance(config.activations, (Dynamic, Static, type(None))):
             name = type(config.activations).__name__
-            return f"linear weights of this kind need Dynamic activations or None, not {name}"
+            return f"linear layers need Dynamic or Static activations or None, not {name}"
         return reason
 
     @classmethod
@@ -187,6 +190,8 @@ class QuantizedIntxLinear(LinearLayer):
             ValueError: scales and zero points do not fit the weight or the configuration.
         """
         cls._check_given(config, weight_scale, weight_zero_point)
+        who = f"{cls.__name__}.from_float"
+        static_parameters(config, input_scale, input_zero_point, weight.device, who)
         integers, scale, zero_point = integers_of(
             weight, config.weights, weight_scale, weight_zero_point
         )
@@ -308,6 +313,20 @@ class QuantizedIntxLinear(LinearLayer):
             "activation": activation,
             "output_dtype": autocast_dtype(input),
         }
+        if self._static:
+            assert self.input_scale is not None
+            qmin, qmax = self.config.activations.range
+            arguments["output_dtype"] = arguments["output_dtype"] or input.dtype
+            return ops.linear_static_intx(
+                input,
+                self.input_scale,
+                self.input_zero_point,
+                self.packed,
+                bias,
+                input_qmin=qmin,
+                input_qmax=qmax,
+                **arguments,
+            )
         if self.config.activations is None:
             return self._float_output(input, bias, **arguments)
         return ops.linear_dynamic_intx(
