@@ -111,9 +111,7 @@ def test_a_state_dict_with_int8_integers(assign: bool) -> None:
     assert_same_bits(layer(x).detach(), old(x).detach())
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     state = {**old.state_dict(), "qweight": torch.full((64, 64), 16, dtype=torch.int8)}
-    with pytest.raises(
-        RuntimeError, match=r"must be uint8 \[64, 40\], got int8"
-    ):
+    with pytest.raises(RuntimeError, match=r"must be uint8 \[64, 40\], got int8"):
         layer.load_state_dict(state)
     assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
 

@@ -34,6 +34,8 @@ from torchquant.nn.weight import INTX, IntxFormat, WeightFormat
 from torchquant.scheme import quant_range
 
 _fast_linear_dynamic_intx = load().linear_dynamic_intx
+# None while the library has no kernels for float activations: the weight is dequantized then.
+_fast_linear_intx = getattr(load(), "linear_intx", None)
 
 
 class QuantizedIntxLinear(LinearLayer):
@@ -109,7 +111,8 @@ class QuantizedIntxLinear(LinearLayer):
         self._group_size = group_size_of(weights)
         self._has_zero_point = not weights.symmetric
         dynamic = isinstance(activations, Dynamic)
-        self._is_fast = dynamic
+        self._floats = activations is None
+        self._is_fast = dynamic or (self._floats and _fast_linear_intx is not None)
         self._activation_symmetric: bool = activations.symmetric if dynamic else True
         self._activation_bits: int = activations.bits if dynamic else 8
         self.register_weight(self.layout.empty(self.weight_shape, device), dtype, bias)
@@ -291,6 +294,17 @@ class QuantizedIntxLinear(LinearLayer):
         return values_of(integers, scale, zero, self.config.weights)
 
     def _fast_output(self, input: Tensor, activation: str) -> Tensor:
+        if self._floats:
+            return _fast_linear_intx(  # type: ignore[no-any-return, misc]
+                input,
+                self._buffers["packed"],
+                self._parameters["bias"],
+                self.out_features,
+                self._bits,
+                self._group_size,
+                self._has_zero_point,
+                activation,
+            )
         return _fast_linear_dynamic_intx(  # type: ignore[no-any-return]
             input,
             self._buffers["packed"],
@@ -327,8 +341,10 @@ class QuantizedIntxLinear(LinearLayer):
                 input_qmax=qmax,
                 **arguments,
             )
-        if self.config.activations is None:
-            return self._float_output(input, bias, **arguments)
+        if self._floats and _fast_linear_intx is None:
+            return self._dequantized_output(input, bias, **arguments)
+        if self._floats:
+            return ops.linear_intx(input, self.packed, bias, **arguments)  # type: ignore[attr-defined, no-any-return]
         return ops.linear_dynamic_intx(
             input,
             self.packed,
@@ -338,11 +354,11 @@ class QuantizedIntxLinear(LinearLayer):
             **arguments,
         )
 
-    def _float_output(self, input: Tensor, bias: Tensor | None, **arguments: Any) -> Tensor:
+    def _dequantized_output(self, input: Tensor, bias: Tensor | None, **arguments: Any) -> Tensor:
         weight = self.dequantized_matrix()
-        y = torch.nn.functional.linear(
-            input.float(), weight, None if bias is None else bias.float()
-        )
+        terms = None if bias is None else bias.float()
+        with torch.autocast(input.device.type, enabled=False):
+            y = torch.nn.functional.linear(input.float(), weight, terms)
         y = functional.ACTIVATIONS[arguments["activation"]](y)
         return y.to(arguments["output_dtype"] or input.dtype)
 
