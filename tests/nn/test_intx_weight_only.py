@@ -39,7 +39,7 @@ def test_values(dtype: torch.dtype, config: QuantizationConfig) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer(x[:0]).shape == (0, 3, 32)
-    assert_same_bits(layer(x.transpose(0, 1)).detach(), found.transpose(0, 1).contiguous())
+    torch.testing.assert_close(layer(x.transpose(0, 1)).detach(), found.transpose(0, 1))
 
 
 @configs
