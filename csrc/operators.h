@@ -153,6 +153,13 @@ TORCHQUANT_OPERATOR(qat_linear, Tensor(const Tensor&, const Tensor&, const OptTe
                                        const OptTensor&, const OptTensor&, int64_t, int64_t, bool, const OptTensor&,
                                        int64_t, int64_t, bool, std::string_view, double, double, OptScalarType));
 
+// qat_intx
+TORCHQUANT_OPERATOR(quantize_pack_intx,
+                    ThreeTensors(const Tensor&, const OptTensor&, int64_t, OptInt, int64_t, int64_t, bool));
+TORCHQUANT_OPERATOR(qat_linear_intx,
+                    Tensor(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, OptInt, int64_t, int64_t,
+                           bool, OptInt, bool, std::string_view, double, OptScalarType));
+
 #undef TORCHQUANT_OPERATOR
 
 }  // namespace ops

@@ -148,6 +148,18 @@ void define_operators(torch::Library& m) {
       "Tensor? input_offset, int input_qmin, int input_qmax, bool input_symmetric, Tensor? weight_scale, "
       "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
       "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
+
+  // ---- qat_intx: the same for weights of 2 to 8 bits, with one scale per output channel or for each group of inputs
+  // Packed, float32 and int8 [N] or [N, groups]; with the given scales, or for [qmin, qmax].
+  m.def(
+      "quantize_pack_intx(Tensor weight, Tensor? scale, int bits, int? group_size, int qmin, int qmax, bool symmetric) "
+      "-> (Tensor, Tensor, Tensor)");
+  // Each token has its own scale; without activation_bits, activations stay float.
+  m.def(
+      "qat_linear_intx(Tensor input, Tensor weight, Tensor? bias, Tensor? weight_scale, int? group_size, "
+      "int weight_qmin, int weight_qmax, bool weight_symmetric=True, int? activation_bits=8, "
+      "bool activation_symmetric=False, str activation=\"none\", float weight_grad_factor=0.0, "
+      "ScalarType? output_dtype=None) -> Tensor");
 }
 
 }  // namespace

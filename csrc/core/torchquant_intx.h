@@ -28,6 +28,13 @@ tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* z
 tq_status tq_unpack_intx(const uint8_t* packed, const tq_intx_shape* shape, int8_t* weight, float* scale,
                          int8_t* zero_point, const tq_parallel* parallel);
 
+/* A float weight [n, k] to the packed form. TQ_STATIC: `scale` holds the scales, zero points are 0. `scale` and
+ * `zero_point` [n, groups] are written: a group with NaN gets scale NaN and integers of 0. qmin and qmax are integers of
+ * shape.bits bits. */
+tq_status tq_quantize_pack_intx(const tq_rows* weight, tq_row_mode mode, int32_t qmin, int32_t qmax,
+                                const tq_intx_shape* shape, uint8_t* packed, float* scale, int8_t* zero_point,
+                                const tq_parallel* parallel);
+
 /* A weight and what follows the product, rounded to out_type, a float type:
  * out[m, n] = activation((sum over groups of weight_scale[n, g] * sum over k of g of (q[m, k] - zero_point[m])
  *                        (W[n, k] - weight_zero_point[n, g])) * scale[m] + bias[n]) */

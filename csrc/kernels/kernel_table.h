@@ -18,6 +18,7 @@
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/qat.h"
+#include "kernels/qat_intx.h"
 #include "kernels/target.h"
 
 namespace torchquant {
@@ -30,6 +31,7 @@ namespace torchquant {
   KERNEL(quantize_pack, const QuantizePackArgs&, int64_t tile0, int64_t tile1)             \
   KERNEL(gemm, const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1)      \
   KERNEL(gather_rows, const GatherArgs&, int64_t m0, int64_t m1)                           \
+  KERNEL(quantize_pack_intx, const QuantizePackIntxArgs&, int64_t tile0, int64_t tile1)    \
   KERNEL(intx_rows, const IntxRowsArgs&, int64_t m0, int64_t m1)                           \
   KERNEL(intx_gemm, const IntxArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
   KERNEL(quantize_span, const SpanArgs&)                                                   \

@@ -95,6 +95,11 @@ from torchquant.functional.qat import (
     quantize_pack,
     quantize_rows,
 )
+from torchquant.functional.qat_intx import (
+    qat_linear_intx,
+    qat_linear_intx_backward,
+    quantize_pack_intx,
+)
 from torchquant.functional.qparams import choose_qparams, qparams_from_range
 from torchquant.functional.quantized_linear import quantized_linear
 
@@ -147,10 +152,13 @@ __all__ = [
     "positive",
     "qat_linear",
     "qat_linear_backward",
+    "qat_linear_intx",
+    "qat_linear_intx_backward",
     "qparams_from_range",
     "quantize",
     "quantize_bias",
     "quantize_pack",
+    "quantize_pack_intx",
     "quantize_per_token",
     "quantize_rows",
     "quantized_linear",

@@ -21,12 +21,13 @@ from torchquant.nn.qat_parts import (
     StraightThrough,
     activate,
     current_qparams,
+    group_size,
     observe,
 )
 from torchquant.nn.replaced_activation import mark
 from torchquant.nn.trained_layer import TrainedLayer
 from torchquant.ops._arguments import has_kernels
-from torchquant.scheme import PerAxis, PerToken
+from torchquant.scheme import PerAxis, PerGroup, PerToken
 from torchquant.training.configuration import (
     ObservedActivations,
     TrainingConfig,
@@ -106,9 +107,15 @@ class QATLinear(TrainedLayer):
         self.check_activation(activation)
         FloatForm.of(linear).give_to(self)
         self.out_features, self.in_features = weight_shape(linear)
-        self._input_range, self._weight_range = config.activations.range, config.weights.range
-        ranged = isinstance(config.activations, (Dynamic, ObservedActivations))
-        self._input_symmetric: bool = ranged and config.activations.symmetric
+        activations = config.activations
+        self._weight_range = config.weights.range
+        self._input_range = (-128, 127) if activations is None else activations.range
+        ranged = isinstance(activations, (Dynamic, ObservedActivations))
+        self._input_symmetric: bool = ranged and activations.symmetric
+        self._group_size = group_size(config)
+        self._input_bits: int | None = None if activations is None else activations.bits
+        # Groups and float activations have operators of their own.
+        self._is_intx = self._group_size is not None or activations is None
         for name in ("weight", "bias"):
             self.register_parameter(name, linear._parameters[name])
         self.init_layer(config, activation, self.in_features, self.out_features)
@@ -217,6 +224,8 @@ class QATLinear(TrainedLayer):
             return self._simulated(input, activation, rounding)
         scale = zero_point = offset = weight_scale = None
         weight = self._matrix()
+        if self._is_intx:
+            return self._grouped(input, weight, activation)
         input_factor = weight_factor = 0.0
         input_qmin, input_qmax = self._input_range
         weight_qmin, weight_qmax = self._weight_range
@@ -257,11 +266,36 @@ class QATLinear(TrainedLayer):
             output_dtype=autocast_dtype(input),
         )
 
+    def _grouped(self, input: Tensor, weight: Tensor, activation: str) -> Tensor:
+        """The forward with groups of weights, or with float activations."""
+        scale, factor = None, 0.0
+        if self.qweight_quantizer is not None:
+            scale, _ = self.qweight_quantizer.prepare(weight)
+            factor = self.qweight_quantizer.grad_factor(weight)
+        weight_qmin, weight_qmax = self._weight_range
+        return ops.qat_linear_intx(
+            input,
+            weight,
+            self.bias,
+            weight_scale=scale,
+            group_size=self._group_size,
+            weight_qmin=weight_qmin,
+            weight_qmax=weight_qmax,
+            weight_symmetric=self.config.weights.symmetric,
+            activation_bits=self._input_bits,
+            activation_symmetric=self._input_symmetric,
+            activation=activation,
+            weight_grad_factor=factor,
+            output_dtype=autocast_dtype(input),
+        )
+
     def _simulated(self, input: Tensor, activation: str, rounding: Rounding) -> Tensor:
         """The forward with dequantized floats and torch's own matrix product."""
         quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer(input) if rounding == "own" else input
+        elif self._input_bits is None:
+            x = input
         else:
             x = StraightThrough.apply(input, self._fake_quantized_rows(input))
         if self.qweight_quantizer is not None:
@@ -283,22 +317,26 @@ class QATLinear(TrainedLayer):
     @torch.no_grad()
     def _fake_quantized_weight(self) -> Tensor:
         qmin, qmax = self._weight_range
-        weight = self._matrix()
-        least, greatest = torch.aminmax(weight, dim=1)
-        scale, zero_point = functional.qparams_from_range(
-            least.float(),
-            greatest.float(),
+        weight, size, part = self._matrix(), self._group_size, self.config.weights
+        q, scale, zero_point = functional.quantize_pack_intx(
+            weight,
+            bits=part.bits,
+            group_size=size,
             qmin=qmin,
             qmax=qmax,
-            symmetric=self.config.weights.symmetric,
+            symmetric=part.symmetric,
         )
-        return functional.fake_quantize(
-            weight, scale, zero_point, qmin=qmin, qmax=qmax, granularity=PerAxis(0)
+        return functional.dequantize(
+            q,
+            scale,
+            zero_point.int(),
+            granularity=PerAxis(0) if size is None else PerGroup(size),
+            dtype=weight.dtype,
         )
 
     def _weight_scale(self) -> Tensor | None:
         quantizer = self.qweight_quantizer
-        return None if quantizer is None else quantizer.qparams(self.weight)[0]
+        return None if quantizer is None else quantizer.qparams(self._matrix())[0]
 
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant import functional, ops
 from torchquant.configs import Dynamic
 from torchquant.nn.conv_geometry import is_channels_last
-from torchquant.scheme import Granularity
+from torchquant.scheme import Granularity, PerGroup
 from torchquant.training.configuration import (
     LearnedActivations,
     LearnedWeights,
@@ -156,19 +156,41 @@ def input_quantizer(
 
 
 def weight_quantizer(
-    config: TrainingConfig, outputs: int, device: torch.device
+    config: TrainingConfig, outputs: int, inputs: int, device: torch.device
 ) -> LSQQuantizer | None:
     """The quantizer with the learned steps of a weight; None for scales from ranges.
 
     Args:
         config: how the layer is trained.
         outputs: the number of the layer's outputs, which are the weight's first dimension.
+        inputs: the number of inputs of an output, of which groups are runs.
         device: the device of the state.
     """
     part = config.weights
     if not isinstance(part, LearnedWeights):
         return None
-    return LSQQuantizer(part.bits, per_channel=True, num_channels=outputs, axis=0, device=device)
+    size = group_size(config)
+    return LSQQuantizer(
+        part.bits,
+        per_channel=True,
+        num_channels=outputs,
+        axis=0,
+        group_size=size,
+        num_groups=1 if size is None else -(-inputs // size),
+        device=device,
+    )
+
+
+def group_size(config: TrainingConfig) -> int | None:
+    """The inputs that share a scale of the weight; None: one scale per output channel.
+
+    Example:
+        >>> from torchquant import QATConfig
+        >>> group_size(QATConfig(weight_bits=4, group_size=32)), group_size(QATConfig())
+        (32, None)
+    """
+    part = config.weights.granularity
+    return part.group_size if isinstance(part, PerGroup) else None
 
 
 __all__ = ["activate"]

@@ -54,7 +54,7 @@ class TrainedLayer(TrainedModule):
         """
         device = self.weight.device
         self.input_quantizer = input_quantizer(config, features, device)
-        self.qweight_quantizer = weight_quantizer(config, outputs, device)
+        self.qweight_quantizer = weight_quantizer(config, outputs, features, device)
         self.init_training(config, activation, device)
         self.was_called = False
 

@@ -49,6 +49,7 @@ from torchquant.ops.linear import (
 )
 from torchquant.ops.norms import layer_norm, rms_norm
 from torchquant.ops.qat import mm_fake_quantized, qat_linear, quantize_pack, quantize_rows
+from torchquant.ops.qat_intx import qat_linear_intx, quantize_pack_intx
 from torchquant.ops.quantized_linear import PackedWeight, quantized_linear
 
 __all__ = [
@@ -79,8 +80,10 @@ __all__ = [
     "pack_weight",
     "positive",
     "qat_linear",
+    "qat_linear_intx",
     "quantize",
     "quantize_pack",
+    "quantize_pack_intx",
     "quantize_per_token",
     "quantize_rows",
     "quantized_linear",

@@ -148,6 +148,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "conv_static": _conv_static,
     "conv_dynamic": _conv_dynamic,
     "qat_linear": _qat_linear,
+    "qat_linear_intx": _qat_linear,
     "mm_fake_quantized": _mm_fake_quantized,
     "attention": _attention,
 }

@@ -16,7 +16,7 @@ from torchquant.configs import (
     check_config,
 )
 from torchquant.configs.part import require_bits, require_boolean
-from torchquant.scheme import MAX_BITS, quant_range
+from torchquant.scheme import MAX_BITS, PER_CHANNEL, Granularity, PerGroup, quant_range
 
 __all__ = [
     "LearnedActivations",
@@ -30,12 +30,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LearnedWeights(Part):
-    """Weights with a learned step per output channel (LSQ); symmetric, with all integers.
+    """Weights with learned steps (LSQ): symmetric, with all integers.
 
     Args:
         bits: 2 to 8.
+        granularity: the weights that share a step: ``PerAxis(0)``, those of an output channel; or
+            :class:`torchquant.PerGroup`, a group of inputs of an output channel.
 
     Raises:
+        TypeError: granularity is not one of these.
         ValueError: bits is not an integer from 2 to 8.
 
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
@@ -47,9 +50,15 @@ class LearnedWeights(Part):
 
     symmetric: ClassVar[bool] = True  # weights of LSQ have no zero point
     bits: int = 8
+    granularity: Granularity = PER_CHANNEL
 
     def __post_init__(self) -> None:
         require_bits("LearnedWeights", "bits", self.bits)
+        if self.granularity != PER_CHANNEL and not isinstance(self.granularity, PerGroup):
+            raise TypeError(
+                "LearnedWeights: granularity must be PerAxis(0) or PerGroup(group_size), got "
+                f"{self.granularity!r}"
+            )
 
     @property
     def range(self) -> tuple[int, int]:
@@ -58,9 +67,12 @@ class LearnedWeights(Part):
 
     def deployed(self) -> Weights:
         """The weights of the converted layer, which use all integers."""
-        return Weights(self.bits, narrow_range=False if self.bits == 8 else None)
+        narrow = False if self.bits == 8 else None
+        return Weights(self.bits, narrow_range=narrow, granularity=self.granularity)
 
     def __str__(self) -> str:
+        if isinstance(self.granularity, PerGroup):
+            return f"int{self.bits} learned in groups of {self.granularity.group_size}"
         return f"int{self.bits} learned"
 
 
@@ -155,9 +167,10 @@ class TrainingConfig(Part):
 
     Args:
         weights: a :class:`torchquant.configs.Weights`, with scales from the range of each channel
-            at each step, or a :class:`LearnedWeights`.
+            or group at each step, or a :class:`LearnedWeights`.
         activations: a :class:`torchquant.configs.Dynamic`, with a scale from the range of each
-            token, an :class:`ObservedActivations` or a :class:`LearnedActivations`.
+            token, an :class:`ObservedActivations` or a :class:`LearnedActivations`; or None, with
+            which activations stay float.
         edge_bits: bits for weights and activations of the first and the last layer; None: the same
             as in other layers. The LSQ paper uses 8 bits for these layers. At 8 bits, their weights
             have scales from the range of each channel even if ``weights`` are learned, because the
@@ -185,10 +198,11 @@ class TrainingConfig(Part):
                 "TrainingConfig: weights must be Weights() or LearnedWeights(), got "
                 f"{self.weights!r}"
             )
-        if not isinstance(self.activations, Activations) or self.activations.needs_calibration:
+        part = self.activations
+        if part is not None and (not isinstance(part, Activations) or part.needs_calibration):
             raise TypeError(
-                "TrainingConfig: activations must be Dynamic(), ObservedActivations() or "
-                f"LearnedActivations(), got {self.activations!r}"
+                "TrainingConfig: activations must be Dynamic(), ObservedActivations(), "
+                f"LearnedActivations() or None, got {part!r}"
             )
         if self.edge_bits is not None:
             require_bits("TrainingConfig", "edge_bits", self.edge_bits)
@@ -203,7 +217,10 @@ class TrainingConfig(Part):
 
     def deployed(self) -> QuantizationConfig:
         """The configuration of the layers that :func:`torchquant.convert_` creates."""
-        return QuantizationConfig(self.weights.deployed(), self.activations.deployed())
+        part = self.activations
+        return QuantizationConfig(
+            self.weights.deployed(), None if part is None else part.deployed()
+        )
 
     def inner(self) -> TrainingConfig:
         """The configuration of the layers between the first and the last layer."""
@@ -216,15 +233,16 @@ class TrainingConfig(Part):
         weights = self.weights.with_bits(self.edge_bits)
         # At 8 bits, the initial step of LSQ, 2 mean|w| / sqrt(Qp), is six times the channel's.
         if isinstance(weights, LearnedWeights) and self.edge_bits == MAX_BITS:
-            weights = Weights(self.edge_bits)
-        activations = self.activations.with_bits(self.edge_bits)
+            weights = Weights(self.edge_bits, granularity=weights.granularity)
+        part = self.activations
+        activations = None if part is None else part.with_bits(self.edge_bits)
         return replace(self, weights=weights, activations=activations, edge_bits=None)
 
 
 def QATConfig(
     weight_bits: int = 8,
     activation_bits: int = 8,
-    activations: Literal["dynamic", "static"] = "dynamic",
+    activations: Literal["dynamic", "static"] | None = "dynamic",
     learned_weights: bool = False,
     learned_activations: bool = False,
     learned_offset: bool = False,
@@ -234,18 +252,20 @@ def QATConfig(
     averaging_constant: float = 0.01,
     edge_bits: int | None = None,
     simulate: bool = False,
+    group_size: int | None = None,
 ) -> TrainingConfig:
     """Create a :class:`TrainingConfig` from options.
 
-    Weights have one scale per output channel: from the range of the channel at each step, or a
-    learned step (LSQ, Esser et al., ICLR 2020). Dynamic activations have one scale per token, from
-    the range of the token. Static activations have one scale: a moving average of observed ranges,
-    or a learned step.
+    Weights have one scale per output channel, or per group of inputs of an output channel: from the
+    range of its weights at each step, or a learned step (LSQ, Esser et al., ICLR 2020). Dynamic
+    activations have one scale per token, from the range of the token. Static activations have one
+    scale: a moving average of observed ranges, or a learned step.
 
     Args:
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
-        activations: "dynamic" or "static".
+        activations: "dynamic" or "static"; None: activations stay float, as with
+            :func:`torchquant.IntxWeightOnlyConfig`.
         learned_weights: if True, the steps of weights are learned.
         learned_activations: if True, the step of activations is learned; requires static
             activations, because dynamic scales are computed from each token.
@@ -259,18 +279,23 @@ def QATConfig(
         averaging_constant: weight of the newest batch in the moving average of observed ranges.
         edge_bits: bits of the first and the last layer; see :class:`TrainingConfig`.
         simulate: multiply dequantized floats; see :class:`TrainingConfig`.
+        group_size: the inputs of an output channel that share a scale; the last group may be
+            shorter. None is one scale per output channel. Only linear layers without static
+            activations have groups.
 
     Returns:
         The configuration in parts.
 
     Raises:
         TypeError: a flag is not a bool, or averaging_constant is not a number.
-        ValueError: bits or averaging_constant is out of its range, activations is not one of the
-            two strings, or two options exclude each other.
+        ValueError: bits, averaging_constant or group_size is out of its range, activations is not
+            one of the two strings or None, or two options exclude each other.
 
     Example:
         >>> QATConfig(weight_bits=4, learned_weights=True).deployed().weights.range
         (-8, 7)
+        >>> QATConfig(weight_bits=4, group_size=32).weights.granularity
+        PerGroup(group_size=32)
     """
     who = "QATConfig"
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
@@ -288,9 +313,18 @@ def QATConfig(
     }
     for name, value in flags.items():
         require_boolean(who, name, value)
-    if activations not in ("dynamic", "static"):
-        raise ValueError(f'{who}: activations must be "dynamic" or "static", got {activations!r}')
+    if activations not in ("dynamic", "static", None):
+        raise ValueError(
+            f'{who}: activations must be "dynamic", "static" or None, got {activations!r}'
+        )
     _check_constant(who, averaging_constant)
+    granularity = _granularity(who, group_size, activations == "static")
+    quantized = (activation_bits != 8, activation_symmetric, learned_activations)
+    if activations is None and any(quantized):
+        raise ValueError(
+            f"{who}: activation_bits, activation_symmetric and learned_activations must be left "
+            "out with activations=None, with which activations stay float"
+        )
     if learned_activations and activations == "dynamic":
         raise ValueError(
             f'{who}: learned_activations needs activations="static", got "dynamic": a dynamic '
@@ -313,8 +347,10 @@ def QATConfig(
             f"{who}: activation_signed must be True unless learned_activations is, got False; "
             "observed ranges determine their zero point"
         )
-    part: Activations
-    if activations == "dynamic":
+    part: Activations | None
+    if activations is None:
+        part = None
+    elif activations == "dynamic":
         part = Dynamic(activation_bits, activation_symmetric)
     elif learned_activations:
         sign: Literal["none", "unsigned"] = "none" if activation_signed else "unsigned"
@@ -322,7 +358,9 @@ def QATConfig(
     else:
         part = ObservedActivations(activation_bits, activation_symmetric, averaging_constant)
     weights = (
-        LearnedWeights(weight_bits) if learned_weights else Weights(weight_bits, weight_symmetric)
+        LearnedWeights(weight_bits, granularity)
+        if learned_weights
+        else Weights(weight_bits, weight_symmetric, granularity=granularity)
     )
     return TrainingConfig(weights, part, edge_bits, simulate)
 
@@ -360,12 +398,30 @@ def training_config(who: str, config: TrainingConfig | QuantizationConfig | None
             activations.bits, activations.symmetric, observer.averaging_constant
         )
     training = TrainingConfig(config.weights, activations)
+    if config.activations is None:
+        return training
     if training.activations.deployed().range != config.activations.range:
         raise ValueError(
             f"{who}: config must leave activation_narrow_range at None, got {config}; "
             "observed ranges give the default, and QATConfig(learned_activations=True) the other"
         )
     return training
+
+
+def _granularity(who: str, group_size: object, static: bool) -> Granularity:
+    if group_size is None:
+        return PER_CHANNEL
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(
+            f"{who}: group_size must be a positive integer, or None for one scale per output "
+            f"channel, got {group_size!r}"
+        )
+    if static:
+        raise ValueError(
+            f'{who}: group_size must be None with activations="static", got {group_size}; layers '
+            'whose weights have groups take activations="dynamic" or None'
+        )
+    return PerGroup(group_size)
 
 
 def _check_constant(who: str, constant: object) -> None:

@@ -35,23 +35,40 @@ def initialize(
     qmin: int,
     qmax: int,
     axis: int | None,
+    group_size: int | None,
     group_name: str | None,
 ) -> bool:
-    """Write the first step and offset. Returns False, and writes nothing, if all values are 0."""
+    """Write the first step and offset. Returns False, and writes nothing, if all values are 0.
+
+    The values that share a step are slices along ``axis``, runs of ``group_size`` values along the
+    last axis, or all of them.
+    """
     x = input.detach()
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if group_size is not None:
+        rows = _groups(x, group_size)
+    elif axis is not None:
+        rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    else:
+        rows = x.reshape(1, -1)
     if offset is None:
         first = _mean_step(rows, qmax, group_name)
     else:
         found = least_squares_range(rows, qmin, qmax, group_name)
         first = None if found is None else found[0]
         if found is not None:
-            offset.copy_(-found[1] * found[0])
+            offset.copy_((-found[1] * found[0]).view_as(offset))
     if first is None:
         return False
-    step.copy_(first)
+    step.copy_(first.view_as(step))
     initialized.fill_(1)
     return True
+
+
+def _groups(x: Tensor, group_size: int) -> Tensor:
+    """The groups of x as rows; NaN, which does not count, fills up the last group of each run."""
+    missing = -x.shape[-1] % group_size
+    filled = torch.nn.functional.pad(x, (0, missing), value=math.nan) if missing else x
+    return filled.reshape(-1, group_size)
 
 
 def _mean_step(rows: Tensor, qmax: int, group_name: str | None) -> Tensor | None:
@@ -81,11 +98,12 @@ def initialize_operator(
     qmin: int,
     qmax: int,
     axis: int | None,
+    group_size: int | None,
     group_name: str | None,
 ) -> None:
     """:func:`initialize` in a compiled graph that was traced before the step was initialised."""
     if not inside_backward() and not bool(initialized.item()):
-        initialize(input, step, offset, initialized, qmin, qmax, axis, group_name)
+        initialize(input, step, offset, initialized, qmin, qmax, axis, group_size, group_name)
 
 
 @torch.library.custom_op("torchquant_training::lsq_project_", mutates_args=("step", "offset"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchquant import functional, ops
 from torchquant.functional._checks import MIN_SCALE
-from torchquant.scheme import PER_TENSOR, PerAxis, quant_range
+from torchquant.scheme import PER_TENSOR, Granularity, PerAxis, PerGroup, quant_range
 from torchquant.training.layer_part import LayerPart
 from torchquant.training.learned_state import (
     initialize,
@@ -43,9 +43,9 @@ class LSQQuantizer(LayerPart):
     that torch.compile traced before the initialisation reads ``initialized`` in every step; a graph
     traced afterwards does not. Only the first batch waits for a GPU.
 
-    State: ``step`` float32 ``[1]`` or ``[C]`` (parameter), ``offset`` of the same shape (absent if
-    symmetric), ``initialized`` uint8 ``[1]``. ``step`` and ``offset`` stay float32 under
-    ``.to(torch.bfloat16)``.
+    State: ``step`` float32 ``[1]``, ``[C]`` or, with groups, ``[C, num_groups]`` (parameter),
+    ``offset`` of the same shape (absent if symmetric), ``initialized`` uint8 ``[1]``. ``step`` and
+    ``offset`` stay float32 under ``.to(torch.bfloat16)``.
 
     Args:
         bits: 2 to 8.
@@ -58,13 +58,18 @@ class LSQQuantizer(LayerPart):
         num_features: N. With None, N is the number of weights that share a step if the input is an
             nn.Parameter or ``per_channel`` is set, otherwise the input's last dimension.
         axis: axis of the channels.
+        group_size: with ``per_channel``: the values of a channel ``[C, K]`` that share a step, runs
+            along the last axis, the last of which may be shorter; N is group_size. None: all share
+            one.
+        num_groups: ``ceil(K / group_size)``; only with ``group_size``.
         process_group: processes that average the initial step; None is the default group.
         device: device of the state.
 
     Raises:
         TypeError: process_group is not a torch.distributed ProcessGroup.
-        ValueError: bits is not an integer from 2 to 8, num_channels or num_features is not a
-            positive integer, num_channels is given without per_channel, or axis is not an integer.
+        ValueError: bits is not an integer from 2 to 8, num_channels, num_features, group_size or
+            num_groups is not a positive integer, num_channels or group_size is given without
+            per_channel, num_groups without group_size, or axis is not an integer.
         RuntimeError: the quantizer is used in evaluation mode on values other than 0, or its scale
             is read, before it was initialised. A weight (an nn.Parameter) gives the step itself.
 
@@ -94,6 +99,8 @@ class LSQQuantizer(LayerPart):
         signed: bool = True,
         num_features: int | None = None,
         axis: int = 0,
+        group_size: int | None = None,
+        num_groups: int = 1,
         process_group: Any = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -114,9 +121,24 @@ class LSQQuantizer(LayerPart):
         if isinstance(axis, bool) or not isinstance(axis, int):
             raise ValueError(f"{who}: axis must be an integer, got {axis!r}")
         self.axis = axis
+        _positive(who, "num_groups", num_groups)
+        if group_size is None and num_groups != 1:
+            raise ValueError(
+                f"{who}: num_groups must be 1 without group_size, got {num_groups}; pass "
+                "group_size with it"
+            )
+        if group_size is not None:
+            _positive(who, "group_size", group_size)
+            if not per_channel or axis != 0:
+                raise ValueError(
+                    f"{who}: group_size must be None unless per_channel is True and axis is 0, got "
+                    f"{group_size}"
+                )
+        self.group_size, self.num_groups = group_size, num_groups
         self.group_name = process_group_name(who, process_group)
         # Dtypes are explicit: models are also built under another default dtype.
-        step = torch.ones(num_channels, dtype=torch.float32, device=device)
+        shape = (num_channels,) if group_size is None else (num_channels, num_groups)
+        step = torch.ones(shape, dtype=torch.float32, device=device)
         self.step = nn.Parameter(step)
         self.register_parameter(
             "offset", None if symmetric else nn.Parameter(torch.zeros_like(step))
@@ -142,8 +164,15 @@ class LSQQuantizer(LayerPart):
             qmin=self.qmin,
             qmax=self.qmax,
             grad_factor=self.grad_factor(input),
-            granularity=PerAxis(self.axis) if self.per_channel else PER_TENSOR,
+            granularity=self.granularity,
         )
+
+    @property
+    def granularity(self) -> Granularity:
+        """The values that share a step."""
+        if self.group_size is not None:
+            return PerGroup(self.group_size)
+        return PerAxis(self.axis) if self.per_channel else PER_TENSOR
 
     def prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step and offset, ready for use: initialised from ``input`` if necessary, and projected.
@@ -165,7 +194,7 @@ class LSQQuantizer(LayerPart):
                     self.initialized,
                     self.qmin,
                     self.qmax,
-                    self.axis if self.per_channel else None,
+                    *self._shared,
                     self.group_name,
                 )
             project_operator(self.step.detach(), offset, self.qmin, self.qmax)
@@ -190,9 +219,14 @@ class LSQQuantizer(LayerPart):
         self.check_input(input, self.initialized)
         self._check_state(input)
         offset = None if self.offset is None else self.offset.data
-        axis = self.axis if self.per_channel else None
         self._initialized = initialize(
-            input, self.step.data, offset, self.initialized, *self._range, axis, self.group_name
+            input,
+            self.step.data,
+            offset,
+            self.initialized,
+            *self._range,
+            *self._shared,
+            self.group_name,
         )
         return self._initialized
 
@@ -200,13 +234,15 @@ class LSQQuantizer(LayerPart):
         """``1 / sqrt(N * Qp)``, by which the gradients of step and offset are multiplied."""
         if self.num_features is not None:
             features: int = self.num_features
+        elif self.group_size is not None:
+            features = self.group_size
         elif self.per_channel or isinstance(input, nn.Parameter):
             features = input.numel() // self.num_channels
         else:
             features = input.shape[-1] if input.dim() else 1
         return 1.0 / math.sqrt(max(1, features) * self.qmax)
 
-    def qparams(self, weight: nn.Parameter | None = None) -> tuple[Tensor, Tensor]:
+    def qparams(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(scale float32, zero_point int32)`` of step's shape, for a deployed layer.
 
         Args:
@@ -228,6 +264,8 @@ class LSQQuantizer(LayerPart):
 
     def extra_repr(self) -> str:
         channels = f", {self.num_channels} channels along axis {self.axis}"
+        if self.group_size is not None:
+            channels = f", {self.num_channels} channels in groups of {self.group_size}"
         return (
             f"bits={self.bits}, range [{self.qmin}, {self.qmax}], "
             f"symmetric={self.symmetric}{channels if self.per_channel else ''}"
@@ -236,6 +274,13 @@ class LSQQuantizer(LayerPart):
     @property
     def _range(self) -> tuple[int, int]:
         return self.qmin, self.qmax
+
+    @property
+    def _shared(self) -> tuple[int | None, int | None]:
+        """The axis of the channels and the group size, of which one is None, or both."""
+        if self.group_size is not None:
+            return None, self.group_size
+        return self.axis if self.per_channel else None, None
 
     def _initialize_once(self, input: Tensor) -> bool:
         """True if the step can be used and projected; False if all batches so far were zeros."""
@@ -263,8 +308,7 @@ class LSQQuantizer(LayerPart):
         """
         step, flag = self.step.detach().clone(), self.initialized.clone()
         offset = None if self.offset is None else self.offset.detach().clone()
-        axis = self.axis if self.per_channel else None
-        initialize(weight, step, offset, flag, *self._range, axis, ALONE)
+        initialize(weight, step, offset, flag, *self._range, *self._shared, ALONE)
         project(step, offset, *self._range)
         return step, offset
 
@@ -296,6 +340,12 @@ class LSQQuantizer(LayerPart):
                     f"{who}: input must have num_channels = {self.num_channels} along axis "
                     f"{self.axis}, got {list(input.shape)}"
                 )
+        size = self.group_size
+        if size is not None and (input.dim() != 2 or -(-input.shape[1] // size) != self.num_groups):
+            raise ValueError(
+                f"{who}: input must be [num_channels, K] with num_groups = {self.num_groups} "
+                f"groups of {size}, got {list(input.shape)}"
+            )
 
     def _state_replaced(self) -> None:
         if not self.initialized.is_meta:
