@@ -38,11 +38,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack_intx(const at::Tens
   quantize_into(q, rows, p, qmin, qmax);
   const std::vector<int64_t> sizes = scale_sizes(s);
   const at::Tensor scales = p.scale.reshape(sizes).contiguous();
-  const at::Tensor zeros = p.zero.defined() ? p.zero.reshape(sizes).to(at::kChar)
-                                            : at::zeros(sizes, weight.options().dtype(at::kChar));
+  const at::Tensor zeros =
+      p.zero.defined() ? p.zero.reshape(sizes).to(at::kChar) : at::zeros(sizes, weight.options().dtype(at::kChar));
   const at::Tensor integers = q.reshape({s.n, s.groups() * s.group()}).narrow(1, 0, s.k);
   const OptTensor own = s.has_zero ? OptTensor(zeros) : std::nullopt;
-  return {ops::pack_intx_weight::call<Library::kTorchquantAten>(integers, scales, own, bits, group_size), scales, zeros};
+  return {ops::pack_intx_weight::call<Library::kTorchquantAten>(integers, scales, own, bits, group_size), scales,
+          zeros};
 }
 
 TORCHQUANT_ATEN_KERNELS(m) { m.impl<ops::quantize_pack_intx>(&quantize_pack_intx); }

@@ -31,8 +31,8 @@ struct QatLinearIntx {
     const bool wants_input = input.requires_grad(), wants_weight = weight.requires_grad() || learns;
 
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [packed, scale, zero] = ops::quantize_pack_intx::call(
-        weight, weight_scale, s.bits(), s.group_size, s.weight_qmin, s.weight_qmax, s.weight_symmetric);
+    const auto [packed, scale, zero] = ops::quantize_pack_intx::call(weight, weight_scale, s.bits(), s.group_size,
+                                                                     s.weight_qmin, s.weight_qmax, s.weight_symmetric);
     const at::Tensor output = linear(input, packed, bias, weight.size(0), s);
     Variable x = wants_weight ? input : Variable(), row_scale, row_zero;
     if (wants_weight && s.activation_bits) {
@@ -95,8 +95,7 @@ struct QatLinearIntx {
       at::Tensor values = x.reshape_symint({-1, x.sym_size(-1)});
       if (row_scale.defined()) {
         const OptTensor zero = saved[3].defined() ? OptTensor(saved[3].reshape({-1, 1})) : std::nullopt;
-        values =
-            ops::dequantize::call(values, row_scale.reshape({-1, 1}), zero, std::nullopt, values.size(-1), dtype);
+        values = ops::dequantize::call(values, row_scale.reshape({-1, 1}), zero, std::nullopt, values.size(-1), dtype);
       }
       grad_weight = at::mm(rows.t(), as_type(values, dtype));
       if (ctx->saved_data["learns"].toBool()) {
@@ -120,15 +119,18 @@ at::Tensor qat_linear_intx_autograd(const at::Tensor& input, const at::Tensor& w
                                     bool activation_symmetric, std::string_view activation, double weight_grad_factor,
                                     std::optional<at::ScalarType> output_dtype) {
   if (!follows(kOp, input, weight, bias, weight_scale))
-    return ops::qat_linear_intx::call_below_autograd(input, weight, bias, weight_scale, group_size, weight_qmin,
-                                                     weight_qmax, weight_symmetric, activation_bits,
-                                                     activation_symmetric, activation, weight_grad_factor,
-                                                     output_dtype);
+    return ops::qat_linear_intx::call_below_autograd(
+        input, weight, bias, weight_scale, group_size, weight_qmin, weight_qmax, weight_symmetric, activation_bits,
+        activation_symmetric, activation, weight_grad_factor, output_dtype);
   refuse_transforms(kOp);
-  const Settings s{group_size,           weight_qmin,
-                   weight_qmax,          weight_symmetric,
-                   activation_bits,      activation_symmetric,
-                   std::string(activation), weight_grad_factor,
+  const Settings s{group_size,
+                   weight_qmin,
+                   weight_qmax,
+                   weight_symmetric,
+                   activation_bits,
+                   activation_symmetric,
+                   std::string(activation),
+                   weight_grad_factor,
                    output_dtype.value_or(input.scalar_type())};
   check(input, weight, bias, weight_scale, s);
   return Differentiable<QatLinearIntx>::apply(input, weight, bias, weight_scale, s);

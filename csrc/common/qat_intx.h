@@ -111,10 +111,14 @@ at::Tensor qat_linear_intx_forward(const at::Tensor& input, const at::Tensor& we
                                    int64_t weight_qmax, bool weight_symmetric, OptInt activation_bits,
                                    bool activation_symmetric, std::string_view activation, double weight_grad_factor,
                                    std::optional<at::ScalarType> output_dtype) {
-  const Settings s{group_size,           weight_qmin,
-                   weight_qmax,          weight_symmetric,
-                   activation_bits,      activation_symmetric,
-                   std::string(activation), weight_grad_factor,
+  const Settings s{group_size,
+                   weight_qmin,
+                   weight_qmax,
+                   weight_symmetric,
+                   activation_bits,
+                   activation_symmetric,
+                   std::string(activation),
+                   weight_grad_factor,
                    output_dtype.value_or(input.scalar_type())};
   check(input, weight, bias, weight_scale, s);
   const auto [packed, scale, zero] = ops::quantize_pack_intx::call<library>(
