@@ -7,6 +7,7 @@
 #include "core_layer_case.h"
 #include "core_linear_case.h"
 #include "core_program_case.h"
+#include "core_qat_intx_case.h"
 #include "core_span_case.h"
 
 namespace {
@@ -34,6 +35,7 @@ constexpr Kind kKinds[] = {
     {"pack", 20, check_core_pack},
     {"quantize_pack", 60, check_core_quantize_pack},
     {"intx", 60, check_core_intx},
+    {"quantize_pack_intx", 60, check_core_quantize_pack_intx},
     {"affine", 150, check_core_affine},
     {"activation", 150, check_core_activation},
     {"norm", 100, check_core_norm},

@@ -32,6 +32,11 @@ CONFIGS = {
     "lsq_plus": QATConfig(
         activation_bits=4, activations="static", learned_activations=True, learned_offset=True
     ),
+    "groups": QATConfig(weight_bits=4, group_size=32),
+    "groups_w2_zero_points": QATConfig(2, weight_symmetric=False, group_size=16),
+    "groups_w8_symmetric": QATConfig(group_size=7, activation_symmetric=True),
+    "groups_w5a4": QATConfig(5, 4, group_size=40),
+    "groups_lsq_w3": QATConfig(weight_bits=3, learned_weights=True, group_size=32),
 }
 STATIC = [name for name, config in CONFIGS.items() if not isinstance(config.activations, Dynamic)]
 

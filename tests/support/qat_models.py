@@ -24,6 +24,9 @@ CONFIGS = {
     "w8a4_learned_offset": QATConfig(
         activation_bits=4, activations="static", learned_activations=True, learned_offset=True
     ),
+    "w4a8_groups": QATConfig(weight_bits=4, group_size=32),
+    "w3a8_groups_zero_points": QATConfig(weight_bits=3, weight_symmetric=False, group_size=48),
+    "w4a8_groups_learned": QATConfig(weight_bits=4, learned_weights=True, group_size=32),
 }
 LEARNED = {name: config for name, config in CONFIGS.items() if "learned" in name}
 STATIC = QATConfig(activations="static")

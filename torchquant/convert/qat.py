@@ -164,7 +164,7 @@ def _prepare(
     static = {
         id(step.module)
         for step in plan
-        if step.skip is None and isinstance(step.config.activations.deployed(), Static)
+        if step.skip is None and isinstance(step.config.deployed().activations, Static)
     }
     recorded: list[tuple[nn.Module, nn.Module]] = []
     if static:

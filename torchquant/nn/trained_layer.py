@@ -66,10 +66,16 @@ class TrainedLayer(TrainedModule):
     @classmethod
     def config_refusal(cls, config: TrainingConfig) -> str | None:
         """The reason why no layer of this kind can be trained with ``config``, or None."""
-        reason: str | None = cls.quantized_class.config_refusal(config.deployed())
-        if reason is None and not isinstance(config.activations, ACTIVATION_PARTS):
-            return f"{cls.names[1]} cannot train {type(config.activations).__name__} activations"
+        deployed, part = config.deployed(), config.activations
+        reason: str | None = cls.deployed_class(deployed).config_refusal(deployed)
+        if reason is None and part is not None and not isinstance(part, ACTIVATION_PARTS):
+            return f"{cls.names[1]} cannot train {type(part).__name__} activations"
         return reason
+
+    @classmethod
+    def deployed_class(cls, config: QuantizationConfig) -> Any:
+        """The class of the layer to deploy that has ``config``."""
+        return cls.quantized_class
 
     @classmethod
     def checked(
@@ -116,7 +122,7 @@ class TrainedLayer(TrainedModule):
     def shift(self) -> int:
         """Unsigned integers of a learned step are deployed as signed integers."""
         part = self.config.activations
-        return int(part.deployed().range[0] - part.range[0])
+        return 0 if part is None else int(part.deployed().range[0] - part.range[0])
 
     def check_finite(self, weight: Tensor) -> None:
         """Raise a ValueError if the weight to deploy holds NaN or infinities."""
