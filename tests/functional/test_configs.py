@@ -12,8 +12,12 @@ from support.layers import ASYMMETRIC, CONFIGS
 import torchquant
 from torchquant import Int8DynamicActivationInt8WeightConfig as Config
 from torchquant import (
+    Int8DynamicActivationIntxWeightConfig,
     Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
     IntxActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    PerTensor,
     QATConfig,
     QuantizationConfig,
     configs,
@@ -25,6 +29,7 @@ from torchquant.configs import (
     config_from_dict,
     config_to_dict,
 )
+from torchquant.training.configuration import LearnedWeights, training_config
 
 
 def test_defaults() -> None:
@@ -191,6 +196,24 @@ def test_what_training_configurations_become() -> None:
         assert deployed == IntxActivationIntxWeightConfig(4, 8, static=True)
 
 
+def test_what_training_configurations_of_groups_become() -> None:
+    assert QATConfig(4, group_size=32).deployed() == Int8DynamicActivationIntxWeightConfig(4, 32)
+    zero_points = QATConfig(3, weight_symmetric=False, activation_symmetric=True, group_size=64)
+    assert zero_points.deployed() == Int8DynamicActivationIntxWeightConfig(3, 64, False, True)
+    floats = QATConfig(5, activations=None, group_size=128)
+    assert floats.deployed() == IntxWeightOnlyConfig(5, 128)
+    assert QATConfig(activations=None).deployed() == Int8WeightOnlyConfig()
+    for config in (QATConfig(4, group_size=32), floats):
+        assert training_config("x", config.deployed()) == config
+    learned = QATConfig(4, learned_weights=True, group_size=32, edge_bits=8)
+    assert learned.deployed() == Int8DynamicActivationIntxWeightConfig(4, 32)
+    assert learned.edge() == QATConfig(8, group_size=32)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(learned)))) == learned
+    assert str(learned.weights) == "int4 learned in groups of 32"
+    with pytest.raises(TypeError, match=r"LearnedWeights: granularity must be PerAxis\(0\) or"):
+        LearnedWeights(4, PerTensor())
+
+
 @pytest.mark.parametrize(
     ("values", "error", "text"),
     [
@@ -205,6 +228,11 @@ def test_what_training_configurations_become() -> None:
         ({"learned_offset": True}, ValueError, "learned_offset needs learned_activations=True"),
         ({"learned_weights": True, "weight_symmetric": False}, ValueError, "no zero point"),
         ({"activation_signed": False}, ValueError, "activation_signed must be True unless"),
+        ({"group_size": 0}, ValueError, "group_size must be a positive integer, or None .* got 0"),
+        ({"group_size": True}, ValueError, "group_size must be a positive integer, .* got True"),
+        ({"group_size": 32, "activations": "static"}, ValueError, "group_size must be None with"),
+        ({"activations": None, "activation_bits": 4}, ValueError, "left out with activations=None"),
+        ({"activations": None, "learned_activations": True}, ValueError, "activations stay float"),
     ],
     ids=str,
 )

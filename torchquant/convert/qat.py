@@ -243,6 +243,7 @@ def _plan(model: nn.Module, chosen: Selection[TrainingConfig]) -> list[Step]:
         if kind.trained is None:
             return f"{kind.name} layers cannot be trained for quantization"
         refused = kind.refusal(module) or kind.trained.config_refusal(config)
+        refused = refused or kind.config_refusal(config.deployed(), module)
         if refused is not None:
             return refused
         weight = module._parameters["weight"]

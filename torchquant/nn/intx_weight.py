@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torchquant.scheme import PerAxis, PerGroup
 _CHUNK = 1 << 20  # weights that are rounded at once, so that no second float weight is needed
 
 
-def group_size_of(weights: Weights) -> int | None:
+def group_size_of(weights: Any) -> int | None:
     """The group size of weights in groups; None for one scale per output channel.
 
     Example:

@@ -15,13 +15,13 @@ from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_form import NN_LINEAR, FloatForm
 from torchquant.nn.float_linear import refusal, weight_shape
 from torchquant.nn.inputs import special_output
+from torchquant.nn.intx_weight import group_size_of
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.linear_layer import LinearLayer
 from torchquant.nn.qat_parts import (
     StraightThrough,
     activate,
     current_qparams,
-    group_size,
     observe,
 )
 from torchquant.nn.replaced_activation import mark
@@ -106,13 +106,17 @@ class QATLinear(TrainedLayer):
     def _init(self, linear: nn.Module, config: TrainingConfig, activation: str) -> None:
         self.check_activation(activation)
         FloatForm.of(linear).give_to(self)
-        self.out_features, self.in_features = weight_shape(linear)
+        self.out_features, self.in_features = shape = weight_shape(linear)
+        deployed = config.deployed()
+        reason = self.quantized_class.class_for(deployed, shape).shape_refusal(deployed, shape)
+        if reason is not None:
+            raise ValueError(f"QATLinear: {reason}")
         activations = config.activations
         self._weight_range = config.weights.range
         self._input_range = (-128, 127) if activations is None else activations.range
         ranged = isinstance(activations, (Dynamic, ObservedActivations))
         self._input_symmetric: bool = ranged and activations.symmetric
-        self._group_size = group_size(config)
+        self._group_size = group_size_of(config.weights)
         self._input_bits: int | None = None if activations is None else activations.bits
         # Groups and float activations have operators of their own.
         self._is_intx = self._group_size is not None or activations is None

@@ -10,7 +10,8 @@ from torch import Tensor
 from torchquant import functional, ops
 from torchquant.configs import Dynamic
 from torchquant.nn.conv_geometry import is_channels_last
-from torchquant.scheme import Granularity, PerGroup
+from torchquant.nn.intx_weight import group_size_of
+from torchquant.scheme import Granularity
 from torchquant.training.configuration import (
     LearnedActivations,
     LearnedWeights,
@@ -169,7 +170,7 @@ def weight_quantizer(
     part = config.weights
     if not isinstance(part, LearnedWeights):
         return None
-    size = group_size(config)
+    size = group_size_of(part)
     return LSQQuantizer(
         part.bits,
         per_channel=True,
@@ -179,18 +180,6 @@ def weight_quantizer(
         num_groups=1 if size is None else -(-inputs // size),
         device=device,
     )
-
-
-def group_size(config: TrainingConfig) -> int | None:
-    """The inputs that share a scale of the weight; None: one scale per output channel.
-
-    Example:
-        >>> from torchquant import QATConfig
-        >>> group_size(QATConfig(weight_bits=4, group_size=32)), group_size(QATConfig())
-        (32, None)
-    """
-    part = config.weights.granularity
-    return part.group_size if isinstance(part, PerGroup) else None
 
 
 __all__ = ["activate"]

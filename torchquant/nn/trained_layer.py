@@ -67,15 +67,10 @@ class TrainedLayer(TrainedModule):
     def config_refusal(cls, config: TrainingConfig) -> str | None:
         """The reason why no layer of this kind can be trained with ``config``, or None."""
         deployed, part = config.deployed(), config.activations
-        reason: str | None = cls.deployed_class(deployed).config_refusal(deployed)
+        reason: str | None = cls.quantized_class.class_for(deployed).config_refusal(deployed)
         if reason is None and part is not None and not isinstance(part, ACTIVATION_PARTS):
             return f"{cls.names[1]} cannot train {type(part).__name__} activations"
         return reason
-
-    @classmethod
-    def deployed_class(cls, config: QuantizationConfig) -> Any:
-        """The class of the layer to deploy that has ``config``."""
-        return cls.quantized_class
 
     @classmethod
     def checked(

@@ -315,7 +315,7 @@ def QATConfig(
         require_boolean(who, name, value)
     if activations not in ("dynamic", "static", None):
         raise ValueError(
-            f'{who}: activations must be "dynamic", "static" or None, got {activations!r}'
+            f'{who}: activations must be "dynamic" or "static", or None, got {activations!r}'
         )
     _check_constant(who, averaging_constant)
     granularity = _granularity(who, group_size, activations == "static")
