@@ -69,7 +69,7 @@ def test_four_bits_reach_the_loss_of_the_float_model(
     prepare_qat_(model, config)
     with_training = train(model, 200, 1e-2)
     assert with_training - loss < 0.5 * (without_training - loss)
-    assert with_training - loss < 0.01 * variance
+    assert with_training - loss < 0.02 * variance
 
     shipped = copy.deepcopy(model)
     convert_(shipped)
