@@ -29,6 +29,7 @@ ATEN = torch.ops.torchquant_aten
 def packed(result: functional.qat.Quantized, bits: int, group_size: int | None, zero: bool) -> Any:
     """The specification's result in the operator's form."""
     q, scale, zero_point = result
+    scale = torch.where(scale.isnan(), NAN, scale)  # one NaN: the packed bytes are compared
     own = zero_point if zero else None
     return (
         ops.pack_intx_weight(q, scale, own, bits=bits, group_size=group_size),
