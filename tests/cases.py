@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import support.conv_cases
-import support.intx_cases  # noqa: F401  (those on weights of few bits)
+import support.intx_cases
+import support.qat_intx_cases  # noqa: F401  (those in training)
 import torch
 from support import Shape, floats, integers, leaf
 from support.aten import KERNELS as NAMESPACE

@@ -33,6 +33,11 @@ def results(namespace: Any, case: Case, device: str = "cpu") -> tuple[Tensor, ..
         given = case.given
         rest = (given["bits"], given.get("group_size"), "weight_zero_point" in given)
         found = namespace.unpack_intx_weight(found[0], *given["weight"].shape, *rest)
+    if case.operator == "quantize_pack_intx":
+        given = case.given
+        rest = (given["bits"], given.get("group_size"), not given["symmetric"])
+        integers, *_ = namespace.unpack_intx_weight(found[0], *given["weight"].shape, *rest)
+        found = (integers, *found[1:])
     assert all(tensor.device.type == device for tensor in found)
     return tuple(tensor.cpu() for tensor in found)
 

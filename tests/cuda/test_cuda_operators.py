@@ -32,7 +32,10 @@ pytestmark = pytest.mark.filterwarnings("error:torchquant:RuntimeWarning")
 DRAWS = st.data()
 
 # Results whose sums have no promised order, and a composition of others: tests of their own below.
-OTHERS = {"fake_quantize_learned_backward", "mm_fake_quantized", "qat_linear"}
+OTHERS = {
+    *("fake_quantize_learned_backward", "mm_fake_quantized", "qat_linear"),
+    "qat_linear_intx",
+}
 
 PACKS = {"pack_weight", "quantize_pack"}  # whose first result is in the device's own layout
 
@@ -56,6 +59,11 @@ def compare(name: str, args: tuple[Any, ...], namespace: Any, device: str) -> No
         sizes = (*weight.shape, bits, group_size, zeros is not None)
         expected = list(KERNELS.unpack_intx_weight(expected[0], *sizes))
         got = list(namespace.unpack_intx_weight(got[0], *sizes))
+    if name == "quantize_pack_intx":
+        weight, _, bits, group_size, *_, symmetric = args
+        sizes = (*weight.shape, bits, group_size, not symmetric)
+        expected[0] = KERNELS.unpack_intx_weight(expected[0], *sizes)[0]
+        got[0] = namespace.unpack_intx_weight(got[0], *sizes)[0]
     assert len(got) == len(expected)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.device.type == device

@@ -26,6 +26,7 @@ WITHOUT_SPECIFICATION = {
 # The operators on weights of 2 to 8 bits: `bits` and `group_size` are those of the weight, which
 # holds its scales and zero points when it is packed.
 INTX = {operator for operator in OPERATORS if "intx" in operator}
+PACKED_INTX = INTX - {"quantize_pack_intx", "qat_linear_intx"}  # these take float weights
 
 # The wrappers have one argument for which elements share a scale.
 GRANULARITY = {"axis": "granularity", "group_size": "granularity"}
@@ -38,13 +39,13 @@ TOLD_BY_THE_WEIGHT = {
     "linear_static": {"out_features"},
     "conv_dynamic": {"weight_shape"},
     "conv_static": {"weight_shape"},
-} | {operator: {"out_features", "has_zero_point"} for operator in INTX}
+} | {operator: {"out_features", "has_zero_point"} for operator in PACKED_INTX}
 # Arguments of the specification only: an oracle's precision, the bits of linear_dynamic, and what
 # a packed weight of 2 to 8 bits holds.
 ONLY_IN_THE_SPECIFICATION = {
     "fake_quantize_learned_backward": {"dtype"},
     "quantize_per_token": {"bits"},
-} | {operator: {"weight_scale", "weight_zero_point"} for operator in INTX}
+} | {operator: {"weight_scale", "weight_zero_point"} for operator in PACKED_INTX}
 
 
 def canonical(operator: str, name: str) -> str:
@@ -118,6 +119,11 @@ def specified(case: Case) -> tuple[Tensor, ...]:
     results = list(flat(getattr(functional, case.operator)(**values)))
     if case.operator == "quantize_pack":
         results[0] = ops.pack_weight(results[0])
+    if case.operator == "quantize_pack_intx":
+        q, scale, zero_point = results
+        sizes = {"bits": values["bits"], "group_size": values.get("group_size")}
+        own = None if values["symmetric"] else zero_point
+        results[0] = ops.pack_intx_weight(q, scale, own, **sizes)
     masks = ("in_range", "positive", "fake_quantize_mask")
     if case.operator in masks:
         results[-1] = functional.pack_bits(results[-1])

@@ -90,6 +90,10 @@ FIRST_ORDER: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
         ),
         (X, FLOAT_WEIGHT),
     ),
+    "qat_linear_intx": (
+        lambda x, w: OPS.qat_linear_intx(x, w, None, None, 32, -8, 7, activation="relu"),
+        (X, FLOAT_WEIGHT),
+    ),
 }
 # The rest, as functions of their first tensor.
 CONSTANT: dict[str, tuple[Call, Tensor]] = {
@@ -112,6 +116,10 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     "minmax": (OPS.minmax, X),
     "quantize_rows": (lambda x: OPS.quantize_rows(x, None, None, -8, 7, True), X),
     "quantize_pack": (lambda w: OPS.quantize_pack(w, None, -8, 7, True), FLOAT_WEIGHT),
+    "quantize_pack_intx": (
+        lambda w: OPS.quantize_pack_intx(w, None, 4, 32, -8, 7, True),
+        FLOAT_WEIGHT,
+    ),
 }
 REFUSED: dict[str, tuple[Call, Tensor]] = {
     "mm_fake_quantized": (
@@ -376,7 +384,7 @@ def test_vmap_refuses_what_an_entry_would_refuse() -> None:
 
 
 def test_backward_through_vmap() -> None:
-    for name in ("linear_dynamic", "qat_linear", "fake_quantize_learned"):
+    for name in ("linear_dynamic", "qat_linear", "qat_linear_intx", "fake_quantize_learned"):
         call, arguments = {**DIFFERENTIABLE, **FIRST_ORDER}[name]
         x = batch_of(X).requires_grad_()
         vmap(lambda x, c=call, a=arguments: c(x, *a[1:]))(x).sum().backward()

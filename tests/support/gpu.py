@@ -260,6 +260,7 @@ CASES: dict[str, Callable[[Case], tuple[Any, ...]]] = {
     "minmax": _minmax,
     "quantize_rows": _rows,
     "quantize_pack": _pack,
+    "quantize_pack_intx": gpu_intx.quantize_pack,
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from support import ACTIVATIONS, FLOATS, positive
 from support.aten import PackedIntx
 from support.intx_cases import few_bits
+from torchquant import quant_range
 
 
 class Drawn:
@@ -53,3 +54,12 @@ def static(case: Any) -> tuple[Any, ...]:
     given = (case.input(), positive(1, seed=drawn.seed), case.zero_points(1))
     rest = (case.pick(*ACTIVATIONS), case.pick(*FLOATS))
     return (*given, drawn.packed, case.bias(), *drawn.sizes, *rest)
+
+
+def quantize_pack(case: Any) -> tuple[Any, ...]:
+    drawn = Drawn(case)
+    weight = case.x(case.n, case.k, dtype=case.pick(*FLOATS))
+    symmetric = case.pick(True, False)
+    scale = case.pick(None, drawn.scale) if symmetric else None
+    qmin, qmax = quant_range(drawn.bits)
+    return weight, scale, drawn.bits, drawn.group_size, qmin, qmax, symmetric

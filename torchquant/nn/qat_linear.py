@@ -40,14 +40,16 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups 
 class QATLinear(TrainedLayer):
     """``y = activation(x @ weight.T + bias)`` in training, computed like the deployed layer.
 
-    Each forward quantizes input and weight and multiplies integers, with the operators of
-    :class:`~torchquant.nn.QuantizedLinear`. While ranges do not change, its output is the output of
-    ``to_quantized()``, bit for bit. Gradients pass straight through the rounding. The backward pass
-    needs int8 activations instead of float activations, and one bit per output for a ReLU.
+    Each forward quantizes input and weight and multiplies integers, with the operators of the layer
+    to deploy: a :class:`~torchquant.nn.QuantizedLinear` or, with groups or fewer than 8 bits, a
+    :class:`~torchquant.nn.QuantizedIntxLinear`. While ranges do not change, its output is the
+    output of ``to_quantized()``, bit for bit. Gradients pass straight through the rounding. The
+    backward pass needs int8 activations instead of float activations, and one bit per output for a
+    ReLU.
 
-    The scales of the weight come from the range of each channel, or are learned steps
-    (``weight_quantizer``). The scales of the activations come from the range of each token, or are
-    one observed or learned scale (``input_quantizer``).
+    The scales of the weight come from the range of each channel or group of inputs, or are learned
+    steps (``weight_quantizer``). The scales of the activations come from the range of each token,
+    or are one observed or learned scale (``input_quantizer``).
 
     State: ``weight`` ``[N, K]`` and ``bias`` ``[N]`` (parameters, float), ``quantize_enabled``
     uint8 ``[1]`` (see :meth:`enable_quantization`), and the state of the quantizers
