@@ -9,7 +9,16 @@ from support import assert_same_bits, generator
 from torch import Tensor, nn
 
 import torchquant
-from torchquant import QATConfig, TrainingConfig, convert_, prepare_qat_, quantize_, verify
+from torchquant import (
+    PerGroup,
+    QATConfig,
+    TrainingConfig,
+    convert_,
+    prepare_qat_,
+    quantize_,
+    verify,
+)
+from torchquant.configs import QuantizationConfig, Static, Weights
 from torchquant.nn import QuantizedIntxLinear
 
 CONFIGS = {
@@ -122,3 +131,13 @@ def test_groups_that_do_not_fit_stay_float() -> None:
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(ValueError, match="QATLinear: group_size must be at most in_features = 8"):
         torchquant.QATLinear(8, 4, config=config)
+
+
+def test_static_activations_with_groups_are_refused() -> None:
+    config = QuantizationConfig(Weights(4, granularity=PerGroup(32)), Static())
+    with pytest.raises(ValueError, match="weights in groups are trained with dynamic activations"):
+        torchquant.QATLinear(64, 64, config=config)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="weights in groups are trained with dynamic activations"):
+        prepare_qat_(model, config, strict=True)
+    assert type(model[0]) is nn.Linear

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant import functional, ops
-from torchquant.configs import Dynamic, QuantizationConfig
+from torchquant.configs import Dynamic, QuantizationConfig, Static
 from torchquant.nn.base import Rounding, autocast_dtype
 from torchquant.nn.call_guard import activation_after_call
 from torchquant.nn.float_form import NN_LINEAR, FloatForm
@@ -104,6 +104,14 @@ class QATLinear(TrainedLayer):
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._init(linear, self.checked("QATLinear", config), activation)
+
+    @classmethod
+    def config_refusal(cls, config: TrainingConfig) -> str | None:
+        """The reason why no layer of this kind can be trained with ``config``, or None."""
+        static = isinstance(config.deployed().activations, Static)
+        if static and group_size_of(config.weights) is not None:
+            return "weights in groups are trained with dynamic activations, or with float ones"
+        return super().config_refusal(config)
 
     def _init(self, linear: nn.Module, config: TrainingConfig, activation: str) -> None:
         self.check_activation(activation)
