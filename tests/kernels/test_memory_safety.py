@@ -130,6 +130,30 @@ def check_layer(rows: int, outputs: int, inputs: int, before: bool) -> None:
                 )
 
 
+def check_few_bits(rows: int, outputs: int, inputs: int, before: bool) -> None:
+    """Weights of 2 to 8 bits, per channel and in groups; the number of bits follows the sizes."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return beside_a_hole(tensor, before)
+
+    bits = 2 + (rows + outputs + inputs) % 7
+    weight = place(integers(outputs, inputs) >> (8 - bits))
+    for group_size in (None, min(32, inputs), min(20, inputs)):
+        shape = (outputs,) if group_size is None else (outputs, -(-inputs // group_size))
+        scale, zero = place(positive(*shape)), place(integers(*shape) >> (8 - bits))
+        bias, how = place(torch.randn(outputs)), {"bits": bits, "group_size": group_size}
+        for points in (None, zero):
+            packed = place(ops.pack_intx_weight(weight, scale, points, **how))
+            sizes = {**how, "has_zero_point": points is not None}
+            found = ops.unpack_intx_weight(packed, outputs, inputs, **sizes)
+            assert torch.equal(found[0], weight) and torch.equal(found[1], scale)
+            layer = {**sizes, "out_features": outputs}
+            x = torch.randn(rows, inputs).to((torch.float32, torch.float16)[rows % 2])
+            for placed in (place(x), rows_beside_a_hole(x, before)):
+                ops.linear_dynamic_intx(placed, packed, bias, **layer, symmetric=False)
+                ops.linear_static_intx(placed, place(torch.ones(1)), None, packed, **layer)
+
+
 def check_elements(rows: int, inputs: int, before: bool) -> None:
     def place(tensor: Tensor) -> Tensor:
         return beside_a_hole(tensor, before)
@@ -233,11 +257,13 @@ def main(isa: str) -> None:
                 for rows in (1, 3, (4, 6, 13, 17, 33)[number % 5]):
                     for outputs in (1, 17, (8, 15, 16, 31, 33, 40, 64)[number % 7]):
                         check_layer(rows, outputs, inputs, before)
+                    check_few_bits(rows, (1, 17, 31, 33)[number % 4], inputs, before)
                     check_elements(rows, inputs, before)
                     check_functions(rows, inputs, before)
                     check_training(rows, inputs, before)
                 check_attention(inputs, (3, 8, 17, 32, 33)[number % 5], before)
             check_layer(40, 100, 1030, before)
+            check_few_bits(40, 100, 1030, before)
             check_layer(2, 3, 33_026, before)
             check_layer(1, 2, 65_790, before)
     guard(0)
