@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchquant.bench.peers.base import LinearPeer
 
 OURS = "torchquant"
+PACKAGES = {"llama_cpp": "llama-cpp-python"}  # whose name is not that of its module
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PeerInfo:
 
     def how_to_install(self) -> str:
         """One command that installs all missing packages."""
-        return f"pip install {' '.join(name.replace('_', '-') for name in self.missing())}"
+        return f"pip install {' '.join(PACKAGES.get(name, name) for name in self.missing())}"
 
 
 DYNAMIC = {
