@@ -95,21 +95,3 @@ def in_turn(calls: Iterable[Call]) -> Call:
         return made[0]
     following = itertools.cycle(made).__next__
     return lambda: following()()
-
-
-def quantize_groups(
-    weight: torch.Tensor, bits: int, group_size: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 `[N, K]` of few bits, and fp32 scales `[N, groups]`, symmetric.
-
-    >>> q, scale = quantize_groups(torch.tensor([[1.0, -2.0, 14.0, 7.0]]), 4, 2)
-    >>> q.tolist(), scale.tolist()
-    ([[4, -7, 7, 4]], [[0.2857142984867096, 2.0]])
-    """
-    n, k = weight.shape
-    group = k if group_size is None else group_size
-    qmax = 2 ** (bits - 1) - 1
-    padded = torch.nn.functional.pad(weight, (0, -k % group)).view(n, -1, group)
-    scale = padded.abs().amax(-1).clamp_min(1e-12) / qmax
-    q = (padded / scale[..., None]).round_().clamp_(-qmax - 1, qmax).to(torch.int8)
-    return q.view(n, -1)[:, :k].contiguous(), scale

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,7 @@ class OnnxNBits(LowbitPeer):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        import onnxruntime
-
-        onnxruntime.set_global_thread_pool_sizes(threads, 1)
+        share_threads(threads)
 
     def load(self, layer: LowbitLayer) -> None:
         if layer.bits not in BITS:
@@ -80,6 +79,14 @@ class OnnxNBitsFloat(OnnxNBits):
     """fp32 compute: the activations stay as they are (`accuracy_level` 1)."""
 
     accuracy_level = 1
+
+
+@functools.cache
+def share_threads(threads: int) -> None:
+    """Create the process's thread pool, which cannot be replaced by another one."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def _quantize(

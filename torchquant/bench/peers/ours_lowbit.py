@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -16,50 +16,52 @@ from torchquant.bench.peers.lowbit_base import (
     LowbitPeer,
     SameForAllFormats,
     in_turn,
-    quantize_groups,
 )
+from torchquant.configs import QuantizationConfig
 
 
-def about() -> dict[str, str]:
-    """Version and instruction set."""
-    return {"torchquant": version("torchquant"), "isa": torchquant.cpu.active_isa()}
+class _Layers:
+    """Layers that take turns."""
 
+    layers: list[torchquant.nn.QuantizedModule]
 
-class Torchquant(LowbitPeer):
-    """`ops.linear_dynamic_intx`: activations quantized per token, with zero points."""
-
-    def load(self, layer: LowbitLayer) -> None:
-        q, scale = quantize_groups(layer.weight, layer.bits, layer.group_size)
-        if layer.group_size is None:
-            scale = scale[:, 0].contiguous()
-        packed = torchquant.ops.pack_intx_weight(
-            q, scale, bits=layer.bits, group_size=layer.group_size
-        )
-        self.packed = layer.repeat(packed.numel(), packed.clone)
-        self.options: dict[str, Any] = {
-            "out_features": len(q),
-            "bits": layer.bits,
-            "group_size": layer.group_size,
-            "symmetric": False,
-        }
+    def take(self, layer: LowbitLayer, made: torchquant.nn.QuantizedModule) -> None:
+        """One layer, or copies of it."""
+        packed = made.get_buffer("packed")
+        size = packed.numel() * packed.element_size()
+        self.layers = layer.repeat(size, lambda: copy.deepcopy(made))
 
     def calls(self, x: torch.Tensor) -> dict[str, Call]:
-        linear, options = torchquant.ops.linear_dynamic_intx, self.options
-        return {"operator": in_turn(partial(linear, x, p, **options) for p in self.packed)}
-
-    def about(self) -> dict[str, str]:
-        return about()
-
-
-class TorchquantInt8(SameForAllFormats):
-    """`QuantizedLinear` as `quantize_` makes it: int8 per channel, activations per token."""
-
-    def convert(self, layer: LowbitLayer) -> None:
-        made = torchquant.nn.QuantizedLinear.from_float(float_linear(layer.weight, None))
-        self.layers = layer.repeat(layer.weight.numel(), lambda: copy.deepcopy(made))
-
-    def calls(self, x: torch.Tensor) -> dict[str, Call]:
+        """The module's call."""
         return {"module": in_turn(partial(layer, x) for layer in self.layers)}
 
     def about(self) -> dict[str, str]:
-        return about()
+        """Version and instruction set."""
+        return {"torchquant": version("torchquant"), "isa": torchquant.cpu.active_isa()}
+
+
+class Torchquant(_Layers, LowbitPeer):
+    """`QuantizedIntxLinear` as `quantize_` makes it: activations with a scale per token."""
+
+    config: Callable[..., QuantizationConfig] = staticmethod(
+        torchquant.Int8DynamicActivationIntxWeightConfig
+    )
+
+    def load(self, layer: LowbitLayer) -> None:
+        config = self.config(bits=layer.bits, group_size=layer.group_size)
+        linear = float_linear(layer.weight, None)
+        self.take(layer, torchquant.nn.QuantizedIntxLinear.from_float(linear, config))
+
+
+class TorchquantFloat(Torchquant):
+    """The same weights, and activations that stay floats."""
+
+    config = staticmethod(torchquant.IntxWeightOnlyConfig)
+
+
+class TorchquantInt8(_Layers, SameForAllFormats):
+    """`QuantizedLinear` as `quantize_` makes it: int8 per channel, activations per token."""
+
+    def convert(self, layer: LowbitLayer) -> None:
+        linear = float_linear(layer.weight, None)
+        self.take(layer, torchquant.nn.QuantizedLinear.from_float(linear))
