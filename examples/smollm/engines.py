@@ -14,10 +14,12 @@ class LanguageEngine(Engine):
 
     Args:
         rotated: start from the model without outlier channels.
+        compiled: decode with `torch.compile`; the prompt runs in eager mode.
         gguf: llama.cpp's name of the file's type; None if the engine is none of llama.cpp.
     """
 
     rotated: bool = False
+    compiled: bool = False
     gguf: str | None = None
 
 
@@ -78,6 +80,14 @@ def weight_only(bits: int, group_size: int, symmetric: bool = True) -> Callable[
     return make
 
 
+def compiled(name: str, engine: Engine) -> dict[str, Engine]:
+    """The same engine with a compiled step."""
+    rotated = isinstance(engine, LanguageEngine) and engine.rotated
+    text = f"{engine.description}, compiled step"
+    made = LanguageEngine(text, engine.convert, engine.requires, rotated, compiled=True)
+    return {f"{name}-compiled": made}
+
+
 def low_bits() -> dict[str, Engine]:
     """torchquant's engines with weights of 4, 3 and 2 bits."""
     engines: dict[str, Engine] = {}
@@ -95,6 +105,14 @@ def low_bits() -> dict[str, Engine]:
             torchquant(config=intx(bits, group, symmetric)),
             rotated=True,
         )
+        if bits == 4:
+            engines[f"torchquant-w{bits}a8-g{group}-all"] = LanguageEngine(
+                "the same, with gating and norms in one operator each",
+                torchquant(
+                    replace(FUSED, norms=True, gated=True), config=intx(bits, group, symmetric)
+                ),
+                rotated=True,
+            )
         engines[f"torchquant-w{bits}-g{group}"] = LanguageEngine(
             f"torchquant {bits}-bit weights in groups of {group}{zero}, float activations",
             torchquant(config=weight_only(bits, group, symmetric)),
@@ -121,5 +139,7 @@ ENGINES = (
     | low_bits()
     | LLAMA_CPP
 )
+for _name in ("bf16", "torchquant", "torchquant-w4a8-g32", "torchquant-w4-g32"):
+    ENGINES |= compiled(_name, ENGINES[_name])
 TORCH_AO = ("ao-onednn", "ao-fbgemm")
 SMOKE_ENGINES = ("torchquant-bf16-all",)

@@ -15,6 +15,7 @@ from harness.comparison import offline
 from harness.engines import saved_megabytes
 from harness.workers import call_seconds, peak_megabytes, release_freed_memory
 
+from smollm.decoding import Compiled, Eager
 from smollm.engines import ENGINES, LanguageEngine
 from smollm.inputs import PROMPT
 
@@ -47,11 +48,13 @@ class LanguageModelWorker:
 
         start = time.perf_counter()
         engine = ENGINES[self.engine]
-        rotated = isinstance(engine, LanguageEngine) and engine.rotated
+        is_rotated = isinstance(engine, LanguageEngine) and engine.rotated
+        is_compiled = isinstance(engine, LanguageEngine) and engine.compiled
         self.model = AutoModelForCausalLM.from_pretrained(
-            self.folder / ("rotated" if rotated else "model"), dtype=torch.float32
+            self.folder / ("rotated" if is_rotated else "model"), dtype=torch.float32
         ).eval()
         report = engine.convert(self.model) if engine.convert else None
+        self.decoder = Compiled(self.model) if is_compiled else Eager(self.model)
         release_freed_memory()
         return {"load_s": time.perf_counter() - start, "report": str(report or "")}
 
@@ -109,13 +112,11 @@ class LanguageModelWorker:
 
         tokens: list[int] = []
         with torch.inference_mode():
-            output = self.model(prompt[None], use_cache=True, logits_to_keep=1)
+            logits = self.decoder.start(prompt, steps)
             for _ in range(steps):
-                token = output.logits[:, -1].argmax(-1)
+                token = logits.argmax(-1)
                 tokens.append(int(token))
                 start = time.perf_counter()
-                output = self.model(
-                    token[:, None], past_key_values=output.past_key_values, use_cache=True
-                )
+                logits = self.decoder.step(token)
                 times.append(time.perf_counter() - start)
         return tokens
