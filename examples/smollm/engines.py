@@ -107,7 +107,8 @@ def low_bits() -> dict[str, Engine]:
         )
         if bits == 4:
             engines[f"torchquant-w{bits}a8-g{group}-all"] = LanguageEngine(
-                "the same, with gating and norms in one operator each",
+                f"torchquant {bits}-bit weights of the rotated model in groups of {group}, int8 "
+                "activations, gating and norms in one operator each",
                 torchquant(
                     replace(FUSED, norms=True, gated=True), config=intx(bits, group, symmetric)
                 ),
@@ -142,4 +143,13 @@ ENGINES = (
 for _name in ("bf16", "torchquant", "torchquant-w4a8-g32", "torchquant-w4-g32"):
     ENGINES |= compiled(_name, ENGINES[_name])
 TORCH_AO = ("ao-onednn", "ao-fbgemm")
+DEFAULT_ENGINES = (
+    *("fp32", "bf16", *TORCH_AO, "torchao"),
+    *(PLAIN, "torchquant", "torchquant-bf16-all"),
+    *(f"torchquant-w4a8-g{group}" for group in (32, 64, 128)),
+    *("torchquant-w4a8-g32-all", "torchquant-w4a8-g32-compiled"),
+    *(f"torchquant-w4-g{group}" for group in (32, 64, 128)),
+    *("torchquant-w3a8-g32", "torchquant-w2a8-g32"),
+    *LLAMA_CPP,
+)
 SMOKE_ENGINES = ("torchquant-bf16-all",)

@@ -93,7 +93,8 @@ def lowbit_command(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes, --formats") from None
     errors = error_console()
-    files = Files("lowbit", save_lowbit_figure, output, markdown, figure, save, isa, errors)
+    kind = options.suites[0] if len(options.suites) == 1 else "lowbit"
+    files = Files(kind, save_lowbit_figure, output, markdown, figure, save, isa, errors)
     with progress_bar(errors, shown=progress) as on_step:
         runs = run_lowbit(options, errors, on_step, on_run=files.write)
     files.finish(runs, as_json=as_json, smoke=smoke)
