@@ -96,6 +96,8 @@ PEERS = [(suite, name) for suite, peers in LOWBIT_SUITES.items() for name in pee
 @pytest.mark.parametrize(("suite", "name"), PEERS, ids=["-".join(peer) for peer in PEERS])
 def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
     info = LOWBIT_SUITES[suite][name]
+    if "llama_cpp" in info.missing():
+        pytest.skip("llama-cpp-python takes minutes to build; tested where it is installed")
     if info.missing():
         pytest.skip(f"needs the package {', '.join(info.missing())}")
     server = LowbitServer.create(suite, name, 1)
