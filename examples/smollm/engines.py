@@ -14,12 +14,13 @@ class LanguageEngine(Engine):
 
     Args:
         rotated: start from the model without outlier channels.
-        compiled: decode with `torch.compile`; the prompt runs in eager mode.
+        step: how to decode: "eager", "compiled" (`torch.compile`) or "fused" (`smollm/fused.py`);
+            the prompt runs in eager mode.
         gguf: llama.cpp's name of the file's type; None if the engine is none of llama.cpp.
     """
 
     rotated: bool = False
-    compiled: bool = False
+    step: str = "eager"
     gguf: str | None = None
 
 
@@ -80,12 +81,12 @@ def weight_only(bits: int, group_size: int, symmetric: bool = True) -> Callable[
     return make
 
 
-def compiled(name: str, engine: Engine) -> dict[str, Engine]:
-    """The same engine with a compiled step."""
+def other_step(name: str, engine: Engine, step: str) -> dict[str, Engine]:
+    """The same engine with another step."""
     rotated = isinstance(engine, LanguageEngine) and engine.rotated
-    text = f"{engine.description}, compiled step"
-    made = LanguageEngine(text, engine.convert, engine.requires, rotated, compiled=True)
-    return {f"{name}-compiled": made}
+    text = f"{engine.description}, {step} step"
+    made = LanguageEngine(text, engine.convert, engine.requires, rotated, step=step)
+    return {f"{name}-{step}": made}
 
 
 def low_bits() -> dict[str, Engine]:
@@ -141,13 +142,14 @@ ENGINES = (
     | LLAMA_CPP
 )
 for _name in ("bf16", "torchquant", "torchquant-w4a8-g32", "torchquant-w4-g32"):
-    ENGINES |= compiled(_name, ENGINES[_name])
+    for _step in ("compiled", "fused"):
+        ENGINES |= other_step(_name, ENGINES[_name], _step)
 TORCH_AO = ("ao-onednn", "ao-fbgemm")
 DEFAULT_ENGINES = (
     *("fp32", "bf16", *TORCH_AO, "torchao"),
     *(PLAIN, "torchquant", "torchquant-bf16-all"),
     *(f"torchquant-w4a8-g{group}" for group in (32, 64, 128)),
-    *("torchquant-w4a8-g32-all", "torchquant-w4a8-g32-compiled"),
+    *("torchquant-w4a8-g32-all", "torchquant-w4a8-g32-compiled", "torchquant-w4a8-g32-fused"),
     *(f"torchquant-w4-g{group}" for group in (32, 64, 128)),
     *("torchquant-w3a8-g32", "torchquant-w2a8-g32"),
     *LLAMA_CPP,

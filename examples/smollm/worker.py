@@ -17,10 +17,13 @@ from harness.workers import call_seconds, peak_megabytes, release_freed_memory
 
 from smollm.decoding import Compiled, Eager
 from smollm.engines import ENGINES, LanguageEngine
+from smollm.fused import Fused
 from smollm.inputs import PROMPT
 
 if TYPE_CHECKING:
     import torch
+
+STEPS = {"eager": Eager, "compiled": Compiled, "fused": Fused}
 
 
 class LanguageModelWorker:
@@ -49,12 +52,12 @@ class LanguageModelWorker:
         start = time.perf_counter()
         engine = ENGINES[self.engine]
         is_rotated = isinstance(engine, LanguageEngine) and engine.rotated
-        is_compiled = isinstance(engine, LanguageEngine) and engine.compiled
+        step = engine.step if isinstance(engine, LanguageEngine) else "eager"
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder / ("rotated" if is_rotated else "model"), dtype=torch.float32
         ).eval()
         report = engine.convert(self.model) if engine.convert else None
-        self.decoder = Compiled(self.model) if is_compiled else Eager(self.model)
+        self.decoder = STEPS[step](self.model)
         release_freed_memory()
         return {"load_s": time.perf_counter() - start, "report": str(report or "")}
 
