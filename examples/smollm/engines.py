@@ -154,4 +154,4 @@ DEFAULT_ENGINES = (
     *("torchquant-w3a8-g32", "torchquant-w2a8-g32"),
     *LLAMA_CPP,
 )
-SMOKE_ENGINES = ("torchquant-bf16-all",)
+SMOKE_ENGINES = ("torchquant-bf16-all", "torchquant-w4a8-g32-fused")

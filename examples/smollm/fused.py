@@ -1,8 +1,8 @@
 """A decoding step that is written for Llama's blocks: the model's own layers, and little between.
 
-A step of transformers calls about 50 operators in 10 modules for each of 30 blocks, which takes longer
-than the linear layers. Here a block has its seven linear layers and a dozen other calls. The weights
-are the model's own; the keys and values of all blocks lie in one tensor of constant size.
+A step of transformers calls about 50 operators in 10 modules for each of 30 blocks, which takes
+longer than the linear layers. Here a block has its seven linear layers and a dozen other calls. The
+weights are the model's own; the keys and values of all blocks lie in one tensor of constant size.
 """
 
 # The optional packages may be missing where this file is type-checked.
@@ -67,7 +67,7 @@ class Fused(Eager):
         for block, (keys, values) in zip(self.blocks, self.states, strict=True):
             normed = rms_norm(x, *block.norms[0])
             both = torch.cat((block.q(normed), block.k(normed)), -1).view(-1, width)
-            turned = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
+            turned = torch.addcmul(both * cos, both.index_select(1, self.swapped), sin)
             keys[:, place] = turned[heads:]
             values[:, place] = block.v(normed).view(groups, width)
             queries = turned[:heads].view(groups, -1, width)
@@ -92,6 +92,7 @@ class Fused(Eager):
         positions = torch.arange(self.places)[None]
         example = torch.empty((), dtype=dtype)
         cos, sin = (table[0] for table in self.model.model.rotary_emb(example, positions))
-        # x * cos + rotate_half(x) * sin, where rotate_half is a roll with the first half negated.
+        # x * cos + rotate_half(x) * sin, where rotate_half swaps the halves and negates the first.
         half = self.width // 2
+        self.swapped = torch.arange(self.width).roll(half)
         self.cos, self.sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
