@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,22 +93,34 @@ class Switches:
 FUSED = Switches(activations=True, projections=True)  # quantize_'s default
 
 
-def torchquant(switches: Switches = FUSED, activation_symmetric: bool = False) -> Convert:
-    """torchquant's dynamic int8, with the options of ``switches``."""
+def torchquant(
+    switches: Switches = FUSED,
+    activation_symmetric: bool = False,
+    config: Callable[[], object] | None = None,
+) -> Convert:
+    """torchquant's quantization, with the options of ``switches``.
+
+    Args:
+        switches: in addition to the linear layers.
+        activation_symmetric: of the default configuration, dynamic int8.
+        config: makes another configuration.
+    """
 
     def convert(model: nn.Module) -> object:
         import torchquant
         from harness import rewrite
 
-        config = torchquant.Int8DynamicActivationInt8WeightConfig(
+        chosen: Any = torchquant.Int8DynamicActivationInt8WeightConfig(
             activation_symmetric=activation_symmetric
         )
+        if config is not None:
+            chosen = config()
         if switches.gated:  # before quantize_, which would fuse the activation into its layer
             rewrite.gate_mlps(model)
         fusion = torchquant.Fusion(
             activations=switches.activations, projections=switches.projections
         )
-        report = torchquant.quantize_(model, config, fusion=fusion)
+        report = torchquant.quantize_(model, chosen, fusion=fusion)
         if switches.norms:
             torchquant.replace_norms_(model)
             rewrite.add_in_norms(model)

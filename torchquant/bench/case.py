@@ -19,6 +19,13 @@ class Case(Protocol):
     def limit_bytes(self) -> int:
         """The bytes that bound the time from below: every call has to read them."""
 
+    @property
+    def cycle_bytes(self) -> int:
+        """The bytes that are read before the same ones are read again: a cache holds them or not.
+
+        The same as `limit_bytes`, unless calls take copies of the layer in turn.
+        """
+
     def load_request(self) -> dict[str, Any]:
         """The arguments of the worker's `load`; the same for cases that share a layer."""
 

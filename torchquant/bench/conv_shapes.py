@@ -99,6 +99,11 @@ class ConvShape:
         return self.weight_bytes + read + self.out_pixels * self.outputs
 
     @property
+    def cycle_bytes(self) -> int:
+        """The same: the next call reads them again."""
+        return self.limit_bytes
+
+    @property
     def family(self) -> str:
         """Which layers it is judged with: one of `FAMILIES`."""
         if self.groups == self.channels and self.groups > 1:

@@ -25,6 +25,7 @@ PACKAGES = (
     "onnxruntime",
     "onnx",
     "openvino",
+    "llama-cpp-python",
     "numpy",
 )
 BUSY_PERCENT = 10  # of all CPUs

@@ -68,6 +68,11 @@ class NetworkCase:
         """The int8 weights: activations can stay in the caches."""
         return NETWORKS[self.network].weights
 
+    @property
+    def cycle_bytes(self) -> int:
+        """The same: the next call reads them again."""
+        return self.limit_bytes
+
     def load_request(self) -> dict[str, Any]:
         """The network, and the size for which its peers prepare it."""
         return {"network": self.network, "pixels": self.pixels}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchquant._extension import load
+from torchquant.bench.case import Case
 
 ARITHMETIC, BANDWIDTH = "arithmetic", "bandwidth"
 VPDPBUSD = ("avx512_vnni", "avx_vnni")  # instruction sets whose peak is that of vpdpbusd
@@ -60,18 +61,30 @@ class Roofline:
         nearest = min(self.read, key=lambda measured: abs(math.log(measured / mebibytes)))
         return self.read[nearest] or None
 
-    def limit(self, operations: int, weight_bytes: int, isa: str) -> Limit | None:
+    def limit(
+        self, operations: int, weight_bytes: int, isa: str, cycle_bytes: int | None = None
+    ) -> Limit | None:
         """The least time of any int8 product: of its arithmetic, or of reading its weights.
 
         Quantization, the traffic of activations and result and the call itself come on top. None
         where the instruction set or the bandwidth was not measured.
+
+        Args:
+            operations: multiplications and additions, counted separately.
+            weight_bytes: what a call reads.
+            isa: the instruction set, as `gops` names it.
+            cycle_bytes: what is read before the same bytes are read again; `weight_bytes` if None.
         """
-        bandwidth = self.bandwidth(weight_bytes)
+        bandwidth = self.bandwidth(cycle_bytes or weight_bytes)
         if isa not in self.gops or bandwidth is None:
             return None
         arithmetic = operations / self.gops[isa] / 1e9
         memory = weight_bytes / bandwidth / 1e9
         return Limit(max(arithmetic, memory), ARITHMETIC if arithmetic > memory else BANDWIDTH)
+
+    def limit_of(self, case: Case, isa: str) -> Limit | None:
+        """The limit of a case."""
+        return self.limit(case.operations, case.limit_bytes, isa, case.cycle_bytes)
 
     def vpdpbusd(self) -> float | None:
         """The peak of `vpdpbusd` with the widest registers of this CPU."""

@@ -47,7 +47,7 @@ def run_suite(
     busy = machine.busy_neighbours()
     machine.warn_if_busy(console, busy)
     seconds = 0.01 if options.smoke else 0.1
-    sizes = [case.limit_bytes for cases in groups for case in cases]
+    sizes = [case.cycle_bytes for cases in groups for case in cases]
     before = measure_roofline(threads, sizes, seconds)
     results: list[CaseResult[C]] = []
     about: dict[str, dict[str, str]] = {}
@@ -71,7 +71,7 @@ def run_suite(
     roofline = before.best_of(after)
     isa = about.get(OURS, {}).get("isa", "-")
     for result in results:
-        result.limit = roofline.limit(result.shape.operations, result.shape.limit_bytes, isa)
+        result.limit = roofline.limit_of(result.shape, isa)
     machine.warn_if_busy(console, cpu.get("others"))
     header: dict[str, Any] = {
         "kind": "run",

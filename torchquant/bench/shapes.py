@@ -38,6 +38,11 @@ class LinearShape:
         return self.weight_bytes
 
     @property
+    def cycle_bytes(self) -> int:
+        """The same: the next call reads them again."""
+        return self.limit_bytes
+
+    @property
     def traffic_bytes(self) -> int:
         """The least bytes of a call's reads and writes: int8 weight, fp32 input and result."""
         return self.n * self.k + 4 * self.m * (self.n + self.k)

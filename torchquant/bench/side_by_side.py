@@ -30,7 +30,12 @@ SIT_OUT = {1: 2.0, 2: 1.3}
 SCREENED = 4.0
 LEAST_ROUNDS = 2  # even if no time is left
 # The module that a suite's processes run; suites of linear layers run the layer worker.
-WORKERS = {"conv": "conv_worker", "cnn": "cnn_worker"}
+WORKERS = {
+    "conv": "conv_worker",
+    "cnn": "cnn_worker",
+    "lowbit": "lowbit_worker",
+    "lowbit-float": "lowbit_worker",
+}
 
 Progress = Callable[[str, float], None]
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import torchquant
-from torchquant.cli import bench_conv, info
+from torchquant.cli import bench_conv, bench_lowbit, info
 from torchquant.cli.bench import app as bench_app
 from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
 from torchquant.cli.output import error_console, print_json, progress_bar
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 
 bench_conv.register(bench_app)
+bench_lowbit.register(bench_app)
 app.add_typer(bench_app)
 
 

@@ -2,12 +2,15 @@
 
 Each suite is of comparable peers. Linear layers: `dynamic`, fp32 in, fp32 out, quantization inside
 the call; `prequantized`, 8-bit integers in, fp32 out. `conv`: a convolution with bias and relu,
-8-bit integers in and out. `cnn`: a whole network, fp32 in and out.
+8-bit integers in and out. `cnn`: a whole network, fp32 in and out. `lowbit` and `lowbit-float`: a
+linear layer whose weights have 2 to 8 bits, with int8 activations inside the call, and with float
+activations.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from torchquant.bench.peers.base import LinearPeer
 
 OURS = "torchquant"
+PACKAGES = {"llama_cpp": "llama-cpp-python"}  # whose name is not that of its module
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class PeerInfo:
 
     def how_to_install(self) -> str:
         """One command that installs all missing packages."""
-        return f"pip install {' '.join(self.missing())}"
+        return f"pip install {' '.join(PACKAGES.get(name, name) for name in self.missing())}"
 
 
 DYNAMIC = {
@@ -150,15 +154,46 @@ CNN = {
     ),
 }
 
+_LOWBIT_PEERS = {
+    "torchquant-int8": PeerInfo(
+        "ours_lowbit:TorchquantInt8", (), "QuantizedLinear, int8 per channel", ours=True
+    ),
+    "fp32": PeerInfo("torch_lowbit:TorchFloat", (), "nn.Linear, fp32"),
+    "bf16": PeerInfo("torch_lowbit:TorchBfloat16", (), "nn.Linear in bf16, bf16 in and out"),
+    "torch-int4": PeerInfo(
+        "torch_lowbit:TorchInt4", (), "torch's _weight_int4pack_mm_for_cpu, bf16 or fp32"
+    ),
+}
+
+LOWBIT = {
+    OURS: PeerInfo("ours_lowbit:Torchquant", (), "int8 per token x 2 to 8 bits per group"),
+    **_LOWBIT_PEERS,
+    "onnxruntime": PeerInfo(
+        "onnx_nbits:OnnxNBits", ("onnxruntime", "onnx"), "MatMulNBits, accuracy_level 4 (int8)"
+    ),
+    "llama.cpp": PeerInfo(
+        "ggml_lowbit:Ggml", ("llama_cpp",), "ggml_mul_mat of llama.cpp's types of as many bits"
+    ),
+}
+
+LOWBIT_FLOAT = {
+    OURS: PeerInfo("ours_lowbit:TorchquantFloat", (), "fp32 activations x 2 to 8 bits per group"),
+    **_LOWBIT_PEERS,
+    "onnxruntime": PeerInfo(
+        "onnx_nbits:OnnxNBitsFloat", ("onnxruntime", "onnx"), "MatMulNBits, accuracy_level 1 (fp32)"
+    ),
+}
+
 SUITES = {"dynamic": DYNAMIC, "prequantized": PREQUANTIZED}
 
 
-EVERY_SUITE = SUITES | {"conv": CONV, "cnn": CNN}
+LOWBIT_SUITES = {"lowbit": LOWBIT, "lowbit-float": LOWBIT_FLOAT}
+EVERY_SUITE = SUITES | {"conv": CONV, "cnn": CNN} | LOWBIT_SUITES
 
 
-def all_peer_names() -> list[str]:
-    """Every name of every suite of linear layers, once."""
-    return list(dict.fromkeys(name for peers in SUITES.values() for name in peers))
+def all_peer_names(suites: Mapping[str, Mapping[str, PeerInfo]] = SUITES) -> list[str]:
+    """Every name of every suite, once; of linear layers by default."""
+    return list(dict.fromkeys(name for peers in suites.values() for name in peers))
 
 
 def peer_info(suite: str, name: str) -> PeerInfo:

@@ -62,11 +62,12 @@ def as_uint8(q: torch.Tensor) -> torch.Tensor:
     return (q.to(torch.int16) + 128).to(torch.uint8)
 
 
-def float_linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
+def float_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
     """An `nn.Linear` in evaluation mode that shares the given weight `[N, K]` and bias `[N]`."""
     out_features, in_features = weight.shape
     with torch.device("meta"):  # no initialisation, because the parameters are replaced
-        linear = torch.nn.Linear(in_features, out_features)
+        linear = torch.nn.Linear(in_features, out_features, bias=bias is not None)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias, requires_grad=False)
     return linear.eval()
