@@ -103,6 +103,46 @@ def test_groups_in_a_region(tmp_path: Path) -> None:
         assert_same_bits(loaded(x), found)
 
 
+class Outside(nn.Module):
+    """Its forward cannot be recorded: it depends on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.up(x)) if float(x.sum()) < 1e9 else x
+        return result
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_fewer_bits_per_channel_outside_of_regions(trained: bool, tmp_path: Path) -> None:
+    """Where no program runs the layers, they take as many bits as they have."""
+    torch.manual_seed(1)
+    model, x = Outside().eval(), floats(16, 64)
+    if trained:
+        torchquant.prepare_qat_(model, torchquant.QATConfig(weight_bits=4, activations="static"))
+        model.train()(x)
+        model.eval()
+    else:
+        prepare_(model, PER_CHANNEL)
+        calibrate(model, [x, -x])
+    before = copy.deepcopy(model)
+    report = convert_(model)
+    assert {type(layer) for layer in model.children()} == {QuantizedIntxLinear}
+    assert report["up"].weights == "int4 per channel"
+    assert report["up"].bytes_after < 0.2 * report["up"].bytes_before
+    if trained:
+        assert torchquant.verify(before, model, [x]).exact
+    seen: list[Tensor] = []
+    model.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        found = model(x)
+        assert_same_bits(found, expected(model.down, seen[0]))
+        torchquant.save(model, tmp_path / "file")
+        assert_same_bits(torchquant.load(tmp_path / "file", Outside().eval())(x), found)
+
+
 def test_fewer_bits_per_channel_in_a_region() -> None:
     """These layers are int8 inside, so that programs run them."""
     model, x = network(), floats(16, 64)

@@ -90,8 +90,8 @@ def IntxActivationIntxWeightConfig(
 ) -> QuantizationConfig:
     """Weights and activations of 2 to 8 bits each.
 
-    In linear layers with dynamic activations, weights take as many bits as they have. In
-    convolutions, and beside static activations, they are stored as int8. Activations are multiplied
+    In linear layers, weights take as many bits as they have. In convolutions, and in linear layers
+    whose values stay int8 from layer to layer, they are stored as int8. Activations are multiplied
     as int8, whatever their number of bits.
 
     Args:

@@ -105,7 +105,11 @@ def convert_(
     steps = [step for step in steps if id(step.module) not in left]
     restored = activations_to_restore(model, unreached)
     account = account_of(model, [step.module for step in plan])
-    new_layers = {id(step.module): _converted(step) for step in track(steps, "convert_", progress)}
+    inside = observed.inside()
+    new_layers = {
+        id(step.module): _converted(step, id(step.module) in inside)
+        for step in track(steps, "convert_", progress)
+    }
     notes = [*_conversion_notes(steps), *unreached_notes(unreached)]
     bytes_before = tensor_bytes(model)
     with kept(model):
@@ -208,12 +212,12 @@ def _conversion_notes(steps: list[Step]) -> Iterator[str]:
         yield untied_note(untied)
 
 
-def _converted(step: Step) -> QuantizedModule:
+def _converted(step: Step, inside: bool) -> QuantizedModule:
     try:
         layer: QuantizedModule = step.prepared.to_quantized()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"convert_: {step.name} cannot be converted: {error}") from error
-    return layer
+    return layer if inside else layer.outside_programs()
 
 
 def _fuse(

@@ -330,6 +330,14 @@ class Ranges:
     edges: list[tuple[RegionForward, Plan, list[Qparams]]] = field(default_factory=list)
     useless: list[tuple[RegionForward, str]] = field(default_factory=list)
 
+    def inside(self) -> set[int]:
+        """The ids of the prepared layers whose quantized layers take int8 values."""
+        return {
+            id(region.root.get_submodule(path))
+            for region, plan, _ in self.edges
+            for path in plan.layers
+        }
+
 
 def ranges(model: nn.Module) -> Ranges:
     """Scales and zero points from what regions and the hooks of their layers have observed.

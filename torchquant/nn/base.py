@@ -154,6 +154,10 @@ class QuantizedModule(PackedState):
             return
         super().__setattr__(name, value)
 
+    def outside_programs(self) -> QuantizedModule:
+        """A layer with the same bits for a place where no program runs it; by default itself."""
+        return self
+
     def adopt(self, module: nn.Module) -> None:
         """Take over from the module that this layer replaces what its tensors do not hold."""
 

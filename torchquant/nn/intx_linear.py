@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,14 @@ from torchquant.scheme import quant_range
 _fast_linear_dynamic_intx = load().linear_dynamic_intx
 # None while the library has no kernels for float activations: the weight is dequantized then.
 _fast_linear_intx = getattr(load(), "linear_intx", None)
+
+
+class _Alone:
+    """Stands for the class of groups of layers that one call computes, which do not exist yet."""
+
+    @staticmethod
+    def obstacle(members: Sequence[Any]) -> str:
+        return "their weights have fewer bits or groups, where one product saves little"
 
 
 class QuantizedIntxLinear(LinearLayer):
@@ -89,6 +97,7 @@ class QuantizedIntxLinear(LinearLayer):
 
     weight_format: ClassVar[WeightFormat] = INTX
     in_programs: ClassVar[bool] = False
+    group_type: ClassVar[Any] = _Alone
 
     def __init__(
         self,

@@ -127,7 +127,9 @@ class QuantizedLinear(LinearLayer):
 
         :class:`QuantizedIntxLinear` has weights in groups, weights beside float activations, and
         weights of fewer than 8 bits beside dynamic activations. Other layers are of this class, and
-        so are layers with too many inputs for one scale of fewer bits.
+        so are layers with too many inputs for one scale of fewer bits. Layers of fewer bits beside
+        static activations are of this class, too, because programs run them; convert_ calls their
+        :meth:`outside_programs` where no program does.
 
         Args:
             config: the configuration of a layer.
@@ -148,6 +150,26 @@ class QuantizedLinear(LinearLayer):
         fits = shape is None or shape[1] <= most_inputs(weights.bits)
         small = weights.bits < 8 and isinstance(activations, Dynamic) and fits
         return QuantizedIntxLinear if small else cls
+
+    def outside_programs(self) -> QuantizedModule:
+        """A layer of fewer than 8 bits that stores them without gaps, which programs cannot run."""
+        bits, static = self.config.weights.bits, self._static
+        if not (static and bits < 8 and self.in_features <= most_inputs(bits)):
+            return self
+        zero_point = self.qweight_zero_point
+        layer = QuantizedIntxLinear.from_integers(
+            self.qweight,
+            self.qweight_scale,
+            None if zero_point is None else zero_point.to(torch.int8),
+            self.bias,
+            self.config,
+            self.activation,
+            input_scale=self.input_scale,
+            input_zero_point=self.input_zero_point,
+            dtype=self.dtype,
+        )
+        layer.adopt(self)
+        return layer.train(self.training)
 
     @classmethod
     def config_refusal(cls, config: QuantizationConfig) -> str | None:
