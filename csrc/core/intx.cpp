@@ -34,6 +34,13 @@ struct Panel {
   IntxRest* rests;
 };
 
+// Rows of a panel where m are to be done: as few panels as fit the cache, all of about the same height, whole blocks.
+int64_t panel_height(const KernelTable& table, const IntxShape& shape, int64_t m) {
+  const int64_t block = table.intx_panel_rows;
+  const int64_t most = std::max(block, kPanelBytes / panel_row_bytes(intx_columns(shape)) / block * block);
+  return ceil_div(balanced(m, most), block) * block;
+}
+
 // `ones` are a row of each block.
 int64_t block_rows_of(int64_t rows, int64_t most, bool ones) {
   return ones ? balanced(rows, most - 1) + 1 : balanced(rows, most);
@@ -117,8 +124,7 @@ tq_status run(const tq_rows* rows, const tq_row_quantization* how, const tq_intx
   if (m == 0) return TQ_OK;
   const KernelTable& table = kernels();
   const tq_parallel* threads = estimated_ns(table, shape, m) < kThreadingPays ? nullptr : parallel;
-  const int64_t most = std::max<int64_t>(1, kPanelBytes / panel_row_bytes(intx_columns(shape)));
-  const int64_t height = balanced(m, std::max(most, table.intx_panel_rows));
+  const int64_t height = panel_height(table, shape, m);
   const bool zero_rows = how->mode == TQ_ASYMMETRIC || (how->mode == TQ_STATIC && how->zero_point != 0);
   for (int64_t first = 0; first < m; first += height) {
     const int64_t last = std::min(m, first + height), count = last - first;
