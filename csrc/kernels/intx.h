@@ -21,7 +21,7 @@ struct IntxRest {
   int8_t values[4];  // (q - zero) - the panel's value, or a part of it
 };
 inline constexpr int32_t kIntxNoQuad = INT32_MAX;
-inline constexpr int32_t kIntxManyRests = -1;  // the quad of the first entry of a row that has more than there is room for
+inline constexpr int32_t kIntxManyRests = -1;  // the quad of the first entry of a row that has too many
 constexpr int64_t intx_most_rests(int64_t k) { return 4 + k / 64; }
 
 // What a panel holds: q; or q - zero, cut, with lists; or q, and in each block ones before the rows. A block has
