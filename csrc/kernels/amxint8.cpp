@@ -24,7 +24,6 @@ namespace amxint8 {
 #include "all.inc"
 #include "linear_amx.inc"
 #include "conv_gather_avx512.inc"
-#include "intx_few_avx512.inc"
 
 static bool use_bf16() {
   static const bool found = has_bf16();
@@ -37,6 +36,10 @@ static void attend_any(const AttentionArgs& g, int64_t q0, int64_t q1) {
   return use_bf16() ? attend(g, q0, q1) : avx512vnni_kernels().attend(g, q0, q1);
 }
 
+static void intx_gemm(const IntxArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) {
+  avx512vnni_kernels().intx_gemm(g, m0, m1, tile0, tile1);
+}
+
 static constexpr KernelTable make_table() {
   KernelTable table = all_kernels();
   table.name = "amx_int8";
@@ -47,7 +50,6 @@ static constexpr KernelTable make_table() {
   table.products_per_ns = 1600.0f;
   table.gemm = gemm_tiles_or_vectors;
   table.gather_rows = gather_rows_512;
-  table.intx_gemm = intx_gemm_512;
   table.pack_attention = pack_attention_any;
   table.attend = attend_any;
   return table;

@@ -17,7 +17,7 @@ namespace avx512vnni {
 #include "all.inc"
 #include "conv_gather_avx512.inc"
 #include "conv_avx512.inc"
-#include "intx_few_avx512.inc"
+#include "intx_tile_avx512.inc"
 
 static constexpr KernelTable make_table() {
   KernelTable table = all_kernels();
@@ -28,7 +28,6 @@ static constexpr KernelTable make_table() {
   table.tile_block = kTiles;
   table.products_per_ns = 300.0f;
   table.gather_rows = gather_rows_512;
-  table.intx_gemm = intx_gemm_512;
   table.gemm_int8 = gemm_int8;
   table.fill_int8 = fill_int8;
   for (int t = 0; t < 5; ++t) {

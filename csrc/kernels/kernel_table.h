@@ -63,6 +63,7 @@ struct KernelTable {
   int64_t row_block;     // rows of a register tile (the unit in which threads share rows)
   int64_t tile_block;    // weight tiles of a register tile (the unit in which threads share columns)
   int64_t intx_panel_rows, intx_tile_block;  // the same of the product with weights of 2 to 8 bits
+  bool intx_cut;          // whether its panel is to be cut, or to have ones, where rows have zero points (IntxPanel)
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   // The product with an int8 output, and the rows of its blocks by the number of weight tiles side by side, as they are
   // usually and at most; or null. fill_int8 writes its channels, and returns the greatest magnitude that a value can
