@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "aten/intx_rows.h"
@@ -42,12 +43,14 @@ at::Tensor embedding_intx(const at::Tensor& input, const at::Tensor& packed, int
   return rows_at(flat_indices(input), packed, s).to(output_dtype).reshape(sizes);
 }
 
-// Where each bag begins, and the end of the last one: int64 [bags + 1].
+// Where each bag begins, and the end of the last one: int64 [bags + 1], ascending within the indices whatever was given,
+// because the values are trusted to fit and not read here.
 at::Tensor bag_offsets(const at::Tensor& input, const OptTensor& offsets, int64_t bags, bool include_last_offset) {
   const at::TensorOptions options = input.options().dtype(at::kLong);
   if (!present(offsets)) return at::arange(bags + 1, options) * input.size(1);
   const at::Tensor given = offsets->to(at::kLong);
-  return include_last_offset ? given : at::cat({given, at::full({1}, input.numel(), options)});
+  const at::Tensor ends = include_last_offset ? given : at::cat({given, at::full({1}, input.numel(), options)});
+  return std::get<0>(at::cummax(ends.clamp(0, input.numel()), 0));
 }
 
 at::Tensor embedding_bag_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& offsets,
