@@ -17,6 +17,7 @@ from torchquant import (
     IntxWeightOnlyConfig,
 )
 from torchquant.graph.modules import tensor_bytes
+from torchquant.report.words import human_bytes
 from torchquant.nn import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedIntxLinear
 
 IDS = torch.tensor([[1, 99, 4], [4, 0, 7]])
@@ -78,7 +79,8 @@ def test_weight_only_configurations_quantize_embeddings(config: Any) -> None:
     assert report["tokens"].action == "quantized" and report["tokens"].shape == (200, 64)
     assert model.tokens.shared_weight is None
     assert close(model(IDS), expected)
-    assert report.bytes_after == tensor_bytes(model) < report.bytes_before / (8 if config == FOUR else 4) * 1.35
+    least = 5 if config == FOUR else 3.5  # rows of 64 values are short
+    assert report.bytes_after == tensor_bytes(model) < report.bytes_before / least
 
 
 def test_other_configurations_leave_embeddings() -> None:
@@ -171,25 +173,32 @@ def test_a_tied_head_shares_one_weight(config: Any) -> None:
     assert model.head.config == config and model.tokens.config.activations is None
     assert model.tokens.config.weights == config.weights
     assert report["head"].reason == "shares its weight with tokens"
-    assert report["tokens"].reason == ""
-    size = {32: "7.91 KiB", None: "14.2 KiB"}
-    (note,) = [note for note in report.notes if "tied" in note]
-    assert note.startswith("One quantized weight for tied layers: head with tokens; it saves ")
-    assert size
+    assert report["tokens"].reason == "shares its weight with head"
+    size = human_bytes(model.head.packed.nbytes)
+    assert report.notes == (
+        f"One quantized weight for tied layers, {size} less than a weight for each: tokens and "
+        "head.",
+    )
     assert close(model(IDS), expected)
     assert report.parameters == sum(p.numel() for p in Model(True).parameters())
     floats = 2 * 64 + (128 * 64 if config == DYNAMIC else 0)
     assert report.float_families.get("embeddings", 2 * 64) == floats
-    separate, _, _ = quantized(config, tie=False)
-    assert_same_bits(separate.tokens(IDS) if config != DYNAMIC else model.tokens(IDS), model.tokens(IDS))
+    table = QuantizedEmbedding.from_float(Model(True).tokens, model.tokens.config)
+    assert_same_bits(model.tokens(IDS), table(IDS))
 
 
 def test_int8_heads_keep_a_copy_of_their_own() -> None:
     """The packed format of QuantizedLinear has no rows to look up."""
     model, report, _ = quantized(Int8DynamicActivationInt8WeightConfig())
     assert type(model.tokens) is nn.Embedding
-    assert report["head"].reason == "untied from tokens.weight"
+    assert report["head"].reason == (
+        "shares its weight with tokens.weight; an integer copy would make the model larger than in "
+        "float"
+    )
     assert report.bytes_after <= report.bytes_before
+    model, report, _ = quantized(Int8DynamicActivationInt8WeightConfig(), filter_fn="[bh]*")
+    assert type(model.tokens) is nn.Embedding
+    assert report["head"].reason == "untied from tokens.weight"
 
 
 def test_what_the_arguments_exclude_is_not_tied() -> None:
@@ -315,10 +324,12 @@ def test_models_of_transformers(name: str, bits: int) -> None:
     left = sum(layer.parameters for layer in (*report.layers, *report.others) if layer.stays_float)
     wanted = 4 * left + (parameters - left) * (bits / 8 + 4 / 32)
     assert left < 0.06 * parameters
-    assert wanted <= report.bytes_after < 1.06 * wanted
+    assert wanted <= report.bytes_after < 1.1 * wanted  # rows of 128 values are short
     assert model.get_submodule(table).packed is model.get_submodule(head).packed
     tables = [model.get_submodule(n) for n in embeddings]
-    assert sum(isinstance(m, QuantizedEmbedding) for m in tables) >= len(tables) - 1 - (name == "t5")
+    assert sum(isinstance(m, QuantizedEmbedding) for m in tables) >= len(tables) - 1 - (
+        name == "t5"
+    )
     assert close(logits(model), expected, 0.999 if bits == 8 else 0.9)
     before = logits(model)
     model.tie_weights()

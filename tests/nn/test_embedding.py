@@ -258,8 +258,17 @@ def test_moves_keep_the_sharing() -> None:
     model._apply(torch.clone)  # every tensor becomes a new one
     assert_shared(model, expected)
     model["head"]._apply(torch.clone)  # only one of both
-    assert not is_shared_tensor(model)
-    model._apply(torch.clone)
+    assert_shared(model, expected)
+    head = copy.deepcopy(model["head"]).to("meta")
+    assert head.packed.is_meta and head.shared_weight is not model["head"].shared_weight
+    model["head"].to("meta")  # the embedding stays where it is
+    assert_same_bits(model["embedding"](IDS), expected[0])
+    state = model["embedding"].state_dict()
+    assert_same_bits(state["qweight"], model["embedding"].qweight)
+    model["head"].to_empty(device="cpu")
+    with torch.no_grad():
+        model["head"].bias.copy_(tied()["head"].bias)
+    model["embedding"].load_state_dict(state, assign=True)
     assert_shared(model, expected)
     model.bfloat16()
     assert is_shared(model) and model["embedding"](IDS).dtype == torch.bfloat16
@@ -267,10 +276,6 @@ def test_moves_keep_the_sharing() -> None:
     assert is_shared(model)
     model.to_empty(device="cpu")
     assert is_shared(model)
-
-
-def is_shared_tensor(model: Any) -> bool:
-    return model["embedding"].packed is model["head"].packed
 
 
 def test_state_dicts_hold_the_tensors_once() -> None:
@@ -361,8 +366,8 @@ def test_what_cannot_be_quantized(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_constructor() -> None:
     for arguments, message in (
-        ((0, 4), "num_embeddings must be a positive integer, got 0"),
-        ((4, 2.0), "embedding_dim must be a positive integer, got 2.0"),
+        ((0, 4), "num_embeddings must be an integer of at least 1, got 0"),
+        ((4, 2.0), "embedding_dim must be an integer of at least 1, got 2.0"),
         ((4, 4, 4), r"padding_idx must be from -4 to 3 \(num_embeddings = 4\), got 4"),
     ):
         with pytest.raises(ValueError, match=f"QuantizedEmbedding: {message}"):
@@ -393,5 +398,7 @@ def test_the_weight_is_read_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model["head"].weight = model["embedding"].weight  # tied already
+    with pytest.warns(UserWarning, match="the parameter that was assigned to it is ignored"):
+        quantized().weight = model["embedding"].weight  # of another weight
     with pytest.raises(TypeError, match="weight must not be assigned"):
-        quantized().weight = model["embedding"].weight
+        quantized().weight = torch.ones(50, 70)

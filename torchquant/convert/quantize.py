@@ -17,6 +17,7 @@ from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.regions import kept
 from torchquant.convert.selection import FilterFn, Selection, selection
+from torchquant.convert.tables import Shared
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
@@ -126,10 +127,11 @@ def quantize_(
         bytes_before = tensor_bytes(model)
         attention.commit()
         with kept(model):
-            rows = _carry_out(model, plan, chosen, bytes_before, progress)
+            shared = Shared(plan)
+            rows = _carry_out(model, plan, chosen, shared, bytes_before, progress)
             fusions = tuple(_fuse(model, plan, fusion))
     layers, others = account.filled(rows)
-    notes = (*_notes(model, plan, account, problems), *attention.notes())
+    notes = (*_notes(model, plan, account, problems), *shared.notes(), *attention.notes())
     return QuantizationReport(
         layers, bytes_before, tensor_bytes(model), notes, fusions, others=others
     )
@@ -168,13 +170,14 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
         refused = step.kind.config_refusal(step.config, step.module)
         return refused or step.kind.value_refusal(step.module)
 
-    return plan_layers(model, chosen, done, refusal)
+    return plan_layers(model, chosen, done, refusal, tables=True)
 
 
 def _carry_out(
     model: nn.Module,
     plan: list[Step],
     chosen: Selection[QuantizationConfig],
+    shared: Shared,
     bytes_before: int,
     progress: bool | None,
 ) -> list[LayerReport]:
@@ -202,6 +205,7 @@ def _carry_out(
             )
             rows[place] = step.skipped()
             continue
+        shared.share(step, new)
         # This releases the float weights now, not at the end of the plan.
         remarks = [step.untied, step.reads.remark if step.reads else ""]
         rows[place] = step.replaced(new, "quantized", "; ".join(filter(None, remarks)))
@@ -234,6 +238,6 @@ def _notes(
 ) -> Iterator[str]:
     yield from sentences(problems)
     yield from plan_notes(model, plan, account, "quantize")
-    untied = [step.name for step in plan if step.tied and not step.skip]
+    untied = [step.name for step in plan if step.tied and not step.skip and step.shares is None]
     if untied:
         yield untied_note(untied)

@@ -16,6 +16,8 @@ from torch import nn
 
 from torchquant.convert.selection import Selection
 from torchquant.graph.modules import memory_key
+from torchquant.nn.base import QuantizedModule
+from torchquant.nn.kinds import Kind
 from torchquant.nn.shared_weight import has_same_weight, share_weight
 from torchquant.nn.weight import INTX
 from torchquant.report.words import human_bytes
@@ -35,7 +37,7 @@ def weights_alone(config: Any) -> Any:
     return replace(config, activations=None, output=None) if is_dataclass(config) else config
 
 
-def take_part(steps: Sequence[Step], selection: Selection[Any]) -> list[Step]:
+def take_part(steps: Sequence[Step], selection: Selection[Any], tables: bool) -> list[Step]:
     """The steps without the float tables that the configurations do not concern.
 
     A table whose ``follows`` becomes true takes part for the sake of an output layer.
@@ -43,7 +45,10 @@ def take_part(steps: Sequence[Step], selection: Selection[Any]) -> list[Step]:
     Args:
         steps: a step for each layer of the model.
         selection: which layers to change, and their configurations.
+        tables: whether the verb changes float tables at all.
     """
+    if not tables:
+        return [step for step in steps if step.already or not step.kind.only_weights]
     tied = _by_weight(steps)
     only_weights = any(_is_for_tables(config) for config in selection.configs.values())
     kept = []
@@ -86,34 +91,36 @@ class Shared:
     """The layers of a plan that get one quantized weight together.
 
     Args:
-        steps: the plan, before it is carried out.
+        steps: the plan, before it is carried out; ``shares`` of their steps is set.
     """
 
     def __init__(self, steps: Iterable[Step]) -> None:
-        changed = [step for step in steps if step.skip is None and step.tied]
-        groups = [group for group in _by_weight(changed).values() if len(group) > 1]
-        self._groups = {id(step): group for group in groups for step in group}
+        groups: dict[Hashable, list[Step]] = {}
+        for step in steps:
+            if step.skip is None and step.tied and _has_rows(step.kind, step.config, step.module):
+                key = (_weight_key(step), step.config.weights, step.kind.weight_shape(step.module))
+                groups.setdefault(key, []).append(step)
+        self._groups = [group for group in groups.values() if len(group) > 1]
+        for group in self._groups:
+            for step in group:
+                step.shares = ", ".join(other.name for other in group if other is not step)
         self._bytes = 0
-        self._names: list[str] = []
 
     def share(self, step: Step, new: Any) -> None:
         """Let a new layer have the weight of a layer that is tied to it and was made before."""
-        for other in self._groups.get(id(step), ()):
-            made: Any = other.module
-            ready = other is not step and getattr(made, "packed", None) is not None
-            if ready and has_same_weight(made, new):
+        for group in self._groups:
+            made = [other.module for other in group if isinstance(other.module, QuantizedModule)]
+            if step in group and made and has_same_weight(made[0], new):
                 self._bytes += new.packed.nbytes
-                share_weight([made, new])
-                step.shares = other.name
-                self._names.append(f"{step.name} with {other.name}")
-                return
+                share_weight([made[0], new])
 
     def notes(self) -> Iterator[str]:
         """The note of the report on layers that share a weight."""
-        if self._names:
+        names = [" and ".join(step.name for step in group) for group in self._groups]
+        if names:
             yield (
-                f"One quantized weight for tied layers: {', '.join(self._names)}; it saves "
-                f"{human_bytes(self._bytes)} compared with a weight for each."
+                f"One quantized weight for tied layers, {human_bytes(self._bytes)} less than a "
+                f"weight for each: {'; '.join(names)}."
             )
 
 
@@ -128,7 +135,12 @@ def _looks_up_rows(head: Step, config: Any, selection: Selection[Any]) -> bool:
         return False
     if getattr(own, "weights", None) != getattr(config, "weights", own):
         return False
-    return bool(head.kind.layer_class(own, head.module).weight_format.name == INTX.name)
+    return _has_rows(head.kind, own, head.module)
+
+
+def _has_rows(kind: Kind, config: Any, module: nn.Module) -> bool:
+    """True if rows of the packed weight of the layer that is made can be looked up."""
+    return kind.layer_class(config, module).weight_format.name == INTX.name
 
 
 def _weight_key(step: Step) -> Hashable:

@@ -42,6 +42,7 @@ class EmbeddingTable(QuantizedModule):
     """
 
     weight_format: ClassVar[WeightFormat] = INTX
+    is_table: ClassVar[bool] = True
     float_class: ClassVar[type[nn.Module]]
     # ``sparse`` and ``scale_grad_by_freq`` concern the gradient of a float weight; to_float()
     # restores them.
@@ -176,7 +177,7 @@ class EmbeddingTable(QuantizedModule):
         """A float embedding with the values that the integers represent."""
         weight = self.dequantized()
         arguments = {name: getattr(self, name) for name in self.stored}
-        embedding = self.float_class(**arguments, _weight=weight, _freeze=False)
+        embedding = self.float_class(**arguments, _weight=weight)
         return embedding.train(self.training)
 
     def dequantized(self) -> Tensor:
@@ -184,6 +185,11 @@ class EmbeddingTable(QuantizedModule):
         integers, scale, zero_point = self.layout.unpack_integers(self.packed, self.weight_shape)
         zero = zero_point if self._has_zero_point else None
         return values_of(integers, scale, zero, self.config.weights).to(self.dtype)
+
+    @classmethod
+    def stored_value(cls, module: nn.Module, name: str) -> Any:
+        """The value that a file stores for an argument in ``stored``."""
+        return getattr(module, name)
 
     def probe(self, rows: int, generator: torch.Generator) -> Tensor:
         """``rows`` random indices on the CPU, used to test a changed layer."""

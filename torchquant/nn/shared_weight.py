@@ -71,6 +71,15 @@ class SharedWeight:
         present = self.packed
         return present if present is not old and present.device == device else None
 
+    def moved(self, old: Tensor, new: Tensor) -> None:
+        """A layer has replaced ``old`` by ``new``; on the same device, all layers do."""
+        if new is self.packed:
+            return
+        self.packed = new
+        for layer in self.members:
+            if layer.packed is old and old.device == new.device:
+                layer.take_packed(new)
+
     def replace(self, packed: Tensor) -> None:
         """Give all layers another packed weight."""
         self.packed = packed
