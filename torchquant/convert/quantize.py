@@ -34,7 +34,7 @@ def quantize_(
     fusion: Fusion | None = None,
     progress: bool | None = None,
 ) -> QuantizationReport:
-    """Quantize a model's linear layers and convolutions, in place.
+    """Quantize a model's linear layers, convolutions and embeddings, in place.
 
     Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks, or a
     :class:`torchquant.nn.QuantizedIntxLinear` if the configuration has weights of fewer bits or in
@@ -45,16 +45,25 @@ def quantize_(
     from other tensors, layers whose weight is read by another module, adapters that are being
     trained, layers too small to benefit, depthwise convolutions, which dynamic activations make no
     faster. Layers that are already quantized are left unchanged. Modules of other kinds (transposed
-    and three-dimensional convolutions, embeddings, recurrent layers, experts in one parameter,
-    norms) stay in float and are in the report's ``others``.
+    and three-dimensional convolutions, recurrent layers, experts in one parameter, norms) stay in
+    float and are in the report's ``others``.
 
     The projections of an ``nn.MultiheadAttention``, which keeps three of them in one parameter,
     become layers: a :class:`torchquant.nn.MultiheadAttention` takes its place, and
     :func:`torchquant.to_float_` puts the original class back. An ``nn.TransformerEncoderLayer``
     then runs its ordinary forward instead of its fused one, which reads float weights.
 
-    A weight that is shared with an embedding is untied: the layer gets its own int8 copy. If the
-    model would then be larger than in float, the layer stays in float, unless filter_fn selects it.
+    Embeddings have no activations. A configuration of weights alone, such as
+    :func:`torchquant.IntxWeightOnlyConfig`, therefore also applies to them: every ``nn.Embedding``
+    becomes a :class:`torchquant.nn.QuantizedEmbedding`, every ``nn.EmbeddingBag`` a
+    :class:`torchquant.nn.QuantizedEmbeddingBag`, so that the memory of the model falls as the bits
+    say. ``filter_fn="!*embed*"`` leaves them in float. Other configurations leave embeddings in
+    float, unless they are tied.
+
+    An embedding and an output layer that are tied get one quantized weight, if the output layer has
+    weights in groups, of fewer than 8 bits, or beside float activations, and the arguments exclude
+    neither. Otherwise they are untied: the output layer gets its own integer copy. If the model
+    would then be larger than in float, the layer stays in float, unless filter_fn selects it.
 
     The model may be on the CPU or on CUDA devices; each new layer is on the device of the old one.
 
@@ -77,7 +86,7 @@ def quantize_(
             the other layers. A function that raises an AttributeError for a layer does not select
             it: convolutions have no ``out_features``. A function is also called with the model
             itself, with the name "", and with modules of other kinds, if there are any: one that
-            selects an embedding and not the model itself asks for that embedding.
+            selects a module and not the model itself asks for that module.
         strict: if True, raise before anything is changed if something that was asked for cannot be
             done: a selected layer cannot be quantized, filter_fn selects a module of another kind
             or no layer at all, or a pattern matches nothing. False reports it.

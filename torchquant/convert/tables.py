@@ -9,11 +9,12 @@ another kind for the verb.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from torchquant.configs import QuantizationConfig
 from torchquant.convert.selection import Selection
 from torchquant.graph.modules import memory_key
 from torchquant.nn.base import QuantizedModule
@@ -25,7 +26,7 @@ from torchquant.report.words import human_bytes
 Step = Any  # torchquant.convert.plan.Step; that module imports this one
 
 
-def weights_alone(config: Any) -> Any:
+def weights_alone(config: QuantizationConfig) -> QuantizationConfig:
     """The configuration of a table whose weights ``config`` describes.
 
     Example:
@@ -34,7 +35,7 @@ def weights_alone(config: Any) -> Any:
         >>> weights_alone(config) == IntxWeightOnlyConfig(4, group_size=128)
         True
     """
-    return replace(config, activations=None, output=None) if is_dataclass(config) else config
+    return replace(config, activations=None, output=None)
 
 
 def take_part(steps: Sequence[Step], selection: Selection[Any], tables: bool) -> list[Step]:
@@ -48,7 +49,7 @@ def take_part(steps: Sequence[Step], selection: Selection[Any], tables: bool) ->
         tables: whether the verb changes float tables at all.
     """
     if not tables:
-        return [step for step in steps if step.already or not step.kind.only_weights]
+        return without_float_tables(steps)
     tied = _by_weight(steps)
     only_weights = any(_is_for_tables(config) for config in selection.configs.values())
     kept = []
@@ -67,6 +68,16 @@ def take_part(steps: Sequence[Step], selection: Selection[Any], tables: bool) ->
             if step.follows:
                 kept.append(step)
     return kept
+
+
+def without_float_tables(steps: Iterable[Step]) -> list[Step]:
+    """The steps without float tables.
+
+    Example:
+        >>> without_float_tables([])
+        []
+    """
+    return [step for step in steps if step.already or not step.kind.only_weights]
 
 
 def without_followers(steps: Sequence[Step]) -> list[Step]:

@@ -40,7 +40,7 @@ def refusal(module: nn.Module, float_class: type[nn.Module]) -> str | None:
     if "weight" not in module._parameters:
         return "weight computed from other tensors (weight_norm, spectral_norm, pruning)"
     weight = module._parameters["weight"]
-    if is_lazy(weight) or type(weight) is not nn.Parameter:
+    if weight is None or is_lazy(weight) or type(weight) is not nn.Parameter:
         return f"weight of type {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES.values():
         return f"weight of dtype {dtype_name(weight.dtype)}"
