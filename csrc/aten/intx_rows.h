@@ -32,7 +32,8 @@ struct Weight {
 
 inline Weight unpacked(const at::Tensor& packed, const IntxShape& s) {
   const int64_t at = bit_bytes(s), groups = s.groups();
-  const at::Tensor scale = packed.narrow(1, at, 4 * groups).contiguous().view(at::kFloat);
+  // A copy: floats must begin at a multiple of four bytes, and of a single row contiguous() would be the row itself.
+  const at::Tensor scale = packed.narrow(1, at, 4 * groups).clone(at::MemoryFormat::Contiguous).view(at::kFloat);
   const at::Tensor zero = s.has_zero ? packed.narrow(1, at + 4 * groups, groups).contiguous().view(at::kChar)
                                      : at::zeros({s.n, groups}, packed.options().dtype(at::kChar));
   return {from_bits(packed.narrow(1, 0, at), s), scale, zero};

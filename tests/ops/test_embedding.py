@@ -248,7 +248,7 @@ ROWS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "input must be int64 or int32, got int16 [4]; convert it with .to(torch.int64)",
     ),
     "too large": (
-        {"input": torch.tensor([[1, 6], [0, 9]])},
+        {"input": torch.tensor([1, 6, 0, 9])},
         IndexError,
         "input must hold indices from 0 to 5 (num_embeddings = 6), got 6",
     ),
