@@ -1,4 +1,4 @@
-"""Drawn calls of the operators on quantized embeddings, for tests on a GPU and on a CPU of those."""
+"""Drawn calls of the operators on embeddings, for tests on a GPU and on a CPU of those calls."""
 
 from typing import Any
 
