@@ -106,6 +106,13 @@ TORCHQUANT_OPERATOR(linear_static_intx,
                     Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&, int64_t,
                            int64_t, OptInt, bool, std::string_view, ScalarType, int64_t, int64_t));
 
+// embedding
+TORCHQUANT_OPERATOR(embedding_intx,
+                    Tensor(const Tensor&, const Tensor&, int64_t, int64_t, int64_t, OptInt, bool, ScalarType));
+TORCHQUANT_OPERATOR(embedding_bag_intx,
+                    Tensor(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, int64_t, int64_t, int64_t,
+                           OptInt, bool, std::string_view, OptInt, bool, ScalarType));
+
 // conv
 TORCHQUANT_OPERATOR(pack_conv_weight, Tensor(const Tensor&, int64_t));
 TORCHQUANT_OPERATOR(unpack_conv_weight, Tensor(const Tensor&, IntArrayRef, int64_t));

@@ -64,6 +64,20 @@ void define_operators(torch::Library& m) {
       "int out_features, int bits, int? group_size, bool has_zero_point=False, str activation=\"none\", "
       "ScalarType output_dtype=float, int input_qmin=-128, int input_qmax=127) -> Tensor");
 
+  // ---- embedding
+  // Rows of a weight [num_embeddings, embedding_dim] that pack_intx_weight stored; input: int64 or int32 indices of any
+  // shape.
+  m.def(
+      "embedding_intx(Tensor input, Tensor packed, int num_embeddings, int embedding_dim, int bits, "
+      "int? group_size=None, bool has_zero_point=False, ScalarType output_dtype=float) -> Tensor");
+  // Sums, means or maxima of rows: input [bags, N], or [N] with the offset of each bag (and, include_last_offset, the end
+  // of the last). per_sample_weights multiply the rows of a sum. Rows of the index padding_idx do not count.
+  m.def(
+      "embedding_bag_intx(Tensor input, Tensor packed, Tensor? offsets, Tensor? per_sample_weights, "
+      "int num_embeddings, int embedding_dim, int bits, int? group_size=None, bool has_zero_point=False, "
+      "str mode=\"mean\", int? padding_idx=None, bool include_last_offset=False, ScalarType output_dtype=float) -> "
+      "Tensor");
+
   // ---- conv
   // int8 [O, C / groups, kh, kw] or [O, C / groups, k] <-> the packed layout (csrc/formats/int8_conv.h); on CUDA int8
   // [O, (C / groups) * kh * kw].

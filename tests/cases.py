@@ -3,9 +3,9 @@
 ``cases("linear_dynamic")`` are calls with realistic arguments: every optional argument given and
 left out, every float type, empty and one-dimensional batches, with gradients and without. They come
 in any size. A new operator gets a function here, named as the operator (those of the convolutions
-are in tests/support/conv_cases.py, those on weights of few bits in tests/support/intx_cases.py);
-tests/ops/test_cases.py fails for an operator without one, and for an optional argument that no case
-gives.
+are in tests/support/conv_cases.py, those on weights of few bits in intx_cases.py and
+embedding_cases.py); tests/ops/test_cases.py fails for an operator without one, and for an optional
+argument that no case gives.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import support.conv_cases
+import support.embedding_cases
 import support.intx_cases
 import support.qat_intx_cases  # noqa: F401  (those in training)
 import torch

@@ -1,8 +1,4 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx: torchquant/functional/intx.py in ATen. A
-// packed row is the canonical one: its integers as a string of bits, then its scales (float32), then its zero points
-// (int8).
-//
-//   row n:  | bits of k = 0, 1, ...; the lowest first, two's complement | scales, 4 bytes each | zero points, 1 byte each |
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx: torchquant/functional/intx.py in ATen.
 #include <ATen/ATen.h>
 
 #include <optional>
@@ -10,6 +6,7 @@
 #include <tuple>
 
 #include "aten/activations.h"
+#include "aten/intx_rows.h"
 #include "aten/register.h"
 #include "aten/rows.h"
 #include "common/arithmetic.h"
@@ -19,11 +16,6 @@
 namespace torchquant::intx {
 namespace {
 
-int64_t bit_bytes(const IntxShape& s) { return ceil_div(s.k * s.bits, 8); }
-int64_t row_bytes(const IntxShape& s) { return bit_bytes(s) + s.groups() * (s.has_zero ? 5 : 4); }
-
-at::Tensor places(const at::Tensor& like, int64_t count) { return at::arange(count, like.options().dtype(at::kByte)); }
-
 // int8 [N, K] -> uint8 [N, bytes]
 at::Tensor to_bits(const at::Tensor& weight, const IntxShape& s) {
   const at::Tensor bytes = weight.contiguous().view(at::kByte).unsqueeze(-1);
@@ -31,18 +23,6 @@ at::Tensor to_bits(const at::Tensor& weight, const IntxShape& s) {
   const at::Tensor padded = at::constant_pad_nd(bits, {0, 8 * bit_bytes(s) - s.k * s.bits});
   return padded.reshape({s.n, bit_bytes(s), 8}).bitwise_left_shift(places(weight, 8)).sum(-1, false, at::kByte);
 }
-
-at::Tensor from_bits(const at::Tensor& bytes, const IntxShape& s) {
-  const at::Tensor bits = bytes.unsqueeze(-1).bitwise_right_shift(places(bytes, 8)).bitwise_and(1);
-  const at::Tensor integers = bits.reshape({s.n, -1}).narrow(1, 0, s.k * s.bits).reshape({s.n, s.k, s.bits});
-  const at::Tensor u = integers.bitwise_left_shift(places(bytes, s.bits)).sum(-1, false, at::kByte);
-  const int64_t middle = s.middle();  // of two's complement: (u ^ middle) - middle
-  return u.bitwise_xor(middle).to(at::kShort).sub_(middle).to(at::kChar);
-}
-
-struct Weight {
-  at::Tensor q, scale, zero;  // int8 [N, K], float32 and int8 [N, groups]
-};
 
 at::Tensor pack_intx_weight(const at::Tensor& weight, const at::Tensor& weight_scale,
                             const OptTensor& weight_zero_point, int64_t bits, std::optional<int64_t> group_size) {
@@ -54,15 +34,6 @@ at::Tensor pack_intx_weight(const at::Tensor& weight, const at::Tensor& weight_s
                                 weight_scale.reshape({s.n, s.groups()}).contiguous().view(at::kByte)};
   if (s.has_zero) parts.push_back(weight_zero_point->reshape({s.n, s.groups()}).contiguous().view(at::kByte));
   return at::cat(parts, 1);
-}
-
-Weight unpacked(const at::Tensor& packed, const IntxShape& s) {
-  const int64_t at = bit_bytes(s), groups = s.groups();
-  // A copy: floats must begin at a multiple of four bytes, and of a single row contiguous() would be the row itself.
-  const at::Tensor scale = packed.narrow(1, at, 4 * groups).clone(at::MemoryFormat::Contiguous).view(at::kFloat);
-  const at::Tensor zero = s.has_zero ? packed.narrow(1, at + 4 * groups, groups).contiguous().view(at::kChar)
-                                     : at::zeros({s.n, groups}, packed.options().dtype(at::kChar));
-  return {from_bits(packed.narrow(1, 0, at), s), scale, zero};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> unpack_intx_weight(const at::Tensor& packed, int64_t out_features,

@@ -12,13 +12,14 @@
 
 namespace torchquant {
 
+// rows, columns: what the operator calls N and K.
 inline IntxShape intx_shape(const char* op, int64_t n, int64_t k, int64_t bits, std::optional<int64_t> group_size,
-                            bool has_zero) {
+                            bool has_zero, const char* rows = "out_features", const char* columns = "in_features") {
   TORCH_CHECK_VALUE(2 <= bits && bits <= 8, op, ": bits must be from 2 to 8, got ", bits);
-  TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": in_features must be between 1 and ", kMaxK, ", got ", k);
-  TORCH_CHECK_VALUE(n >= 1 && n <= kMaxN, op, ": out_features must be between 1 and ", kMaxN, ", got ", n);
+  TORCH_CHECK_VALUE(k >= 1 && k <= kMaxK, op, ": ", columns, " must be between 1 and ", kMaxK, ", got ", k);
+  TORCH_CHECK_VALUE(n >= 1 && n <= kMaxN, op, ": ", rows, " must be between 1 and ", kMaxN, ", got ", n);
   TORCH_CHECK_VALUE(!group_size || (1 <= *group_size && *group_size <= k), op,
-                    ": group_size must be None (one scale per output channel) or between 1 and in_features = ", k,
+                    ": group_size must be None (one scale per output channel) or between 1 and ", columns, " = ", k,
                     ", got ", group_size.value_or(0));
   const IntxShape shape{n, k, bits, group_size.value_or(0), has_zero};
   TORCH_CHECK_VALUE(shape.group() <= intx_most_inputs(bits), op, ": a scale must have at most ", intx_most_inputs(bits),

@@ -6,16 +6,13 @@
 
 #include <tuple>
 
-#include "common/intx_arguments.h"
-#include "core/torchquant_intx.h"
 #include "cpu/core_call.h"
+#include "cpu/intx.h"
 #include "cpu/output.h"
 #include "operators.h"
 
 namespace torchquant::intx {
 namespace {
-
-tq_intx_shape core_shape(const IntxShape& s) { return {s.n, s.k, s.bits, s.group_size, s.has_zero}; }
 
 void check_integers(const char* op, const char* name, const at::Tensor& t, const IntxShape& s) {
   if (s.bits == 8) return;
@@ -43,17 +40,6 @@ at::Tensor pack_intx_weight(const at::Tensor& weight, const at::Tensor& weight_s
                             shape.has_zero ? zero.const_data_ptr<int8_t>() : nullptr, &core,
                             packed.mutable_data_ptr<uint8_t>(), &kTorchThreads));
   return packed;
-}
-
-void check_packed(const char* op, const at::Tensor& packed, const IntxShape& shape) {
-  check_intx_packed(op, packed, num_tiles(shape.n), shape.tile_bytes());
-  const uint8_t* tile = packed.const_data_ptr<uint8_t>();
-  const int32_t* header = intx_header(tile, shape);
-  TORCH_CHECK_VALUE(is_intx_tile_of(tile, shape), op, ": packed was made for out_features = ", header[1],
-                    ", in_features = ", header[2], ", bits = ", header[3], ", group_size = ", header[4], " (layout ",
-                    header[0], "), but this call has out_features = ", shape.n, ", in_features = ", shape.k,
-                    ", bits = ", shape.bits, ", group_size = ", shape.group_size, " (layout ", kIntxVersion,
-                    "); pack the weight again with pack_intx_weight");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> unpack_intx_weight(const at::Tensor& packed, int64_t out_features,

@@ -12,6 +12,7 @@
 #include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/depthwise.h"
+#include "kernels/embedding.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/image.h"
 #include "kernels/intx.h"
@@ -34,6 +35,8 @@ namespace torchquant {
   KERNEL(quantize_pack_intx, const QuantizePackIntxArgs&, int64_t tile0, int64_t tile1)    \
   KERNEL(intx_rows, const IntxRowsArgs&, int64_t m0, int64_t m1)                           \
   KERNEL(intx_gemm, const IntxArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
+  KERNEL(embedding_rows, const EmbeddingArgs&, int64_t first, int64_t last)                \
+  KERNEL(embedding_bags, const EmbeddingArgs&, int64_t first, int64_t last)                \
   KERNEL(quantize_span, const SpanArgs&)                                                   \
   KERNEL(dequantize_span, const SpanArgs&)                                                 \
   KERNEL(activate_span, const ActivationArgs&)                                             \

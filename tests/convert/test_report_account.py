@@ -156,7 +156,12 @@ def test_shares_add_up_in_training(make: Callable[[], nn.Module]) -> None:
 ROWS = {
     "convolutions": ("0", "convolutions", "ConvTranspose2d, no integer path yet"),
     "recurrent": ("0", "recurrent layers", "LSTM, no integer path yet"),
-    "embeddings": ("1", "embeddings", "EmbeddingBag, no integer path yet"),
+    "embeddings": (
+        "1",
+        "embeddings",
+        "EmbeddingBag; only configurations of weights alone, such as IntxWeightOnlyConfig(), "
+        "quantize it",
+    ),
     "experts": ("1", "experts", "Experts, no integer path yet: gate_up_proj, down_proj"),
     "other_attention": (
         "0",

@@ -59,7 +59,8 @@ def named(name: str) -> Callable[[dict[str, Any], Any], None]:
         (weights(symmetric=False), "missing 0.qweight_zero_point"),
         (
             entry(kind="conv7d"),
-            "kind of layer must be one of linear, conv1d, conv2d, got 'conv7d'; the file may be",
+            "kind of layer must be one of linear, conv1d, conv2d, embedding, embedding_bag, got "
+            "'conv7d'; the file may be",
         ),
         (entry(kind=[]), "the entry of layer '0' is not valid"),
         (entry(format="int3"), "weight format must be 'int8', got 'int3'; the file may be from a"),

@@ -39,7 +39,12 @@ TOLD_BY_THE_WEIGHT = {
     "linear_static": {"out_features"},
     "conv_dynamic": {"weight_shape"},
     "conv_static": {"weight_shape"},
-} | {operator: {"out_features", "has_zero_point"} for operator in PACKED_INTX}
+} | {
+    operator: {"out_features", "has_zero_point"}
+    if operator.startswith("linear")
+    else {"num_embeddings", "embedding_dim", "has_zero_point"}
+    for operator in PACKED_INTX
+}
 # Arguments of the specification only: an oracle's precision, the bits of linear_dynamic, and what
 # a packed weight of 2 to 8 bits holds.
 ONLY_IN_THE_SPECIFICATION = {

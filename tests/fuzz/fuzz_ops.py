@@ -125,7 +125,7 @@ class Arguments:
         if "dtype" in name:
             usual = DTYPES[3:5] if self.operator == "quantize" else DTYPES[:3]
             return draw.choice(ODD_DTYPES if self.is_odd() else usual)
-        if kind == "str" and not self.is_odd():
+        if kind == "str" and fitting in ACTIVATIONS and not self.is_odd():
             return draw.choice(TEXTS[:2] if self.one_in(2) else ACTIVATIONS)
         if kind == "bool":
             return draw.choice((True, False))

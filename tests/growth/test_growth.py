@@ -374,7 +374,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
         torchquant.load(path, model)
     with monkeypatch.context() as patched:
         patched.setattr(table, "_added", [])
-        with pytest.raises(ValueError, match="must be one of linear, conv1d, conv2d, got 'scaled'"):
+        with pytest.raises(ValueError, match="embedding, embedding_bag, got 'scaled'"):
             torchquant.load(path, Model())
 
 

@@ -3,6 +3,7 @@
 // Arguments: how many times (1), the seed (0), "threads" for threads that run at once.
 #include <array>
 
+#include "core_embedding_case.h"
 #include "core_intx_case.h"
 #include "core_layer_case.h"
 #include "core_linear_case.h"
@@ -36,6 +37,7 @@ constexpr Kind kKinds[] = {
     {"quantize_pack", 60, check_core_quantize_pack},
     {"intx", 60, check_core_intx},
     {"quantize_pack_intx", 60, check_core_quantize_pack_intx},
+    {"embedding", 60, check_core_embedding},
     {"affine", 150, check_core_affine},
     {"activation", 150, check_core_activation},
     {"norm", 100, check_core_norm},

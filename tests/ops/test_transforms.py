@@ -25,7 +25,9 @@ CONV_WEIGHT, CONV_SHAPE = integers(N, 2, 3), [N, 2, 3]
 CONV, SAMPLES = ops.pack_conv_weight(CONV_WEIGHT, 1), floats(B, 2, M, seed=5)
 SIZES = (CONV_SHAPE, [2], [1, 0], [1], 1)  # weight_shape, stride, padding, dilation, groups
 FEW_BITS, GROUP_SCALE = WEIGHT >> 4, positive(N, 2, seed=7)  # 4 bits, groups of 32 inputs
+ROWS, ENDS = torch.tensor([3, 0, N - 1, 3, 7]), torch.tensor([0, 2, 2])  # of bags
 INTX, INTX_SIZES = ops.pack_intx_weight(FEW_BITS, GROUP_SCALE, bits=4, group_size=32), (N, 4, 32)
+TABLE = (N, K, 4, 32)
 
 Call = Callable[..., Any]
 
@@ -55,6 +57,10 @@ DIFFERENTIABLE: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
     "linear_static_intx": (
         lambda x, b: OPS.linear_static_intx(x, STEP, ZERO, INTX, b, *INTX_SIZES, False, "silu"),
         (X, BIAS),
+    ),
+    "embedding_bag_intx": (
+        lambda w: OPS.embedding_bag_intx(ROWS, INTX, ENDS, w, *TABLE, mode="sum", padding_idx=7),
+        (floats(5, seed=8),),
     ),
     "conv_dynamic": (
         lambda x, b: OPS.conv_dynamic(x, CONV, SCALE, b, *SIZES, True, "gelu"),
@@ -107,6 +113,7 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
         FEW_BITS,
     ),
     "unpack_intx_weight": (lambda p: OPS.unpack_intx_weight(p, N, K, 4, 32), INTX),
+    "embedding_intx": (lambda i: OPS.embedding_intx(i, INTX, *TABLE), ROWS),
     "pack_conv_weight": (lambda w: OPS.pack_conv_weight(w, 1), CONV_WEIGHT),
     "unpack_conv_weight": (lambda p: OPS.unpack_conv_weight(p, CONV_SHAPE, 1), CONV),
     "int8_mm": (lambda q: OPS.int8_mm(q, PACKED, N), integers(M, K)),
@@ -368,6 +375,7 @@ def test_rows_are_one_call() -> None:
 
     for name, calls in (
         *(("linear_dynamic", 1), ("linear_dynamic_intx", 1), ("linear_static_intx", 1)),
+        *(("embedding_intx", 1), ("embedding_bag_intx", B)),
         *(("rms_norm", 1), ("minmax", B)),
     ):
         call, arguments = next((call, a) for found, call, a in everything() if found == name)

@@ -94,7 +94,7 @@ def find_pairs(model: nn.Module, region: Region) -> tuple[list[Pair], dict[str, 
     pairs: list[Pair] = []
     reasons: dict[str, str] = {}
     for index, call in enumerate(region.trace.calls):
-        if call.kind != "module" or kind_of(finder.module(call)) is None:
+        if call.kind != "module" or not has_channels(finder.module(call)):
             continue
         found = finder.partner(index)
         if isinstance(found, Pair):
@@ -144,7 +144,18 @@ def is_float_layer(module: nn.Module) -> bool:
         (True, False)
     """
     kind = kind_of(module)
-    return kind is not None and type(module) in kind.float_types
+    return kind is not None and has_channels(module) and type(module) in kind.float_types
+
+
+def has_channels(module: nn.Module) -> bool:
+    """True for a layer of a kind that computes with channels; embeddings look rows up.
+
+    Example:
+        >>> has_channels(nn.Linear(1, 1)), has_channels(nn.Embedding(1, 1))
+        (True, False)
+    """
+    kind = kind_of(module)
+    return kind is not None and not kind.only_weights
 
 
 def dimensions(layer: nn.Module) -> int:
@@ -190,7 +201,7 @@ class _Finder:
             if place == len(calls):
                 return "the model returns its output"
             call = calls[place]
-            if call.kind == "module" and kind_of(self.module(call)) is not None:
+            if call.kind == "module" and has_channels(self.module(call)):
                 second = self.module(call)
                 reason = self._unsuited(second)
                 if reason is not None:

@@ -14,6 +14,7 @@ from torchquant.algorithms.consecutive import (
     Pair,
     dimensions,
     find_pairs,
+    has_channels,
     is_float_layer,
 )
 from torchquant.algorithms.scaling import (
@@ -25,7 +26,6 @@ from torchquant.algorithms.scaling import (
 from torchquant.convert.calibration_hooks import prepared_layers
 from torchquant.convert.regions import find, regions_in
 from torchquant.graph.regions import Region
-from torchquant.nn.kinds import kind_of
 from torchquant.report.base import Report, RowReport
 from torchquant.report.progress import track
 
@@ -191,7 +191,7 @@ def equalize_(
             follow = next(pair.second for pair in pairs if pair.first == name)
             row = ("equalized", f"with {follow}", spreads[name], layers[name].spread())
             rows.append(EqualizedLayer(name, type(module).__name__, *row))
-        elif kind_of(module) is not None:
+        elif has_channels(module):
             reason = reasons.get(name, "no recorded forward calls it")
             rows.append(EqualizedLayer(name, type(module).__name__, "left", reason))
     return EqualizationReport(tuple(rows), (), difference)

@@ -178,6 +178,9 @@ def IntxWeightOnlyConfig(
     The layers multiply floats: each integer is converted in a register.
     :func:`Int8DynamicActivationIntxWeightConfig` is faster for many rows.
 
+    It applies to embeddings, too: each row of a table is an output channel; see
+    :func:`torchquant.quantize_`.
+
     Args:
         bits: 2 to 8 bits of a weight.
         group_size: the inputs of an output channel that share a scale; the last group may be
@@ -200,6 +203,8 @@ def IntxWeightOnlyConfig(
 
 def Int8WeightOnlyConfig(group_size: int | None = None) -> QuantizationConfig:
     """int8 weights with one scale per output channel, or per group; activations stay float.
+
+    It applies to embeddings, too; see :func:`torchquant.quantize_`.
 
     Args:
         group_size: see :func:`IntxWeightOnlyConfig`; None is one scale per output channel.

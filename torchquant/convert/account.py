@@ -17,10 +17,11 @@ from torch.nn.parameter import is_lazy
 from torchquant.convert.families import family_of, other_library
 from torchquant.graph.modules import memory_key
 from torchquant.nn.base import QuantizedModule
-from torchquant.nn.kinds import weight_shape
+from torchquant.nn.kinds import kind_of, weight_shape
 from torchquant.report import NORMS, LayerReport
 
 _NO_PATH = "no integer path yet"
+_TABLES = "only configurations of weights alone, such as IntxWeightOnlyConfig(), quantize it"
 
 
 @dataclass
@@ -62,6 +63,9 @@ class Other:
             "experts": f"{kind}, {_NO_PATH}: {names}",
             "attention in_proj": f"{kind}'s {names}, {_NO_PATH}",
         }.get(self.family, f"{kind}, {_NO_PATH}")
+        known = kind_of(self.module)
+        if known is not None and known.only_weights and known.refusal(self.module) is None:
+            text = f"{kind}; {_TABLES}"
         if any(is_lazy(p) for p in self.parameters.values()):
             text += "; has no shape before the first call"
         return f"{text}; selected by filter_fn" if self.asked and not self.is_norm else text
@@ -158,7 +162,9 @@ def account_of(model: nn.Module, layers: Sequence[nn.Module]) -> Account:
         if id(module) in places:
             owner, prefix = places[id(module)], ""
             if isinstance(module, QuantizedModule) and module._parameters.get("weight") is None:
-                add(("integers", owner), prod(weight_shape(module)), owner)
+                shared = module.shared_weight
+                key = ("integers", owner) if shared is None else ("shared integers", id(shared))
+                add(key, prod(weight_shape(module)), owner)
         elif owner is None and other_library(module) is not None:
             owner = other(module)
         for name, parameter in module._parameters.items():

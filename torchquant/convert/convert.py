@@ -20,6 +20,7 @@ from torchquant.convert.plan import Step, check_model, find_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.ranges import Calibrated, calibrated
 from torchquant.convert.regions import Ranges, kept, quantize, ranges, region_reports, remembered
+from torchquant.convert.tables import without_float_tables
 from torchquant.convert.training_regions import check_loaded
 from torchquant.convert.unreached import (
     UNREACHED,
@@ -96,7 +97,7 @@ def convert_(
     """
     check_model("convert_", model, trained=_BARE)
     fusion = check_fusion("convert_", fusion)
-    plan = find_layers(model)
+    plan = without_float_tables(find_layers(model))
     check_loaded(model)
     observed, refused = ranges(model), remembered(model)
     steps = _prepared_steps(plan, observed)

@@ -74,7 +74,7 @@ def no_layers(done: str) -> str:
         >>> no_layers("quantize")
         'The model has no linear, conv1d or conv2d layers; there was nothing to quantize.'
     """
-    *names, last = (kind.name for kind in kinds())
+    *names, last = (kind.name for kind in kinds() if not kind.only_weights)
     return f"The model has no {', '.join(names)} or {last} layers; there was nothing to {done}."
 
 

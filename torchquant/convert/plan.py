@@ -18,6 +18,7 @@ from torchquant.convert.adapters import adapter_reasons
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.families import other_library
 from torchquant.convert.selection import Selection
+from torchquant.convert.tables import take_part, weights_alone, without_followers
 from torchquant.graph.held import Held, held_modules
 from torchquant.graph.modules import (
     memory_key,
@@ -61,6 +62,8 @@ class Step:
     tied: bool = False
     tied_to: list[str] = field(default_factory=list)  # other parameters with the weight's memory
     bias_tied_to: list[str] = field(default_factory=list)
+    follows: bool = False  # a table that is changed for the sake of the output layer tied to it
+    shares: str | None = None  # the tied layer whose quantized weight it has
     held: list[Held] = field(default_factory=list)  # references from plain Python objects
     kept: list[str] = field(default_factory=list)  # those that still hold the old layer
 
@@ -82,7 +85,9 @@ class Step:
 
     @property
     def untied(self) -> str:
-        """The remark on a layer that does not share its weight any more; empty if it never did."""
+        """The remark on a layer that shared its weight in float; empty if it never did."""
+        if self.shares is not None:
+            return f"shares its weight with {self.shares}"
         return f"untied from {', '.join(self.tied_to)}" if self.tied else ""
 
     def remark(self, done: str = "") -> str:
@@ -204,7 +209,12 @@ def check_model(
 
 
 def plan_layers(
-    model: nn.Module, selection: Selection[Any], done: Reason, refusal: Reason
+    model: nn.Module,
+    selection: Selection[Any],
+    done: Reason,
+    refusal: Reason,
+    *,
+    tables: bool = False,
 ) -> list[Step]:
     """Return a step for each layer of a model that belongs to a kind, in the order of the modules.
 
@@ -216,6 +226,7 @@ def plan_layers(
             unchanged, or None.
         refusal: takes the step of a float layer; returns the reason why it cannot be changed, or
             None.
+        tables: whether the verb changes float embeddings.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
@@ -226,7 +237,7 @@ def plan_layers(
         [('0', None), ('1', 'too small to benefit')]
     """
     read, reads = _read_elsewhere(model), weight_reads(model)
-    steps = find_layers(model)
+    steps = take_part(find_layers(model), selection, tables)
     adapters = adapter_reasons(model, (step.module for step in steps))
     pairs = [(step.module, step.names) for step in steps]
     marked = [id(step.module) in adapters for step in steps]
@@ -251,6 +262,8 @@ def plan_layers(
         if step.leave:
             step.asked = False
             continue
+        if step.follows:
+            step.config = weights_alone(step.config)
         in_particular = selection.filter.chooses or selection.named_in_full(step.names)
         step.refusal = other_library(module) or read.get(id(module)) or refusal(step)
         if step.refusal is None and step.reads is not None and step.reads.changes:
@@ -262,7 +275,7 @@ def plan_layers(
             step.small = step.leave is not None
     if unfit and len(unfit) == sum(not step.already for step in steps):
         raise unfit[0]  # no layer has the attribute: the filter is wrong
-    return steps
+    return without_followers(steps)
 
 
 def find_layers(model: nn.Module, classes: Classes = nn.Module) -> list[Step]:

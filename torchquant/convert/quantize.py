@@ -17,6 +17,7 @@ from torchquant.convert.plan import Step, check_model, check_strict, plan_layers
 from torchquant.convert.projections import group_projections
 from torchquant.convert.regions import kept
 from torchquant.convert.selection import FilterFn, Selection, selection
+from torchquant.convert.tables import Shared
 from torchquant.graph.modules import tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.report import FusionReport, LayerReport, QuantizationReport
@@ -33,7 +34,7 @@ def quantize_(
     fusion: Fusion | None = None,
     progress: bool | None = None,
 ) -> QuantizationReport:
-    """Quantize a model's linear layers and convolutions, in place.
+    """Quantize a model's linear layers, convolutions and embeddings, in place.
 
     Every ``nn.Linear`` becomes a :class:`torchquant.nn.QuantizedLinear` with the same hooks, or a
     :class:`torchquant.nn.QuantizedIntxLinear` if the configuration has weights of fewer bits or in
@@ -44,16 +45,25 @@ def quantize_(
     from other tensors, layers whose weight is read by another module, adapters that are being
     trained, layers too small to benefit, depthwise convolutions, which dynamic activations make no
     faster. Layers that are already quantized are left unchanged. Modules of other kinds (transposed
-    and three-dimensional convolutions, embeddings, recurrent layers, experts in one parameter,
-    norms) stay in float and are in the report's ``others``.
+    and three-dimensional convolutions, recurrent layers, experts in one parameter, norms) stay in
+    float and are in the report's ``others``.
 
     The projections of an ``nn.MultiheadAttention``, which keeps three of them in one parameter,
     become layers: a :class:`torchquant.nn.MultiheadAttention` takes its place, and
     :func:`torchquant.to_float_` puts the original class back. An ``nn.TransformerEncoderLayer``
     then runs its ordinary forward instead of its fused one, which reads float weights.
 
-    A weight that is shared with an embedding is untied: the layer gets its own int8 copy. If the
-    model would then be larger than in float, the layer stays in float, unless filter_fn selects it.
+    Embeddings have no activations. A configuration of weights alone, such as
+    :func:`torchquant.IntxWeightOnlyConfig`, therefore also applies to them: every ``nn.Embedding``
+    becomes a :class:`torchquant.nn.QuantizedEmbedding`, every ``nn.EmbeddingBag`` a
+    :class:`torchquant.nn.QuantizedEmbeddingBag`, so that the memory of the model falls as the bits
+    say. ``filter_fn="!*embed*"`` leaves them in float. Other configurations leave embeddings in
+    float, unless they are tied.
+
+    An embedding and an output layer that are tied get one quantized weight, if the output layer has
+    weights in groups, of fewer than 8 bits, or beside float activations, and the arguments exclude
+    neither. Otherwise they are untied: the output layer gets its own integer copy. If the model
+    would then be larger than in float, the layer stays in float, unless filter_fn selects it.
 
     The model may be on the CPU or on CUDA devices; each new layer is on the device of the old one.
 
@@ -76,7 +86,7 @@ def quantize_(
             the other layers. A function that raises an AttributeError for a layer does not select
             it: convolutions have no ``out_features``. A function is also called with the model
             itself, with the name "", and with modules of other kinds, if there are any: one that
-            selects an embedding and not the model itself asks for that embedding.
+            selects a module and not the model itself asks for that module.
         strict: if True, raise before anything is changed if something that was asked for cannot be
             done: a selected layer cannot be quantized, filter_fn selects a module of another kind
             or no layer at all, or a pattern matches nothing. False reports it.
@@ -126,10 +136,11 @@ def quantize_(
         bytes_before = tensor_bytes(model)
         attention.commit()
         with kept(model):
-            rows = _carry_out(model, plan, chosen, bytes_before, progress)
+            shared = Shared(plan)
+            rows = _carry_out(model, plan, chosen, shared, bytes_before, progress)
             fusions = tuple(_fuse(model, plan, fusion))
     layers, others = account.filled(rows)
-    notes = (*_notes(model, plan, account, problems), *attention.notes())
+    notes = (*_notes(model, plan, account, problems), *shared.notes(), *attention.notes())
     return QuantizationReport(
         layers, bytes_before, tensor_bytes(model), notes, fusions, others=others
     )
@@ -168,13 +179,14 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
         refused = step.kind.config_refusal(step.config, step.module)
         return refused or step.kind.value_refusal(step.module)
 
-    return plan_layers(model, chosen, done, refusal)
+    return plan_layers(model, chosen, done, refusal, tables=True)
 
 
 def _carry_out(
     model: nn.Module,
     plan: list[Step],
     chosen: Selection[QuantizationConfig],
+    shared: Shared,
     bytes_before: int,
     progress: bool | None,
 ) -> list[LayerReport]:
@@ -202,6 +214,7 @@ def _carry_out(
             )
             rows[place] = step.skipped()
             continue
+        shared.share(step, new)
         # This releases the float weights now, not at the end of the plan.
         remarks = [step.untied, step.reads.remark if step.reads else ""]
         rows[place] = step.replaced(new, "quantized", "; ".join(filter(None, remarks)))
@@ -234,6 +247,6 @@ def _notes(
 ) -> Iterator[str]:
     yield from sentences(problems)
     yield from plan_notes(model, plan, account, "quantize")
-    untied = [step.name for step in plan if step.tied and not step.skip]
+    untied = [step.name for step in plan if step.tied and not step.skip and step.shares is None]
     if untied:
         yield untied_note(untied)

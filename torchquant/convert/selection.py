@@ -141,6 +141,13 @@ class Selection(Generic[Config]):
                 return pattern, config, reason
         return None, None, "no pattern of config matches"
 
+    def config_for(self, names: Sequence[str]) -> Config | None:
+        """The configuration of a layer with these names, as a question: nothing is recorded."""
+        for pattern, config in self.configs.items():
+            if pattern is None or _any_match(names, [pattern]):
+                return config
+        return None
+
     def named_in_full(self, names: Sequence[str]) -> bool:
         """True if a key of the configurations is the layer's name, without a wildcard."""
         return any(name in self.configs for name in names)

@@ -9,6 +9,7 @@ from torchquant.convert.calibration_hooks import hook_of, release
 from torchquant.convert.notes import kept_notes
 from torchquant.convert.plan import check_model, find_layers
 from torchquant.convert.regions import forget
+from torchquant.convert.tables import tied_again
 from torchquant.graph.modules import owners_by_module, tensor_bytes
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.folded_norm import FoldedNorm, restore_norms
@@ -70,6 +71,7 @@ def to_float_(model: nn.Module) -> QuantizationReport:
                 "the layer by its to_float() and the activation"
             )
     new_layers = {id(step.module): step.module.to_float() for step in steps}  # type: ignore[operator]
+    tied_again((step.module, new_layers[id(step.module)]) for step in steps)
     owners = owners_by_module(model)
     bytes_before = tensor_bytes(model)
     rows = []  # from here on the model changes; nothing can fail

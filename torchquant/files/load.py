@@ -24,7 +24,7 @@ from torchquant.files.places import (
     norm_places,
 )
 from torchquant.files.regions import new_regions
-from torchquant.files.ties import as_tied
+from torchquant.files.ties import as_tied, share_again
 from torchquant.files.undo import undoing
 from torchquant.graph.held import held_modules
 from torchquant.graph.modules import owners_by_module, replace_module
@@ -106,6 +106,7 @@ def load(
     for old, new in replaced:  # nothing can fail any more
         for reference in held.get(id(old), ()):
             reference.replace(new)
+    share_again(model, header["aliases"])
     for region in regions:
         region.settle()
         install(region)

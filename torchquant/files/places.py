@@ -40,7 +40,7 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
         there = isinstance(old, kind.classes)
         if entry.get("dtype", "") is None and old is not None:
             entry["dtype"] = _dtype_of(old)
-        if there and layer_entry(old) == entry:  # type: ignore[arg-type]
+        if there and layer_entry(old) == entry and not _is_tied(old):  # type: ignore[arg-type]
             continue
         if old is None or name == "" or not (there or _is_float(old, kind)):
             found = "nothing" if old is None else type(old).__name__
@@ -56,6 +56,11 @@ def new_layers(header: dict[str, Any], model: nn.Module) -> list[tuple[nn.Module
         elif entries[id(old)] != entry:
             raise Misfit(f"{name!r} is a separate layer in the file, a shared layer in the model")
     return made
+
+
+def _is_tied(module: Any) -> bool:
+    """True for a quantized layer that shares its weight with others, maybe not so in the file."""
+    return module.shared_weight is not None
 
 
 def _is_float(module: nn.Module, kind: Kind) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchquant.graph.modules import memory_key
 from torchquant.nn.base import QuantizedModule
+from torchquant.nn.shared_weight import share_weight
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,16 +80,33 @@ def _qweights_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def _repeated_qweights(model: nn.Module) -> dict[str, str]:
-    """Aliases of layers that are registered twice, whose weight is unpacked for each name."""
+    """Aliases of layers that share a weight or are registered twice, which is unpacked for each."""
     first_name: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
-            first = first_name.setdefault(id(module), name)
+            shared = module.shared_weight  # of tied layers
+            first = first_name.setdefault(id(module if shared is None else shared), name)
             if first != name:
                 for key in module.layout.tensors:
                     aliases[f"{name}.{key}"] = f"{first}.{key}"
     return aliases
+
+
+def share_again(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Let layers have one quantized weight if the file stores their integers once.
+
+    Args:
+        model: the model that was loaded.
+        aliases: the keys of shared tensors in the file, each with the key of the tensor.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for key, source in aliases.items():
+        layer, first = (modules.get(name.rpartition(".")[0]) for name in (key, source))
+        if key.rpartition(".")[2] != "qweight" or layer is first:
+            continue
+        if isinstance(layer, QuantizedModule) and isinstance(first, QuantizedModule):
+            share_weight([first, layer])
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

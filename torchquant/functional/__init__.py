@@ -9,6 +9,7 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.linear`: linear layers on float or integer input
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
 * :mod:`~torchquant.functional.intx`: weights of 2 to 8 bits, per channel and in groups
+* :mod:`~torchquant.functional.embedding`: rows of quantized tables, and sums of rows
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
 * :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
@@ -38,6 +39,7 @@ from torchquant.functional.affine import dequantize, quantize, quantize_per_toke
 from torchquant.functional.attention import attention
 from torchquant.functional.bias import quantize_bias, shift_bias
 from torchquant.functional.conv import conv_dynamic, conv_static
+from torchquant.functional.embedding import embedding_bag_intx, embedding_intx
 from torchquant.functional.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -112,6 +114,8 @@ __all__ = [
     "conv_dynamic",
     "conv_static",
     "dequantize",
+    "embedding_bag_intx",
+    "embedding_intx",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_learned_backward",

@@ -3,6 +3,7 @@
 from torchquant.nn.activation import Activation
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
+from torchquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from torchquant.nn.fused import FusedActivation
 from torchquant.nn.intx_linear import QuantizedIntxLinear
 from torchquant.nn.kinds import Kind, kind_of, register
@@ -26,6 +27,8 @@ __all__ = [
     "QATLinear",
     "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedIntxLinear",
     "QuantizedLinear",
     "QuantizedModule",

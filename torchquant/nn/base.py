@@ -60,6 +60,8 @@ class QuantizedModule(PackedState):
     # The activation functions that ``forward`` applies if ``activation`` names them; verbs fuse
     # only these.
     fused_activations: ClassVar[tuple[str, ...]] = ()
+    # True for an embedding, which looks up rows of its weight.
+    is_table: ClassVar[bool] = False
     # The class that computes several layers of this kind on one input in one call, or None. Its
     # obstacle(members) returns the reason why members cannot be grouped; join() adds a member.
     group_type: ClassVar[Any] = None

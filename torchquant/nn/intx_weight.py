@@ -60,8 +60,12 @@ def weights_refusal(config: QuantizationConfig, what: str) -> str | None:
     return f"{what} weights need PerAxis(0) or PerGroup(group_size), not {granularity}"
 
 
-def shape_refusal(config: QuantizationConfig, shape: Sequence[int]) -> str | None:
+def shape_refusal(
+    config: QuantizationConfig, shape: Sequence[int], inputs_name: str = "in_features"
+) -> str | None:
     """The reason why a weight of ``shape`` cannot be packed as ``config`` says, or None.
+
+    ``inputs_name`` is what messages call the second size.
 
     Example:
         >>> shape_refusal(QuantizationConfig(Weights(4, granularity=PerGroup(128))), (32, 64))
@@ -69,7 +73,7 @@ def shape_refusal(config: QuantizationConfig, shape: Sequence[int]) -> str | Non
     """
     inputs, size = shape[1], group_size_of(config.weights)
     if size is not None and size > inputs:
-        return f"group_size must be at most in_features = {inputs}, got {size}"
+        return f"group_size must be at most {inputs_name} = {inputs}, got {size}"
     most, together = most_inputs(config.weights.bits), inputs if size is None else size
     if together > most:
         return (

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from torchquant.nn import float_conv, float_linear
+from torchquant.nn import float_conv, float_embedding, float_linear
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.conv import QuantizedConv1d, QuantizedConv2d
+from torchquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from torchquant.nn.linear import QuantizedLinear
 from torchquant.nn.qat_conv import QATConv1d, QATConv2d
 from torchquant.nn.qat_conv_bn import QATConvBn2d
@@ -48,6 +49,8 @@ class Kind:
         unsuited: takes a float module and the configuration that it would have; returns the reason
             why the configuration does not benefit a layer of this shape, or None. None instead of a
             function stands for ``too_small``, whatever the configuration.
+        only_weights: True for embeddings, which have no activations to quantize. Their float
+            modules count as layers only for configurations of weights alone.
         trained_with_norm: a subclass of ``trained`` that trains a layer and the batch norm after
             it, or None. Its ``norm_refusal(layer, norm)`` gives the reason why it cannot; its
             ``from_float(layer, norm, config)`` makes it.
@@ -68,6 +71,7 @@ class Kind:
     weight_shape: Callable[[nn.Module], tuple[int, ...]]
     unsuited: Callable[[nn.Module, Any], str | None] | None = None
     trained_with_norm: Any = None
+    only_weights: bool = False
 
     @property
     def classes(self) -> tuple[type[QuantizedModule], ...]:
@@ -156,7 +160,26 @@ CONV1D, CONV2D = (
     )
 )
 
-KINDS: tuple[Kind, ...] = (LINEAR, CONV1D, CONV2D)
+EMBEDDING, EMBEDDING_BAG = (
+    Kind(
+        name=name,
+        float_types=(quantized.float_class,),
+        quantized=quantized,
+        trained=None,
+        looks_like=partial(float_embedding.looks_like, float_class=quantized.float_class),
+        refusal=partial(float_embedding.refusal, float_class=quantized.float_class),
+        value_refusal=float_embedding.value_refusal,
+        too_small=float_embedding.too_small,
+        weight_shape=float_embedding.weight_shape,
+        only_weights=True,
+    )
+    for name, quantized in (
+        ("embedding", QuantizedEmbedding),
+        ("embedding_bag", QuantizedEmbeddingBag),
+    )
+)
+
+KINDS: tuple[Kind, ...] = (LINEAR, CONV1D, CONV2D, EMBEDDING, EMBEDDING_BAG)
 _added: list[Kind] = []
 
 
@@ -165,7 +188,7 @@ def kinds() -> tuple[Kind, ...]:
 
     Example:
         >>> [kind.name for kind in kinds()]
-        ['linear', 'conv1d', 'conv2d']
+        ['linear', 'conv1d', 'conv2d', 'embedding', 'embedding_bag']
     """
     return (*KINDS, *_added)
 
@@ -281,6 +304,8 @@ def _types(kind: Kind) -> tuple[type[nn.Module], ...]:
 __all__ = [
     "CONV1D",
     "CONV2D",
+    "EMBEDDING",
+    "EMBEDDING_BAG",
     "KINDS",
     "LINEAR",
     "Kind",

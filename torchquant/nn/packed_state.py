@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.nn.dtypes import FLOAT_DTYPES, as_float32, dtype_name
+from torchquant.nn.shared_weight import SharedWeight
 from torchquant.nn.state_names import PLACEHOLDER, rename_state
 from torchquant.nn.weight import INT8, WeightFormat
 from torchquant.ops._arguments import wait_for_copy
@@ -40,6 +41,8 @@ class PackedState(nn.Module):
     qweight_scale: Tensor
     qweight_zero_point: Tensor | None
     weight_format: ClassVar[WeightFormat] = INT8
+    # What several layers have in common if they share one packed weight.
+    shared_weight: SharedWeight | None = None
     # Names in state dicts and files of older versions, and the names that replaced them.
     renamed: ClassVar[Mapping[str, str]] = {
         "weight_scale": "qweight_scale",
@@ -86,8 +89,22 @@ class PackedState(nn.Module):
         return self.weight_format
 
     def unpacked(self) -> dict[str, Tensor]:
-        """The canonical tensors that ``packed`` holds, new tensors."""
+        """The canonical tensors that ``packed`` holds, new tensors or those of a tied layer."""
+        if self._is_shared:
+            assert self.shared_weight is not None
+            return self.shared_weight.unpacked()
         return self.layout.unpack_tensors(self.packed, self.weight_shape)
+
+    @property
+    def _is_shared(self) -> bool:
+        """True if ``packed`` is the tensor of other layers, too: none was moved without them."""
+        return self.shared_weight is not None and self.shared_weight.packed is self.packed
+
+    def take_packed(self, packed: Tensor) -> None:
+        """Have another packed weight of the same format and shape."""
+        self.packed = packed
+        self.move_placeholder()
+        self.weight_replaced()
 
     @property
     def qweight(self) -> Tensor:
@@ -143,6 +160,8 @@ class PackedState(nn.Module):
             self._buffers["packed"] = packed
             raise
         self.packed = moved
+        if self.shared_weight is not None and moved is not packed:
+            self.shared_weight.moved(packed, moved)
         if moved is not packed or self.dtype != dtype:
             self.weight_replaced()
         return self
@@ -151,6 +170,10 @@ class PackedState(nn.Module):
         """The packed weight on the device of the other tensors, which ``fn`` has moved already."""
         others = (*self._buffers.values(), *self._parameters.values())
         device = next(tensor.device for tensor in others if tensor is not None)
+        if self.shared_weight is not None:
+            found = self.shared_weight.moved_to(device, packed)
+            if found is not None:
+                return found
         if device.type == packed.device.type:
             return fn(packed)
         if packed.is_meta or device.type == "meta":  # to_empty(): a valid layout without values
@@ -167,7 +190,10 @@ class PackedState(nn.Module):
         # By name: the placeholder and the packed weight are not part of the state.
         unpacked = self.unpacked()
         for name in self.canonical():
-            tensor = unpacked[name] if name in unpacked else getattr(self, name)
+            if name in unpacked:  # tied layers have the same tensors
+                destination[prefix + name] = unpacked[name]
+                continue
+            tensor = getattr(self, name)
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -237,7 +263,10 @@ class PackedState(nn.Module):
 
     def load_packed_by_assignment(self, packed: Tensor) -> None:
         """Take a packed weight that was made from a state dict, in place of the present one."""
-        self.packed = packed
+        if self.shared_weight is None:
+            self.packed = packed
+        else:
+            self.shared_weight.replace(packed)
 
     def move_placeholder(self) -> None:
         """Move the placeholder to the device of the weight that was loaded."""
@@ -280,7 +309,11 @@ class PackedState(nn.Module):
         buffers = dict(self._buffers)
         del buffers["packed"]
         state["_buffers"] = buffers
-        state["_canonical"] = self.unpacked()
+        if self._is_shared:  # its state holds the tensors
+            state["_canonical"] = None
+        else:
+            state["_canonical"] = self.unpacked()
+            state.pop("shared_weight", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,7 +322,12 @@ class PackedState(nn.Module):
         tensors = {"qweight": state.pop("_qweight")} if old else state.pop("_canonical")
         super().__setstate__(state)
         # The order of __init__, so that a copy prints and iterates like the original.
-        packed = self.layout.pack_tensors(tensors, self.weight_shape)
+        if tensors is None:
+            assert self.shared_weight is not None
+            packed = self.shared_weight.packed
+            self.shared_weight.join(self)
+        else:
+            packed = self.layout.pack_tensors(tensors, self.weight_shape)
         self._buffers = {"packed": packed, **self._buffers}
 
 

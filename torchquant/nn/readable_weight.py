@@ -35,6 +35,10 @@ class Readable(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def is_table(self) -> bool:
+        """True for an embedding."""
+
     def dequantized(self) -> Tensor:
         """A new float tensor with the values that the integers represent."""
 
@@ -61,6 +65,7 @@ class ReadableWeight(Tensor):
     """
 
     _layer: Any
+    _is_param: bool
 
     @staticmethod
     def __new__(cls, layer: Readable) -> ReadableWeight:
@@ -68,6 +73,8 @@ class ReadableWeight(Tensor):
             cls, layer.float_shape, dtype=layer.dtype, device=layer.device
         )
         weight._layer = layer
+        if layer.is_table:  # transformers' tie_weights() takes a parameter from an embedding
+            weight._is_param = True
         return weight
 
     @classmethod
@@ -139,6 +146,8 @@ def refuse_assignment(layer: Any, value: Any) -> bool:
         ValueError: value is a parameter of another shape.
         TypeError: value is not a parameter.
     """
+    if _shares_weight(value, layer):
+        return True
     kind = type(layer).__name__
     if not isinstance(value, nn.Parameter):
         raise TypeError(
@@ -159,6 +168,16 @@ def refuse_assignment(layer: Any, value: Any) -> bool:
         stacklevel=3,
     )
     return True
+
+
+def _shares_weight(value: Any, layer: Any) -> bool:
+    """True for the weight of a layer that has the same packed weight as ``layer``."""
+    shared = layer.__dict__.get("shared_weight")
+    return (
+        isinstance(value, ReadableWeight)
+        and shared is not None
+        and value._layer.shared_weight is shared
+    )
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:

@@ -23,6 +23,7 @@ from torchquant.ops.conv import (
     pack_conv_weight,
     unpack_conv_weight,
 )
+from torchquant.ops.embedding import embedding_bag_intx, embedding_intx
 from torchquant.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -59,6 +60,8 @@ __all__ = [
     "conv_dynamic",
     "conv_static",
     "dequantize",
+    "embedding_bag_intx",
+    "embedding_intx",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_learned_backward",
