@@ -94,6 +94,7 @@ TQ_INLINE I dot(I sums, const I (&x)[2], const I (&w)[2]) {
 }
 #define TQ_DEPTHWISE "depthwise_256.inc"
 #include "all.inc"
+#include "intx_avx2.inc"
 
 static constexpr KernelTable make_table() {
   KernelTable table = all_kernels();
@@ -102,6 +103,8 @@ static constexpr KernelTable make_table() {
   table.panel_rows = kRows;
   table.row_block = kRows;
   table.tile_block = kTiles;
+  table.intx_panel_rows = kIntxRows256;
+  table.intx_gemm = intx_gemm_256;
   table.products_per_ns = 60.0f;
   return table;
 }

@@ -50,6 +50,7 @@ TQ_INLINE void split(I quads, I (&parts)[1]) { parts[0] = quads; }
 TQ_INLINE I dot(I sums, const I (&x)[1], const I (&w)[1]) { return _mm256_dpbusd_avx_epi32(sums, x[0], w[0]); }
 #define TQ_DEPTHWISE "depthwise_256.inc"
 #include "all.inc"
+#include "intx_avxvnni.inc"
 
 static constexpr KernelTable make_table() {
   KernelTable table = all_kernels();
@@ -58,6 +59,8 @@ static constexpr KernelTable make_table() {
   table.panel_rows = kRows;
   table.row_block = kRows;
   table.tile_block = kTiles;
+  table.intx_panel_rows = kIntxRows256;
+  table.intx_gemm = intx_gemm_256;
   table.products_per_ns = 180.0f;
   return table;
 }
