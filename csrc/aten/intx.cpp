@@ -1,6 +1,6 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx: torchquant/functional/intx.py in ATen. A
-// packed row is the canonical one: its integers as a string of bits, then its scales (float32), then its zero points
-// (int8).
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx, linear_intx:
+// torchquant/functional/intx.py in ATen. A packed row is the canonical one: its integers as a string of bits, then its
+// scales (float32), then its zero points (int8).
 //
 //   row n:  | bits of k = 0, 1, ...; the lowest first, two's complement | scales, 4 bytes each | zero points, 1 byte each |
 #include <ATen/ATen.h>
@@ -164,11 +164,46 @@ at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_s
   return out;
 }
 
+// x float32 [M, K] -> float32 [M, N]. The sums of all groups advance together, one input of each at a time.
+at::Tensor float_product(const at::Tensor& x, const Weight& w, const IntxShape& s) {
+  const int64_t groups = s.groups(), size = s.group(), last = s.inputs(groups - 1), missing = groups * size - s.k;
+  const at::Tensor left = at::constant_pad_nd(x, {0, missing}).reshape({x.size(0), 1, groups, size});
+  at::Tensor right = at::constant_pad_nd(w.q, {0, missing}).reshape({s.n, groups, size}).to(at::kFloat);
+  right = right - w.zero.to(at::kFloat).unsqueeze(-1);  // exact
+  const at::Tensor sums = at::zeros({x.size(0), s.n, groups}, x.options());
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t count = i < last ? groups : groups - 1;
+    const at::Tensor sum = sums.narrow(2, 0, count);
+    sum.copy_(fmaf(left.select(3, i).narrow(2, 0, count), right.select(2, i).narrow(1, 0, count), sum));
+  }
+  at::Tensor t = at::zeros({}, x.options());
+  for (int64_t g = 0; g < groups; ++g) t = fmaf(sums.select(2, g), w.scale.select(1, g), t);
+  return t;
+}
+
+at::Tensor linear_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias, int64_t out_features,
+                       int64_t bits, std::optional<int64_t> group_size, bool has_zero_point,
+                       std::string_view activation, std::optional<at::ScalarType> output_dtype) {
+  const char* op = "linear_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  const Layer layer = check_layer(op, input, packed, bias, out_features, bits, group_size, has_zero_point, activation,
+                                  output_dtype.value_or(input.scalar_type()));
+  const at::Tensor out = empty_output(input, layer);
+  if (out.numel() == 0) return out;
+  const IntxShape& s = layer.shape;
+  at::Tensor y = float_product(as_matrix(input).to(at::kFloat), unpacked(packed, s), s);
+  if (present(bias)) y = y + bias->to(at::kFloat);
+  as_matrix(out).copy_(apply_activation(y, layer.activation));
+  return out;
+}
+
 TORCHQUANT_ATEN_KERNELS(m) {
   m.impl<ops::pack_intx_weight>(&pack_intx_weight);
   m.impl<ops::unpack_intx_weight>(&unpack_intx_weight);
   m.impl<ops::linear_dynamic_intx>(&linear_dynamic_intx);
   m.impl<ops::linear_static_intx>(&linear_static_intx);
+  m.impl<ops::linear_intx>(&linear_intx);
 }
 
 }  // namespace
