@@ -332,8 +332,9 @@ def linear_intx(
         output_dtype: float32, bfloat16 or float16; input's when None.
 
     Returns:
-        ``[..., N]``; the bits of :func:`torchquant.functional.linear_intx`. NaN and infinities
-        follow IEEE 754 and stay in their row.
+        ``[..., N]``. On the CPU it has the bits of :func:`torchquant.functional.linear_intx`; on
+        CUDA it is the device's fp32 product with the dequantized weight, whose sums have another
+        order. NaN and infinities follow IEEE 754 and stay in their row.
 
     Gradients: to ``input`` and ``bias``.
 
