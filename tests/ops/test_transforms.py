@@ -62,6 +62,10 @@ DIFFERENTIABLE: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
         lambda w: OPS.embedding_bag_intx(ROWS, INTX, ENDS, w, *TABLE, mode="sum", padding_idx=7),
         (floats(5, seed=8),),
     ),
+    "linear_intx": (
+        lambda x, b: OPS.linear_intx(x, INTX, b, *INTX_SIZES, False, "gelu"),
+        (X, BIAS),
+    ),
     "conv_dynamic": (
         lambda x, b: OPS.conv_dynamic(x, CONV, SCALE, b, *SIZES, True, "gelu"),
         (SAMPLES, BIAS),
@@ -375,7 +379,7 @@ def test_rows_are_one_call() -> None:
 
     for name, calls in (
         *(("linear_dynamic", 1), ("linear_dynamic_intx", 1), ("linear_static_intx", 1)),
-        *(("embedding_intx", 1), ("embedding_bag_intx", B)),
+        *(("linear_intx", 1), ("embedding_intx", 1), ("embedding_bag_intx", B)),
         *(("rms_norm", 1), ("minmax", B)),
     ):
         call, arguments = next((call, a) for found, call, a in everything() if found == name)

@@ -245,6 +245,7 @@ CASES: dict[str, Callable[[Case], tuple[Any, ...]]] = {
     "linear_static_intx": gpu_intx.static,
     "embedding_intx": gpu_embedding.rows,
     "embedding_bag_intx": gpu_embedding.bags,
+    "linear_intx": gpu_intx.floats_stay,
     "pack_conv_weight": gpu_conv.pack,
     "unpack_conv_weight": gpu_conv.unpack,
     "conv_static": gpu_conv.static,
