@@ -22,6 +22,7 @@ const std::set<std::string> kConstantResults = {
     "pack_weight",        "unpack_weight",      "int8_mm",
     "pack_conv_weight",   "unpack_conv_weight", "quantize_rows",
     "quantize_pack",      "pack_intx_weight",   "unpack_intx_weight",
+    "quantize_kv",        "dequantize_kv",
     "fake_quantize_mask",  // values and mask for a gradient of one's own
     "in_range",           "positive",           "minmax",
 };
