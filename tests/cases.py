@@ -15,6 +15,7 @@ from typing import Any
 
 import support.conv_cases
 import support.intx_cases  # noqa: F401  (those on weights of few bits)
+import support.kv_cases  # noqa: F401  (the generators of key/value caches)
 import torch
 from support import Shape, floats, integers, leaf
 from support.aten import KERNELS as NAMESPACE

@@ -8,6 +8,7 @@
 
 #include "core/convert.h"
 #include "core/threads.h"
+#include "core/torchquant_kv.h"
 #include "core/workspace.h"
 #include "isa.h"
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/kv_arguments.h"
+#include "core/torchquant_kv.h"
 #include "cpu/core_call.h"
 #include "cpu/output.h"
 #include "operators.h"

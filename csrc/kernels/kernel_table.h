@@ -49,16 +49,16 @@ namespace torchquant {
   KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                          \
   KERNEL(pack_attention, const AttentionArgs&)                                             \
   KERNEL(attend, const AttentionArgs&, int64_t q0, int64_t q1)                             \
-  KERNEL(quantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                           \
-  KERNEL(dequantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                         \
-  KERNEL(kv_scores, const CachedArgs&, int64_t block0, int64_t block1)                     \
-  KERNEL(kv_sums, const CachedArgs&, int64_t block0, int64_t block1)                       \
-  KERNEL(kv_output, const CachedArgs&)                                                     \
   KERNEL(fake_quantize_span, const FakeQuantizeArgs&)                                      \
   KERNEL(learned_backward_span, const LearnedBackwardArgs&)                                \
   KERNEL(mask_span, const MaskArgs&)                                                       \
   KERNEL(positive_span, const MaskArgs&)                                                   \
-  KERNEL(minmax_span, const MinMaxArgs&)
+  KERNEL(minmax_span, const MinMaxArgs&)                                                   \
+  KERNEL(quantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                           \
+  KERNEL(dequantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                         \
+  KERNEL(kv_scores, const CachedArgs&, int64_t block0, int64_t block1)                     \
+  KERNEL(kv_sums, const CachedArgs&, int64_t block0, int64_t block1)                       \
+  KERNEL(kv_output, const CachedArgs&)
 
 struct KernelTable {
   const char* name;

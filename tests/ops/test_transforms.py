@@ -11,7 +11,7 @@ from support import assert_same_bits, floats, integers, positive
 from torch import Tensor
 from torch.func import functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 
-from torchquant import ops
+from torchquant import functional, ops
 
 OPS = torch.ops.torchquant
 B, M, N, K = 3, 5, 17, 40  # entries of a batch, rows, outputs, inputs
@@ -20,6 +20,7 @@ PACKED, SCALE, STEP = ops.pack_weight(WEIGHT), positive(N), torch.tensor([0.05])
 FLOAT_WEIGHT = floats(N, K, seed=3)
 ZERO = torch.tensor([3], dtype=torch.int32)
 QUERY = floats(2, 4, 6, 8, seed=4)
+KV_ROWS = functional.quantize_kv(QUERY, 8)
 NO_SCALES = (None, None, None)
 CONV_WEIGHT, CONV_SHAPE = integers(N, 2, 3), [N, 2, 3]
 CONV, SAMPLES = ops.pack_conv_weight(CONV_WEIGHT, 1), floats(B, 2, M, seed=5)
@@ -110,10 +111,13 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     "in_range": (lambda x: OPS.in_range(x, STEP, None, -8, 7), X),
     "positive": (OPS.positive, X),
     "minmax": (OPS.minmax, X),
+    "quantize_kv": (lambda x: OPS.quantize_kv(x, 4), X),
+    "dequantize_kv": (lambda r: OPS.dequantize_kv(r, 8, 8), KV_ROWS[0, 0]),
     "quantize_rows": (lambda x: OPS.quantize_rows(x, None, None, -8, 7, True), X),
     "quantize_pack": (lambda w: OPS.quantize_pack(w, None, -8, 7, True), FLOAT_WEIGHT),
 }
 REFUSED: dict[str, tuple[Call, Tensor]] = {
+    "attention_cached": (lambda q: OPS.attention_cached(q, KV_ROWS, KV_ROWS, 8), QUERY),
     "mm_fake_quantized": (
         lambda g: OPS.mm_fake_quantized(g, FLOAT_WEIGHT, SCALE, None, -8, 7),
         floats(M, N),

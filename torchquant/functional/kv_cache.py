@@ -30,9 +30,10 @@ and value scales are rounded to integers from 0 to 32767 of a common step::
     total += sum over j of weight[j]                        in 16 lanes
     out[c] = (y[c] + zeros) * (1 / total)
 
-Against float64 attention to the rows' values, an output is within ``2^-13`` of the largest of its
-values, times one plus the largest sum of ``abs(q * k * scale)`` among its scores (the tests hold
-the bound), plus the rounding of the result.
+Against float64 attention to the rows' values, an output is within ``2^-7 + e * 2^-14`` of the
+largest of its values, plus the rounding of the result. ``e`` is ``scale`` times the greatest
+magnitude of the query times the largest sum of magnitudes of a key, plus the largest score (the
+tests hold the bound). The first term is for the worst weights; usual errors are below ``2^-12``.
 """
 
 from __future__ import annotations
@@ -374,9 +375,7 @@ def _group(who: str, what: str, size: int, bits: int, group_size: int | None) ->
     if not 1 <= size <= MOST_HEAD_DIM:
         raise ValueError(f"{who}: {what} must be between 1 and {MOST_HEAD_DIM}, got {size}")
     if bits == 4 and size % 2:
-        raise ValueError(
-            f"{who}: {what} must be even for bits = 4, got {size}; use bits = 8"
-        )
+        raise ValueError(f"{who}: {what} must be even for bits = 4, got {size}; use bits = 8")
     if group_size is not None and (group_size % 16 or not 16 <= group_size <= MOST_CHANNELS):
         raise ValueError(
             f"{who}: group_size must be None (one scale per row) or a multiple of 16 up to "

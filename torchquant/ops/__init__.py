@@ -39,6 +39,7 @@ from torchquant.ops.intx import (
     pack_intx_weight,
     unpack_intx_weight,
 )
+from torchquant.ops.kv_cache import attention_cached, dequantize_kv, quantize_kv
 from torchquant.ops.linear import (
     int8_mm,
     linear_dynamic,
@@ -55,9 +56,11 @@ __all__ = [
     "PackedWeight",
     "activation",
     "attention",
+    "attention_cached",
     "conv_dynamic",
     "conv_static",
     "dequantize",
+    "dequantize_kv",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_learned_backward",
@@ -80,6 +83,7 @@ __all__ = [
     "positive",
     "qat_linear",
     "quantize",
+    "quantize_kv",
     "quantize_pack",
     "quantize_per_token",
     "quantize_rows",

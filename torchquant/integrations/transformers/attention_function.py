@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant._extension import load
+from torchquant.integrations.transformers.cached_states import CachedStates
 
 NAME = "torchquant"
 REPLACES = "sdpa"
@@ -34,6 +35,28 @@ def _registered() -> Implementation:
     return Implementation(NAME)
 
 
+def reads_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """True if :func:`torchquant.ops.attention_cached` can serve a call on a quantized cache."""
+    return (
+        isinstance(key, CachedStates)
+        and isinstance(value, CachedStates)
+        and key.cached is value.cached
+        and type(query) is Tensor
+        and query.is_cpu
+        and query.dtype in _FLOAT_DTYPES
+        and query.shape[0] == key.shape[0]
+        and (query.shape[2] == 1 or mask is not None)
+        and (mask is None or mask.shape[-1] == key.shape[2])
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not torch.compiler.is_dynamo_compiling()
+    )
+
+
+def floats(states: Tensor) -> Tensor:
+    """The float values of a cache's states; other tensors as they are."""
+    return states.floats() if isinstance(states, CachedStates) else states
+
+
 def register() -> None:
     """Register our function, with the mask that transformers makes for ``sdpa``."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -53,6 +76,13 @@ def register() -> None:
         cache: object = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        if isinstance(key, CachedStates) or isinstance(value, CachedStates):
+            served = not (
+                dropout or position_bias is not None or options.get("softcap") is not None
+            )
+            if served and reads_rows(query, key, value, attention_mask):
+                return key.cached.attention(query, attention_mask, scaling).transpose(1, 2), None
+            key, value = floats(key), floats(value)
         if (
             query.shape[2] == 1
             or dropout
