@@ -102,7 +102,8 @@ void define_operators(torch::Library& m) {
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, float? scale=None, bool causal=False) -> "
       "Tensor");
 
-  // ---- kv_cache: keys and values of 8 or 4 bits, a scale and a zero point for each row or each group of its channels
+  // ---- kv_cache
+  // Keys and values of 8 or 4 bits, with a scale and a zero point for each row, or for each group of its channels:
   // float [..., head_dim] <-> uint8 [..., bytes], the rows of csrc/formats/kv_rows.h.
   m.def("quantize_kv(Tensor input, int bits, int? group_size=None) -> Tensor");
   m.def(

@@ -103,7 +103,7 @@ def test_models_compute_on_the_caches_values(name: str, model: Any) -> None:
 def test_a_decoding_step_has_the_operators_bits() -> None:
     """The same values from transformers' attention on the floats, up to 16-bit rounding."""
     layer = fill(QuantizedLayer(4, 32, 8), *states(40), 39, 1)
-    query = floats(2, 4, 1, 64, seed=9)
+    query = floats(2, 4, 1, 64, seed=9) / 16
     key, value = layer.update(*states(1, 5))
     assert isinstance(key, CachedStates) and isinstance(value, CachedStates)
     ours = key.cached.attention(query, None, None)
@@ -169,10 +169,10 @@ def test_beam_search_and_sampling(replaced: bool) -> None:
 def test_compiled_models_get_the_same_values() -> None:
     model = llama(num_hidden_layers=1)
     torchquant.replace_attention_(model)
-    expected = logits(model, QuantizedCache(8), IDS[:, :12])
+    expected = logits(model, QuantizedCache(8), IDS[:, :7], 5)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    got = logits(compiled, QuantizedCache(8), IDS[:, :12])
+    got = logits(compiled, QuantizedCache(8), IDS[:, :7], 5)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
 
 
@@ -347,7 +347,7 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 def test_wrong_states_change_nothing() -> None:
     cache = QuantizedCache(4, recent=8)
     odd = floats(1, 2, 3, 33)
-    with pytest.raises(ValueError, match="channels, must be even for bits = 4|must be even"):
+    with pytest.raises(ValueError, match="head_dim must be even for bits = 4, got 33"):
         cache.update(odd, odd, 0)
     assert cache.get_seq_length() == 0
     cache.update(*states(20), 0)

@@ -266,7 +266,10 @@ def test_a_parameters_scale_is_constant() -> None:
 def test_the_others_refuse_gradients(name: str) -> None:
     call, argument = REFUSED[name]
     expected = flat(call(argument))
-    message = f"{name}: no gradients, but grad requires one; pass grad.detach(), or call it under "
+    first = getattr(OPS, name).default._schema.arguments[0].name
+    message = (
+        f"{name}: no gradients, but {first} requires one; pass {first}.detach(), or call it under "
+    )
     with pytest.raises(NotImplementedError, match=re.escape(message + "torch.no_grad()")):
         call(argument.clone().requires_grad_())
     with pytest.raises(NotImplementedError, match=re.escape(message)):

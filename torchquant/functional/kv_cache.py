@@ -20,12 +20,13 @@ products with a key's integers are exact sums in 32 bits, in any order. ``g`` ar
     score  = t * (query_step * scale * log2(e)) (+ mask * log2(e))
     weight = 2^(score - the greatest score)        as in torchquant.functional.attention
 
-The keys are then taken in blocks of 256, in ascending order; a cache may consist of two parts, whose
-blocks do not overlap. In each block the products of weights
+The keys are then taken in blocks of 256, in ascending order; a cache may consist of two parts,
+whose blocks do not overlap. In each block the products of weights
 and value scales are rounded to integers from 0 to 32767 of a common step::
 
-    a[j]   = weight[j] * value_scale[j,g],   step = the greatest a / 32767,   w[j] = rint(a[j] / step)
-    y[c]   = fmaf(float(sum over j of w[j] * v[j,c]), step, y[c])          the sum exact
+    a[j]   = weight[j] * value_scale[j,g],   step = the greatest a / 32767
+    w[j]   = rint(a[j] * (1 / step))
+    y[c]   = fmaf(float(sum over j of w[j] * v[j,c]), step, y[c])        the sum exact
     zeros += sum over j of weight[j] * value_zero[j,g]      in 16 lanes, fmaf
     total += sum over j of weight[j]                        in 16 lanes
     out[c] = (y[c] + zeros) * (1 / total)
@@ -100,7 +101,7 @@ def quantize_kv(input: Tensor, bits: int, group_size: int | None = None) -> Tens
         ValueError: ``input`` has no dimension, or the sizes do not fit.
 
     Example:
-        >>> quantize_kv(torch.tensor([1.0, 2.0, 3.0, 16.0]), 4)  # 0, 1, 2, 15; scale 1, zero point 1
+        >>> quantize_kv(torch.tensor([1.0, 2.0, 3.0, 16.0]), 4)  # 0, 1, 2, 15; scale and zero 1
         tensor([ 32, 241, 128,  63, 128,  63], dtype=torch.uint8)
     """
     who = "quantize_kv"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant._extension import load
-from torchquant.integrations.transformers.cached_states import CachedStates
+from torchquant.integrations.transformers.cached_states import Cached, CachedStates
 
 NAME = "torchquant"
 REPLACES = "sdpa"
@@ -35,12 +35,12 @@ def _registered() -> Implementation:
     return Implementation(NAME)
 
 
-def reads_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """True if :func:`torchquant.ops.attention_cached` can serve a call on a quantized cache."""
-    return (
-        isinstance(key, CachedStates)
-        and isinstance(value, CachedStates)
-        and key.cached is value.cached
+def cache_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Cached | None:
+    """The quantized cache of a call that :func:`torchquant.ops.attention_cached` can serve."""
+    if not isinstance(key, CachedStates) or not isinstance(value, CachedStates):
+        return None
+    served = (
+        key.cached is value.cached
         and type(query) is Tensor
         and query.is_cpu
         and query.dtype in _FLOAT_DTYPES
@@ -50,6 +50,7 @@ def reads_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         and not (torch.is_grad_enabled() and query.requires_grad)
         and not torch.compiler.is_dynamo_compiling()
     )
+    return key.cached if served else None
 
 
 def floats(states: Tensor) -> Tensor:
@@ -80,8 +81,9 @@ def register() -> None:
             served = not (
                 dropout or position_bias is not None or options.get("softcap") is not None
             )
-            if served and reads_rows(query, key, value, attention_mask):
-                return key.cached.attention(query, attention_mask, scaling).transpose(1, 2), None
+            cached = cache_of(query, key, value, attention_mask) if served else None
+            if cached is not None:
+                return cached.attention(query, attention_mask, scaling).transpose(1, 2), None
             key, value = floats(key), floats(value)
         if (
             query.shape[2] == 1

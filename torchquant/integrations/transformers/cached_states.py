@@ -170,10 +170,9 @@ class CachedStates(Tensor):
 
 
 # Answered from the wrapper.
+_ATTRIBUTES = ("device", "dtype", "is_cpu", "is_cuda", "ndim", "shape")
+_METHODS = ("__len__", "dim", "is_floating_point", "numel", "size")
 _METADATA: frozenset[Any] = frozenset(
-    [
-        getattr(Tensor, name).__get__
-        for name in ["device", "dtype", "is_cpu", "is_cuda", "ndim", "shape"]
-    ]
-    + [getattr(Tensor, name) for name in ["__len__", "dim", "is_floating_point", "numel", "size"]]
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES]
+    + [getattr(Tensor, name) for name in _METHODS]
 )
