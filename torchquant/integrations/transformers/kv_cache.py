@@ -10,8 +10,16 @@ import functools
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin
+except ImportError as error:
+    raise ImportError(
+        "QuantizedCache: transformers must have caches of layers (4.56 or newer), got "
+        f"{transformers.__version__}; pip install -U transformers"
+    ) from error
 
 from torchquant import ops
 from torchquant.functional.kv_cache import kv_row_bytes, recent_group_size
