@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import support.conv_cases
-import support.intx_cases  # noqa: F401  (those on weights of few bits)
+import support.intx_cases
 import support.kv_cases  # noqa: F401  (the generators of key/value caches)
 import torch
 from support import Shape, floats, integers, leaf
