@@ -39,6 +39,8 @@ PyMethodDef fast_calls[] = {
     FastCall<ops::rms_norm>::method(),
     FastCall<ops::layer_norm>::method(),
     FastCall<ops::attention>::method(),
+    FastCall<ops::quantize_kv>::method(),
+    FastCall<ops::attention_cached>::method(),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -138,6 +138,13 @@ TORCHQUANT_OPERATOR(layer_norm, Tensor(const Tensor&, const OptTensor&, const Op
 TORCHQUANT_OPERATOR(attention,
                     Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, std::optional<double>, bool));
 
+// kv_cache
+TORCHQUANT_OPERATOR(quantize_kv, Tensor(const Tensor&, int64_t, OptInt));
+TORCHQUANT_OPERATOR(dequantize_kv, Tensor(const Tensor&, int64_t, int64_t, OptInt, ScalarType));
+TORCHQUANT_OPERATOR(attention_cached,
+                    Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, OptInt, OptInt, const OptTensor&,
+                           const OptTensor&, const OptTensor&, std::optional<double>));
+
 // fake_quantize
 TORCHQUANT_OPERATOR(fake_quantize,
                     Tensor(const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, OptInt, OptInt));

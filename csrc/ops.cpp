@@ -120,6 +120,18 @@ void define_operators(torch::Library& m) {
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, float? scale=None, bool causal=False) -> "
       "Tensor");
 
+  // ---- kv_cache
+  // Keys and values of 8 or 4 bits, with a scale and a zero point for each row, or for each group of its channels:
+  // float [..., head_dim] <-> uint8 [..., bytes], the rows of csrc/formats/kv_rows.h.
+  m.def("quantize_kv(Tensor input, int bits, int? group_size=None) -> Tensor");
+  m.def(
+      "dequantize_kv(Tensor rows, int head_dim, int bits, int? group_size=None, ScalarType dtype=float) -> Tensor");
+  // As attention, with key and value as rows, [B, G, K, bytes], and products of integers. value_dim: E, by default D.
+  // recent_key, recent_value: the tokens after those, rows of 8 bits [B, G, R, bytes] with at most 256 channels a group.
+  m.def(
+      "attention_cached(Tensor query, Tensor key, Tensor value, int bits, int? group_size=None, int? value_dim=None, "
+      "Tensor? recent_key=None, Tensor? recent_value=None, Tensor? mask=None, float? scale=None) -> Tensor");
+
   // ---- fake_quantize
   // Quantize and dequantize in one step, real-valued zero points too; NaN stays NaN. The mask has a bit for each element,
   // set where the rounded value is in the range: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 for element i in

@@ -16,6 +16,7 @@ from typing import Any
 import support.conv_cases
 import support.embedding_cases
 import support.intx_cases
+import support.kv_cases
 import support.qat_intx_cases  # noqa: F401  (those in training)
 import torch
 from support import Shape, floats, integers, leaf

@@ -23,7 +23,8 @@ const std::set<std::string> kConstantResults = {
     "pack_conv_weight",   "unpack_conv_weight", "quantize_rows",
     "quantize_pack",      "pack_intx_weight",   "unpack_intx_weight",
     "quantize_pack_intx",
-    "embedding_intx",      // no argument of it is differentiable
+    "embedding_intx",  // no argument of it is differentiable
+    "quantize_kv",        "dequantize_kv",
     "fake_quantize_mask",  // values and mask for a gradient of one's own
     "in_range",           "positive",           "minmax",
 };

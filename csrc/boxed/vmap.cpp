@@ -29,7 +29,7 @@ using c10::IValue;
 struct Rows {
   std::set<std::string> arguments;
   int64_t least_dimensions;
-  bool weight_groups = false;  // the groups are those of a weight, not of the rows
+  bool weight_groups = false;  // the groups are those of a weight, or of one row, not of leading dimensions
 };
 const std::map<std::string, Rows> kRows = {
     {"activation", {{"input"}, 0}},
@@ -47,6 +47,8 @@ const std::map<std::string, Rows> kRows = {
     {"linear_intx", {{"input"}, 1, true}},
     {"qat_linear", {{"input"}, 1}},
     {"qat_linear_intx", {{"input"}, 1, true}},
+    {"quantize_kv", {{"input"}, 1, true}},
+    {"dequantize_kv", {{"rows"}, 1, true}},
     {"quantize", {{"input"}, 0}},
     {"dequantize", {{"input"}, 0}},
     {"fake_quantize", {{"input"}, 0}},

@@ -44,8 +44,7 @@ inline AttentionShape check_attention(const at::Tensor& query, const at::Tensor&
 }
 
 // bool or fp32, expanded to [B, H, Q, K], keys next to each other.
-inline at::Tensor expanded_mask(const at::Tensor& mask, at::IntArrayRef shape) {
-  const char* op = "attention";
+inline at::Tensor expanded_mask(const at::Tensor& mask, at::IntArrayRef shape, const char* op = "attention") {
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool || is_float_input(mask.scalar_type()), op,
                    ": mask must be bool, float32, bfloat16 or float16, got ", describe(mask));
   const bool fits = mask.dim() <= 4 && at::is_expandable_to(mask.sizes(), shape);

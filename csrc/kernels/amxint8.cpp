@@ -20,6 +20,7 @@ namespace amxint8 {
 #include "amx_tiles.inc"
 #include "intx_avx512.inc"
 #include "attention_avx512.inc"
+#include "kv_cache_avx512.inc"
 #define TQ_ATTENTION_PRODUCTS "attention_amx.inc"
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"

@@ -13,6 +13,7 @@ namespace avx512vnni {
 #include "linear_avx512.inc"
 #include "intx_avx512.inc"
 #include "attention_avx512.inc"
+#include "kv_cache_avx512.inc"
 #define TQ_DEPTHWISE "depthwise_avx512.inc"
 #include "all.inc"
 #include "conv_gather_avx512.inc"

@@ -17,6 +17,7 @@
 #include "kernels/image.h"
 #include "kernels/intx.h"
 #include "kernels/intx_float.h"
+#include "kernels/kv_cache.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/qat.h"
@@ -60,7 +61,12 @@ namespace torchquant {
   KERNEL(learned_backward_span, const LearnedBackwardArgs&)                                      \
   KERNEL(mask_span, const MaskArgs&)                                                             \
   KERNEL(positive_span, const MaskArgs&)                                                         \
-  KERNEL(minmax_span, const MinMaxArgs&)
+  KERNEL(minmax_span, const MinMaxArgs&)                                                         \
+  KERNEL(quantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                                 \
+  KERNEL(dequantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                               \
+  KERNEL(kv_scores, const CachedArgs&, int64_t block0, int64_t block1)                           \
+  KERNEL(kv_sums, const CachedArgs&, int64_t block0, int64_t block1)                             \
+  KERNEL(kv_output, const CachedArgs&)
 
 struct KernelTable {
   const char* name;

@@ -11,7 +11,7 @@ from support import assert_same_bits, floats, integers, positive
 from torch import Tensor
 from torch.func import functionalize, grad, hessian, jacrev, jvp, vjp, vmap
 
-from torchquant import ops
+from torchquant import functional, ops
 
 OPS = torch.ops.torchquant
 B, M, N, K = 3, 5, 17, 40  # entries of a batch, rows, outputs, inputs
@@ -20,6 +20,7 @@ PACKED, SCALE, STEP = ops.pack_weight(WEIGHT), positive(N), torch.tensor([0.05])
 FLOAT_WEIGHT = floats(N, K, seed=3)
 ZERO = torch.tensor([3], dtype=torch.int32)
 QUERY = floats(2, 4, 6, 8, seed=4)
+KV_ROWS = functional.quantize_kv(QUERY, 8)
 NO_SCALES = (None, None, None)
 CONV_WEIGHT, CONV_SHAPE = integers(N, 2, 3), [N, 2, 3]
 CONV, SAMPLES = ops.pack_conv_weight(CONV_WEIGHT, 1), floats(B, 2, M, seed=5)
@@ -125,6 +126,8 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     "in_range": (lambda x: OPS.in_range(x, STEP, None, -8, 7), X),
     "positive": (OPS.positive, X),
     "minmax": (OPS.minmax, X),
+    "quantize_kv": (lambda x: OPS.quantize_kv(x, 4), X),
+    "dequantize_kv": (lambda r: OPS.dequantize_kv(r, 8, 8), KV_ROWS[0, 0]),
     "quantize_rows": (lambda x: OPS.quantize_rows(x, None, None, -8, 7, True), X),
     "quantize_pack": (lambda w: OPS.quantize_pack(w, None, -8, 7, True), FLOAT_WEIGHT),
     "quantize_pack_intx": (
@@ -133,6 +136,7 @@ CONSTANT: dict[str, tuple[Call, Tensor]] = {
     ),
 }
 REFUSED: dict[str, tuple[Call, Tensor]] = {
+    "attention_cached": (lambda q: OPS.attention_cached(q, KV_ROWS, KV_ROWS, 8), QUERY),
     "mm_fake_quantized": (
         lambda g: OPS.mm_fake_quantized(g, FLOAT_WEIGHT, SCALE, None, -8, 7),
         floats(M, N),
@@ -281,7 +285,10 @@ def test_a_parameters_scale_is_constant() -> None:
 def test_the_others_refuse_gradients(name: str) -> None:
     call, argument = REFUSED[name]
     expected = flat(call(argument))
-    message = f"{name}: no gradients, but grad requires one; pass grad.detach(), or call it under "
+    first = getattr(OPS, name).default._schema.arguments[0].name
+    message = (
+        f"{name}: no gradients, but {first} requires one; pass {first}.detach(), or call it under "
+    )
     with pytest.raises(NotImplementedError, match=re.escape(message + "torch.no_grad()")):
         call(argument.clone().requires_grad_())
     with pytest.raises(NotImplementedError, match=re.escape(message)):

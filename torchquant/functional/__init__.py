@@ -10,6 +10,7 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.quantized_linear`: the integer linear layer that they share
 * :mod:`~torchquant.functional.intx`: weights of 2 to 8 bits, per channel and in groups
 * :mod:`~torchquant.functional.embedding`: rows of quantized tables, and sums of rows
+* :mod:`~torchquant.functional.kv_cache`: key/value caches of 8 and 4 bits, attention to them
 * :mod:`~torchquant.functional.conv`: convolutions on float or integer input
 * :mod:`~torchquant.functional.bias`: biases as int32
 * :mod:`~torchquant.functional.activations`: gelu, gelu_tanh, silu, tanh, sigmoid as fixed fp32
@@ -76,6 +77,12 @@ from torchquant.functional.intx import (
     pack_integers,
     unpack_integers,
 )
+from torchquant.functional.kv_cache import (
+    attention_cached,
+    dequantize_kv,
+    kv_row_bytes,
+    quantize_kv,
+)
 from torchquant.functional.linear import (
     int8_mm,
     linear_dynamic,
@@ -110,11 +117,13 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "attention",
+    "attention_cached",
     "channel_affine",
     "choose_qparams",
     "conv_dynamic",
     "conv_static",
     "dequantize",
+    "dequantize_kv",
     "embedding_bag_intx",
     "embedding_intx",
     "fake_quantize",
@@ -140,6 +149,7 @@ __all__ = [
     "int8_mul",
     "int8_table",
     "int8_upsample_nearest",
+    "kv_row_bytes",
     "layer_norm",
     "leaky_relu",
     "learned_zero_point",
@@ -163,6 +173,7 @@ __all__ = [
     "qparams_from_range",
     "quantize",
     "quantize_bias",
+    "quantize_kv",
     "quantize_pack",
     "quantize_pack_intx",
     "quantize_per_token",

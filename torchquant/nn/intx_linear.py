@@ -353,7 +353,7 @@ class QuantizedIntxLinear(LinearLayer):
         if self._floats and _fast_linear_intx is None:
             return self._dequantized_output(input, bias, **arguments)
         if self._floats:
-            return ops.linear_intx(input, self.packed, bias, **arguments)  # type: ignore[no-any-return]
+            return ops.linear_intx(input, self.packed, bias, **arguments)
         return ops.linear_dynamic_intx(
             input,
             self.packed,

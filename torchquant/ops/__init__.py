@@ -41,6 +41,7 @@ from torchquant.ops.intx import (
     pack_intx_weight,
     unpack_intx_weight,
 )
+from torchquant.ops.kv_cache import attention_cached, dequantize_kv, quantize_kv
 from torchquant.ops.linear import (
     int8_mm,
     linear_dynamic,
@@ -58,9 +59,11 @@ __all__ = [
     "PackedWeight",
     "activation",
     "attention",
+    "attention_cached",
     "conv_dynamic",
     "conv_static",
     "dequantize",
+    "dequantize_kv",
     "embedding_bag_intx",
     "embedding_intx",
     "fake_quantize",
@@ -87,6 +90,7 @@ __all__ = [
     "qat_linear",
     "qat_linear_intx",
     "quantize",
+    "quantize_kv",
     "quantize_pack",
     "quantize_pack_intx",
     "quantize_per_token",

@@ -138,6 +138,22 @@ def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: An
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
+def _attention_cached(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    bits: int,
+    group_size: int | None = None,
+    value_dim: int | None = None,
+    recent_key: Shape | None = None,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    batch, heads, queries, width = query
+    keys = key[2] + (recent_key[2] if recent_key else 0)
+    return 2 * batch * heads * queries * keys * (width + (value_dim or width))
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "int8_mm": _int8_mm,
     "linear_dynamic": _linear_on_packed,
@@ -152,6 +168,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "qat_linear_intx": _qat_linear,
     "mm_fake_quantized": _mm_fake_quantized,
     "attention": _attention,
+    "attention_cached": _attention_cached,
 }
 
 

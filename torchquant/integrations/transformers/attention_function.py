@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchquant import ops
 from torchquant._extension import load
+from torchquant.integrations.transformers.cached_states import Cached, CachedStates
 
 NAME = "torchquant"
 REPLACES = "sdpa"
@@ -34,6 +35,29 @@ def _registered() -> Implementation:
     return Implementation(NAME)
 
 
+def cache_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Cached | None:
+    """The quantized cache of a call that :func:`torchquant.ops.attention_cached` can serve."""
+    if not isinstance(key, CachedStates) or not isinstance(value, CachedStates):
+        return None
+    served = (
+        key.cached is value.cached
+        and type(query) is Tensor
+        and query.is_cpu
+        and query.dtype in _FLOAT_DTYPES
+        and query.shape[0] == key.shape[0]
+        and (query.shape[2] == 1 or mask is not None)
+        and (mask is None or mask.shape[-1] == key.shape[2])
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not torch.compiler.is_dynamo_compiling()
+    )
+    return key.cached if served else None
+
+
+def floats(states: Tensor) -> Tensor:
+    """The float values of a cache's states; other tensors as they are."""
+    return states.floats() if isinstance(states, CachedStates) else states
+
+
 def register() -> None:
     """Register our function, with the mask that transformers makes for ``sdpa``."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -53,6 +77,14 @@ def register() -> None:
         cache: object = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        if isinstance(key, CachedStates) or isinstance(value, CachedStates):
+            served = not (
+                dropout or position_bias is not None or options.get("softcap") is not None
+            )
+            cached = cache_of(query, key, value, attention_mask) if served else None
+            if cached is not None:
+                return cached.attention(query, attention_mask, scaling).transpose(1, 2), None
+            key, value = floats(key), floats(value)
         if (
             query.shape[2] == 1
             or dropout
