@@ -184,4 +184,4 @@ def tied_again(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
             floating._parameters["weight"] = weight
 
 
-__all__ = ["Shared", "take_part", "tied_again", "weights_alone", "without_followers"]
+__all__ = ["weights_alone", "without_float_tables"]

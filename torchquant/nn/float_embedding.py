@@ -87,4 +87,4 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape)
 
 
-__all__ = ["looks_like", "refusal", "too_small", "value_refusal", "weight_shape"]
+__all__ = ["looks_like", "refusal", "too_small", "weight_shape"]

@@ -143,7 +143,13 @@ def share_weight(layers: Sequence[Any]) -> None:
 
 
 def has_same_weight(first: Any, second: Any) -> bool:
-    """True if two quantized layers have the same integers, scales and zero points in one format."""
+    """True if two quantized layers have the same integers, scales and zero points in one format.
+
+    Example:
+        >>> from torchquant.nn import QuantizedEmbedding
+        >>> has_same_weight(QuantizedEmbedding(8, 4), QuantizedEmbedding(8, 5))
+        False
+    """
     if (first.layout, first.weight_shape) != (second.layout, second.weight_shape):
         return False
     ours, theirs = first.packed, second.packed

@@ -40,6 +40,7 @@ def embedding_intx(
         IndexError: an index is not a row of the table.
 
     Example:
+        >>> from torchquant.ops import pack_intx_weight
         >>> w = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
         >>> packed = pack_intx_weight(w, torch.tensor([0.5, 2.0]), bits=4)
         >>> embedding_intx(torch.tensor([1]), packed, num_embeddings=2, embedding_dim=2, bits=4)
@@ -113,6 +114,7 @@ def embedding_bag_intx(
         IndexError: an index is not a row of the table.
 
     Example:
+        >>> from torchquant.ops import pack_intx_weight
         >>> w = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
         >>> table = {"num_embeddings": 2, "embedding_dim": 2, "bits": 4}
         >>> packed = pack_intx_weight(w, torch.tensor([0.5, 2.0]), bits=4)
