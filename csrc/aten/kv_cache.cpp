@@ -40,8 +40,8 @@ at::Tensor quantize_kv(const at::Tensor& input, int64_t bits, OptInt group_size)
     const at::Tensor half = constant_like(x, 0.5);
     const at::Tensor range = numbers.amax(-1, true) * half - zero * half;
     const at::Tensor step = divide(range, 0.5 * s.most());
-    const at::Tensor scale = at::where(step < static_cast<double>(kLeastScale), constant_like(x, 1.0),
-                                       towards(step, true));
+    const at::Tensor scale =
+        at::where(step < static_cast<double>(kLeastScale), constant_like(x, 1.0), towards(step, true));
     const at::Tensor q = at::round((numbers - zero) * torchquant::reciprocal(scale)).clamp(0.0, s.most());
     codes.push_back(q.masked_fill(finite.logical_not(), 0.0).to(at::kByte));
     for (const at::Tensor& parameter : {scale, zero})
@@ -156,11 +156,13 @@ at::Tensor attention_cached(const at::Tensor& query, const at::Tensor& key, cons
                             OptInt group_size, OptInt value_dim, const OptTensor& recent_key,
                             const OptTensor& recent_value, const OptTensor& mask, std::optional<double> scale) {
   const char* op = "attention_cached";
-  for (const auto& [name, tensor] : {std::pair("key", OptTensor(key)), {"value", OptTensor(value)},
-                                     {"recent_key", recent_key}, {"recent_value", recent_value}, {"mask", mask}})
+  for (const auto& [name, tensor] : {std::pair("key", OptTensor(key)),
+                                     {"value", OptTensor(value)},
+                                     {"recent_key", recent_key},
+                                     {"recent_value", recent_value},
+                                     {"mask", mask}})
     check_device(op, name, tensor, query, "query");
-  const CachedShape s =
-      check_cached(query, key, value, bits, group_size, value_dim, recent_key, recent_value, scale);
+  const CachedShape s = check_cached(query, key, value, bits, group_size, value_dim, recent_key, recent_value, scale);
   at::Tensor m;
   if (present(mask)) m = expanded_mask(*mask, {s.batch, s.heads, s.queries, s.keys()}, op);
   const at::Tensor out = at::empty({s.batch, s.queries, s.heads, s.dv}, query.options()).transpose(1, 2);

@@ -67,8 +67,8 @@ inline CachedPart check_cached_part(const at::Tensor& query, const at::Tensor& k
                     ": key heads must divide the query's ", heads, " heads, got ", key.size(1));
   TORCH_CHECK_VALUE(
       value.dim() == 4 && value.size(0) == batch && value.size(1) == key.size(1) && value.size(2) == key.size(2), op,
-      ": ", value_name, " must be [", batch, ", ", key.size(1), ", ", key.size(2), ", bytes], as ", name,
-      " is, got ", describe(value));
+      ": ", value_name, " must be [", batch, ", ", key.size(1), ", ", key.size(2), ", bytes], as ", name, " is, got ",
+      describe(value));
   return {key_shape, value_shape, key.size(2)};
 }
 

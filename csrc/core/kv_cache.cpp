@@ -102,7 +102,8 @@ tq_status attend(const tq_cached_attention_call& c, const tq_parallel* parallel)
   CachedArgs all = args_of(c);
   const KernelTable& table = kernels();
   const int64_t units = c.batch * c.key_heads, blocks = all.blocks(), bytes = place(all, nullptr);
-  const int64_t work = all.rows() * std::min(kKvBlock, c.parts[0].keys + c.parts[1].keys) * (all.d() + all.dv());  // of a block
+  const int64_t work =
+      all.rows() * std::min(kKvBlock, c.parts[0].keys + c.parts[1].keys) * (all.d() + all.dv());  // of a block
   const int64_t grain = std::max<int64_t>(1, kThreadedProducts / std::max<int64_t>(1, work));
   const bool serial = !parallel || units * blocks <= grain || threads_of(parallel) == 1;
   const int64_t wave = serial ? 1 : std::clamp<int64_t>(kWaveBytes / bytes, threads_of(parallel), units);

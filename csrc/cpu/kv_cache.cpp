@@ -113,8 +113,7 @@ tq_kv_part part_of(const CachedPart& shape, const at::Tensor& key, const at::Ten
 at::Tensor attention_cached(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t bits,
                             OptInt group_size, OptInt value_dim, const OptTensor& recent_key,
                             const OptTensor& recent_value, const OptTensor& mask, std::optional<double> scale) {
-  const CachedShape s =
-      check_cached(query, key, value, bits, group_size, value_dim, recent_key, recent_value, scale);
+  const CachedShape s = check_cached(query, key, value, bits, group_size, value_dim, recent_key, recent_value, scale);
   at::Tensor m;
   if (present(mask)) m = expanded_mask(*mask, {s.batch, s.heads, s.queries, s.keys()}, "attention_cached");
   at::Tensor memory = empty_output({s.batch, s.queries, s.heads, s.dv}, query.options());

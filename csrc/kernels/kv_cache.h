@@ -13,8 +13,8 @@ namespace torchquant {
 struct KvRowsArgs {
   void* x;  // only read when quantized
   FloatType type;
-  int64_t inner, outer_stride, inner_stride;  // in elements: row i is (i / inner, i % inner)
-  uint8_t* rows;                              // only read when dequantized
+  int64_t inner, outer_stride, inner_stride;     // in elements: row i is (i / inner, i % inner)
+  uint8_t* rows;                                 // only read when dequantized
   int64_t rows_outer_stride, rows_inner_stride;  // in bytes
   KvShape shape;
 };

@@ -125,8 +125,8 @@ def attention_cached(
     Example:
         >>> x = torch.eye(4)[None, None]
         >>> rows = quantize_kv(x, 8)
-        >>> attention_cached(100 * x, rows, rows, 8, mask=x > 0).equal(x)
-        True
+        >>> attention_cached(100 * x, rows, rows, 8).sub(x).abs().max() < 0.01
+        tensor(True)
     """
     return torch.ops.torchquant.attention_cached.default(  # type: ignore[no-any-return]
         query, key, value, bits, group_size, value_dim, recent_key, recent_value, mask, scale
