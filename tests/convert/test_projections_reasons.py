@@ -10,7 +10,7 @@ from support.projections import Attention, Calls, X, both, lines
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchquant import Fusion, quantize_
+from torchquant import Fusion, IntxWeightOnlyConfig, quantize_
 from torchquant.nn import QuantizedLinear
 
 
@@ -206,3 +206,10 @@ def test_switched_off_and_the_default() -> None:
     assert isinstance(model.q, QuantizedLinear)
     assert model.q._group is None
     assert Fusion().projections
+
+
+def test_weights_of_few_bits_are_computed_one_by_one() -> None:
+    model = Attention().eval()
+    report = quantize_(model, IntxWeightOnlyConfig(4, 32))
+    reason = "their weights have fewer bits or groups, where one product saves little"
+    assert lines(report) == [f"not fused: q, k, v: {reason}"]
