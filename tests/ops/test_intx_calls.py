@@ -8,6 +8,7 @@ import torch
 from support import FLOATS, Shape, assert_same_bits, floats
 from support.intx_layers import Layer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchquant import ops
@@ -43,7 +44,7 @@ class Network(nn.Module):
 def test_a_dynamic_batch_is_compiled_once():
     torch._dynamo.reset()
     network = Network()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     torch._dynamo.mark_dynamic(x := floats(5, K), 0)
     assert_same_bits(compiled(x), network(x))
