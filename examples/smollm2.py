@@ -11,10 +11,10 @@ engine. Speed is tokens per second of a prompt of 512 tokens, and of greedy deco
 after a prompt of 128 tokens. The engines take turns, each in a process of its own.
 
 In this model a few channels after every RMSNorm are 15 to 25 times larger than the others, so that
-one scale per token leaves few integers for the others. `torchquant-plain`, the engines with fewer than 8
-bits and the peers convert the original model. All other engines of torchquant start from a model in
-which these channels are spread over all channels, without any change of the float results
-(`smollm/rotation.py`).
+one scale per token leaves few integers for the others. `torchquant-plain`, the engines with
+fewer than 8 bits and the peers convert the original model. All other engines of torchquant start
+from a model in which these channels are spread over all channels, without any change of the float
+results (`smollm/rotation.py`).
 
 The package contains the model as GGUF (Q4_1). transformers converts it to float32; the float32
 engine has these values. llama.cpp reads the file itself, and files of other types that its own

@@ -92,9 +92,8 @@ def other_step(name: str, engine: Engine, step: str) -> dict[str, Engine]:
 def low_bits() -> dict[str, Engine]:
     """torchquant's engines with weights of 4, 3 and 2 bits, of the model as it is.
 
-    The file's weights have 4 bits in groups of 32, with a minimum for each group; in such groups with
-    zero points little is lost. Rotated weights are no longer of 4 bits: they lose as any float
-    weights do that are rounded to the nearest.
+    The file's weights have 4 bits in groups of 32, with a minimum for each group, so groups of 32
+    with zero points lose least. Rotated weights are no longer of 4 bits, and lose more.
     """
     engines: dict[str, Engine] = {}
     for bits, group, symmetric in (
