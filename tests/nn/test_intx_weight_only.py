@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from support import FLOATS, assert_same_bits, floats
+from support import FLOATS, assert_same_bits, floats, supported_isas
 from support.layers import float_layer, outcome
-from torch import nn
+from torch import Tensor, nn
 
 import torchquant
 from torchquant import (
     Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    PerGroup,
     QuantizationConfig,
+    cpu,
     functional,
 )
 from torchquant.nn import QuantizedIntxLinear
@@ -23,6 +25,21 @@ CONFIGS = {
     "int8_groups": Int8WeightOnlyConfig(32),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def specified(layer: QuantizedIntxLinear, x: Tensor) -> Tensor:
+    weights = layer.config.weights
+    granularity = weights.granularity
+    return functional.linear_intx(
+        x,
+        layer.integers,
+        layer.qweight_scale,
+        layer.qweight_zero_point,
+        layer.bias.detach(),
+        bits=weights.bits,
+        group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
+        activation=layer.activation,
+    )
 
 
 @configs
@@ -39,7 +56,11 @@ def test_values(dtype: torch.dtype, config: QuantizationConfig) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer(x[:0]).shape == (0, 3, 32)
-    torch.testing.assert_close(layer(x.transpose(0, 1)).detach(), found.transpose(0, 1))
+    assert_same_bits(layer(x.transpose(0, 1)).detach(), found.transpose(0, 1).contiguous())
+    assert_same_bits(found, specified(layer, x))
+    for isa in supported_isas():
+        with cpu.use_isa(isa):
+            assert_same_bits(layer(x[1, 2]).detach(), found[1, 2])
 
 
 @configs
@@ -58,7 +79,7 @@ def test_gradients(config: QuantizationConfig) -> None:
 def test_compiled(config: QuantizationConfig) -> None:
     layer, x = QuantizedIntxLinear.from_float(float_layer(), config).eval(), floats(5, 64)
     compiled = torch.compile(layer, fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert_same_bits(compiled(x), layer(x))
 
 
 def test_verbs() -> None:

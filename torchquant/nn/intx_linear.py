@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchquant import functional, ops
+from torchquant import ops
 from torchquant._extension import load
 from torchquant.configs import (
     Dynamic,
@@ -34,8 +34,7 @@ from torchquant.nn.weight import INTX, IntxFormat, WeightFormat
 from torchquant.scheme import quant_range
 
 _fast_linear_dynamic_intx = load().linear_dynamic_intx
-# None while the library has no kernels for float activations: the weight is dequantized then.
-_fast_linear_intx = getattr(load(), "linear_intx", None)
+_fast_linear_intx = load().linear_intx
 
 
 class _Alone:
@@ -121,7 +120,7 @@ class QuantizedIntxLinear(LinearLayer):
         self._has_zero_point = not weights.symmetric
         dynamic = isinstance(activations, Dynamic)
         self._floats = activations is None
-        self._is_fast = dynamic or (self._floats and _fast_linear_intx is not None)
+        self._is_fast = not self._static
         self._activation_symmetric: bool = activations.symmetric if dynamic else True
         self._activation_bits: int = activations.bits if dynamic else 8
         self.register_weight(self.layout.empty(self.weight_shape, device), dtype, bias)
@@ -304,7 +303,7 @@ class QuantizedIntxLinear(LinearLayer):
 
     def _fast_output(self, input: Tensor, activation: str) -> Tensor:
         if self._floats:
-            return _fast_linear_intx(  # type: ignore[no-any-return, misc]
+            return _fast_linear_intx(  # type: ignore[no-any-return]
                 input,
                 self._buffers["packed"],
                 self._parameters["bias"],
@@ -350,8 +349,6 @@ class QuantizedIntxLinear(LinearLayer):
                 input_qmax=qmax,
                 **arguments,
             )
-        if self._floats and _fast_linear_intx is None:
-            return self._dequantized_output(input, bias, **arguments)
         if self._floats:
             return ops.linear_intx(input, self.packed, bias, **arguments)
         return ops.linear_dynamic_intx(
@@ -362,14 +359,6 @@ class QuantizedIntxLinear(LinearLayer):
             activation_bits=self._activation_bits,
             **arguments,
         )
-
-    def _dequantized_output(self, input: Tensor, bias: Tensor | None, **arguments: Any) -> Tensor:
-        weight = self.dequantized_matrix()
-        terms = None if bias is None else bias.float()
-        with torch.autocast(input.device.type, enabled=False):
-            y = torch.nn.functional.linear(input.float(), weight, terms)
-        y = functional.ACTIVATIONS[arguments["activation"]](y)
-        return y.to(arguments["output_dtype"] or input.dtype)
 
 
 def _fits(integers: Tensor, bits: int) -> bool:
