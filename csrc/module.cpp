@@ -29,6 +29,7 @@ PyMethodDef fast_calls[] = {
     FastCall<ops::linear_dynamic_split, &autocast_type>::method(),
     FastCall<ops::linear_dynamic_intx, &autocast_type>::method(),
     FastCall<ops::linear_static_intx>::method(),
+    FastCall<ops::linear_intx, &autocast_type>::method(),
     FastCall<ops::linear_static>::method(),
     FastCall<ops::conv_dynamic, &autocast_type>::method(),
     FastCall<ops::conv_static>::method(),

@@ -105,6 +105,8 @@ TORCHQUANT_OPERATOR(linear_dynamic_intx, Tensor(const Tensor&, const Tensor&, co
 TORCHQUANT_OPERATOR(linear_static_intx,
                     Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&, int64_t,
                            int64_t, OptInt, bool, std::string_view, ScalarType, int64_t, int64_t));
+TORCHQUANT_OPERATOR(linear_intx, Tensor(const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, OptInt, bool,
+                                        std::string_view, OptScalarType));
 
 // conv
 TORCHQUANT_OPERATOR(pack_conv_weight, Tensor(const Tensor&, int64_t));

@@ -63,6 +63,10 @@ void define_operators(torch::Library& m) {
       "linear_static_intx(Tensor input, Tensor input_scale, Tensor? input_zero_point, Tensor packed, Tensor? bias, "
       "int out_features, int bits, int? group_size, bool has_zero_point=False, str activation=\"none\", "
       "ScalarType output_dtype=float, int input_qmin=-128, int input_qmax=127) -> Tensor");
+  // Activations stay floats.
+  m.def(
+      "linear_intx(Tensor input, Tensor packed, Tensor? bias, int out_features, int bits, int? group_size, "
+      "bool has_zero_point=False, str activation=\"none\", ScalarType? output_dtype=None) -> Tensor");
 
   // ---- conv
   // int8 [O, C / groups, kh, kw] or [O, C / groups, k] <-> the packed layout (csrc/formats/int8_conv.h); on CUDA int8

@@ -1,15 +1,17 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx: torchquant/functional/intx.py in ATen. A
-// packed row is the canonical one: its integers as a string of bits, then its scales (float32), then its zero points
-// (int8).
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx, linear_intx:
+// torchquant/functional/intx.py in ATen. A packed row is the canonical one: its integers as a string of bits, then its
+// scales (float32), then its zero points (int8).
 //
 //   row n:  | bits of k = 0, 1, ...; the lowest first, two's complement | scales, 4 bytes each | zero points, 1 byte each |
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <tuple>
 
 #include "aten/activations.h"
+#include "aten/blocks.h"
 #include "aten/register.h"
 #include "aten/rows.h"
 #include "common/arithmetic.h"
@@ -164,12 +166,69 @@ at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_s
   return out;
 }
 
+// The weights of linear_intx without their scales, float32 [N, K]: exact.
+at::Tensor float_integers(const Weight& w, const IntxShape& s) {
+  const at::Tensor zero = w.zero.to(at::kFloat).repeat_interleave(s.group(), 1).narrow(1, 0, s.k);
+  return w.q.to(at::kFloat) - zero;
+}
+
+// x float32 [M, K] -> float32 [M, N]. The sums of all groups advance together, one input of each at a time.
+at::Tensor product_in_order(const at::Tensor& x, const at::Tensor& integers, const Weight& w, const IntxShape& s) {
+  const int64_t groups = s.groups(), size = s.group(), last = s.inputs(groups - 1), missing = groups * size - s.k;
+  const at::Tensor left = at::constant_pad_nd(x, {0, missing}).reshape({x.size(0), 1, groups, size});
+  const at::Tensor right = at::constant_pad_nd(integers, {0, missing}).reshape({s.n, groups, size});
+  const at::Tensor sums = at::zeros({x.size(0), s.n, groups}, x.options());
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t count = i < last ? groups : groups - 1;
+    const at::Tensor sum = sums.narrow(2, 0, count);
+    sum.copy_(fmaf(left.select(3, i).narrow(2, 0, count), right.select(2, i).narrow(1, 0, count), sum));
+  }
+  at::Tensor t = at::zeros({}, x.options());
+  for (int64_t g = 0; g < groups; ++g) t = fmaf(sums.select(2, g), w.scale.select(1, g), t);
+  return t;
+}
+
+// The device's own product, in which the order of a sum is not known. In the specification's order it would be thousands
+// of kernels, one after the other.
+at::Tensor product_of_device(const at::Tensor& x, const at::Tensor& integers, const Weight& w, const IntxShape& s) {
+  const at::Tensor scale = w.scale.repeat_interleave(s.group(), 1).narrow(1, 0, s.k);
+  return at::matmul(x, (integers * scale).t());
+}
+
+template <bool kInOrder>
+at::Tensor linear_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias, int64_t out_features,
+                       int64_t bits, std::optional<int64_t> group_size, bool has_zero_point,
+                       std::string_view activation, std::optional<at::ScalarType> output_dtype) {
+  const char* op = "linear_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  const Layer layer = check_layer(op, input, packed, bias, out_features, bits, group_size, has_zero_point, activation,
+                                  output_dtype.value_or(input.scalar_type()));
+  const at::Tensor out = empty_output(input, layer);
+  if (out.numel() == 0) return out;
+  const IntxShape& s = layer.shape;
+  const Weight w = unpacked(packed, s);
+  const at::Tensor x = as_matrix(input), y = as_matrix(out), integers = float_integers(w, s);
+  const int64_t rows = x.size(0), at_once = kInOrder ? std::max<int64_t>(1, kBlockElements / (s.n * s.groups())) : rows;
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t count = std::min(at_once, rows - first);
+    const at::Tensor part = x.narrow(0, first, count).to(at::kFloat);
+    at::Tensor t = kInOrder ? product_in_order(part, integers, w, s) : product_of_device(part, integers, w, s);
+    if (present(bias)) t = t + bias->to(at::kFloat);
+    y.narrow(0, first, count).copy_(apply_activation(t, layer.activation));
+  }
+  return out;
+}
+
 TORCHQUANT_ATEN_KERNELS(m) {
   m.impl<ops::pack_intx_weight>(&pack_intx_weight);
   m.impl<ops::unpack_intx_weight>(&unpack_intx_weight);
   m.impl<ops::linear_dynamic_intx>(&linear_dynamic_intx);
   m.impl<ops::linear_static_intx>(&linear_static_intx);
 }
+
+TORCHQUANT_ATEN_KERNEL_ON_CUDA(ops::linear_intx, &linear_intx<false>)
+TORCHQUANT_ATEN_KERNEL_AS_ATEN(ops::linear_intx, &linear_intx<true>)
 
 }  // namespace
 }  // namespace torchquant::intx

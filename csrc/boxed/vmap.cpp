@@ -43,6 +43,7 @@ const std::map<std::string, Rows> kRows = {
     {"linear_dynamic_split", {{"input"}, 1}},
     {"linear_dynamic_intx", {{"input"}, 1, true}},
     {"linear_static_intx", {{"input"}, 1, true}},
+    {"linear_intx", {{"input"}, 1, true}},
     {"qat_linear", {{"input"}, 1}},
     {"qat_linear_intx", {{"input"}, 1, true}},
     {"quantize", {{"input"}, 0}},

@@ -1,4 +1,4 @@
-// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx.
+// pack_intx_weight, unpack_intx_weight, linear_dynamic_intx, linear_static_intx, linear_intx.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -75,8 +75,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> unpack_intx_weight(const at::Tens
   return {weight, scale, zero};
 }
 
-// What follows the quantization of the rows is the same for both operators.
-at::Tensor linear_of_rows(const char* op, const at::Tensor& input, const tq_row_quantization& how,
+// What all layers do after their own checks; rows are quantized, or stay floats (how is null).
+at::Tensor linear_of_rows(const char* op, const at::Tensor& input, const tq_row_quantization* how,
                           const at::Tensor& packed, const OptTensor& bias, const IntxShape& shape,
                           std::string_view activation, at::ScalarType output_dtype) {
   at::Tensor b;
@@ -98,7 +98,7 @@ at::Tensor linear_of_rows(const char* op, const at::Tensor& input, const tq_row_
   part.out = out.mutable_data_ptr();
   part.out_stride = shape.n;
   const tq_rows x = rows_of(rows, shape.k);
-  check_status(tq_linear_intx(&x, &how, &part, &kTorchThreads));
+  check_status(how ? tq_linear_intx(&x, how, &part, &kTorchThreads) : tq_linear_intx_float(&x, &part, &kTorchThreads));
   return out;
 }
 
@@ -116,7 +116,7 @@ at::Tensor linear_dynamic_intx(const at::Tensor& input, const at::Tensor& packed
   how.mode = symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC;
   how.qmax = (1 << (activation_bits - 1)) - 1;
   how.qmin = -how.qmax - 1;
-  return linear_of_rows(op, input, how, packed, bias, shape, activation, output_dtype.value_or(input.scalar_type()));
+  return linear_of_rows(op, input, &how, packed, bias, shape, activation, output_dtype.value_or(input.scalar_type()));
 }
 
 at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_scale, const OptTensor& input_zero_point,
@@ -139,7 +139,19 @@ at::Tensor linear_static_intx(const at::Tensor& input, const at::Tensor& input_s
   TORCH_CHECK_VALUE(how.qmin <= how.zero_point && how.zero_point <= how.qmax, op,
                     ": input_zero_point must be from input_qmin = ", how.qmin, " to input_qmax = ", how.qmax, ", got ",
                     how.zero_point);
-  return linear_of_rows(op, input, how, packed, bias, shape, activation, output_dtype);
+  return linear_of_rows(op, input, &how, packed, bias, shape, activation, output_dtype);
+}
+
+at::Tensor linear_intx(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias, int64_t out_features,
+                       int64_t bits, std::optional<int64_t> group_size, bool has_zero_point,
+                       std::string_view activation, std::optional<at::ScalarType> output_dtype) {
+  const char* op = "linear_intx";
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 1);
+  const IntxShape shape = intx_shape(op, out_features, input.size(-1), bits, group_size, has_zero_point);
+  check_packed(op, packed, shape);
+  return linear_of_rows(op, input, nullptr, packed, bias, shape, activation,
+                        output_dtype.value_or(input.scalar_type()));
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
@@ -147,6 +159,7 @@ TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   ops::unpack_intx_weight::implement(m, &unpack_intx_weight);
   ops::linear_dynamic_intx::implement(m, &linear_dynamic_intx);
   ops::linear_static_intx::implement(m, &linear_static_intx);
+  ops::linear_intx::implement(m, &linear_intx);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace torchquant {
 const KernelTable& avx512vnni_kernels();
 
 namespace amxint8 {
+#define TQ_FLOAT_AS avx512vnni_kernels
 #include "vec_avx512.inc"
 #include "linear_avx512.inc"
 #include "amx_tiles.inc"

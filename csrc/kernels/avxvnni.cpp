@@ -8,7 +8,10 @@
 
 TQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace torchquant {
+const KernelTable& avx2_kernels();
+
 namespace avxvnni {
+#define TQ_FLOAT_AS avx2_kernels
 #include "vec_avx2.inc"
 #include "linear_avx2.inc"
 

@@ -15,6 +15,7 @@
 #include "kernels/fake_quantize.h"
 #include "kernels/image.h"
 #include "kernels/intx.h"
+#include "kernels/intx_float.h"
 #include "kernels/linear.h"
 #include "kernels/norms.h"
 #include "kernels/qat.h"
@@ -25,35 +26,37 @@ namespace torchquant {
 
 // KERNEL(name, parameters ...). Rows [m0, m1), weight tiles [tile0, tile1), queries [q0, q1) of at most kQueryBlock.
 // pack_attention writes keys and values into the scratch memory that attend reads.
-#define TQ_KERNELS(KERNEL)                                                                 \
-  KERNEL(quantize_rows, const QuantizeRowsArgs&, int64_t m0, int64_t m1)                   \
-  KERNEL(copy_rows, const CopyRowsArgs&, int64_t m0, int64_t m1)                           \
-  KERNEL(quantize_pack, const QuantizePackArgs&, int64_t tile0, int64_t tile1)             \
-  KERNEL(gemm, const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1)      \
-  KERNEL(gather_rows, const GatherArgs&, int64_t m0, int64_t m1)                           \
-  KERNEL(quantize_pack_intx, const QuantizePackIntxArgs&, int64_t tile0, int64_t tile1)    \
-  KERNEL(intx_rows, const IntxRowsArgs&, int64_t m0, int64_t m1)                           \
-  KERNEL(intx_gemm, const IntxArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
-  KERNEL(quantize_span, const SpanArgs&)                                                   \
-  KERNEL(dequantize_span, const SpanArgs&)                                                 \
-  KERNEL(activate_span, const ActivationArgs&)                                             \
-  KERNEL(quantize_pixels, const ImageConvertArgs&)                                         \
-  KERNEL(dequantize_pixels, const ImageConvertArgs&)                                       \
-  KERNEL(combine_pixels, const ImageCombineArgs&)                                          \
-  KERNEL(map_pixels, const ImageMapArgs&)                                                  \
-  KERNEL(blend_pixels, const ImageBlendArgs&)                                              \
-  KERNEL(pick_channels, const ImageChannelsArgs&)                                          \
-  KERNEL(max_pool_row, const ImagePoolArgs&)                                               \
-  KERNEL(average_pool_row, const ImagePoolArgs&)                                           \
-  KERNEL(average_floats_row, const ImagePoolArgs&)                                         \
-  KERNEL(depthwise, const DepthwiseArgs&, int64_t block, int64_t row0, int64_t row1)       \
-  KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                          \
-  KERNEL(pack_attention, const AttentionArgs&)                                             \
-  KERNEL(attend, const AttentionArgs&, int64_t q0, int64_t q1)                             \
-  KERNEL(fake_quantize_span, const FakeQuantizeArgs&)                                      \
-  KERNEL(learned_backward_span, const LearnedBackwardArgs&)                                \
-  KERNEL(mask_span, const MaskArgs&)                                                       \
-  KERNEL(positive_span, const MaskArgs&)                                                   \
+#define TQ_KERNELS(KERNEL)                                                                       \
+  KERNEL(quantize_rows, const QuantizeRowsArgs&, int64_t m0, int64_t m1)                         \
+  KERNEL(copy_rows, const CopyRowsArgs&, int64_t m0, int64_t m1)                                 \
+  KERNEL(quantize_pack, const QuantizePackArgs&, int64_t tile0, int64_t tile1)                   \
+  KERNEL(gemm, const GemmArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1)            \
+  KERNEL(gather_rows, const GatherArgs&, int64_t m0, int64_t m1)                                 \
+  KERNEL(quantize_pack_intx, const QuantizePackIntxArgs&, int64_t tile0, int64_t tile1)          \
+  KERNEL(intx_rows, const IntxRowsArgs&, int64_t m0, int64_t m1)                                 \
+  KERNEL(intx_gemm, const IntxArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1)       \
+  KERNEL(float_rows, const FloatRowsArgs&, int64_t block0, int64_t block1)                       \
+  KERNEL(intx_float, const IntxFloatArgs&, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1) \
+  KERNEL(quantize_span, const SpanArgs&)                                                         \
+  KERNEL(dequantize_span, const SpanArgs&)                                                       \
+  KERNEL(activate_span, const ActivationArgs&)                                                   \
+  KERNEL(quantize_pixels, const ImageConvertArgs&)                                               \
+  KERNEL(dequantize_pixels, const ImageConvertArgs&)                                             \
+  KERNEL(combine_pixels, const ImageCombineArgs&)                                                \
+  KERNEL(map_pixels, const ImageMapArgs&)                                                        \
+  KERNEL(blend_pixels, const ImageBlendArgs&)                                                    \
+  KERNEL(pick_channels, const ImageChannelsArgs&)                                                \
+  KERNEL(max_pool_row, const ImagePoolArgs&)                                                     \
+  KERNEL(average_pool_row, const ImagePoolArgs&)                                                 \
+  KERNEL(average_floats_row, const ImagePoolArgs&)                                               \
+  KERNEL(depthwise, const DepthwiseArgs&, int64_t block, int64_t row0, int64_t row1)             \
+  KERNEL(normalize_rows, const NormArgs&, int64_t m0, int64_t m1)                                \
+  KERNEL(pack_attention, const AttentionArgs&)                                                   \
+  KERNEL(attend, const AttentionArgs&, int64_t q0, int64_t q1)                                   \
+  KERNEL(fake_quantize_span, const FakeQuantizeArgs&)                                            \
+  KERNEL(learned_backward_span, const LearnedBackwardArgs&)                                      \
+  KERNEL(mask_span, const MaskArgs&)                                                             \
+  KERNEL(positive_span, const MaskArgs&)                                                         \
   KERNEL(minmax_span, const MinMaxArgs&)
 
 struct KernelTable {
@@ -62,7 +65,8 @@ struct KernelTable {
   int64_t panel_rows;    // rows of a panel's block, at most
   int64_t row_block;     // rows of a register tile (the unit in which threads share rows)
   int64_t tile_block;    // weight tiles of a register tile (the unit in which threads share columns)
-  int64_t intx_panel_rows, intx_tile_block;  // the same of the product with weights of 2 to 8 bits
+  int64_t intx_panel_rows, intx_tile_block;    // the same of the product with weights of 2 to 8 bits
+  int64_t float_panel_rows, float_tile_block;  // the same of float rows and such weights
   float products_per_ns;  // of one core in the middle of its range: decides when a second thread pays
   // The product with an int8 output, and the rows of its blocks by the number of weight tiles side by side, as they are
   // usually and at most; or null. fill_int8 writes its channels, and returns the greatest magnitude that a value can
@@ -78,7 +82,7 @@ struct KernelTable {
 // Whether every instruction set's own facts and every kernel are there.
 constexpr bool is_complete(const KernelTable& t) {
   bool complete = t.name && t.panel_rows > 0 && t.row_block > 0 && t.tile_block > 0 && t.products_per_ns > 0 &&
-                  t.intx_panel_rows > 0 && t.intx_tile_block > 0;
+                  t.intx_panel_rows > 0 && t.intx_tile_block > 0 && t.float_panel_rows > 0 && t.float_tile_block > 0;
 #define TQ_PRESENT(name, ...) complete = complete && t.name;
   TQ_KERNELS(TQ_PRESENT)
 #undef TQ_PRESENT

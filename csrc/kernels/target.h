@@ -26,6 +26,8 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define TQ_INLINE static inline __attribute__((always_inline))
+#define TQ_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters
 #else
 #define TQ_INLINE static inline
+#define TQ_INLINE_LAMBDA
 #endif

@@ -56,6 +56,10 @@ DIFFERENTIABLE: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
         lambda x, b: OPS.linear_static_intx(x, STEP, ZERO, INTX, b, *INTX_SIZES, False, "silu"),
         (X, BIAS),
     ),
+    "linear_intx": (
+        lambda x, b: OPS.linear_intx(x, INTX, b, *INTX_SIZES, False, "gelu"),
+        (X, BIAS),
+    ),
     "conv_dynamic": (
         lambda x, b: OPS.conv_dynamic(x, CONV, SCALE, b, *SIZES, True, "gelu"),
         (SAMPLES, BIAS),
@@ -368,7 +372,7 @@ def test_rows_are_one_call() -> None:
 
     for name, calls in (
         *(("linear_dynamic", 1), ("linear_dynamic_intx", 1), ("linear_static_intx", 1)),
-        *(("rms_norm", 1), ("minmax", B)),
+        *(("linear_intx", 1), ("rms_norm", 1), ("minmax", B)),
     ):
         call, arguments = next((call, a) for found, call, a in everything() if found == name)
         with Counted() as counted:

@@ -242,6 +242,7 @@ CASES: dict[str, Callable[[Case], tuple[Any, ...]]] = {
     "unpack_intx_weight": gpu_intx.unpack,
     "linear_dynamic_intx": gpu_intx.dynamic,
     "linear_static_intx": gpu_intx.static,
+    "linear_intx": gpu_intx.floats_stay,
     "pack_conv_weight": gpu_conv.pack,
     "unpack_conv_weight": gpu_conv.unpack,
     "conv_static": gpu_conv.static,

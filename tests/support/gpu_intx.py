@@ -49,6 +49,12 @@ def dynamic(case: Any) -> tuple[Any, ...]:
     return (case.input(), drawn.packed, case.bias(), *drawn.sizes, *rest, case.pick(8, 8, 4))
 
 
+def floats_stay(case: Any) -> tuple[Any, ...]:
+    drawn = Drawn(case)
+    rest = (case.pick(*ACTIVATIONS), case.pick(None, *FLOATS))
+    return (case.input(), drawn.packed, case.bias(), *drawn.sizes, *rest)
+
+
 def static(case: Any) -> tuple[Any, ...]:
     drawn = Drawn(case)
     given = (case.input(), positive(1, seed=drawn.seed), case.zero_points(1))

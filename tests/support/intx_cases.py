@@ -97,3 +97,21 @@ def linear_static_intx(o: Operands) -> Samples:
     yield sample("gradient of the bias", "bias", input=o.x, **float16, **side(o, 8, 32))
     yield sample("no rows", input=o.x[:0], **one, **side(o, 4, 32))
     yield sample("one dimension", input=o.x[0], **both, **side(o, 7, 32))
+
+
+@generator
+def linear_intx(o: Operands) -> Samples:
+    yield sample("channels", input=o.x, **side(o, 4))
+    yield sample("groups", input=o.x, **side(o, 4, 32))
+    gelu = {"bias": o.bias, "activation": "gelu"}
+    yield sample("everything", input=o.bf16, **gelu, **side(o, 3, 20, True))
+    half = {"activation": "silu", "output_dtype": torch.float16}
+    yield sample("batch to float16", input=o.batch, bias=o.bias, **half, **side(o, 2, 64))
+    yield sample("gradient of the input", "input", input=o.x, **side(o, 6, 32))
+    yield sample(
+        "gradients behind gelu", "input", "bias", input=o.x, **gelu, **side(o, 5, 20, True)
+    )
+    relu = {"input": o.x, "bias": o.bias.bfloat16(), "activation": "relu"}
+    yield sample("gradient of the bias", "bias", **relu, **side(o, 7, None, True))
+    yield sample("no rows", input=o.x[:0], **side(o, 4, 32))
+    yield sample("one dimension", input=o.x[0], **side(o, 8, 64))

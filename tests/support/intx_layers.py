@@ -138,4 +138,17 @@ def check_static(
     )
 
 
+def check_float(
+    layer: Layer,
+    dtype: torch.dtype = torch.float32,
+    output_dtype: torch.dtype | None = None,
+    spice: str = "plain",
+    counts: tuple[int, ...] = (1,),
+) -> None:
+    x, packed = layer.input(dtype, spice), layer.packed
+    options = {"activation": layer.activation, "output_dtype": output_dtype}
+    expected = functional.linear_intx(x, **layer.canonical, **options)
+    check_everywhere(lambda: ops.linear_intx(x, **packed, **options), expected, counts, layer)
+
+
 FLOAT_DTYPES = st.sampled_from(FLOATS)

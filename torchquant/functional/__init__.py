@@ -69,6 +69,7 @@ from torchquant.functional.images import (
 )
 from torchquant.functional.intx import (
     linear_dynamic_intx,
+    linear_intx,
     linear_static_intx,
     pack_integers,
     unpack_integers,
@@ -141,6 +142,7 @@ __all__ = [
     "linear_dynamic",
     "linear_dynamic_intx",
     "linear_dynamic_split",
+    "linear_intx",
     "linear_static",
     "linear_static_intx",
     "mask_gradient",

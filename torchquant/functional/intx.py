@@ -9,6 +9,12 @@ groups, the integer sum of each group is exact, and the groups are added in asce
 
 With one scale per channel the layers are :func:`torchquant.functional.linear_dynamic` and
 :func:`torchquant.functional.linear_static`.
+
+Where activations stay floats, the sum of a group is one of fp32, also in ascending order::
+
+    s[g] = fmaf(x[m,k], float(w[n,k] - zw[n,g]), s[g])     for k of group g ascending, from 0
+    t    = fmaf(s[g], sw[n,g], t)                          for g = 0, 1, ..., from t = 0
+    y    = fl(t + bias[n])                                 or t without bias
 """
 
 from __future__ import annotations
@@ -251,6 +257,75 @@ def linear_static_intx(
     t = _grouped_sums(q, zero_point, weight, weight_scale, weight_zero_point, group_size)
     y = t * scale if bias is None else fmaf(t, scale, bias.to(torch.float32))
     return ACTIVATIONS[activation](y).to(output_dtype)
+
+
+def linear_intx(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer on float input, which stays as it is: only the weight is quantized.
+
+    Products and sums are fp32, in the order above. NaN and infinities follow IEEE 754: a NaN makes
+    all outputs of its row NaN, and so does an infinity where its weight is 0; other rows are
+    untouched.
+
+    Args:
+        input: fp32, bf16 or fp16 ``[..., K]``; widened to fp32, which is exact.
+        weight: int8 ``[N, K]``, integers of ``bits`` bits.
+        weight_scale: fp32 ``[N]``; with ``group_size`` ``[N, ceil(K / group_size)]``.
+        weight_zero_point: int8 of weight_scale's shape, integers of ``bits`` bits; or None.
+        bias: fp32, bf16 or fp16 ``[N]`` or None; added in fp32.
+        bits: 2 to 8.
+        group_size: inputs that share a scale, 1 to K; None: one scale per output channel.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu.
+        output_dtype: float32, bfloat16 or float16; by default input's dtype.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number, or the activation's name is wrong.
+
+    Example:
+        >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> x = torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+        >>> linear_intx(x, w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
+        tensor([[14.2500]])
+    """
+    who = "linear_intx"
+    _check_input(who, input)
+    check_weight(who, input, weight)
+    check_intx(who, weight, weight_scale, weight_zero_point, bits, group_size)
+    dtype = input.dtype if output_dtype is None else output_dtype
+    _check_output(who, weight, bias, activation, dtype)
+    outputs, inputs = weight.shape
+    size = inputs if group_size is None else group_size
+    groups = -(-inputs // size)
+    last = inputs - (groups - 1) * size
+    padding = (0, groups * size - inputs)
+    x = torch.nn.functional.pad(input.to(torch.float32), padding).unflatten(-1, (1, groups, size))
+    w = torch.nn.functional.pad(weight, padding).to(torch.float32).unflatten(-1, (groups, size))
+    if weight_zero_point is not None:
+        w = w - weight_zero_point.to(torch.float32).reshape(outputs, groups, 1)
+    s = torch.zeros((*input.shape[:-1], outputs, groups), device=input.device)
+    for i in range(size):  # input i of every group that has so many
+        g = slice(0, groups if i < last else groups - 1)
+        s[..., g] = fmaf(x[..., g, i], w[:, g, i], s[..., g])
+    t = torch.zeros((), device=input.device)
+    for group in range(groups):
+        t = fmaf(s[..., group], weight_scale.reshape(outputs, groups)[:, group], t)
+    y = t if bias is None else t + bias.to(torch.float32)
+    return ACTIVATIONS[activation](y).to(dtype)
 
 
 def check_intx(

@@ -35,6 +35,7 @@ from torchquant.ops.fake_quantize import (
 )
 from torchquant.ops.intx import (
     linear_dynamic_intx,
+    linear_intx,
     linear_static_intx,
     pack_intx_weight,
     unpack_intx_weight,
@@ -70,6 +71,7 @@ __all__ = [
     "linear_dynamic",
     "linear_dynamic_intx",
     "linear_dynamic_split",
+    "linear_intx",
     "linear_static",
     "linear_static_intx",
     "mask_gradient",

@@ -144,6 +144,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_dynamic_split": _linear_on_packed,
     "linear_static": _linear_static,
     "linear_dynamic_intx": _linear_intx,
+    "linear_intx": _linear_intx,
     "linear_static_intx": _linear_static_intx,
     "conv_static": _conv_static,
     "conv_dynamic": _conv_dynamic,

@@ -12,7 +12,13 @@ from torchquant.ops._register import fake
 _C = load()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
-__all__ = ["linear_dynamic_intx", "linear_static_intx", "pack_intx_weight", "unpack_intx_weight"]
+__all__ = [
+    "linear_dynamic_intx",
+    "linear_intx",
+    "linear_static_intx",
+    "pack_intx_weight",
+    "unpack_intx_weight",
+]
 
 
 def pack_intx_weight(
@@ -299,3 +305,75 @@ def _(
 ) -> Tensor:
     shape = (*input.shape[:-1], out_features)
     return torch.empty(shape, dtype=output_dtype, device=input.device)
+
+
+def linear_intx(
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    bits: int,
+    group_size: int | None = None,
+    has_zero_point: bool = False,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Run a linear layer on float input, which is not quantized: only the weight is.
+
+    Args:
+        input: float32, bfloat16 or float16 ``[..., K]``; products and sums are float32.
+        packed: :func:`pack_intx_weight` of the ``[N, K]`` weight.
+        bias: float32, bfloat16 or float16 ``[N]``, added in float32; or None.
+        out_features: N.
+        bits, group_size, has_zero_point: as the weight was packed.
+        activation: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid, relu6, hardswish, hardsigmoid
+            or leaky_relu, applied in float32.
+        output_dtype: float32, bfloat16 or float16; input's when None.
+
+    Returns:
+        ``[..., N]``. On the CPU it has the bits of :func:`torchquant.functional.linear_intx`; on
+        CUDA it is the device's fp32 product with the dequantized weight, whose sums have another
+        order. NaN and infinities follow IEEE 754 and stay in their row.
+
+    Gradients: to ``input`` and ``bias``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number or the activation's name is wrong, or packed was
+            made for other arguments.
+
+    Example:
+        >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> packed = pack_intx_weight(w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
+        >>> x = torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+        >>> linear_intx(x, packed, out_features=1, bits=4, group_size=2)
+        tensor([[14.2500]])
+    """
+    return torch.ops.torchquant.linear_intx.default(  # type: ignore[no-any-return]
+        input,
+        packed,
+        bias,
+        out_features,
+        bits,
+        group_size,
+        has_zero_point,
+        activation,
+        output_dtype,
+    )
+
+
+@fake("linear_intx")
+def _(
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int | None,
+    has_zero_point: bool = False,
+    activation: str = "none",
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = input.dtype if output_dtype is None else output_dtype
+    return torch.empty((*input.shape[:-1], out_features), dtype=dtype, device=input.device)
