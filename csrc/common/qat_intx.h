@@ -98,7 +98,9 @@ template <Library library = Library::kTorchquant>
 at::Tensor linear(const at::Tensor& input, const at::Tensor& packed, const OptTensor& bias, int64_t out_features,
                   const Settings& s) {
   const bool has_zero = !s.weight_symmetric;
-  TORCH_CHECK_NOT_IMPLEMENTED(s.activation_bits, kOp, ": activation_bits must be from 2 to 8, got None");
+  if (!s.activation_bits)
+    return ops::linear_intx::call<library>(input, packed, bias, out_features, s.bits(), s.group_size, has_zero,
+                                           s.activation, s.output_dtype);
   return ops::linear_dynamic_intx::call<library>(input, packed, bias, out_features, s.bits(), s.group_size, has_zero,
                                                  s.activation_symmetric, s.activation, s.output_dtype,
                                                  *s.activation_bits);

@@ -31,7 +31,7 @@ from torchquant.training.layer_part import LayerPart
 
 def joins(config: TrainingConfig) -> bool:
     """Static activations let a small layer take part in a chain."""
-    return isinstance(config.activations.deployed(), Static)
+    return isinstance(config.deployed().activations, Static)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -35,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "symmetric_rows": {"symmetric": True},
     "weight_zero_points": {"weight_symmetric": False},
     "learned_weights": {"learned": True},
+    "float_activations": {"activation_bits": None},
+    "float_activations_learned": {"activation_bits": None, "learned": True},
+    "float_activations_zero_points": {"activation_bits": None, "weight_symmetric": False},
 }
 
 
@@ -44,6 +47,7 @@ def arguments(
     bits: int = 4,
     learned: bool = False,
     symmetric: bool = False,
+    activation_bits: int | None = 8,
     weight_symmetric: bool = True,
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -61,6 +65,7 @@ def arguments(
         "weight_qmax": qmax,
         "weight_symmetric": weight_symmetric,
         "activation_symmetric": symmetric,
+        "activation_bits": activation_bits,
     }
     if learned:
         shape = (outputs,) if group_size is None else (outputs, -(-inputs // group_size))
@@ -98,7 +103,7 @@ def oracle(values: dict[str, Any], grad: Tensor) -> dict[str, Tensor | None]:
         group_size=values["group_size"],
         weight_range=(values["weight_qmin"], values["weight_qmax"]),
         weight_given=given is not None,
-        activation_bits=values.get("activation_bits", 8),
+        activation_bits=values["activation_bits"],
         activation_symmetric=values["activation_symmetric"],
         activation=values.get("activation", "none"),
         weight_grad_factor=values.get("weight_grad_factor", 0.0),

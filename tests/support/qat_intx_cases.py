@@ -43,5 +43,7 @@ def qat_linear_intx(o: Operands) -> Samples:
     half = {"input": o.bf16, "weight": o.float_weight, "output_dtype": torch.float16}
     few = {"activation_bits": 4, "weight_qmin": -2, "weight_qmax": 1}
     yield sample("learned", "input", "weight", "weight_scale", **half, **few, **learned)
+    floats = {"activation_bits": None, "activation": "relu", **in_groups(o, 32)}
+    yield sample("float activations", *all_three, bias=o.bias, **layer, **four, **floats)
     none = {"input": o.x[:0], "weight": o.float_weight}
     yield sample("no rows", "input", "weight", **none, **four, **in_groups(o, 32))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from support import FLOATS, NOT_FINITE, floats, sprinkle
-from torchquant import Dynamic, ObservedQuantizer, QATConfig, QATLinear, TrainingConfig
+from torchquant import ObservedQuantizer, QATConfig, QATLinear, TrainingConfig
 
 CONFIGS = {
     "dynamic": QATConfig(),
@@ -37,8 +37,11 @@ CONFIGS = {
     "groups_w8_symmetric": QATConfig(group_size=7, activation_symmetric=True),
     "groups_w5a4": QATConfig(5, 4, group_size=40),
     "groups_lsq_w3": QATConfig(weight_bits=3, learned_weights=True, group_size=32),
+    "float_w4": QATConfig(weight_bits=4, activations=None, group_size=16),
+    "float_w8": QATConfig(activations=None),
+    "float_lsq_w3": QATConfig(3, activations=None, learned_weights=True, group_size=32),
+    "float_w5_zero_points": QATConfig(5, activations=None, weight_symmetric=False, group_size=40),
 }
-STATIC = [name for name, config in CONFIGS.items() if not isinstance(config.activations, Dynamic)]
 
 
 def layer_of(

@@ -27,6 +27,7 @@ CONFIGS = {
     "w4a8_groups": QATConfig(weight_bits=4, group_size=32),
     "w3a8_groups_zero_points": QATConfig(weight_bits=3, weight_symmetric=False, group_size=48),
     "w4a8_groups_learned": QATConfig(weight_bits=4, learned_weights=True, group_size=32),
+    "w4_float": QATConfig(weight_bits=4, activations=None, group_size=32),
 }
 LEARNED = {name: config for name, config in CONFIGS.items() if "learned" in name}
 STATIC = QATConfig(activations="static")

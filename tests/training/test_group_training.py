@@ -25,6 +25,7 @@ CONFIGS = {
     "groups": QATConfig(weight_bits=4, group_size=32),
     "zero_points": QATConfig(weight_bits=4, weight_symmetric=False, group_size=32),
     "learned": QATConfig(weight_bits=4, learned_weights=True, group_size=32),
+    "float_activations": QATConfig(weight_bits=4, activations=None, group_size=32),
 }
 
 

@@ -1,9 +1,10 @@
 """A linear layer in training whose weight has 2 to 8 bits, forward and backward, in plain torch.
 
 The weight has one scale for each output channel, or for each group of inputs of a channel. Forward
-is the deployed layer, :func:`torchquant.functional.linear_dynamic_intx`. Backward is that of
+is the deployed layer, :func:`torchquant.functional.linear_dynamic_intx`, or where activations stay
+float :func:`torchquant.functional.linear_intx`. Backward is that of
 :func:`torchquant.functional.qat_linear`, with a scale for each group. With g the gradient of the
-output, masked by relu, and Xq, Wq the values that the integers represent::
+output, masked by relu, and Xq, Wq the values that the layer multiplies::
 
     grad_x = g @ Wq
     grad_w = (g.T @ Xq), 0 where w is outside the range of given scales
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchquant.functional._arithmetic import reciprocal
 from torchquant.functional._checks import FLOAT_DTYPES, MIN_SCALE, describe, require_dtype
 from torchquant.functional.affine import quantize
-from torchquant.functional.intx import linear_dynamic_intx
+from torchquant.functional.intx import linear_dynamic_intx, linear_intx
 from torchquant.functional.qat import Quantized, quantize_rows
 from torchquant.functional.qparams import qparams_from_range
 from torchquant.scheme import PER_CHANNEL, Granularity, PerGroup, quant_range
@@ -131,13 +132,24 @@ def qat_linear_intx(
         qmax=weight_qmax,
         symmetric=weight_symmetric,
     )
+    zero_point = None if weight_symmetric else w.zero_point
     if activation_bits is None:
-        raise NotImplementedError("qat_linear_intx: activation_bits must be from 2 to 8, got None")
+        return linear_intx(
+            input,
+            w.q,
+            w.scale,
+            zero_point,
+            bias,
+            bits=bits,
+            group_size=group_size,
+            activation=activation,
+            output_dtype=output_dtype,
+        )
     return linear_dynamic_intx(
         input,
         w.q,
         w.scale,
-        None if weight_symmetric else w.zero_point,
+        zero_point,
         bias,
         bits=bits,
         group_size=group_size,

@@ -97,10 +97,11 @@ def qat_linear_intx(
 ) -> Tensor:
     """Run a trainable linear layer whose float weight is quantized to 2 to 8 bits inside.
 
-    Forward gives the bits of the deployed layer (:func:`torchquant.ops.linear_dynamic_intx`).
-    Backward passes the gradient straight through the rounding and stops it where a weight is
-    outside the range of its given scale. It saves int8 activations, and one bit for each output of
-    a ReLU.
+    Forward gives the bits of the deployed layer: :func:`torchquant.ops.linear_dynamic_intx`, or
+    where activations stay float :func:`torchquant.ops.linear_intx`. Backward passes the gradient
+    straight through the rounding and stops it where a weight is outside the range of its given
+    scale. It saves int8 activations (the input itself, if it stays float), and one bit for each
+    output of a ReLU.
 
     Args:
         input: float32, bfloat16 or float16 ``[..., K]``.
@@ -111,7 +112,8 @@ def qat_linear_intx(
         group_size: inputs that share a scale, 1 to K; None: one scale per output channel.
         weight_qmin, weight_qmax, weight_symmetric: as for :func:`quantize_pack_intx`; the number of
             bits is the least for this range.
-        activation_bits: 2 to 8: each row of the input is quantized with a scale of its own.
+        activation_bits: 2 to 8: each row of the input is quantized with a scale of its own; None:
+            activations stay float.
         activation_symmetric: if True, rows have no zero points.
         activation: "none" or "relu", applied after the bias.
         weight_grad_factor: above 0, ``weight_scale`` is learned by LSQ's rule and its gradient is
