@@ -124,8 +124,7 @@ void define_operators(torch::Library& m) {
   // Keys and values of 8 or 4 bits, with a scale and a zero point for each row, or for each group of its channels:
   // float [..., head_dim] <-> uint8 [..., bytes], the rows of csrc/formats/kv_rows.h.
   m.def("quantize_kv(Tensor input, int bits, int? group_size=None) -> Tensor");
-  m.def(
-      "dequantize_kv(Tensor rows, int head_dim, int bits, int? group_size=None, ScalarType dtype=float) -> Tensor");
+  m.def("dequantize_kv(Tensor rows, int head_dim, int bits, int? group_size=None, ScalarType dtype=float) -> Tensor");
   // As attention, with key and value as rows, [B, G, K, bytes], and products of integers. value_dim: E, by default D.
   // recent_key, recent_value: the tokens after those, rows of 8 bits [B, G, R, bytes] with at most 256 channels a group.
   m.def(

@@ -5,6 +5,7 @@ import re
 import numpy
 import pytest
 import torch
+import torch._dynamo.testing
 from support import ACTIVATIONS, FLOATS, Shape, assert_same_bits, floats, integers, leaf
 from support.aten import ATEN
 from support.intx_cases import few_bits
