@@ -46,7 +46,7 @@ int64_t block_rows_of(int64_t rows, int64_t most, bool ones) {
   return ones ? balanced(rows, most - 1) + 1 : balanced(rows, most);
 }
 
-// Memory for a panel of either kind.
+// Memory for a panel: plain, or cut with room for ones, which it gets if its lists are too long.
 Panel make_panel(const KernelTable& table, const IntxShape& shape, int64_t rows, bool zero_rows) {
   const bool cut = zero_rows && table.intx_cut;
   const int64_t block_rows = block_rows_of(rows, table.intx_panel_rows, false), columns = intx_columns(shape);

@@ -13,7 +13,7 @@ namespace torchquant {
 // 32 * g * group_blocks(), and behind the inputs of a group are zeros up to its last block.
 inline int64_t intx_columns(const IntxShape& shape) { return shape.all_blocks() * kIntxBlock; }
 
-// A kernel may want no sums of weights for the rows' zero points (rows_cut in its table). Its panel holds q - zero, cut
+// A kernel may want no sums of weights for the rows' zero points (intx_cut in its table). Its panel holds q - zero, cut
 // to a byte, which cuts few values: those at the far end of the longer side. What is cut off is listed row by row, four
 // inputs (a quad of the panel's columns) an entry, and behind the last entry is one whose quad is kIntxNoQuad.
 struct IntxRest {

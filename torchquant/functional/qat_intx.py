@@ -54,6 +54,10 @@ def quantize_pack_intx(
     Args and result: those of :func:`torchquant.ops.quantize_pack_intx`, which packs the integers,
     too.
 
+    Raises:
+        TypeError: weight is not float32, bfloat16 or float16.
+        ValueError: group_size or the range is not allowed, or scale has another shape.
+
     Example:
         >>> w = torch.tensor([[0.5, -0.7, 0.0, 2.1]])
         >>> q, scale, _ = quantize_pack_intx(w, bits=4, group_size=2)

@@ -38,7 +38,7 @@ _fast_linear_intx = load().linear_intx
 
 
 class _Alone:
-    """Stands for the class of groups of layers that one call computes, which do not exist yet."""
+    """Says why no call computes several of these layers together."""
 
     @staticmethod
     def obstacle(members: Sequence[Any]) -> str:

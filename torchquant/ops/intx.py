@@ -179,6 +179,11 @@ def linear_dynamic_intx(
 
     Gradients: to ``input`` (straight through) and ``bias``.
 
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number or the activation's name is wrong, or packed was
+            made for other arguments.
+
     Example:
         >>> w = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
         >>> packed = pack_intx_weight(w, torch.tensor([[0.5, 2.0]]), bits=4, group_size=2)
