@@ -46,7 +46,7 @@ void define_operators(torch::Library& m) {
   // ---- intx
   // Weights of 2 to 8 bits, one scale per output channel or, with group_size, for each group of inputs.
   // int8 [N, K], float32 [N] or [N, groups], int8 of the same shape or None <-> uint8, the packed layout of
-  // csrc/formats/intx_tiles.h; on CUDA rows of bits (csrc/aten/intx.cpp). unpack returns zero points 0 without them.
+  // csrc/formats/intx_tiles.h; on CUDA rows of bits (csrc/aten/intx_rows.h). unpack returns zero points 0 without them.
   m.def(
       "pack_intx_weight(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, int bits, int? group_size=None) "
       "-> Tensor");

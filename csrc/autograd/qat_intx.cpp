@@ -1,8 +1,9 @@
 // qat_linear_intx: the deployed layer of 2 to 8 bits with gradients for its float input and weight.
 //
-// Forward is quantize_pack_intx and linear_dynamic_intx (float activations: linear_intx): the operators of the converted layer, so its bits. Saved for
-// backward are the int8 activations with a scale per row (float activations: the input itself) and one bit for each
-// output of a relu. The float weight is a parameter and in memory anyway; its integers are computed again.
+// Forward is quantize_pack_intx and linear_dynamic_intx (float activations: linear_intx): the operators of the converted
+// layer, so its bits. Saved for backward are the int8 activations with a scale per row (float activations: the input
+// itself) and one bit for each output of a relu. The float weight is a parameter and in memory anyway; its integers are
+// computed again.
 //
 // Backward, with Xq, Wq the values that the integers represent (straight-through estimator, Bengio et al., 2013):
 //   g      = grad where output > 0           (relu)
