@@ -90,7 +90,7 @@ def replace_attention_(model: nn.Module) -> AttentionReport:
     others, such as those of T5, which add a position bias. Calls that the operator does not serve
     are left to transformers' ``sdpa``: a single query (a decoding step), dropout in training, paged
     caches, other devices. A decoding step with a
-    :class:`torchquant.integrations.transformers.QuantizedCache` reads its integers
+    :class:`~torchquant.integrations.transformers.QuantizedCache` reads the cache's integers
     (:func:`torchquant.ops.attention_cached`).
 
     :func:`restore_attention_` undoes the replacement. It is not saved, neither by
