@@ -6,7 +6,7 @@ Example:
     >>> print(torchquant.quantize_(model).summary())
     1 quantized (100 % of parameters), 0 skipped; model 257.00 KiB -> 68.00 KiB (3.78x smaller)
 
-- :func:`quantize_` replaces the linear layers of a model by int8 layers, in place;
+- :func:`quantize_` replaces linear layers, convolutions and embeddings by integer layers, in place;
   :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention.
 - :func:`prepare_`, :func:`calibrate` and :func:`convert_` are for static quantization, with the
   observers of :mod:`torchquant.observers`; :func:`prepare_qat_` and :func:`convert_` are for
