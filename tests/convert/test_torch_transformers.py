@@ -14,6 +14,7 @@ from torch import nn
 
 import torchquant
 from torchquant import prepare_qat_, quantize_, to_float_
+from torchquant.files.format import read
 from torchquant.nn import MultiheadAttention, QuantizedModule
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -204,6 +205,7 @@ def test_files_copies_and_pickles(tmp_path: Path) -> None:
     quantize_(model)
     expected = model(x)
     torchquant.save(model, tmp_path / "model.safetensors")
+    assert read(tmp_path / "model.safetensors")[1]["format"] == 5  # older versions refuse it
     for target in (empty, copy.deepcopy(model)):
         loaded = torchquant.load(tmp_path / "model.safetensors", target)
         assert torch.equal(loaded(x), expected)

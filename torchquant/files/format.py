@@ -37,7 +37,7 @@ and ``buffers`` are absent if they would be empty. A reader MUST refuse a higher
 own.
 :mod:`torchquant.files.entries` reads older formats:
 
-- Format 5 added the weight format ``intx`` and configurations whose ``activations`` are null. A
+- Format 5 added ``attentions``, the weight format ``intx``, and configurations whose ``activations`` are null. A
   file without them is written as format 4, which older versions read.
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
   ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
@@ -61,20 +61,24 @@ from torch import Tensor
 from torchquant.report.progress import track
 
 FORMAT = 5
-_WITHOUT_INTX = 4
+_BEFORE = 4
 _OLDEST = 1
 KEY = "torchquant"
 
 
-def needed_format(layers: Mapping[str, Mapping[str, Any]]) -> int:
+def needed_format(layers: Mapping[str, Mapping[str, Any]], attentions: bool = False) -> int:
     """The lowest format in which layers with these entries can be stored.
+
+    Args:
+        layers: the entries.
+        attentions: whether the model has attention modules whose projections became layers.
 
     Example:
         >>> needed_format({"fc": {"format": "int8"}}), needed_format({"fc": {"format": "intx"}})
         (4, 5)
     """
-    new = any(entry.get("format") == "intx" for entry in layers.values())
-    return FORMAT if new else _WITHOUT_INTX
+    new = attentions or any(entry.get("format") == "intx" for entry in layers.values())
+    return FORMAT if new else _BEFORE
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

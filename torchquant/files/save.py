@@ -99,7 +99,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     buffers, buffer_keys = stored_buffers(model)
     tensors = {**tensors, **buffers}
     header = {
-        "format": needed_format(layers),
+        "format": needed_format(layers, bool(attentions)),
         "torchquant": __version__,
         "layers": layers,
         **({"absorbed": absorbed} if absorbed else {}),
