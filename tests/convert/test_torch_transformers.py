@@ -161,6 +161,33 @@ def test_causal_attention() -> None:
         ours(x, x, x, is_causal=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 48, "vdim": 40}, {"bias": False}])
+def test_the_state_of_the_original_module_fits(options: dict[str, Any]) -> None:
+    original, ours = nn.MultiheadAttention(64, 4, **options), MultiheadAttention(64, 4, **options)
+    wanted = {key: value.clone() for key, value in original.state_dict().items()}
+    for assign in (False, True):
+        given = dict(wanted)
+        ours.load_state_dict(given, assign=assign)
+        assert given.keys() == wanted.keys()
+        got = ours.to_float().state_dict()
+        assert all(torch.equal(got[key], value) for key, value in wanted.items())
+        ours.load_state_dict(ours.state_dict())
+    with pytest.raises(RuntimeError, match=r"in_proj_weight|q_proj\.weight"):
+        ours.load_state_dict({**wanted, next(iter(wanted)): torch.zeros(3, 64)})
+
+
+def test_a_float_checkpoint_is_loaded_into_a_prepared_model() -> None:
+    first, second = (nn.Sequential(encoder_layer(dropout=0.0)).eval() for _ in range(2))
+    state = copy.deepcopy(first.state_dict())
+    for model in (first, second):
+        prepare_qat_(model, torchquant.QATConfig(4, group_size=32))
+    keys = second.load_state_dict(state, strict=False)
+    assert not keys.unexpected_keys
+    assert all(key.endswith("_enabled") for key in keys.missing_keys)
+    x = floats(3, 7, 64)
+    assert torch.equal(first(x), second(x))
+
+
 def test_wrong_inputs() -> None:
     attention = MultiheadAttention(16, 4, batch_first=True)
     x = floats(2, 5, 16)
