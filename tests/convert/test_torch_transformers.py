@@ -258,6 +258,24 @@ def test_what_is_not_selected_stays_the_same_object(verb: Any) -> None:
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
 
 
+@pytest.mark.parametrize("verb", [quantize_, prepare_qat_])
+def test_the_other_layers_of_an_encoder_layer_alone(verb: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(encoder_layer(dropout=0.0), nn.Linear(64, 64)).eval()
+    empty = copy.deepcopy(model)
+    keys, x = [*model.state_dict()], floats(3, 7, 64)
+    report = verb(model, filter_fn="*linear1", strict=True)
+    assert [row.name for row in report.changed] == ["0.linear1"]
+    assert type(model[0].self_attn.q_proj) is nn.Linear
+    if verb is prepare_qat_:
+        torchquant.convert_(model)
+    with torch.no_grad():
+        expected = model(x)
+        torchquant.save(model, tmp_path / "model.safetensors")
+        assert torch.equal(torchquant.load(tmp_path / "model.safetensors", empty)(x), expected)
+        assert close(to_float_(model) and model(x), expected)
+    assert [*model.state_dict()] == keys
+
+
 def test_code_that_reads_the_joint_weight_keeps_it() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:

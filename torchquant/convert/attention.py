@@ -36,11 +36,19 @@ class _Place:
         old = self.new.to_float() if self.old is None else self.old
         replace_module(self.owners, self.new, old)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """The projections, and the layers that the fused forward around them would read."""
+        yield from self.new.children()
+        for parent, _ in self.owners:
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                found = (parent._modules.get(name) for name in ("linear1", "linear2"))
+                yield from (layer for layer in found if layer is not None)
+
     def is_used(self) -> bool:
-        """True if a verb has changed a layer in it."""
+        """True if a verb has changed such a layer."""
         return any(
             isinstance(module, (QuantizedModule, TrainedModule)) or hook_of(module) is not None
-            for module in self.new.children()
+            for module in self.layers()
         )
 
 
@@ -99,7 +107,7 @@ def separated(model: nn.Module, plan: Callable[[], list[Step]]) -> Iterator[Sepa
             unused = [
                 place
                 for place in found._places
-                if not any(id(layer) in chosen for layer in place.new.children())
+                if not any(id(layer) in chosen for layer in place.layers())
             ]
             for place in unused:
                 place.restore()
