@@ -276,6 +276,16 @@ def test_the_other_layers_of_an_encoder_layer_alone(verb: Any, tmp_path: Path) -
     assert [*model.state_dict()] == keys
 
 
+def test_a_joint_weight_of_two_modules_stays_tied_in_training() -> None:
+    first, second = (nn.MultiheadAttention(64, 4) for _ in range(2))
+    second.in_proj_weight = first.in_proj_weight
+    model = nn.ModuleList([first, second])
+    count = sum(parameter.numel() for parameter in model.parameters())
+    prepare_qat_(model)
+    assert model[0].q_proj.weight is model[1].q_proj.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
 def test_code_that_reads_the_joint_weight_keeps_it() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
