@@ -119,14 +119,20 @@ def test_same_data_gives_the_same_integers_and_a_second_call_starts_anew():
     assert adjustment_of(other[2]).bias is None
 
 
-def test_weights_with_zero_points_are_left():
-    parts = (torchquant.Weights(symmetric=False), torchquant.Static())
-    config = torchquant.QuantizationConfig(*parts)
+LEFT = {
+    "its weights have zero points": torchquant.Weights(symmetric=False),
+    "its weights have scales for groups of inputs": torchquant.Weights(
+        4, granularity=torchquant.PerGroup(16)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_weights_with_other_scales_are_left(reason):
+    config = torchquant.QuantizationConfig(LEFT[reason], torchquant.Static())
     model = prepared(config=config)
     report = adaround_(model, batches(1), iterations=1)
-    assert {(row.action, row.reason) for row in report} == {
-        ("left", "its weights have zero points")
-    }
+    assert {(row.action, row.reason) for row in report} == {("left", reason)}
     converted(model)
 
 

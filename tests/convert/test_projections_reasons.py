@@ -10,7 +10,13 @@ from support.projections import Attention, Calls, X, both, lines
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchquant import Fusion, IntxWeightOnlyConfig, quantize_
+from torchquant import (
+    Fusion,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    QuantizationConfig,
+    quantize_,
+)
 from torchquant.nn import QuantizedLinear
 
 
@@ -208,8 +214,17 @@ def test_switched_off_and_the_default() -> None:
     assert Fusion().projections
 
 
-def test_weights_of_few_bits_are_computed_one_by_one() -> None:
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (IntxWeightOnlyConfig(4, 32), "their weights have fewer bits or groups"),
+        (IntxWeightOnlyConfig(8, 32), "their weights have fewer bits or groups"),
+        (Int8WeightOnlyConfig(), "their inputs stay float"),
+    ],
+)
+def test_weights_of_few_bits_are_computed_one_by_one(
+    config: QuantizationConfig, reason: str
+) -> None:
     model = Attention().eval()
-    report = quantize_(model, IntxWeightOnlyConfig(4, 32))
-    reason = "their weights have fewer bits or groups, where one product saves little"
-    assert lines(report) == [f"not fused: q, k, v: {reason}"]
+    line = f"not fused: q, k, v: {reason}, where one product saves little"
+    assert lines(quantize_(model, config)) == [line]

@@ -7,7 +7,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from torchquant import FusionReport, LayerReport, QuantizationReport, quantize_
+from torchquant import (
+    FusionReport,
+    IntxWeightOnlyConfig,
+    LayerReport,
+    QuantizationReport,
+    quantize_,
+)
 from torchquant.report import human_bytes, percent
 
 
@@ -76,6 +82,17 @@ def test_all_text_is_printed_at_any_width(report: QuantizationReport, width: int
             )
             assert "".join(row.split()) in together
     assert "".join(report.summary().split()) in "".join(text.split())
+
+
+def test_a_table_that_just_fits_loses_no_text() -> None:
+    embedding, head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
+    head.weight = embedding.weight
+    tied = nn.ModuleDict({"embedding_of_a_long_name": embedding, "fc": head})
+    report = quantize_(tied, IntxWeightOnlyConfig(4, group_size=32))
+    for width in range(72, 170):
+        words = printed(report, width).split("\n\n")[0].split()
+        for row in report.layers:
+            assert all(words.count(word) >= 1 for word in row.reason.split()), width
 
 
 def test_the_table_has_the_width_of_the_terminal(

@@ -21,6 +21,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
+    # Attention over rows of very different magnitudes depends strongly on the random weights.
+    torch.manual_seed(0)
     return nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, **options)
 
 
@@ -162,6 +164,34 @@ def test_causal_attention() -> None:
         ours(x, x, x, is_causal=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 48, "vdim": 40}, {"bias": False}])
+def test_the_state_of_the_original_module_fits(options: dict[str, Any]) -> None:
+    original, ours = nn.MultiheadAttention(64, 4, **options), MultiheadAttention(64, 4, **options)
+    wanted = {key: value.clone() for key, value in original.state_dict().items()}
+    for assign in (False, True):
+        given = dict(wanted)
+        ours.load_state_dict(given, assign=assign)
+        assert given.keys() == wanted.keys()
+        got = ours.to_float().state_dict()
+        assert all(torch.equal(got[key], value) for key, value in wanted.items())
+        ours.load_state_dict(ours.state_dict())
+    with pytest.raises(RuntimeError, match=r"in_proj_weight|q_proj\.weight"):
+        ours.load_state_dict({**wanted, next(iter(wanted)): torch.zeros(3, 64)})
+
+
+def test_a_float_checkpoint_is_loaded_into_a_prepared_model() -> None:
+    first, second = (nn.Sequential(encoder_layer(dropout=0.0)).eval() for _ in range(2))
+    nn.init.normal_(first[0].self_attn.in_proj_weight)
+    state = copy.deepcopy(first.state_dict())
+    for model in (first, second):
+        prepare_qat_(model, torchquant.QATConfig(4, group_size=32))
+    keys = second.load_state_dict(state, strict=False)
+    assert not keys.unexpected_keys
+    assert all(key.endswith("_enabled") for key in keys.missing_keys)
+    x = floats(3, 7, 64)
+    assert torch.equal(first(x), second(x))
+
+
 def test_wrong_inputs() -> None:
     attention = MultiheadAttention(16, 4, batch_first=True)
     x = floats(2, 5, 16)
@@ -228,6 +258,34 @@ def test_what_is_not_selected_stays_the_same_object(verb: Any) -> None:
     with pytest.raises(ValueError, match="strict"):
         verb(model, filter_fn=["0.*", "nothing"], strict=True)
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
+
+
+@pytest.mark.parametrize("verb", [quantize_, prepare_qat_])
+def test_the_other_layers_of_an_encoder_layer_alone(verb: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(encoder_layer(dropout=0.0), nn.Linear(64, 64)).eval()
+    empty = copy.deepcopy(model)
+    keys, x = [*model.state_dict()], floats(3, 7, 64)
+    report = verb(model, filter_fn="*linear1", strict=True)
+    assert [row.name for row in report.changed] == ["0.linear1"]
+    assert type(model[0].self_attn.q_proj) is nn.Linear
+    if verb is prepare_qat_:
+        torchquant.convert_(model)
+    with torch.no_grad():
+        expected = model(x)
+        torchquant.save(model, tmp_path / "model.safetensors")
+        assert torch.equal(torchquant.load(tmp_path / "model.safetensors", empty)(x), expected)
+        assert close(to_float_(model) and model(x), expected)
+    assert [*model.state_dict()] == keys
+
+
+def test_a_joint_weight_of_two_modules_stays_tied_in_training() -> None:
+    first, second = (nn.MultiheadAttention(64, 4) for _ in range(2))
+    second.in_proj_weight = first.in_proj_weight
+    model = nn.ModuleList([first, second])
+    count = sum(parameter.numel() for parameter in model.parameters())
+    prepare_qat_(model)
+    assert model[0].q_proj.weight is model[1].q_proj.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 def test_code_that_reads_the_joint_weight_keeps_it() -> None:

@@ -345,6 +345,27 @@ def test_gradient_checkpointing_and_kbit_preparation() -> None:
     assert "lm_head" not in adapted.peft_config["default"].target_modules
 
 
+def test_lora_on_an_embedding_that_is_quantized_afterwards() -> None:
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64))
+    adapted = add(model, lora(target_modules=["0"]))
+    x = torch.arange(100)
+    before = adapted(x)
+    report = torchquant.quantize_(adapted, torchquant.Int8WeightOnlyConfig())
+    assert len(report.quantized) == 2
+    assert cosine(adapted(x), before) > 0.999
+    train_on(adapted, x)
+
+
+def train_on(adapted: nn.Module, x: torch.Tensor) -> None:
+    before, optimizer = (
+        adapted(x),
+        torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0),
+    )
+    adapted(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(adapted(x), before)
+
+
 def test_lora_on_an_embedding_beside_quantized_layers() -> None:
     model = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 64))
     torchquant.quantize_(model)

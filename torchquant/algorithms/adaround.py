@@ -29,7 +29,7 @@ from torchquant.convert.adjustment import (
 from torchquant.report.base import Report, RowReport
 from torchquant.report.progress import track
 from torchquant.report.words import human_bytes
-from torchquant.scheme import PerTensor
+from torchquant.scheme import PerGroup, PerTensor
 
 __all__ = ["AdaRoundReport", "RoundedLayer", "adaround_"]
 
@@ -183,6 +183,8 @@ def _refusal(layer: Any, quantized: Any) -> str | None:
     """The reason why the rounding of a layer cannot be learned, or None."""
     if quantized.weight_zero_point is not None:
         return "its weights have zero points"
+    if isinstance(quantized.config.weights.granularity, PerGroup):
+        return "its weights have scales for groups of inputs"
     terms = grouped_weight(layer, float_weight(layer)).shape[-1]
     if terms > _MOST_TERMS:
         return f"its outputs have {terms} terms, whose moments take {human_bytes(8 * terms**2)}"
@@ -217,14 +219,14 @@ def _rounded(
     """Integers, scales, and the errors of rounding to the nearest and of these integers."""
     part = quantized.config.weights
     qmin, qmax = part.range
-    shape = quantized.qweight.shape
+    integers = quantized.integers
     weight = grouped_weight(layer, float_weight(layer))
     scale = quantized.weight_scale.view(weight.shape[:2])
-    nearest = grouped_weight(layer, quantized.qweight).float() * scale.unsqueeze(-1)
+    nearest = grouped_weight(layer, integers).float() * scale.unsqueeze(-1)
     if search:
         shared = part.granularity == PerTensor()
         scale = least_error_scale(weight, scale, moments, qmin=qmin, qmax=qmax, shared=shared)
     qweight = adaptive_rounding(weight, scale, moments, qmin=qmin, qmax=qmax, iterations=iterations)
     learned = qweight * scale.unsqueeze(-1)
     errors = [float(rounding_error(weight, one, moments).sum()) for one in (nearest, learned)]
-    return qweight.view(shape), scale.flatten(), (errors[0], errors[1])
+    return qweight.view(integers.shape), scale.flatten(), (errors[0], errors[1])

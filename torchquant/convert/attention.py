@@ -6,7 +6,7 @@ changes no layer get their original module back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from torch import nn
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.plan import Step
 from torchquant.graph.held import held_modules
-from torchquant.graph.modules import owners_by_module, replace_module
+from torchquant.graph.modules import memory_key, owners_by_module, replace_module
 from torchquant.graph.weight_reads import names_in_code
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.multihead_attention import MultiheadAttention, attention_refusal
@@ -36,11 +36,19 @@ class _Place:
         old = self.new.to_float() if self.old is None else self.old
         replace_module(self.owners, self.new, old)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """The projections, and the layers that the fused forward around them would read."""
+        yield from self.new.children()
+        for parent, _ in self.owners:
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                found = (parent._modules.get(name) for name in ("linear1", "linear2"))
+                yield from (layer for layer in found if layer is not None)
+
     def is_used(self) -> bool:
-        """True if a verb has changed a layer in it."""
+        """True if a verb has changed such a layer."""
         return any(
             isinstance(module, (QuantizedModule, TrainedModule)) or hook_of(module) is not None
-            for module in self.new.children()
+            for module in self.layers()
         )
 
 
@@ -99,7 +107,7 @@ def separated(model: nn.Module, plan: Callable[[], list[Step]]) -> Iterator[Sepa
             unused = [
                 place
                 for place in found._places
-                if not any(id(layer) in chosen for layer in place.new.children())
+                if not any(id(layer) in chosen for layer in place.layers())
             ]
             for place in unused:
                 place.restore()
@@ -177,6 +185,12 @@ def _separate(model: nn.Module) -> list[_Place]:
         read = any(not _READ.isdisjoint(names[id(parent)]) for parent, _ in parents)
         if parents and not read and id(module) not in held and id(module.out_proj) not in held:
             places.append(_Place(name, _replace(parents, module), parents, module))
+    first: dict[Hashable, nn.Parameter] = {}
+    for new in (place.new for place in places):
+        for layer in (new.q_proj, new.k_proj, new.v_proj):
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:  # parts of a parameter of several modules stay tied
+                    layer._parameters[key] = first.setdefault(memory_key(parameter), parameter)
     return places
 
 

@@ -43,6 +43,9 @@ class EmbeddingTable(QuantizedModule):
 
     weight_format: ClassVar[WeightFormat] = INTX
     is_table: ClassVar[bool] = True
+    # Read by code that calls torch's function with the attributes of an embedding, such as peft's.
+    max_norm: ClassVar[None] = None
+    norm_type: ClassVar[float] = 2.0
     float_class: ClassVar[type[nn.Module]]
     # ``sparse`` and ``scale_grad_by_freq`` concern the gradient of a float weight; to_float()
     # restores them.

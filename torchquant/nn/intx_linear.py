@@ -42,7 +42,10 @@ class _Alone:
 
     @staticmethod
     def obstacle(members: Sequence[Any]) -> str:
-        return "their weights have fewer bits or groups, where one product saves little"
+        parts = [member.config.weights for member in members]
+        packed = any(part.bits < 8 or group_size_of(part) is not None for part in parts)
+        what = "their weights have fewer bits or groups" if packed else "their inputs stay float"
+        return f"{what}, where one product saves little"
 
 
 class QuantizedIntxLinear(LinearLayer):

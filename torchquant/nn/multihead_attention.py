@@ -176,6 +176,22 @@ class MultiheadAttention(nn.Module):
             setattr(new, name, getattr(attention, name))
         return new.train(attention.training)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        """Load a state dict; the parameters of an ``nn.MultiheadAttention`` fit, too."""
+        for joint, key in (("in_proj_weight", "weight"), ("in_proj_bias", "bias")):
+            value = state_dict.get(prefix + joint)
+            shape = (3 * self.embed_dim, self.embed_dim)[: 2 if key == "weight" else 1]
+            if isinstance(value, Tensor) and tuple(value.shape) == shape:
+                del state_dict[prefix + joint]
+                for name, part in zip(_PROJECTIONS, value.chunk(3), strict=True):
+                    state_dict[f"{prefix}{name}.{key}"] = part
+        for name in _PROJECTIONS:  # keys and values of other sizes
+            if f"{prefix}{name}_weight" in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}_weight")
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
     def to_float(self) -> nn.MultiheadAttention:
         """An ``nn.MultiheadAttention`` with the values of this module, whose layers are float.
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 _TABLE_WIDTH = 72  # narrower consoles get two lines per row
-_PADDING = 2  # columns are this far apart
+_PADDING = 3  # columns are this far apart; the table's edges take one column less
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _fitting(lines: Sequence[Any], columns: Sequence[Column], width: int) -> lis
 
 def _total(lines: Sequence[Any], columns: Sequence[Column]) -> int:
     """The width of a table whose names and reasons are readable."""
-    return sum(_needs(lines, column) + _PADDING for column in columns)
+    return sum(_needs(lines, column) + _PADDING for column in columns) - 1
 
 
 def _needs(lines: Sequence[Any], column: Column) -> int:
