@@ -37,8 +37,8 @@ and ``buffers`` are absent if they would be empty. A reader MUST refuse a higher
 own.
 :mod:`torchquant.files.entries` reads older formats:
 
-- Format 5 added ``attentions``, the weight format ``intx``, and configurations whose ``activations`` are null. A
-  file without them is written as format 4, which older versions read.
+- Format 5 added ``attentions``, the weight format ``intx``, and configurations whose
+  ``activations`` are null. A file without them is written as format 4, which older versions read.
 - Format 4 calls the scales and zero points of a weight ``qweight_scale`` and
   ``qweight_zero_point``, and the quantizer of a trained weight ``qweight_quantizer``. Formats 1 to
   3 call them ``weight_scale``, ``weight_zero_point`` and ``weight_quantizer``.
