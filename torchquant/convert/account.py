@@ -21,7 +21,7 @@ from torchquant.nn.kinds import kind_of, weight_shape
 from torchquant.report import NORMS, LayerReport
 
 _NO_PATH = "no integer path yet"
-_TABLES = "only configurations of weights alone, such as IntxWeightOnlyConfig(), quantize it"
+_TABLES = "only quantize_ quantizes it, with weights alone, such as IntxWeightOnlyConfig()"
 
 
 @dataclass
