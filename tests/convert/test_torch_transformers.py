@@ -311,10 +311,16 @@ def test_hooks_stay() -> None:
     quantize_(model)
     model(floats(2, 3, 64))
     assert calls == ["out", "attention"]
+    to_float_(model)
+    model(floats(2, 3, 64))  # torch's module does not call out_proj
+    assert calls == ["out", "attention", "attention"]
+    quantize_(model)
+    model(floats(2, 3, 64))
+    assert calls == ["out", "attention", "attention", "out", "attention"]
     for handle in handles:
         handle.remove()
     model(floats(2, 3, 64))
-    assert len(calls) == 2
+    assert len(calls) == 5
 
 
 def test_training_is_what_is_deployed() -> None:
