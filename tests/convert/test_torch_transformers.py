@@ -253,6 +253,10 @@ def test_what_is_not_selected_stays_the_same_object(verb: Any) -> None:
     report = verb(model, filter_fn="1")
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
     assert outcome(report)["0.linear1"] == "skipped: filter_fn"
+    assert report["0.self_attn"].reason == (
+        "MultiheadAttention's in_proj_weight, in_proj_bias: no projection (q_proj, k_proj, v_proj, "
+        "out_proj) is selected and can be changed"
+    )
     with pytest.raises(ValueError, match="strict"):
         verb(model, filter_fn=["0.*", "nothing"], strict=True)
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
