@@ -91,8 +91,7 @@ def test_other_configurations_leave_embeddings() -> None:
     assert type(model.tokens) is nn.Embedding
     assert "tokens" not in [layer.name for layer in report.layers]
     assert report["tokens"].reason == (
-        "Embedding; only configurations of weights alone, such as IntxWeightOnlyConfig(), quantize "
-        "it"
+        "Embedding; only quantize_ quantizes it, with weights alone, such as IntxWeightOnlyConfig()"
     )
     model, _, _ = quantized(DYNAMIC, tie=False)
     assert type(model.tokens) is nn.Embedding
@@ -118,11 +117,11 @@ def test_a_selected_embedding() -> None:
 
 def test_a_selected_embedding_with_activations_is_refused() -> None:
     model = Model(tie=False)
-    with pytest.raises(ValueError, match="tokens: Embedding; only configurations of weights alone"):
+    with pytest.raises(ValueError, match="tokens: Embedding; only quantize_ quantizes it"):
         torchquant.quantize_(model, filter_fn="tokens", strict=True)
     assert type(model.tokens) is nn.Embedding
     report = torchquant.quantize_(model, filter_fn="tokens")
-    assert report["tokens"].reason.endswith("quantize it; selected by filter_fn")
+    assert report["tokens"].reason.endswith("IntxWeightOnlyConfig(); selected by filter_fn")
 
 
 class Scaled(nn.Embedding):

@@ -159,8 +159,8 @@ ROWS = {
     "embeddings": (
         "1",
         "embeddings",
-        "EmbeddingBag; only configurations of weights alone, such as IntxWeightOnlyConfig(), "
-        "quantize it",
+        "EmbeddingBag; only quantize_ quantizes it, with weights alone, such as "
+        "IntxWeightOnlyConfig()",
     ),
     "experts": ("1", "experts", "Experts, no integer path yet: gate_up_proj, down_proj"),
     "other_attention": (

@@ -255,6 +255,10 @@ def test_what_is_not_selected_stays_the_same_object(verb: Any) -> None:
     report = verb(model, filter_fn="1")
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
     assert outcome(report)["0.linear1"] == "skipped: filter_fn"
+    assert report["0.self_attn"].reason == (
+        "MultiheadAttention's in_proj_weight, in_proj_bias: no projection (q_proj, k_proj, v_proj, "
+        "out_proj) is selected and can be changed"
+    )
     with pytest.raises(ValueError, match="strict"):
         verb(model, filter_fn=["0.*", "nothing"], strict=True)
     assert model[0].self_attn is attention and attention.in_proj_weight is weight
@@ -313,10 +317,16 @@ def test_hooks_stay() -> None:
     quantize_(model)
     model(floats(2, 3, 64))
     assert calls == ["out", "attention"]
+    to_float_(model)
+    model(floats(2, 3, 64))  # torch's module does not call out_proj
+    assert calls == ["out", "attention", "attention"]
+    quantize_(model)
+    model(floats(2, 3, 64))
+    assert calls == ["out", "attention", "attention", "out", "attention"]
     for handle in handles:
         handle.remove()
     model(floats(2, 3, 64))
-    assert len(calls) == 2
+    assert len(calls) == 5
 
 
 def test_training_is_what_is_deployed() -> None:

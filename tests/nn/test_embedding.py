@@ -301,6 +301,28 @@ def test_state_dicts_hold_the_tensors_once() -> None:
     assert_shared(empty, outputs(model))
 
 
+def test_a_state_dict_that_somebody_changes_is_not_the_state() -> None:
+    model = tied()
+    first = model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    first["embedding.qweight_scale"].zero_()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, kept[name])
+    assert model["embedding"].qweight_scale.all()
+
+
+def test_a_state_dict_after_a_move_while_the_old_weight_is_in_use() -> None:
+    model = tied()
+    state, old = model.state_dict(), model["head"].packed
+    model._apply(torch.clone)
+    assert model["head"].packed is not old
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, state[name])
+    with torch.inference_mode():
+        again = model.state_dict()
+    assert again["head.qweight"].data_ptr() == again["embedding.qweight"].data_ptr()
+
+
 def test_only_equal_weights_are_shared() -> None:
     first, second = quantized(CONFIGS["int4"]), quantized(CONFIGS["int8"])
     with pytest.raises(ValueError, match="layers must have the same weight in the same format"):

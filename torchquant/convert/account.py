@@ -18,10 +18,12 @@ from torchquant.convert.families import family_of, other_library
 from torchquant.graph.modules import memory_key
 from torchquant.nn.base import QuantizedModule
 from torchquant.nn.kinds import kind_of, weight_shape
+from torchquant.nn.multihead_attention import attention_refusal
 from torchquant.report import NORMS, LayerReport
 
 _NO_PATH = "no integer path yet"
-_TABLES = "only configurations of weights alone, such as IntxWeightOnlyConfig(), quantize it"
+_PROJECTIONS = "no projection (q_proj, k_proj, v_proj, out_proj) is selected and can be changed"
+_TABLES = "only quantize_ quantizes it, with weights alone, such as IntxWeightOnlyConfig()"
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Other:
             "experts": f"{kind}, {_NO_PATH}: {names}",
             "attention in_proj": f"{kind}'s {names}, {_NO_PATH}",
         }.get(self.family, f"{kind}, {_NO_PATH}")
+        if attention_refusal(self.module) is None:
+            text = f"{kind}'s {names}: {_PROJECTIONS}"
         known = kind_of(self.module)
         if known is not None and known.only_weights and known.refusal(self.module) is None:
             text = f"{kind}; {_TABLES}"

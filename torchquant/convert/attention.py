@@ -33,8 +33,10 @@ class _Place:
     old: nn.MultiheadAttention | None  # None once the verb changes the model
 
     def restore(self) -> None:
-        old = self.new.to_float() if self.old is None else self.old
-        replace_module(self.owners, self.new, old)
+        if self.old is None:
+            _join(self.owners, self.new)
+        else:
+            replace_module(self.owners, self.new, self.old)
 
     def layers(self) -> Iterator[nn.Module]:
         """The projections, and the layers that the fused forward around them would read."""
@@ -165,7 +167,7 @@ def join_attention(model: nn.Module) -> list[str]:
             type(layer) is nn.Linear for layer in module.children()
         )
         if plain and module.was_separated and id(module) in owners:
-            replace_module(owners[id(module)], module, module.to_float())
+            _join(owners[id(module)], module)
             names.append(name)
     return names
 
@@ -200,6 +202,12 @@ def _replace(owners: list[tuple[nn.Module, str]], old: nn.MultiheadAttention) ->
     replace_module([], old.out_proj, new.out_proj)  # its hooks
     replace_module(owners, old, new)
     return new
+
+
+def _join(owners: list[tuple[nn.Module, str]], old: MultiheadAttention) -> None:
+    new = old.to_float()
+    replace_module([], old.out_proj, new.out_proj)  # its hooks
+    replace_module(owners, old, new)
 
 
 __all__ = ["Separated", "join_attention", "separate", "separated"]

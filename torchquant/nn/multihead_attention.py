@@ -49,6 +49,9 @@ class MultiheadAttention(nn.Module):
     :func:`torchquant.to_float_` puts the original class back. An ``nn.TransformerEncoderLayer``
     around it runs its ordinary forward, not its fused one, which reads float weights.
 
+    While the projections are float, ``load_state_dict`` also takes the state dict of an
+    ``nn.MultiheadAttention``.
+
     Args:
         embed_dim: E, the size of queries and results.
         num_heads: number of heads; divides E.

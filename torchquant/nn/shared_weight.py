@@ -52,9 +52,9 @@ class SharedWeight:
     def __init__(self, layout: WeightFormat, shape: Sequence[int], packed: Tensor) -> None:
         self.layout, self.shape, self.packed = layout, tuple(shape), packed
         self._members: weakref.WeakSet[Any] = weakref.WeakSet()
-        # The canonical tensors that were unpacked last, and the state of `packed` at that time.
-        self._state: Any = None
-        self._unpacked: dict[str, weakref.ref[Tensor]] = {}
+        # The canonical tensors that were unpacked last, and `packed` at that time.
+        self._source = _seen(packed)
+        self._unpacked: dict[str, _Seen] = {}
 
     @property
     def members(self) -> list[Any]:
@@ -87,14 +87,18 @@ class SharedWeight:
             layer.take_packed(packed)
 
     def unpacked(self) -> dict[str, Tensor]:
-        """The canonical tensors: those that were returned before, if they are still in use."""
-        state = _version(self.packed)
-        found = {name: tensor() for name, tensor in self._unpacked.items()}
-        if found and self._state == state and all(tensor is not None for tensor in found.values()):
-            return found  # type: ignore[return-value]
+        """The canonical tensors: those that were returned before, if they are still in use.
+
+        Tensors that somebody has changed since are not returned again.
+        """
+        found = {name: _unchanged(seen) for name, seen in self._unpacked.items()}
+        present = {name: tensor for name, tensor in found.items() if tensor is not None}
+        source = None if self.packed.is_inference() else _unchanged(self._source)
+        if present and len(present) == len(found) and source is self.packed:
+            return present
         new = self.layout.unpack_tensors(self.packed, self.shape)
-        self._state = state
-        self._unpacked = {name: weakref.ref(tensor) for name, tensor in new.items()}
+        self._source = _seen(self.packed)
+        self._unpacked = {name: _seen(tensor) for name, tensor in new.items()}
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,9 +162,19 @@ def has_same_weight(first: Any, second: Any) -> bool:
     return ours.device == theirs.device and torch.equal(ours, theirs)
 
 
-def _version(packed: Tensor) -> Any:
-    """Equal for the same tensor with the same values; a new object if it counts no changes."""
-    return object() if packed.is_inference() else (weakref.ref(packed), packed._version)
+_Seen = tuple[weakref.ReferenceType[Tensor], int | None]
+
+
+def _seen(tensor: Tensor) -> _Seen:
+    """A tensor and the number of its changes until now, or None if it does not count them."""
+    return weakref.ref(tensor), None if tensor.is_inference() else tensor._version
+
+
+def _unchanged(seen: _Seen) -> Tensor | None:
+    """The tensor, if it still exists and has not changed since, as far as it counts changes."""
+    tensor, version = seen[0](), seen[1]
+    same = tensor is not None and (version is None or tensor._version == version)
+    return tensor if same else None
 
 
 __all__ = ["SharedWeight", "has_same_weight", "share_weight"]
