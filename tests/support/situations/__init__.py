@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from support import assert_same_bits
 from torchquant import Fusion, prepare_qat_, quantize_
-from torchquant.nn import call_guard, caller, linear, projections
+from torchquant.nn import call_guard, caller, linear_layer, projections
 
 WIDTH = 64
 # Large enough for GELU to differ clearly from the identity.
@@ -106,7 +106,7 @@ def no_activations_fused() -> Iterator[None]:
 
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read frames and modules with torchquant.nn.caller in place of csrc/caller.cpp."""
-    for module in (call_guard, linear, projections):
+    for module in (call_guard, linear_layer, projections):
         for name in ("caller", "follower", "holder", "is_plain_activation", "local", "module_at"):
             if name in vars(module):
                 monkeypatch.setattr(module, name, getattr(caller, name))

@@ -25,10 +25,13 @@ class OnnxNBits(LowbitPeer):
     """
 
     accuracy_level = 4
+    # False: each session has threads of its own, as sessions that other code makes expect.
+    shares_threads = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        share_threads(threads)
+        if self.shares_threads:
+            share_threads(threads)
 
     def load(self, layer: LowbitLayer) -> None:
         if layer.bits not in BITS:
@@ -56,7 +59,7 @@ class OnnxNBits(LowbitPeer):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
+        options.use_per_session_threads = not self.shares_threads
         options.log_severity_level = 3
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
