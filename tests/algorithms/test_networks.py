@@ -137,7 +137,7 @@ def rounded_(model, loader):
     return adaround_(model, loader, iterations=100)
 
 
-@pytest.mark.parametrize("verb", [rounded_, correct_bias_])
+@pytest.mark.parametrize("verb", [pytest.param(rounded_, marks=pytest.mark.slow), correct_bias_])
 def test_verbs_keep_the_region_and_help(verb):
     model = with_statistics(Depthwise())
     plain, better = quantized(model, FOUR_BITS), quantized(model, FOUR_BITS, verb)

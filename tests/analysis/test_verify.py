@@ -43,6 +43,9 @@ CONFIGS = {
 }
 
 
+FAST = ("w8a8_static", "w4a8_learned")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +72,13 @@ def pair(config: TrainingConfig | None = None, model: nn.Module | None = None) -
 # ---------------------------------------------------------------- models that agree
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_the_digits_model(config: TrainingConfig) -> None:
     """After a few steps of training and conversion, no bit differs on any instruction set."""
     data = load_digits_data()

@@ -103,7 +103,9 @@ def check_gradients(model: Any, x: Tensor) -> None:
         assert first is None or torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=() if part < 2 else pytest.mark.slow) for part in range(4)]
+)
 def test_random_forwards(part: int) -> None:
     results = [check(seed) for seed in range(10 * part, 10 * part + 10)]
     assert results.count("region") >= 8, results
