@@ -170,7 +170,6 @@ tq_status run(const tq_rows* rows, const tq_row_quantization* how, const tq_intx
 using namespace torchquant;
 
 int64_t tq_intx_tile_bytes(const tq_intx_shape* shape) { return intx::shape_of(*shape).tile_bytes(); }
-int64_t tq_intx_most_inputs(int64_t bits) { return intx_most_inputs(bits); }
 
 tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* zero_point, const tq_intx_shape* shape,
                        uint8_t* packed, const tq_parallel* parallel) {

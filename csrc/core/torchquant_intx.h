@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 /* [n, k] with one scale for each output, or for each group of `group_size` inputs (the last group may be shorter).
- * 1 <= n < 2^31, 1 <= k <= 2^23; a group has at most tq_intx_most_inputs(bits) inputs. */
+ * 1 <= n < 2^31, 1 <= k <= 2^23; a scale has at most 65,793 inputs, or 33,025 at 8 bits. */
 typedef struct tq_intx_shape {
   int64_t n, k, bits;
   int64_t group_size; /* 0: per output */
@@ -22,7 +22,6 @@ typedef struct tq_intx_shape {
 /* The packed form (formats/intx_tiles.h): tq_tiles(n) runs of tq_intx_tile_bytes bytes, aligned to 64. The canonical
  * tensors are contiguous: weight [n, k], scale and zero_point (null unless has_zero_point) [n, groups]. */
 int64_t tq_intx_tile_bytes(const tq_intx_shape* shape);
-int64_t tq_intx_most_inputs(int64_t bits);
 tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* zero_point, const tq_intx_shape* shape,
                        uint8_t* packed, const tq_parallel* parallel);
 tq_status tq_unpack_intx(const uint8_t* packed, const tq_intx_shape* shape, int8_t* weight, float* scale,

@@ -30,7 +30,7 @@ from torchquant.functional import (
 
 
 def packed_by_numpy(rows: Tensor, bits: int) -> Tensor:
-    """Strings of bits by numpy's packbits, which knows nothing of ours."""
+    """Strings of bits, made by numpy's packbits instead of our code."""
     unsigned = rows.numpy().astype(numpy.int64) % 2**bits
     places = (unsigned[..., None] >> numpy.arange(bits)) & 1
     string = places.reshape(*rows.shape[:-1], rows.shape[-1] * bits).astype(numpy.uint8)
