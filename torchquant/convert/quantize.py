@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from torchquant.configs import Fusion, QuantizationConfig, check_config, check_fusion
 from torchquant.convert.account import Account, account_of
 from torchquant.convert.activations import fuse_activations
+from torchquant.convert.adjustment import adjustment_problem, apply_adjustment
 from torchquant.convert.attention import separated
 from torchquant.convert.calibration_hooks import hook_of
 from torchquant.convert.notes import asked_problems, plan_notes, sentences, untied_note
@@ -67,6 +69,9 @@ def quantize_(
 
     The model may be on the CPU or on CUDA devices; each new layer is on the device of the old one.
 
+    Integers and biases that an algorithm found for a layer
+    (:class:`torchquant.convert.adjustment.Adjustment`) are taken instead of the nearest integers.
+
     Memory use never exceeds the float model plus its largest layer. If a conversion fails halfway
     (out of memory), the layers before it are quantized, the others are in float, and the model
     works.
@@ -102,7 +107,8 @@ def quantize_(
         TypeError: model is not a module or is scripted, config is not a configuration, filter_fn is
             neither callable nor patterns, or fusion is not a :class:`torchquant.Fusion`.
         ValueError: model is a bare layer; config has static activations; a pattern is empty;
-            or, with ``strict``, something that was asked for cannot be done.
+            what an algorithm found does not fit a layer or its configuration; or, with ``strict``,
+            something that was asked for cannot be done.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -115,8 +121,38 @@ def quantize_(
         >>> quantize_(model, filter_fn="!head")["head"].reason
         'filter_fn'
     """
+    return quantize_model("quantize_", model, config, filter_fn, strict, fusion, progress)
+
+
+def quantize_model(
+    who: str,
+    model: nn.Module,
+    config: QuantizationConfig | Mapping[str, QuantizationConfig | None] | None,
+    filter_fn: FilterFn | None,
+    strict: bool,
+    fusion: Fusion | None,
+    progress: bool | None,
+    find: Callable[[list[Step]], None] | None = None,
+) -> QuantizationReport:
+    """What :func:`quantize_` does, with integers that an algorithm finds for the layers.
+
+    Args:
+        who: the verb, with which messages start.
+        model: see :func:`quantize_`; so are the other arguments that are not listed here.
+        find: is called once it is clear which layers will be replaced, with their steps, and before
+            the model changes. It may give each layer an
+            :class:`~torchquant.convert.adjustment.Adjustment`; if it raises, it must leave the
+            model as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> def find(steps):
+        ...     print([step.name for step in steps])
+        >>> _ = quantize_model("verb", model, None, None, False, None, None, find)
+        ['0', '2']
+    """
     check_model(
-        "quantize_",
+        who,
         model,
         trained="which is prepared for training; use its to_quantized()",
         quantized="which is quantized already; use it as it is",
@@ -125,19 +161,22 @@ def quantize_(
             "torchquant.nn.{quantized}.from_float({kind}, config)"
         ),
     )
-    chosen = selection("quantize_", filter_fn, config, _check_config)
-    fusion = check_fusion("quantize_", fusion)
+    chosen = selection(who, filter_fn, config, partial(_check_config, who))
+    fusion = check_fusion(who, fusion)
     with separated(model, lambda: _plan(model, chosen)) as attention:
         plan = attention.plan
         account = account_of(model, [step.module for step in plan])
         problems = asked_problems(model, plan, account, chosen)
         if strict:
-            check_strict("quantize_", plan, account.others, problems)
+            check_strict(who, plan, account.others, problems)
+        shared = Shared(plan)
+        if find is not None:
+            find([step for step in plan if step.skip is None])
+        _check_adjustments(who, plan)
         bytes_before = tensor_bytes(model)
         attention.commit()
         with kept(model):
-            shared = Shared(plan)
-            rows = _carry_out(model, plan, chosen, shared, bytes_before, progress)
+            rows = _carry_out(who, model, plan, chosen, shared, bytes_before, progress)
             fusions = tuple(_fuse(model, plan, fusion))
     layers, others = account.filled(rows)
     notes = (*_notes(model, plan, account, problems), *shared.notes(), *attention.notes())
@@ -146,20 +185,30 @@ def quantize_(
     )
 
 
-def _check_config(config: QuantizationConfig | None) -> QuantizationConfig:
+def _check_config(who: str, config: QuantizationConfig | None) -> QuantizationConfig:
     if isinstance(config, TrainingConfig):
         raise TypeError(
-            f"quantize_: config must be the configuration of a quantized layer, got {config!r}, "
+            f"{who}: config must be the configuration of a quantized layer, got {config!r}, "
             "which is for training; use prepare_qat_(model, config), train, and convert_(model)"
         )
-    config = check_config("quantize_", config)
+    config = check_config(who, config)
     if config.activations is not None and config.activations.needs_calibration:
         raise ValueError(
-            f"quantize_: config must have dynamic activations, got {config!r}: one scale for all "
+            f"{who}: config must have dynamic activations, got {config!r}: one scale for all "
             "inputs has to be observed first; call prepare_(model, config), calibrate(model, "
             "loader) and convert_(model), or train with prepare_qat_(model, config)"
         )
     return config
+
+
+def _check_adjustments(who: str, plan: list[Step]) -> None:
+    """Raise if what an algorithm found for a layer does not fit the layer that will be made."""
+    for step in plan:
+        problem = None
+        if step.skip is None:
+            problem = adjustment_problem(step.module, step.config.weights)
+        if problem is not None:
+            raise ValueError(f"{who}: {step.name} cannot be quantized: {problem}")
 
 
 def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]:
@@ -183,6 +232,7 @@ def _plan(model: nn.Module, chosen: Selection[QuantizationConfig]) -> list[Step]
 
 
 def _carry_out(
+    who: str,
     model: nn.Module,
     plan: list[Step],
     chosen: Selection[QuantizationConfig],
@@ -199,13 +249,14 @@ def _carry_out(
     adding = [step.skip is None and not weights.issuperset(step.tied_to) for step in plan]
     rows: dict[int, LayerReport] = {}
     order = sorted(range(len(plan)), key=adding.__getitem__)
-    for place in track(order, "quantize_", progress):
+    for place in track(order, who, progress):
         step = plan[place]
         if step.skip is not None:
             rows[place] = step.skipped()
             continue
         layer_class = step.kind.layer_class(step.config, step.module)
         new = layer_class.from_float(step.module, step.config)
+        apply_adjustment(step.module, new)
         free = not (chosen.filter.chooses or chosen.named_in_full(step.names))
         if adding[place] and free and tensor_bytes(model) + _added(step, new) > bytes_before:
             step.leave = (
