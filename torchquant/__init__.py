@@ -22,6 +22,7 @@ from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers
 from torchquant.algorithms.adaround import adaround_
 from torchquant.algorithms.bias_correction import correct_bias_
 from torchquant.algorithms.equalize import equalize_
+from torchquant.algorithms.smoothquant import smoothquant_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
     Dynamic,
@@ -157,6 +158,7 @@ __all__ = [
     "restore_attention_",
     "restore_norms_",
     "save",
+    "smoothquant_",
     "to_float_",
     "verify",
 ]

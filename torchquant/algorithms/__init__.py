@@ -1,6 +1,10 @@
-"""Accuracy without training: algorithms on a prepared model, each a pure function and a verb.
+"""Accuracy without training: algorithms on a model, each a pure function and a verb.
 
-The verbs are called between ``prepare_`` and ``convert_``, in this order; each can be left out:
+Verbs on the float model, before ``quantize_`` or ``prepare_``; they keep what the model computes:
+
+- :func:`smoothquant_`: move the ranges of input channels into the weights that read them
+
+Verbs between ``prepare_`` and ``convert_``, in this order; each can be left out:
 
 1. ``prepare_(model, config)``
 2. :func:`equalize_`: balance the ranges of consecutive layers
@@ -18,6 +22,7 @@ from torchquant.algorithms.bias_correction import (
     mean_output_error,
 )
 from torchquant.algorithms.equalize import EqualizationReport, EqualizedLayer, equalize_
+from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
 from torchquant.algorithms.rounding import (
     Moments,
     adaptive_rounding,
@@ -30,6 +35,13 @@ from torchquant.algorithms.scaling import (
     range_spread,
     scale_channels,
 )
+from torchquant.algorithms.scaling_groups import (
+    ScalingGroups,
+    find_scaling_groups,
+    output_difference,
+)
+from torchquant.algorithms.smoothing import smoothing_error, smoothing_factors
+from torchquant.algorithms.smoothquant import SmoothedLayer, SmoothQuantReport, smoothquant_
 
 __all__ = [
     "AdaRoundReport",
@@ -37,17 +49,28 @@ __all__ = [
     "CorrectedLayer",
     "EqualizationReport",
     "EqualizedLayer",
+    "FoldUndo",
     "Moments",
     "RoundedLayer",
+    "ScalingGroup",
+    "ScalingGroups",
+    "SmoothQuantReport",
+    "SmoothedLayer",
     "adaptive_rounding",
     "adaround_",
     "channel_ranges",
     "correct_bias_",
     "equalization_factors",
     "equalize_",
+    "find_scaling_groups",
+    "fold",
     "least_error_scale",
     "mean_output_error",
+    "output_difference",
     "range_spread",
     "rounding_error",
     "scale_channels",
+    "smoothing_error",
+    "smoothing_factors",
+    "smoothquant_",
 ]

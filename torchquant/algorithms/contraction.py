@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -39,6 +39,16 @@ class Contraction:
     letters: Letters
     bias: Any = None
 
+    def turned(self) -> Contraction:
+        """The same product with the two tensors exchanged."""
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            first_letters=self.second_letters,
+            second_letters=self.first_letters,
+        )
+
     def summed(self) -> list[str]:
         """The letters of the dimensions that are summed over."""
         shared = [letter for letter in self.first_letters if letter in self.second_letters]
@@ -50,16 +60,16 @@ def contraction(call: Call) -> Contraction | None:
     name = call.name
     if name == "linear":
         return _linear(*call.arguments("input", "weight", "bias"))
-    if name in ("matmul", "__matmul__", "mm", "bmm"):
+    if name in ("matmul", "mm", "bmm"):
         first, second = (*call.args, *call.kwargs.values())[:2]
         return _product(first, second)
-    if name == "__rmatmul__":
+    if name == "rmatmul":
         return _product(call.args[1], call.args[0])
     if name in ("addmm", "baddbmm"):
         return _added(call)
     if name == "einsum":
         return _einsum(call)
-    if name in ("grouped_mm", "_grouped_mm"):
+    if name == "grouped_mm":
         return _grouped(call)
     return None
 
@@ -103,9 +113,7 @@ def _einsum(call: Call) -> Contraction | None:
     written = inputs.split(",")
     if len(written) != 2:
         return None
-    letters = [
-        _written(text, tensor.dim()) for text, tensor in zip(written, operands, strict=True)
-    ]
+    letters = [_written(text, tensor.dim()) for text, tensor in zip(written, operands, strict=True)]
     result = _written(output, call.result.dim())
     if any(found is None or len(set(found)) < len(found) for found in (*letters, result)):
         return None

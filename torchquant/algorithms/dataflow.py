@@ -12,92 +12,63 @@ computes outside of torch functions is not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchquant.algorithms.labels import (
+    UNLABELLED,
+    After,
+    Fact,
+    Labels,
+    Reference,
+    Zero,
+    along,
+    first_line,
+)
 from torchquant.analysis.verify import tensors_in
 
-UNLABELLED = -1
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text.
+
+    Example:
+        >>> sorted(words("add mul"))
+        ['add', 'mul']
+    """
+    return frozenset(text.split())
+
 
 # They keep every element, perhaps in another data type.
-SAME = frozenset(
+SAME = words(
     "to type type_as float double half bfloat16 cpu cuda contiguous clone detach data alias "
-    "dropout dropout_ alpha_dropout feature_dropout dropout1d dropout2d positive requires_grad_ "
-    "identity lift_fresh".split()
+    "dropout alpha_dropout feature_dropout dropout1d dropout2d positive identity lift_fresh"
 )
 # They move, repeat or leave out elements.
-MOVES = frozenset(
-    "view reshape transpose transpose_ swapaxes swapdims permute movedim moveaxis t T mT flatten "
-    "unflatten ravel squeeze squeeze_ unsqueeze unsqueeze_ expand expand_as broadcast_to repeat "
-    "repeat_interleave tile chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split "
-    "hsplit vsplit unbind select narrow __getitem__ index_select gather take_along_dim flip roll "
-    "unfold view_as reshape_as".split()
+MOVES = words(
+    "view reshape transpose swapaxes swapdims permute movedim moveaxis t T mT flatten unflatten "
+    "ravel squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk "
+    "split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit unbind select "
+    "narrow getitem index_select gather take_along_dim flip roll unfold view_as reshape_as"
 )
-JOINS = frozenset(
-    "cat concat concatenate stack hstack vstack dstack column_stack row_stack".split()
-)
+JOINS = words("cat concat concatenate stack hstack vstack dstack column_stack row_stack")
 # Their results are zeros.
-ZEROS = frozenset("zeros zeros_like new_zeros".split())
+ZEROS = words("zeros zeros_like new_zeros")
 # They read no value.
-SHAPES = frozenset(
+SHAPES = words(
     "shape dtype device size dim ndim ndimension nelement numel stride is_contiguous layout "
     "is_floating_point is_complex requires_grad is_meta is_cuda is_cpu is_quantized is_sparse "
-    "is_mkldnn is_mps is_xla is_xpu is_nested is_inference is_leaf grad grad_fn _version _base "
-    "names __len__ get_device element_size itemsize nbytes storage_offset is_shared is_conj is_neg "
-    "_is_view retains_grad __hash__ __repr__ __format__ __dir__ ones_like empty_like full_like "
+    "is_mkldnn is_mps is_xla is_xpu is_nested is_inference is_leaf grad grad_fn version base "
+    "names len get_device element_size itemsize nbytes storage_offset is_shared is_conj is_neg "
+    "is_view retains_grad hash repr format dir ones_like empty_like full_like "
     "rand_like randn_like new_ones new_empty new_full new_tensor is_tensor result_type "
-    "broadcast_shapes can_cast __class__ __deepcopy__".split()
+    "broadcast_shapes can_cast class has_compatible_shallow_copy_type"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """A number for each element of a tensor; -1 for an element without one.
-
-    Example:
-        >>> Labels(torch.tensor([0, 1, -1])).used().tolist()
-        [0, 1]
-    """
-
-    values: Tensor
-
-    def used(self) -> Tensor:
-        """The different numbers, sorted."""
-        found = shrunk(self.values).unique()
-        return found[found >= 0]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A tensor with the values of a parameter, perhaps transposed, and perhaps plus a constant.
-
-    Attributes:
-        name: the name of the parameter.
-        axes: for each dimension of the tensor the dimension of the parameter that it shows whole
-            and in order; None for another dimension.
-        offset: the constant.
-
-    Example:
-        >>> Reference("fc.weight", (1, 0)).axes  # transposed
-        (1, 0)
-    """
-
-    name: str
-    axes: tuple[int | None, ...]
-    offset: float = 0.0
-
-
-class Zero:
-    """A tensor of zeros."""
-
-
-Fact: TypeAlias = Labels | Reference | Zero
 
 
 @dataclass(frozen=True)
@@ -105,7 +76,8 @@ class Call:
     """A call of a torch function.
 
     Attributes:
-        name: the name of the function; that of the attribute for ``tensor.T``.
+        name: the name of the function, or of the attribute for ``tensor.T``, without underscores at
+            its ends: ``add`` stands for ``add_`` and ``__add__``.
         function, args, kwargs, result: the call itself.
         facts: the facts about tensors among the arguments before the call, by their ids.
     """
@@ -142,7 +114,7 @@ class DataFlow(TorchFunctionMode):
             where they can.
 
     Example:
-        >>> layer = nn.Linear(2, 3)
+        >>> layer = torch.nn.Linear(2, 3)
         >>> with DataFlow(dict(layer.named_parameters())) as flow:
         ...     turned = layer.weight.t()
         ...     _ = layer.bias.exp()
@@ -177,8 +149,11 @@ class DataFlow(TorchFunctionMode):
         if name in ZEROS:
             for tensor in tensors_in(result):
                 self.keep(tensor, Zero())
-        elif facts and name not in SHAPES:
-            self._step(Call(name, func, args, kwargs, result, facts))
+        elif name not in SHAPES:
+            if facts:
+                self._step(Call(name, func, args, kwargs, result, facts))
+            elif name in SAME or name in MOVES:
+                self.ends(result, self.ended(args[0]) if args else None)
         return result
 
     # ------------------------------------------------------------ facts
@@ -193,6 +168,8 @@ class DataFlow(TorchFunctionMode):
         if kept is None:
             return None
         fact, version = kept
+        if isinstance(fact, After):
+            return None
         if version == _version(tensor):
             return fact  # type: ignore[no-any-return]
         if isinstance(fact, Labels):
@@ -201,7 +178,18 @@ class DataFlow(TorchFunctionMode):
             self.lose(fact, "a view of it is changed in place")
         return None
 
-    def keep(self, tensor: Tensor, fact: Fact | None) -> None:
+    def ended(self, tensor: Any) -> str | None:
+        """The function with which the labels of a tensor ended; None if none did."""
+        fact = self._facts.get(tensor, (None,))[0] if isinstance(tensor, Tensor) else None
+        return fact.function if isinstance(fact, After) else None
+
+    def ends(self, result: Any, function: str | None) -> None:
+        """The labels of the arguments end with a function; None: there were none."""
+        if function is not None:
+            for tensor in tensors_in(result):
+                self.keep(tensor, After(function))
+
+    def keep(self, tensor: Tensor, fact: Fact | After | None) -> None:
         """Keep a fact about a tensor; None keeps none."""
         if fact is None:
             self._facts.pop(tensor, None)
@@ -243,6 +231,8 @@ class DataFlow(TorchFunctionMode):
 
     def unknown(self, call: Call) -> None:
         """Block all labels and lose all parameters that a call reads."""
+        if any(isinstance(fact, Labels) for fact in call.facts.values()):
+            self.ends(call.result, call.name)
         for fact in call.facts.values():
             if isinstance(fact, Labels):
                 self.block(fact, f"{call.name} reads it")
@@ -262,7 +252,7 @@ class DataFlow(TorchFunctionMode):
             return False
         if isinstance(fact, Labels):
             return self._moved(call, {id(source): fact.values})
-        if isinstance(fact, Reference):
+        if isinstance(fact, Reference) and isinstance(source, Tensor):
             return self._moved_reference(call, source, fact)
         if isinstance(fact, Zero):
             for tensor in tensors_in(call.result):
@@ -309,72 +299,13 @@ class DataFlow(TorchFunctionMode):
                 return False
             for found, values in zip(axes, moved, strict=True):
                 place = along(values)
-                if place is not None and torch.equal(_line(values, place), positions):
+                if place is not None and torch.equal(first_line(values, place), positions):
                     found[place] = axis
                 elif not (axis == 0 and self.parameters[reference.name].dim() > 2):
                     return False  # slices of a stack of weights may be chosen, and no others
         for tensor, found in zip(results, axes, strict=True):
             self.keep(tensor, replace(reference, axes=tuple(found)))
         return True
-
-
-def shrunk(values: Tensor) -> Tensor:
-    """Labels without repetitions along dimensions that were expanded.
-
-    Example:
-        >>> shrunk(torch.arange(3).expand(1000, 3)).shape
-        torch.Size([1, 3])
-    """
-    for dimension in range(values.dim()):
-        if values.stride(dimension) == 0 and values.shape[dimension] > 1:
-            values = values.narrow(dimension, 0, 1)
-    return values
-
-
-def varies(values: Tensor, dimension: int) -> bool:
-    """True if labels differ along a dimension.
-
-    Example:
-        >>> values = torch.tensor([[0, 1], [0, 1]])
-        >>> varies(values, 0), varies(values, 1)
-        (False, True)
-    """
-    small = shrunk(values)
-    if small.shape[dimension] <= 1:
-        return False
-    return not bool((small == small.narrow(dimension, 0, 1)).all())
-
-
-def along(values: Tensor) -> int | None:
-    """The only dimension along which labels differ; None if there is none or several.
-
-    Example:
-        >>> along(torch.tensor([[0, 0], [1, 1]]))
-        0
-    """
-    found = [dimension for dimension in range(values.dim()) if varies(values, dimension)]
-    return found[0] if len(found) == 1 else None
-
-
-def line(values: Tensor, dimension: int) -> Tensor | None:
-    """The labels along a dimension, if they are the same at all places of the others.
-
-    Example:
-        >>> line(torch.tensor([[0, 1], [0, 1]]), -1), line(torch.tensor([[0, 1], [1, 0]]), -1)
-        (tensor([0, 1]), None)
-    """
-    dimension %= max(values.dim(), 1)
-    if values.numel() == 0:
-        return None
-    others = (other for other in range(values.dim()) if other != dimension)
-    return None if any(varies(values, other) for other in others) else _line(values, dimension)
-
-
-def _line(values: Tensor, dimension: int) -> Tensor:
-    moved = values.movedim(dimension, -1)
-    for _ in range(moved.dim() - 1):
-        moved = moved[0]
-    return moved
 
 
 def _applied(call: Call, sources: Mapping[int, Tensor]) -> list[Tensor] | None:
@@ -402,48 +333,12 @@ def _replaced(value: Any, chosen: Mapping[int, Tensor]) -> Any:
 
 
 def _name(function: Any) -> str:
-    name = getattr(function, "__name__", "")
+    name: str = getattr(function, "__name__", "")
     if name == "__get__":
         owner = function.__self__
-        return getattr(owner, "__name__", None) or getattr(owner.fget, "__name__", "")
-    return name or type(function).__name__
+        name = getattr(owner, "__name__", None) or owner.fget.__name__
+    return name.strip("_") or type(function).__name__
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model by their first names.
-
-    Example:
-        >>> list(names_of(nn.Sequential(nn.Linear(2, 2))))
-        ['0.weight', '0.bias']
-    """
-    return dict(model.named_parameters())
-
-
-def owner_of(parameter: str) -> str:
-    """The name of the module that has a parameter.
-
-    Example:
-        >>> owner_of("layers.0.fc.weight")
-        'layers.0.fc'
-    """
-    return parameter.rpartition(".")[0]
-
-
-def common_owner(names: Iterable[str]) -> str:
-    """The name of the innermost module that holds all the named ones.
-
-    Example:
-        >>> common_owner(["layers.0.attn.q", "layers.0.norm"])
-        'layers.0'
-    """
-    parts: list[Sequence[str]] = [name.split(".") for name in names]
-    shared = []
-    for words in zip(*parts, strict=False):
-        if len(set(words)) > 1:
-            break
-        shared.append(words[0])
-    return ".".join(shared)

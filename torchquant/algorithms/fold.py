@@ -53,6 +53,10 @@ class ScalingGroup:
         used = self.channels[self.channels >= 0]
         return int(used.bincount().max()) if len(used) else 0
 
+    def parameters(self) -> list[str]:
+        """Names of the parameters that :func:`fold` changes."""
+        return [name for name, *_ in self.written] + [name for name, _ in self.readers]
+
     def largest(self, values: Tensor) -> Tensor:
         """For each column the greatest of the values of all columns that read the same channel.
 
@@ -138,10 +142,11 @@ def fold(model: nn.Module, group: ScalingGroup, factors: Tensor) -> FoldUndo:
         ValueError: factors do not fit the group; the model is unchanged.
 
     Example:
+        >>> import torchquant
         >>> model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).eval()
         >>> x = torch.randn(5, 4)
         >>> before = model(x)
-        >>> (group,) = find_scaling_groups(model, [x]).groups
+        >>> (group,) = torchquant.algorithms.find_scaling_groups(model, [x]).groups
         >>> _ = fold(model, group, torch.tensor([1.0, 2.0, 3.0, 4.0]))
         >>> torch.allclose(model(x), before, atol=1e-6), model[0].weight.tolist()[:2]
         (True, [1.0, 0.5])
@@ -163,14 +168,14 @@ def fold(model: nn.Module, group: ScalingGroup, factors: Tensor) -> FoldUndo:
             "fold: factors must be equal for columns that read the same channel and 1 for columns "
             "that read none, got others; group.largest, group.mean and group.free give such factors"
         )
-    written = [(model.get_parameter(name), *rest) for name, *rest in group.written]
-    readers = [(model.get_parameter(name), axis) for name, axis in group.readers]
-    undo = FoldUndo([parameter for parameter, *_ in (*written, *readers)])
+    undo = FoldUndo(model.get_parameter(name) for name in group.parameters())
     try:
-        for parameter, axis, offset in written:
+        for name, axis, offset in group.written:
+            parameter = model.get_parameter(name)
             divisor = _along(produced, parameter, axis)
             parameter.copy_((parameter.double() + offset) / divisor - offset)
-        for parameter, axis in readers:
+        for name, axis in group.readers:
+            parameter = model.get_parameter(name)
             parameter.copy_(parameter.double() * _along(columns, parameter, axis))
     except BaseException:
         undo.restore()

@@ -33,7 +33,8 @@ def hadamard(size: int) -> Tensor:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.kron(two, matrix)
-    return matrix / size**0.5
+    scaled: Tensor = matrix / size**0.5
+    return scaled
 
 
 def rotation_matrix(
@@ -76,9 +77,9 @@ def rotation_matrix(
     odd = _orthogonal(size // power, generator, keeps_ones)
     matrix, signs = hadamard(power), _signs(power if keeps_ones else size, generator)
     if not keeps_ones:
-        return torch.kron(matrix, odd) * signs[:, None]
+        return torch.kron(matrix, odd.contiguous()) * signs[:, None]
     signs[0] = 1.0  # the first column of the Hadamard matrix is the vector of ones
-    return torch.kron((matrix * signs) @ matrix, odd)
+    return torch.kron((matrix * signs) @ matrix, odd.contiguous())
 
 
 def _orthogonal(size: int, generator: torch.Generator, keeps_ones: bool) -> Tensor:
@@ -92,10 +93,12 @@ def _orthogonal(size: int, generator: torch.Generator, keeps_ones: bool) -> Tens
         inner = torch.block_diag(
             torch.ones(1, 1, dtype=torch.float64), _orthogonal(size - 1, generator, False)
         )
-        return basis @ inner @ basis.T
+        kept: Tensor = basis @ inner @ basis.T
+        return kept
     normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
     matrix, triangle = torch.linalg.qr(normal)
-    return matrix * triangle.diagonal().sign()
+    uniform: Tensor = matrix * triangle.diagonal().sign()  # QR alone prefers some
+    return uniform
 
 
 def _signs(count: int, generator: torch.Generator) -> Tensor:

@@ -9,18 +9,16 @@ as a softmax, blocks the channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchquant.algorithms.channel_flow import ChannelFlow
 from torchquant.algorithms.contraction import Contraction, contraction
-from torchquant.algorithms.dataflow import (
+from torchquant.algorithms.dataflow import Call, words
+from torchquant.algorithms.labels import (
     UNLABELLED,
-    Call,
-    DataFlow,
     Fact,
     Labels,
     Reference,
@@ -29,65 +27,19 @@ from torchquant.algorithms.dataflow import (
     line,
     varies,
 )
-from torchquant.analysis.verify import tensors_in
 
-PRODUCTS = frozenset("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split())
-QUOTIENTS = frozenset(
-    "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__".split()
-)
-SUMS = frozenset("add add_ __add__ __radd__ __iadd__".split())
-DIFFERENCES = frozenset("sub sub_ subtract __sub__ __isub__".split())
+PRODUCTS = words("mul multiply rmul imul")
+QUOTIENTS = words("div divide true_divide truediv itruediv")
+SUMS = words("add radd iadd")
+DIFFERENCES = words("sub subtract isub")
 # f(s x) = s f(x) for positive s.
-HOMOGENEOUS = frozenset("relu relu_ leaky_relu leaky_relu_ abs __abs__ neg __neg__".split())
+HOMOGENEOUS = words("relu leaky_relu abs neg")
 # They combine elements of the same place in several rows.
-REDUCTIONS = frozenset("sum mean".split())
+REDUCTIONS = words("sum mean")
 
 
-# Takes the name of a weight and what it reads, float [rows, K].
-See: TypeAlias = Callable[[str, Tensor], None]
-
-
-@dataclass
-class Channels:
-    """The channels of one norm or linear layer.
-
-    Attributes:
-        first: the number of its first channel.
-        count: the number of its channels.
-        kind: "norm" or "linear".
-        written: dimensions and offsets of the parameters that produce the channels, by name.
-    """
-
-    first: int
-    count: int
-    kind: str
-    written: dict[str, tuple[int, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A matrix product with a parameter: the labels of what it sums over.
-
-    Attributes:
-        axis: the dimension of the parameter that is summed over.
-        labels: int32, as long as this dimension; -1 for an element without a label.
-    """
-
-    axis: int
-    labels: Tensor
-
-
-class ScalingFlow(DataFlow):
+class ScalingFlow(ChannelFlow):
     """Watches a forward and follows the scales of channels; see the top of this file.
-
-    Args:
-        parameters: the parameters to follow, by their names.
-        see: called with what each weight reads.
-
-    Attributes:
-        channels: the channels of each parameter that produces some.
-        readings: the readings of each parameter.
-        blocked: the reason for each channel whose scale cannot be undone, by its number.
 
     Example:
         >>> from torch import nn
@@ -101,41 +53,6 @@ class ScalingFlow(DataFlow):
         >>> flow.readings["3.weight"][0].labels.tolist(), flow.channels["1.weight"].first
         ([4, 5, 6, 7], 4)
     """
-
-    def __init__(self, parameters: Mapping[str, Tensor], see: See | None = None) -> None:
-        super().__init__(parameters)
-        self.see = see
-        self.channels: dict[str, Channels] = {}
-        self.readings: dict[str, list[Reading]] = {}
-        self.blocked: dict[int, str] = {}
-        self._count = 0
-        self._seen_blocked = torch.zeros(0, dtype=torch.bool)  # by number: is it in `blocked`?
-
-    def finish(self, result: Any) -> None:
-        """Block what the model returns."""
-        for tensor in tensors_in(result):
-            fact = self.fact(tensor)
-            if isinstance(fact, Labels):
-                self.block(fact, "the model returns it")
-
-    def block(self, labels: Labels, reason: str) -> None:
-        """The scales of some channels cannot be undone."""
-        used = labels.used().cpu().long()
-        if len(self._seen_blocked) < self._count:
-            more = torch.zeros(2 * self._count - len(self._seen_blocked), dtype=torch.bool)
-            self._seen_blocked = torch.cat([self._seen_blocked, more])
-        new = used[~self._seen_blocked[used]]
-        self._seen_blocked[new] = True
-        for number in new.tolist():
-            self.blocked.setdefault(number, reason)
-
-    def owner(self, number: int) -> str:
-        """The parameter that produces a channel."""
-        return next(
-            name
-            for name, channels in self.channels.items()
-            if channels.first <= number < channels.first + channels.count
-        )
 
     # ------------------------------------------------------------ functions
 
@@ -160,7 +77,9 @@ class ScalingFlow(DataFlow):
             return self._norm(call)
         if name == "scaled_dot_product_attention":
             return self._attention(call)
-        if name in ("masked_fill", "masked_fill_"):
+        if name == "pad":
+            return self._pad(call)
+        if name == "masked_fill":
             return self._masked(call)
         return False
 
@@ -176,6 +95,19 @@ class ScalingFlow(DataFlow):
         if isinstance(value, Tensor) or value != 0:
             return False
         self._pass(call, call.fact(call.args[0]))
+        return True
+
+    def _pad(self, call: Call) -> bool:
+        """Rows of zeros have every scale."""
+        source, _, mode, value = call.arguments("input", "pad", "mode", "value")
+        fact = call.fact(source)
+        place = along(fact.values) if isinstance(fact, Labels) else None
+        if place is None or mode not in (None, "constant") or value:
+            return False
+        labels = line(fact.values, place) if isinstance(fact, Labels) else None
+        if labels is None or len(labels) != call.result.shape[place]:
+            return False
+        self.label(call.result, labels.view(-1, *[1] * (call.result.dim() - place - 1)))
         return True
 
     def _multiply(self, call: Call) -> bool:
@@ -209,9 +141,9 @@ class ScalingFlow(DataFlow):
             return False
         if isinstance(other, Labels):
             self.block(other, f"{gain.name} scales it")
-        channels = self._channels(gain, axes[0], "norm")
+        channels = self.channels_of(gain, axes[0], "norm")
         if channels is not None:
-            self._produce(call.result, channels, gain.axes.index(axes[0]) - len(gain.axes))
+            self.produce(call.result, channels, gain.axes.index(axes[0]) - len(gain.axes))
         return True
 
     def _divide(self, call: Call) -> bool:
@@ -245,8 +177,13 @@ class ScalingFlow(DataFlow):
             self._pass(call, second)
         elif isinstance(first, Labels) and isinstance(second, Labels):
             self._combine(call, first.values, second.values)
-        else:
+        elif isinstance(first, Reference) or isinstance(second, Reference):
             return False
+        else:
+            for fact in (first, second):
+                if isinstance(fact, Labels):
+                    self.block(fact, "it is added to another value")
+            self.ends(call.result, "an addition")
         return True
 
     def _offset(self, call: Call, reference: Reference, number: float) -> bool:
@@ -264,7 +201,9 @@ class ScalingFlow(DataFlow):
             return False
         place = along(other.values)
         labels = None if place is None else line(other.values, place)
-        if place is None or labels is None or not self._joins(bias, labels, place - call.result.dim()):
+        if place is None or labels is None:
+            return False
+        if not self.joins(bias, labels, place - call.result.dim()):
             return False
         self.label(call.result, other.values)
         return True
@@ -279,7 +218,10 @@ class ScalingFlow(DataFlow):
         for values in (first, second):
             apart = torch.where(same, UNLABELLED, values)
             self.block(Labels(apart), "it is added to another value")
-        self.label(call.result, torch.where(same, first, UNLABELLED))
+        if bool(same.any()):
+            self.label(call.result, torch.where(same, first, UNLABELLED))
+        else:
+            self.ends(call.result, "an addition")
 
     def _reduce(self, call: Call) -> bool:
         fact = call.fact(call.args[0])
@@ -291,12 +233,13 @@ class ScalingFlow(DataFlow):
         dims = [dims] if isinstance(dims, int) else list(dims)
         if not dims or any(varies(fact.values, dim) for dim in dims):
             return False
-        self.label(call.result, fact.values.amax(dims, keepdim=call.result.dim() == fact.values.dim()))
+        keepdim = call.result.dim() == fact.values.dim()
+        self.label(call.result, fact.values.amax(dims, keepdim=keepdim))
         return True
 
     def _norm(self, call: Call) -> bool:
         names = ("input", "normalized_shape", "weight", "bias")
-        value, shape, weight, bias = call.arguments(*names)
+        value, _, weight, bias = call.arguments(*names)
         if call.name == "rms_norm":
             bias = None
         fact, gain = call.fact(value), call.fact(weight)
@@ -304,9 +247,9 @@ class ScalingFlow(DataFlow):
             self.block(fact, f"{call.name} reads it")
         if not isinstance(gain, Reference) or gain.axes != (0,):
             return gain is None and bias is None
-        channels = self._channels(gain, 0, "norm")
-        if channels is not None and self._adds(bias, call.fact(bias), channels, -1):
-            self._produce(call.result, channels, -1)
+        channels = self.channels_of(gain, 0, "norm")
+        if channels is not None and self.adds(bias, call.fact(bias), channels, -1):
+            self.produce(call.result, channels, -1)
         return True
 
     def _attention(self, call: Call) -> bool:
@@ -338,13 +281,9 @@ class ScalingFlow(DataFlow):
         if isinstance(first, Reference) and isinstance(second, Reference):
             return False
         if isinstance(second, Reference):
-            return self._weight(
-                call, product, second, product.second_letters, first, product.first_letters
-            )
+            return self.weight(call, product, second)
         if isinstance(first, Reference):
-            return self._weight(
-                call, product, first, product.first_letters, second, product.second_letters
-            )
+            return self.weight(call, product.turned(), first)
         if product.bias is not None and call.fact(product.bias) is not None:
             return False
         labelled = [
@@ -376,114 +315,6 @@ class ScalingFlow(DataFlow):
             if letter not in kept:
                 labels = labels.unsqueeze(place)
         self.label(call.result, labels)
-        return True
-
-    def _weight(
-        self,
-        call: Call,
-        product: Contraction,
-        weight: Reference,
-        weight_letters: tuple[str, ...],
-        fact: Fact | None,
-        letters: tuple[str, ...],
-    ) -> bool:
-        """A product with a parameter reads labelled channels and produces others."""
-        summed = product.summed()
-        axes = dict(zip(weight_letters, weight.axes, strict=True))
-        if len(summed) != 1 or axes[summed[0]] is None or weight.offset:
-            return False
-        axis, size = axes[summed[0]], self.parameters[weight.name].shape
-        assert axis is not None
-        labels = torch.full((size[axis],), UNLABELLED, dtype=torch.int32)
-        if isinstance(fact, Labels):
-            found = line(fact.values, letters.index(summed[0]))
-            if found is None:
-                self.block(fact, f"{weight.name} reads several channels in one place")
-            else:
-                labels = found.cpu()
-        self.readings.setdefault(weight.name, []).append(Reading(axis, labels))
-        if self.see is not None:
-            read = product.first if letters is product.first_letters else product.second
-            rows = read.detach().movedim(letters.index(summed[0]), -1)
-            self.see(weight.name, rows.reshape(-1, rows.shape[-1]))
-        new = [
-            letter
-            for letter, axis in axes.items()
-            if axis is not None and letter in product.letters and letter not in letters
-        ]
-        channels = self._channels(weight, axes[new[0]], "linear") if len(new) == 1 else None
-        if channels is None:
-            if weight.name in self.channels:
-                self._block_all(self.channels[weight.name], "it is used in several ways")
-            bias = call.fact(product.bias)
-            if isinstance(bias, Labels):
-                self.block(bias, f"{call.name} adds it")
-            elif isinstance(bias, Reference):
-                self.lose(bias, f"{call.name} adds it")
-            return True
-        place = product.letters.index(new[0]) - len(product.letters)
-        if self._adds(product.bias, call.fact(product.bias), channels, place):
-            self._produce(call.result, channels, place)
-        return True
-
-    # ------------------------------------------------------------ channels
-
-    def _channels(self, reference: Reference, axis: int | None, kind: str) -> Channels | None:
-        """The channels along a dimension of a parameter; None if it has others already."""
-        assert axis is not None
-        found = self.channels.get(reference.name)
-        if found is None:
-            count = self.parameters[reference.name].shape[axis]
-            found = Channels(self._count, count, kind)
-            found.written[reference.name] = axis, reference.offset
-            self.channels[reference.name] = found
-            self._count += count
-        if found.written[reference.name] != (axis, reference.offset) or found.kind != kind:
-            self._block_all(found, "it is used in several ways")
-            return None
-        return found
-
-    def _block_all(self, channels: Channels, reason: str) -> None:
-        for number in range(channels.first, channels.first + channels.count):
-            self.blocked.setdefault(number, reason)
-
-    def _produce(self, tensor: Tensor, channels: Channels, place: int) -> None:
-        """Label the channels along a dimension, counted from the end."""
-        labels = torch.arange(
-            channels.first, channels.first + channels.count, dtype=torch.int32, device=tensor.device
-        )
-        self.label(tensor, labels.view(-1, *[1] * (-place - 1)))
-
-    def _adds(self, bias: Any, fact: Fact | None, channels: Channels, place: int) -> bool:
-        """True if what is added to channels is scaled with them."""
-        if bias is None or isinstance(fact, Zero):
-            return True
-        if isinstance(fact, Reference):
-            labels = torch.arange(channels.first, channels.first + channels.count)
-            if self._joins(fact, labels, place):
-                return True
-            self.lose(fact, "it is added to channels that are scaled")
-        elif isinstance(fact, Labels):
-            self.block(fact, "it is added to another value")
-        self._block_all(channels, "a value that is no parameter is added to it")
-        return False
-
-    def _joins(self, bias: Reference, labels: Tensor, place: int) -> bool:
-        """Let a parameter be scaled with the channels whose labels are along a dimension."""
-        axes = [axis for axis in bias.axes if axis is not None]
-        if len(axes) != 1 or bias.offset or len(labels) == 0 or int(labels[0]) < 0:
-            return False
-        name = self.owner(int(labels[0]))
-        channels = self.channels[name]
-        whole = torch.arange(channels.first, channels.first + channels.count)
-        if bias.axes.index(axes[0]) - len(bias.axes) != place or not torch.equal(
-            labels.cpu().long(), whole
-        ):
-            return False
-        known = {one for one, other in self.channels.items() if bias.name in other.written}
-        if known - {name} or channels.written.get(bias.name, (axes[0], 0.0)) != (axes[0], 0.0):
-            return False
-        channels.written[bias.name] = axes[0], 0.0
         return True
 
 

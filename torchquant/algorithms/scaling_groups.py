@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.algorithms.batches import Forward, outputs_of
-from torchquant.algorithms.dataflow import UNLABELLED, common_owner, names_of, owner_of
+from torchquant.algorithms.channel_flow import Channels, See
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
-from torchquant.algorithms.scaling_flow import Channels, ScalingFlow, See
+from torchquant.algorithms.labels import UNLABELLED, common_owner, names_of, owner_of
+from torchquant.algorithms.scaling_flow import ScalingFlow
 from torchquant.nn.base import QuantizedModule, TrainedModule
 from torchquant.nn.kinds import LINEAR, kind_of
 
@@ -133,6 +134,7 @@ def output_difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> f
         return float("inf")
     worst = 0.0
     for before, after in zip(expected, actual, strict=True):
+        before, after = before.detach(), after.detach()
         if before.numel() == 0 or torch.equal(before, after):
             continue
         if not (before.is_floating_point() or before.is_complex()):
@@ -145,6 +147,14 @@ def output_difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> f
         if apart != apart:
             return float("inf")
     return worst
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The dimension of a weight that is summed over, and the free channels that it reads."""
+
+    axis: int
+    labels: Tensor
 
 
 def _checked(
@@ -183,7 +193,7 @@ class _Found:
 
     def __init__(self, flow: ScalingFlow, parameters: Mapping[str, Tensor]) -> None:
         self.flow, self.parameters = flow, parameters
-        self.readings: dict[str, tuple[int, Tensor]] = {}
+        self.readings: dict[str, _Reading] = {}  # without the labels of blocked channels
         self._settle()
 
     def groups(self) -> Iterator[ScalingGroup]:
@@ -205,16 +215,19 @@ class _Found:
     def reason(self, layer: str) -> str:
         """Why a layer is in no group."""
         weight = f"{layer}.weight" if layer else "weight"
-        readings = self.flow.readings.get(weight)
-        if readings is None:
-            if weight not in self.flow.uses:
-                return "no batch reached it, or its weight is that of another layer"
-            return f"its weight is used in another way: {self.flow.uses[weight] or 'unknown'}"
-        for reading in readings:
+        if weight not in self.parameters:
+            return "it shares its weight with another module"
+        if weight not in self.flow.uses:
+            return "no batch reached it"
+        if weight not in self.flow.readings:
+            return f"its weight is not multiplied by rows: {self.flow.uses[weight] or 'unknown'}"
+        for reading in self.flow.readings[weight]:
             for number in reading.labels.unique().tolist():
                 if number in self.flow.blocked:
                     owner = owner_of(self.flow.owner(number))
                     return f"it reads {owner}, and {self.flow.blocked[number]}"
+            if reading.after is not None:
+                return f"{reading.after} stands before it, which scales do not pass"
         return "no norm and no linear layer produces its input"
 
     # ------------------------------------------------------------ what can be scaled
@@ -245,7 +258,7 @@ class _Found:
                 writers.setdefault(name, []).append(channels)
         for name, found in writers.items():
             for channels in found:
-                numbers = range(channels.first, channels.first + channels.count)
+                numbers = channels.numbers()
                 if self.flow.uses.get(name) is not None:
                     self._block(numbers, f"{name} is used elsewhere: {self.flow.uses[name]}")
                 if len(found) > 1:
@@ -265,27 +278,29 @@ class _Found:
             if reading.axis != axis or not torch.equal(labels, free[0]):
                 for one in free:
                     self._block(one.tolist(), f"{name} reads other channels in another call")
-        self.readings[name] = axis, self._free(readings[0].labels)
+        self.readings[name] = _Reading(axis, self._free(readings[0].labels))
 
     def _free(self, labels: Tensor) -> Tensor:
         """Labels without those of blocked channels."""
-        kept = [number if number not in self.flow.blocked else UNLABELLED for number in labels.tolist()]
+        blocked = self.flow.blocked
+        kept = [UNLABELLED if number in blocked else number for number in labels.tolist()]
         return torch.tensor(kept, dtype=torch.int64)
 
     def _readers(self, channels: Channels) -> list[tuple[Tensor, list[tuple[str, int]]]]:
         """The columns that read the channels of a producer, with the weights that have them."""
         found: list[tuple[Tensor, list[tuple[str, int]]]] = []
-        for name, (axis, labels) in self.readings.items():
-            own = (labels >= channels.first) & (labels < channels.first + channels.count)
+        for name, reading in self.readings.items():
+            labels = reading.labels
+            own = channels.have(labels)
             if not bool(own.any()):
                 continue
             columns = torch.where(own, labels - channels.first, UNLABELLED)
             for other, readers in found:
                 if torch.equal(other, columns):
-                    readers.append((name, axis))
+                    readers.append((name, reading.axis))
                     break
             else:
-                found.append((columns, [(name, axis)]))
+                found.append((columns, [(name, reading.axis)]))
         return found
 
     def _disjoint(self, channels: Channels) -> None:
@@ -309,11 +324,11 @@ class _Found:
         if not unreached:
             return
         for name, channels in self.flow.channels.items():
-            numbers = range(channels.first, channels.first + channels.count)
+            numbers = channels.numbers()
             readers = [
                 reader
                 for reader, readings in self.flow.readings.items()
-                if any(bool(torch.isin(r.labels, torch.arange(numbers.start, numbers.stop)).any()) for r in readings)
+                if any(bool(channels.have(reading.labels).any()) for reading in readings)
             ]
             if not readers:
                 continue

@@ -65,7 +65,8 @@ class SmoothQuantReport(Report):
     Example:
         >>> row = SmoothedLayer("fc", "Linear", "smoothed", "after norm", 0.5, 40.0, 6.0)
         >>> SmoothQuantReport((row,), (), 1e-7).summary()
-        '1 smoothed, 0 left; channels: at most 40 times the median before, 6 after; outputs changed by 1.0e-07'
+        '1 smoothed, 0 left; greatest channel: 40 times the median before, 6 after; outputs changed
+        by 1.0e-07'
     """
 
     rows: tuple[SmoothedLayer, ...]
@@ -80,7 +81,7 @@ class SmoothQuantReport(Report):
             before, after = (
                 max(getattr(row, name) for row in done) for name in ("peak_before", "peak_after")
             )
-            line += f"; channels: at most {before:,.0f} times the median before, {after:,.0f} after"
+            line += f"; greatest channel: {before:,.0f} times the median before, {after:,.0f} after"
         return f"{line}; outputs changed by {self.difference:.1e}"
 
 
@@ -148,7 +149,9 @@ def smoothquant_(
     found = find_scaling_groups(model, batches, forward, who=who, see=inputs.see)
     expected = outputs_of(who, model, batches[0], forward)
     smoother = _Smoother(model, found.groups, inputs, alpha, chosen)
-    difference = smoother.fold(expected, lambda: outputs_of(who, model, batches[0], forward), progress)
+    difference = smoother.fold(
+        expected, lambda: outputs_of(who, model, batches[0], forward), progress
+    )
     rows = []
     for name, module in model.named_modules():
         if name in smoother.rows:
@@ -202,7 +205,7 @@ class _Smoother:
         progress: bool | None,
     ) -> float:
         """Fold all groups; powers of two where other factors change the outputs."""
-        names = {name for group in self.groups for name, *_ in (*group.readers, *group.written)}
+        names = {name for group in self.groups for name in group.parameters()}
         half = any(self.model.get_parameter(name).dtype != torch.float32 for name in names)
         undo = FoldUndo([self.model.get_parameter(name) for name in sorted(names)])
         try:
@@ -233,9 +236,8 @@ class _Smoother:
             for name in group.layers:
                 module = self.model.get_submodule(name)
                 peaks = _peak(ranges), _peak(ranges / factors.to(ranges.device))
-                self.rows[name] = SmoothedLayer(
-                    name, type(module).__name__, "smoothed", f"after {group.producer}", alpha, *peaks
-                )
+                row = (name, type(module).__name__, "smoothed", f"after {group.producer}")
+                self.rows[name] = SmoothedLayer(*row, alpha, *peaks)
 
     def _leave_all(self, reason: str) -> None:
         for name, row in self.rows.items():
