@@ -3,14 +3,14 @@
 Attention has one stated order of sums, so the bits depend neither on the number of threads nor on
 how many tokens are computed at once: a token has the same bits alone and in a prompt::
 
-    score[t]  = sum over c of q[c] * k[t,c]       16 lanes (c mod 16), fmaf, then lanes 8, 4, 2, 1
-                                                  apart are added, as in torchquant.functional.norms
-    weight[t] = 2^(score[t] * f - the greatest score * f)          f = scale * log2(e) in float32,
-                                                  the power of torchquant.functional.attention
-    total     = sum over t of weight[t]           16 lanes (t mod 16), as above
-    part[c]   = sum over t of weight[t] * v[t,c]  for each 64 tokens: fmaf, ascending, from 0
-    y[c]      = sum of the parts                  ascending, from 0
-    out[c]    = y[c] * (1 / total)                one division for each query
+    t[j]   = sum over c of q[c] * k[j,c]             fmaf, ascending, from 0
+    s[j]   = t[j] * f                                f = scale * log2(e), rounded to float32
+    w[j]   = 2^(s[j] - the greatest s)               as in torchquant.functional.attention
+    total += sum over j of w[j]                      for each block of 64 tokens, ascending, in 16
+                                                     lanes as in torchquant.functional.norms
+    b[c]   = sum over j of w[j] * v[j,c]             for each block: fmaf, ascending, from 0
+    y[c]  += b[c]                                    blocks ascending, from 0
+    out[c] = y[c] * (1 / total)                      one division for each query
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from torch.nn.functional import pad
 
 from torchquant.functional._arithmetic import fmaf, reciprocal
 from torchquant.functional.attention import _LOG2_E, _power_of_two
-from torchquant.functional.kv_cache import _sum_of_products
 from torchquant.functional.norms import _sum
 
-TOKENS_OF_A_PART = 64
+TOKENS_OF_A_BLOCK = 64
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: ``x * cos + r * sin``, where r is ``(-x[D/2:], x[:D/2])``.
+    """Rotary embedding of the first R channels: ``x * cos + r * sin``, r being ``(-x2, x1)``.
 
-    Each product and the sum are rounded to float32, as in transformers' models.
+    ``x1`` and ``x2`` are the halves of these channels. Each product and the sum are rounded to
+    float32, as in transformers' models.
 
     Args:
-        states: queries or keys, float32 ``[heads, M, D]``, D even.
-        cos: float32 ``[M, D]``.
-        sin: float32 ``[M, D]``.
+        states: queries or keys, float32 ``[heads, M, D]``.
+        cos: float32 ``[M, R]``, R even and at most D.
+        sin: float32 ``[M, R]``.
 
     Returns:
-        float32 ``[heads, M, D]``.
+        float32 ``[heads, M, D]``; channels from R on are as they were.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 
     Example:
-        >>> rotate(torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 2), torch.ones(1, 2))
-        tensor([[[-2.,  1.]]])
+        >>> rotate(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[[-2.,  1.,  3.]]])
     """
-    half = states.shape[-1] // 2
-    turned = torch.cat((-states[..., half:], states[..., :half]), -1)
-    return states * cos + turned * sin
+    x, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], -1)
+    first, second = x.chunk(2, -1)
+    turned = x * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned, rest), -1)
 
 
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -74,25 +75,30 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     repeat = query.shape[0] // keys.shape[0]
     keys, values = (states.repeat_interleave(repeat, 0) for states in (keys, values))
     new, tokens = query.shape[1], keys.shape[1]
-    factor = torch.tensor(_LOG2_E * scale, dtype=torch.float32, device="cpu")
-    shape = (*query.shape[:2], tokens, query.shape[2])
-    products = _sum_of_products(query[:, :, None].expand(shape), keys[:, None])[..., 0]
-    scores = products * factor
     seen = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    weights = _power_of_two(scores - scores.amax(-1, keepdim=True))
-    weights = torch.where(seen, weights, 0.0)
-    return _weighted_sum(weights, values) * reciprocal(_sum(weights))
+    scores = torch.zeros(query.shape[0], new, tokens)
+    for c in range(query.shape[2]):
+        scores = fmaf(query[..., c, None], keys[:, None, :, c], scores)
+    scores = scores * torch.tensor(_LOG2_E * scale, dtype=torch.float32, device="cpu")
+    lowest = -torch.inf
+    scores = scores.masked_fill(~seen, lowest)
+    greatest = scores.nan_to_num(lowest, torch.inf, lowest).amax(-1, keepdim=True)
+    greatest = torch.where(greatest == lowest, 0.0, greatest)
+    weights = torch.where(seen, _power_of_two(scores - greatest), 0.0)
+    return _weighted_mean(weights, values, seen)
 
 
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    missing = -weights.shape[-1] % TOKENS_OF_A_PART
-    weights = pad(weights, (0, missing)).unflatten(-1, (-1, TOKENS_OF_A_PART))
-    values = pad(values, (0, 0, 0, missing)).unflatten(-2, (-1, TOKENS_OF_A_PART))
-    parts = torch.zeros(*weights.shape[:-1], values.shape[-1])
-    for place in range(TOKENS_OF_A_PART):
-        parts = fmaf(weights[..., place, None], values[:, None, :, place], parts)
-    result = torch.zeros(*parts.shape[:2], parts.shape[-1])
-    for part in parts.unbind(2):
-        result = result + part
-    return result
+def _weighted_mean(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    missing = -weights.shape[-1] % TOKENS_OF_A_BLOCK
+    blocks = -1, TOKENS_OF_A_BLOCK
+    weights, seen = (pad(t, (0, missing)).unflatten(-1, blocks) for t in (weights, seen))
+    values = pad(values, (0, 0, 0, missing)).unflatten(-2, blocks)
+    sums = torch.zeros(*weights.shape[:-1], values.shape[-1])
+    for j in range(TOKENS_OF_A_BLOCK):  # in all blocks at once
+        more = fmaf(weights[..., j, None], values[:, None, :, j], sums)
+        sums = torch.where(seen[..., j, None], more, sums)
+    total, y = torch.zeros(*weights.shape[:2], 1), torch.zeros_like(sums[:, :, 0])
+    for block in range(weights.shape[2]):
+        total = total + _sum(weights[:, :, block])
+        y = y + sums[:, :, block]
+    return y * torch.where(total == 0, 0.0, reciprocal(total))

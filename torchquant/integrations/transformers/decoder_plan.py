@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchquant import ops
 from torchquant.functional.decoder import causal_attention, rotate
+from torchquant.functional.kv_cache import recent_group_size
 
 
 @dataclass(frozen=True)
@@ -89,52 +90,50 @@ class DecoderPlan:
 
 
 @dataclass(frozen=True)
-class BlockStates:
-    """The keys and values of one block, of one sequence.
+class States:
+    """The keys and values of one sequence, with room for new tokens in every block.
 
-    A step writes the keys and values of new tokens behind those that are there, in place.
+    A step writes the keys and values of new tokens in place, behind those that are there.
 
     Attributes:
-        keys, values: float32 ``[kv_heads, capacity, head_dim]``; or rows of
-            :func:`torchquant.ops.quantize_kv`, uint8 ``[kv_heads, capacity, bytes]``.
-        bits, group_size: of these rows; bits is None for floats.
-        older_keys, older_values: rows of the tokens before those in ``keys`` and ``values``, of
-            ``older_bits`` and ``older_group_size``, uint8 ``[kv_heads, tokens, bytes]``; or None.
-            ``keys`` and ``values`` then hold recent tokens, in 8 bits.
+        keys, values: one tensor for each block: float32 ``[kv_heads, capacity, head_dim]`` if
+            ``bits`` is 32, or rows of :func:`torchquant.ops.quantize_kv`, uint8
+            ``[kv_heads, capacity, bytes]``.
+        position: the number of tokens in them.
+        bits, group_size: of these rows.
+        recent_keys, recent_values: rows in 8 bits of the tokens after those, or None. New tokens
+            belong to them; ``keys`` and ``values`` are only read.
+        recent: the number of tokens in ``recent_keys``.
     """
 
-    keys: Tensor
-    values: Tensor
-    bits: int | None = None
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    position: int
+    bits: int = 32
     group_size: int | None = None
-    older_keys: Tensor | None = None
-    older_values: Tensor | None = None
-    older_bits: int = 4
-    older_group_size: int | None = None
+    recent_keys: Sequence[Tensor] | None = None
+    recent_values: Sequence[Tensor] | None = None
+    recent: int = 0
 
 
 def decode_reference(
-    plan: DecoderPlan,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    states: Sequence[BlockStates],
-    position: int,
+    plan: DecoderPlan, hidden: Tensor, cos: Tensor, sin: Tensor, states: States
 ) -> Tensor:
     """Run all blocks for M new tokens of one sequence.
 
     Args:
         plan: the blocks.
         hidden: float32 ``[M, hidden_size]``, M at least 1.
-        cos, sin: the rotary embedding at the tokens' positions, float32 ``[M, head_dim]``.
-        states: keys and values of each block, with room for the new tokens.
-        position: the number of tokens in ``keys`` and ``values`` of each block.
+        cos, sin: the rotary embedding at the tokens' positions, float32 ``[M, R]``, R even and at
+            most ``head_dim``.
+        states: the tokens before; the keys and values of the new tokens are written.
 
     Returns:
         float32 ``[M, hidden_size]``: what enters the final norm.
     """
-    for block, own in zip(plan.blocks, states, strict=True):
-        attended = _attention(plan, block, block.input_norm(hidden), cos, sin, own, position)
+    for index, block in enumerate(plan.blocks):
+        heads = projections(plan, block, hidden, cos, sin)
+        attended = _attention(plan, *heads, states, index)
         hidden = hidden + _linear(block.output, attended)
         normed = block.post_norm(hidden)
         gate, up = _linear(block.gate, normed), _linear(block.up, normed)
@@ -143,53 +142,61 @@ def decode_reference(
     return hidden
 
 
-def _attention(
-    plan: DecoderPlan,
-    block: DecoderBlock,
-    normed: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    states: BlockStates,
-    position: int,
-) -> Tensor:
+def projections(
+    plan: DecoderPlan, block: DecoderBlock, hidden: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[heads, M, D]``, keys and values ``[kv_heads, M, D]`` of a block's input."""
+    normed = block.input_norm(hidden)
+
     def heads_of(layer: Any, count: int, norm: Norm | None) -> Tensor:
         heads = _linear(layer, normed).view(-1, count, plan.head_dim)
         return (heads if norm is None else norm(heads)).transpose(0, 1)
 
-    query = rotate(heads_of(block.query, plan.heads, block.query_norm), cos, sin)
-    key = rotate(heads_of(block.key, plan.kv_heads, block.key_norm), cos, sin)
-    value = heads_of(block.value, plan.kv_heads, None)
-    end = position + normed.shape[0]
-    for place, new in ((states.keys, key), (states.values, value)):
-        rows = new if states.bits is None else ops.quantize_kv(new, states.bits, states.group_size)
-        place[:, position:end] = rows
-    result = _attend(plan, query, states, end)
+    return (
+        rotate(heads_of(block.query, plan.heads, block.query_norm), cos, sin),
+        rotate(heads_of(block.key, plan.kv_heads, block.key_norm), cos, sin),
+        heads_of(block.value, plan.kv_heads, None),
+    )
+
+
+def _attention(
+    plan: DecoderPlan, query: Tensor, key: Tensor, value: Tensor, states: States, index: int
+) -> Tensor:
+    """The output of all heads, ``[M, heads * head_dim]``."""
+    old, new = states.position, query.shape[1]
+    keys, values, recent = states.keys[index], states.values[index], {}
+    if states.recent_keys is not None and states.recent_values is not None:
+        recents = states.recent_keys[index], states.recent_values[index]
+        end = states.recent + new
+        for place, floats in zip(recents, (key, value), strict=True):
+            group_size = recent_group_size(plan.head_dim)
+            place[:, states.recent : end] = ops.quantize_kv(floats, 8, group_size)
+        recent = {
+            "recent_key": recents[0][None, :, :end],
+            "recent_value": recents[1][None, :, :end],
+        }
+        tokens = old + end
+    else:
+        tokens = old + new
+        for place, floats in ((keys, key), (values, value)):
+            quantized = states.bits != 32
+            rows = ops.quantize_kv(floats, states.bits, states.group_size) if quantized else floats
+            place[:, old:tokens] = rows
+        old = tokens
+    if states.bits == 32:
+        result = causal_attention(query, keys[:, :old], values[:, :old], plan.scale)
+    else:
+        result = ops.attention_cached(
+            query[None],
+            keys[None, :, :old],
+            values[None, :, :old],
+            states.bits,
+            states.group_size,
+            mask=torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new),
+            scale=plan.scale,
+            **recent,
+        )[0]
     return result.transpose(0, 1).reshape(-1, plan.heads * plan.head_dim)
-
-
-def _attend(plan: DecoderPlan, query: Tensor, states: BlockStates, end: int) -> Tensor:
-    keys, values = states.keys[:, :end], states.values[:, :end]
-    if states.bits is None:
-        return causal_attention(query, keys, values, plan.scale)
-    older_keys, older_values, recent = states.older_keys, states.older_values, {}
-    bits, group_size, tokens = states.bits, states.group_size, end
-    if older_keys is not None and older_values is not None:
-        recent = {"recent_key": keys[None], "recent_value": values[None]}
-        keys, values = older_keys, older_values
-        bits, group_size = states.older_bits, states.older_group_size
-        tokens += keys.shape[1]
-    new = query.shape[1]
-    mask = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new) if new > 1 else None
-    return ops.attention_cached(
-        query[None],
-        keys[None],
-        values[None],
-        bits,
-        group_size,
-        mask=mask,
-        scale=plan.scale,
-        **recent,
-    )[0]
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
