@@ -164,7 +164,8 @@ def _attention(
 ) -> Tensor:
     """The output of all heads, ``[M, heads * head_dim]``."""
     old, new = states.position, query.shape[1]
-    keys, values, recent = states.keys[index], states.values[index], {}
+    keys, values = states.keys[index], states.values[index]
+    recent: dict[str, Any] = {}
     if states.recent_keys is not None and states.recent_values is not None:
         recents = states.recent_keys[index], states.recent_values[index]
         end = states.recent + new
