@@ -141,6 +141,8 @@ def _require(module: nn.Module, place: str, names: tuple[str, ...]) -> None:
 
 def _check_modules(decoder: nn.Module) -> None:
     """Raise if a module does something else in its calls than its class does."""
+    if decoder.training:
+        raise Refusal("it is in training mode; call model.eval()")
     for name, module in _computed(decoder):
         if "forward" in module.__dict__:
             raise Refusal(f"{name}.forward was replaced")
