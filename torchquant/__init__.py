@@ -7,7 +7,8 @@ Example:
     1 quantized (100 % of parameters), 0 skipped; model 257.00 KiB -> 68.00 KiB (3.78x smaller)
 
 - :func:`quantize_` replaces linear layers, convolutions and embeddings by integer layers, in place;
-  :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention.
+  :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention, and
+  :func:`fuse_decoder_` computes the blocks of a language model in one call.
 - :func:`prepare_`, :func:`calibrate` and :func:`convert_` are for static quantization, with the
   observers of :mod:`torchquant.observers`; :func:`prepare_qat_` and :func:`convert_` are for
   quantization-aware training, whose stages are in :mod:`torchquant.qat`. :func:`verify` compares
@@ -55,6 +56,12 @@ from torchquant.integrations.transformers.attention import (
     replace_attention_,
     restore_attention_,
 )
+from torchquant.integrations.transformers.decoder import (
+    DecoderReport,
+    DecoderRow,
+    fuse_decoder_,
+    unfuse_decoder_,
+)
 from torchquant.nn import QATLinear, QuantizedIntxLinear, QuantizedLinear
 from torchquant.ops import PackedWeight, quantized_linear
 from torchquant.report import (
@@ -91,6 +98,8 @@ __all__ = [
     "AttentionReport",
     "AttentionRow",
     "CalibrationReport",
+    "DecoderReport",
+    "DecoderRow",
     "Dynamic",
     "FakeQuantize",
     "Fusion",
@@ -141,6 +150,7 @@ __all__ = [
     "cuda",
     "equalize_",
     "functional",
+    "fuse_decoder_",
     "load",
     "nn",
     "observers",
@@ -160,6 +170,7 @@ __all__ = [
     "save",
     "smoothquant_",
     "to_float_",
+    "unfuse_decoder_",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""Greedy decoding, one token at a time: in eager mode, or with a compiled step."""
+"""Greedy decoding, one token at a time: in eager mode, with a fused decoder, or a compiled step."""
 
 # The optional packages may be missing where this file is type-checked.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
@@ -39,6 +39,16 @@ class Eager:
         self.cache = output[self.cache_name]
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+
+class Fused(Eager):
+    """The same calls after `torchquant.fuse_decoder_`: one call computes all blocks."""
+
+    def __init__(self, model: Any) -> None:
+        import torchquant
+
+        super().__init__(model)
+        torchquant.fuse_decoder_(model)
 
 
 class Compiled(Eager):

@@ -14,8 +14,8 @@ class LanguageEngine(Engine):
 
     Args:
         rotated: start from the model without outlier channels.
-        step: how to decode: "eager", "compiled" (`torch.compile`) or "fused" (`smollm/fused.py`);
-            the prompt runs in eager mode.
+        step: how to decode: "eager", "compiled" (`torch.compile`; the prompt runs in eager mode) or
+            "fused" (`torchquant.fuse_decoder_`, prompt and steps).
         gguf: llama.cpp's name of the file's type; None if the engine is none of llama.cpp.
     """
 
@@ -143,7 +143,7 @@ ENGINES = (
     | LLAMA_CPP
 )
 for _name in ("bf16", "torchquant", "torchquant-w4a8-g32", "torchquant-w4-g32"):
-    for _step in ("compiled", "fused"):
+    for _step in ("compiled",) if _name == "bf16" else ("compiled", "fused"):
         ENGINES |= other_step(_name, ENGINES[_name], _step)
 TORCH_AO = ("ao-onednn", "ao-fbgemm")
 DEFAULT_ENGINES = (

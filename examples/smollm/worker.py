@@ -15,9 +15,8 @@ from harness.comparison import offline
 from harness.engines import saved_megabytes
 from harness.workers import call_seconds, peak_megabytes, release_freed_memory
 
-from smollm.decoding import Compiled, Eager
+from smollm.decoding import Compiled, Eager, Fused
 from smollm.engines import ENGINES, LanguageEngine
-from smollm.fused import Fused
 from smollm.inputs import PROMPT
 
 if TYPE_CHECKING:

@@ -304,6 +304,18 @@ class QuantizedIntxLinear(LinearLayer):
         zero = zero_point if self._has_zero_point else None
         return values_of(integers, scale, zero, self.config.weights)
 
+    def decoder_arguments(self) -> dict[str, Any]:
+        """The layer's tensors and numbers, as the steps of a decoder (``_C.Decoder``) take them."""
+        return {
+            "kind": "intx",
+            "bits": self._bits,
+            "group_size": self._group_size,
+            "has_zero_point": self._has_zero_point,
+            "symmetric": None if self._floats else self._activation_symmetric,
+            "activation_bits": self._activation_bits,
+            **super().decoder_arguments(),
+        }
+
     def _fast_output(self, input: Tensor, activation: str) -> Tensor:
         if self._floats:
             return _fast_linear_intx(  # type: ignore[no-any-return]

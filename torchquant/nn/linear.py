@@ -228,6 +228,17 @@ class QuantizedLinear(LinearLayer):
         scale, zero_point = self.qweight_scale, self.qweight_zero_point
         return ops.dequantize(self.qweight, scale, zero_point, granularity=PerAxis(0))
 
+    def decoder_arguments(self) -> dict[str, Any]:
+        """The layer's tensors and numbers, as the steps of a decoder (``_C.Decoder``) take them."""
+        return {
+            "kind": "int8",
+            "weight_scale": self.qweight_scale,
+            "weight_zero_point": self.qweight_zero_point,
+            "symmetric": self._activation_symmetric,
+            "activation_bits": self._activation_bits,
+            **super().decoder_arguments(),
+        }
+
     def _fast_output(self, input: Tensor, activation: str) -> Tensor:
         buffers = self._buffers
         return _fast_linear_dynamic(  # type: ignore[no-any-return]

@@ -282,6 +282,25 @@ class LinearLayer(QuantizedModule):
         bias = None if bias is None else bias.expand(self.out_features)
         return self._output(input, bias, "none")
 
+    def decoder_arguments(self) -> dict[str, Any]:
+        """The layer's tensors and numbers, as the steps of a decoder (``_C.Decoder``) take them."""
+        bias = None if self.bias is None else self.bias.detach()
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return {**sizes, "packed": self.packed, "bias": bias, **self.static_arguments()}
+
+    def static_arguments(self) -> dict[str, Any]:
+        """Scale, zero point and range of the input, of static activations; otherwise empty."""
+        if not self._static:
+            return {}
+        assert self.input_scale is not None and self.input_zero_point is not None
+        qmin, qmax = self.config.activations.range
+        return {
+            "input_scale": float(self.input_scale),
+            "input_zero_point": int(self.input_zero_point),
+            "input_qmin": qmin,
+            "input_qmax": qmax,
+        }
+
     def _fast_output(self, input: Tensor, activation: str) -> Tensor:
         """The forward of a plain tensor on the layer's device, at the least cost per call."""
         raise NotImplementedError

@@ -1,17 +1,23 @@
-"""Hugging Face transformers: attention on torchquant's operator, and a quantized cache."""
+"""Hugging Face transformers: attention on torchquant's operator, caches, and fused decoders."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchquant.integrations.transformers.decoder_cache import FusedCache
     from torchquant.integrations.transformers.kv_cache import QuantizedCache
 
-__all__ = ["QuantizedCache"]
+__all__ = ["FusedCache", "QuantizedCache"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "QuantizedCache":  # its base class is transformers', which takes seconds to import
+    # The base classes of these are transformers', which takes seconds to import.
+    if name == "FusedCache":
+        from torchquant.integrations.transformers.decoder_cache import FusedCache
+
+        return FusedCache
+    if name == "QuantizedCache":
         from torchquant.integrations.transformers.kv_cache import QuantizedCache
 
         return QuantizedCache

@@ -24,51 +24,7 @@ except ImportError as error:
 from torchquant import ops
 from torchquant.functional.kv_cache import kv_row_bytes, recent_group_size
 from torchquant.integrations.transformers.cached_states import Cached, Rows
-
-_LEAST_CAPACITY = 64  # tokens of a new buffer
-
-
-class TokenRows:
-    """Rows of tokens in a buffer that grows by half of its size: uint8 ``[B, H, tokens, bytes]``.
-
-    A buffer is written behind the tokens it holds only, so that views of them stay as they are.
-
-    Example:
-        >>> rows = TokenRows(torch.zeros(1, 2, 0, 8, dtype=torch.uint8))
-        >>> rows.append(torch.ones(1, 2, 3, 8, dtype=torch.uint8))
-        >>> rows.tokens, rows.view().shape
-        (3, torch.Size([1, 2, 3, 8]))
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.buffer, self.tokens = rows, rows.shape[2]
-
-    def view(self) -> Tensor:
-        """The rows of all tokens."""
-        return self.buffer.narrow(2, 0, self.tokens)
-
-    def append(self, rows: Tensor) -> None:
-        """Add tokens."""
-        tokens = self.tokens + rows.shape[2]
-        capacity = self.buffer.shape[2]
-        if tokens > capacity:
-            batch, heads, _, size = rows.shape
-            capacity = max(tokens, capacity + capacity // 2, _LEAST_CAPACITY)
-            buffer = rows.new_empty(batch, heads, capacity, size)
-            buffer.narrow(2, 0, self.tokens).copy_(self.view())
-            self.buffer = buffer
-        self.buffer.narrow(2, self.tokens, rows.shape[2]).copy_(rows)
-        self.tokens = tokens
-
-    def without_first(self, tokens: int) -> TokenRows:
-        """The rows after the first ones, in a buffer of their own."""
-        rest = TokenRows(self.buffer[:, :, :0])
-        rest.append(self.view()[:, :, tokens:])
-        return rest
-
-    def select(self, entries: Tensor) -> None:
-        """Take these entries of the batch."""
-        self.buffer = self.view().index_select(0, entries.to(self.buffer.device))
+from torchquant.integrations.transformers.token_rows import TokenRows
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -130,12 +86,12 @@ class QuantizedLayer(CacheLayerMixin):
         assert self._sides is not None
         lazy = key_states.shape[2] == 1
         if lazy:
-            self._quantize_old()
+            self.quantize_old()
         key, value = (side.rows() for side in self._sides)
         if lazy:
             return Cached(key, value, self.dtype).states()
         states = key.floats(self.dtype), value.floats(self.dtype)
-        self._quantize_old()
+        self.quantize_old()
         return states
 
     @torch.compiler.disable
@@ -151,7 +107,7 @@ class QuantizedLayer(CacheLayerMixin):
                     f"key_states' batch, heads and tokens, got {list(states.shape)} beside "
                     f"{list(key.shape)}"
                 )
-        fresh = self._sides is None
+        fresh = self.get_seq_length() == 0
         if fresh:
             self.lazy_initialization(key, value)
         assert self._sides is not None
@@ -170,15 +126,23 @@ class QuantizedLayer(CacheLayerMixin):
             side.newest().append(new)
         self.dtype = key.dtype
 
-    def _quantize_old(self) -> None:
+    def parts(self) -> tuple[list[TokenRows], list[TokenRows]]:
+        """Rows of the keys and of the values: quantized ones, and recent ones if there are any."""
+        assert self._sides is not None, "lazy_initialization comes first"
+        return self._sides[0].parts(), self._sides[1].parts()
+
+    def quantize_old(self, new: int = 0) -> None:
         """Move tokens that are no longer recent to the quantized rows.
 
         Which ones follows from the number of tokens alone: a cache holds the same rows however its
         tokens were added.
+
+        Args:
+            new: the number of tokens that are about to be added.
         """
         if not self.recent or self._sides is None:
             return
-        old = (self.get_seq_length() // self.recent - 1) * self.recent
+        old = ((self.get_seq_length() + new) // self.recent - 1) * self.recent
         for side in self._sides:
             side.quantize_first(old - side.quantized.tokens)
 
