@@ -1,0 +1,186 @@
+"""What GPTQ works on: columns of a weight, and the Cholesky factor of the inverse of a Hessian.
+
+Dead inputs, which were always 0, get the weight 0. Damping makes a singular Hessian regular; it is
+raised step by step where that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Problem", "cholesky_of_inverse"]
+
+_RAISE = 10.0  # how many times the damping grows after a failure
+_SMALL = 64  # of a matrix that is inverted as a whole
+_LEAST, _MOST = 1e-4, 1e3  # damping after a failure without any, and the last that is tried
+
+
+def cholesky_of_inverse(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """U, the upper Cholesky factor of the inverse: ``inverse(H) = U^T U``.
+
+    U is the inverse of the upper triangular R with ``H = R R^T``, which one factorization of the
+    reversed matrix gives. This is the factor of the inverse without the loss of digits that the
+    inverse has.
+
+    Args:
+        hessian: float64 ``[G, K, K]``.
+
+    Returns:
+        U, and int32 ``[G]``, which is not 0 where a matrix is not positive definite.
+
+    Example:
+        >>> factor, failed = cholesky_of_inverse(torch.tensor([[[4.0, 0.0], [0.0, 0.25]]]))
+        >>> factor, failed
+        (tensor([[[0.5000, 0.0000],
+                 [0.0000, 2.0000]]]), tensor([0], dtype=torch.int32))
+    """
+    with _one_thread():
+        reversed_factor, failed = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
+        return _inverse(reversed_factor.flip(-1, -2)), failed
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK sums in another order with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The inverse of upper triangular matrices, half by half, which skips the zeros."""
+    half = upper.shape[-1] // 2
+    if half < _SMALL:
+        one = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+        whole: Tensor = torch.linalg.solve_triangular(upper, one.expand_as(upper), upper=True)
+        return whole
+    found = torch.zeros_like(upper)
+    first = found[:, :half, :half] = _inverse(upper[:, :half, :half])
+    second = found[:, half:, half:] = _inverse(upper[:, half:, half:])
+    found[:, :half, half:] = -(first @ upper[:, :half, half:]) @ second
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A weight and a Hessian in units of the mean of its diagonal.
+
+    ``G`` are the groups of a convolution, each with n of the N outputs.
+
+    Attributes:
+        original: float32 ``[G, K, n]``, the weight.
+        columns: the same, and 0 for dead inputs.
+        hessian: float32 ``[G, K, K]``.
+        unit: float64 ``[G]``, the mean of the diagonal over the inputs that are not dead; NaN if
+            the Hessian is not finite.
+        place: int64 ``[G, K]``, the inputs in the order in which they are rounded.
+        factor: float32 ``[G, K, K]``, U of the damped Hessian in this order.
+        damping: float64 ``[G]``, what was added to the diagonal.
+        dead: bool ``[G, K]``.
+        failed: bool ``[G]``, where the Hessian is not finite, is 0, or could not be factored.
+
+    Example:
+        >>> hessian = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+        >>> problem = Problem.of(torch.ones(3, 2), hessian, damping=0.0)
+        >>> problem.unit, problem.columns[0, :, 0], problem.dead
+        (tensor([4.], dtype=torch.float64), tensor([1., 0.]), tensor([[False,  True]]))
+    """
+
+    original: Tensor
+    columns: Tensor
+    hessian: Tensor
+    unit: Tensor
+    place: Tensor
+    factor: Tensor
+    damping: Tensor
+    dead: Tensor
+    failed: Tensor
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, hessian: Tensor, *, damping: float, by_activations: bool = False
+    ) -> Problem:
+        """The problem for a weight ``[N, K]`` and a Hessian ``[K, K]`` or ``[G, K, K]``."""
+        terms = weight.shape[1]
+        wide = hessian.detach().to(weight.device, torch.float64).view(-1, terms, terms)
+        wide = (wide + wide.transpose(1, 2)) / 2
+        original = weight.detach().float().reshape(len(wide), -1, terms).transpose(1, 2)
+        diagonal = wide.diagonal(dim1=1, dim2=2)
+        dead = diagonal == 0
+        unit = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
+        unit = torch.where(wide.isfinite().all(2).all(1), unit, torch.nan)
+        failed = ~(unit > 0)
+        dead = dead & ~failed[:, None]
+        one = torch.eye(terms, dtype=wide.dtype, device=wide.device)
+        wide = torch.where(failed[:, None, None], one, wide / unit[:, None, None])
+        place = torch.arange(terms, device=wide.device).expand(dead.shape)
+        if by_activations:
+            ranks = wide.diagonal(dim1=1, dim2=2)
+            place = ranks.argsort(dim=1, descending=True, stable=True)
+        alive = _alive(wide, dead)
+        if by_activations:
+            alive = _ordered(alive, place)
+        factor, used, hopeless = _factored(alive, damping)
+        return cls(
+            original.contiguous(),
+            original.masked_fill(dead.unsqueeze(2), 0.0).contiguous(),
+            wide.float(),
+            unit,
+            place,
+            factor,
+            used,
+            dead,
+            failed | hopeless,
+        )
+
+    def damped(self) -> Tensor:
+        """The Hessian with its damping, and 1 in the diagonal of dead inputs."""
+        found = _alive(self.hessian, self.dead)
+        found.diagonal(dim1=1, dim2=2).add_(self.damping.float()[:, None])
+        return found
+
+    def errors(self, weight: Tensor) -> Tensor:
+        """``D H D^T`` of each output, float64 ``[G, n]``, for a changed weight ``[N, K]``.
+
+        NaN where the Hessian is not finite.
+        """
+        change = weight.view(len(self.unit), -1, weight.shape[1]).transpose(1, 2) - self.original
+        found = (self.hessian @ change * change).sum(1, dtype=torch.float64)
+        return found * self.unit[:, None]
+
+
+def _alive(hessian: Tensor, dead: Tensor) -> Tensor:
+    """A copy with 1 in the diagonal of dead inputs, whose rows and columns are 0."""
+    found = hessian.clone()
+    found.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    return found
+
+
+def _ordered(hessian: Tensor, place: Tensor) -> Tensor:
+    """The Hessian of the inputs in another order."""
+    group = torch.arange(len(place), device=place.device)[:, None, None]
+    return hessian[group, place[:, :, None], place[:, None, :]]
+
+
+def _factored(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors U, float32; the dampings; and where no damping was enough."""
+    used = torch.full(hessian.shape[:1], damping, dtype=torch.float64, device=hessian.device)
+    while True:
+        damped = hessian.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(used[:, None])
+        factor, failure = cholesky_of_inverse(damped)
+        small = factor.float()
+        bad = (failure != 0) | ~small.isfinite().all(2).all(1)
+        again = bad & (used < _MOST)
+        if not bool(again.any()):
+            one = torch.eye(small.shape[1], device=small.device)
+            return torch.where(bad[:, None, None], one, small), used, bad
+        used = torch.where(again, (used * _RAISE).clamp(min=_LEAST), used)
