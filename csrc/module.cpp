@@ -5,6 +5,7 @@
 #include "bench/peak.h"
 #include "boxed/complete.h"
 #include "caller.h"
+#include "decoder_binding.h"
 #include "fast_call.h"
 #include "guard.h"
 #include "isa.h"
@@ -62,6 +63,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (PyModule_AddFunctions(m.ptr(), torchquant::caller_methods) != 0) throw pybind11::error_already_set();
   if (torchquant::add_guard(m.ptr()) != 0) throw pybind11::error_already_set();
   torchquant::add_program(m);
+  torchquant::add_decoder(m);
   m.def("cpu_name", &torchquant::cpu_name);
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("peak_names", &torchquant::bench::peak_names);

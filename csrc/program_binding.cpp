@@ -46,26 +46,7 @@ const std::map<std::string, Kind> kKinds = {
 };
 
 using Held = std::vector<at::Tensor>;
-
-// An alias of the tensor, which keeps its memory whatever happens to the tensor; a copy where kernels cannot read it.
-const at::Tensor& hold(Held& held, const at::Tensor& t, at::ScalarType type, int64_t alignment) {
-  const char* const op = "Program";
-  TORCH_CHECK_TYPE(t.is_cpu() && t.scalar_type() == type, op, ": a layer's tensor must be ", dtype_name(type),
-                   " on the CPU, got ", describe(t));
-  at::Tensor own = t.detach();
-  if (!own.is_contiguous() || reinterpret_cast<uintptr_t>(own.const_data_ptr()) % static_cast<uintptr_t>(alignment))
-    own = own.clone(at::MemoryFormat::Contiguous);
-  held.push_back(std::move(own));
-  return held.back();
-}
-
-// One value for each output channel.
-template <class T>
-const T* per_output(Held& held, const at::Tensor& t, at::ScalarType type, int64_t outputs) {
-  TORCH_CHECK_VALUE(t.numel() == outputs, "Program: a layer's tensor must have one element for each of ", outputs,
-                    " channels, got ", describe(t));
-  return hold(held, t, type, alignof(T)).const_data_ptr<T>();
-}
+constexpr const char* kName = "Program";
 
 class Reader {  // of one step
  public:
@@ -139,8 +120,8 @@ class Reader {  // of one step
 
   void read_channels(program::PerChannel& c) {
     set("channels", c.count);
-    if (has("gain")) c.gain = per_output<float>(held_, get<at::Tensor>("gain"), at::kFloat, c.count);
-    if (has("shift")) c.shift = per_output<float>(held_, get<at::Tensor>("shift"), at::kFloat, c.count);
+    if (has("gain")) c.gain = hold_per_output<float>(kName, held_, get<at::Tensor>("gain"), at::kFloat, c.count);
+    if (has("shift")) c.shift = hold_per_output<float>(kName, held_, get<at::Tensor>("shift"), at::kFloat, c.count);
   }
 
   void read_weight(Step& s) {
@@ -161,16 +142,16 @@ class Reader {  // of one step
                           shape.channels * shape.kernel_h < (int64_t{1} << 31) / shape.kernel_w,
                       "Program: kernel is out of range, got [", s.kernel[0], ", ", s.kernel[1], "]");
     const PackedShape size = packed_shape(shape);
-    const at::Tensor& packed = hold(held_, get<at::Tensor>("packed"), at::kChar, 64);
+    const at::Tensor& packed = hold(kName, held_, get<at::Tensor>("packed"), at::kChar, 64);
     w.packed = packed.const_data_ptr<int8_t>();
     TORCH_CHECK_VALUE(packed.numel() == size.rows * size.columns && is_packed_conv(w.packed, shape),
                       "Program: packed must be the weight of ", w.outputs, " outputs and ", shape.channels,
                       " inputs with kernel [", s.kernel[0], ", ", s.kernel[1], "], packed to [", size.rows, ", ",
                       size.columns, "], got ", describe(packed));
-    w.scale = per_output<float>(held_, get<at::Tensor>("weight_scale"), at::kFloat, w.outputs);
+    w.scale = hold_per_output<float>(kName, held_, get<at::Tensor>("weight_scale"), at::kFloat, w.outputs);
     if (has("weight_zero_point"))
-      w.zero_point = per_output<int32_t>(held_, get<at::Tensor>("weight_zero_point"), at::kInt, w.outputs);
-    if (has("bias")) w.bias = per_output<float>(held_, get<at::Tensor>("bias"), at::kFloat, w.outputs);
+      w.zero_point = hold_per_output<int32_t>(kName, held_, get<at::Tensor>("weight_zero_point"), at::kInt, w.outputs);
+    if (has("bias")) w.bias = hold_per_output<float>(kName, held_, get<at::Tensor>("bias"), at::kFloat, w.outputs);
   }
 
   py::dict step_;
@@ -240,7 +221,7 @@ std::unique_ptr<TensorProgram> make(const py::list& values, const py::list& step
   for (const auto& step : steps) own_steps.push_back(Reader(step.cast<py::dict>(), held).read());
   program::Program program(std::move(own_values), std::move(own_steps));
   for (size_t i = 0; i < program.steps().size(); ++i) check_step(i, program.steps()[i], program.values());
-  return std::make_unique<TensorProgram>(std::move(program), std::move(held));
+  return std::make_unique<TensorProgram>(std::move(program), held);
 }
 
 }  // namespace

@@ -51,6 +51,10 @@ typedef struct tq_intx_part {
 tq_status tq_linear_intx(const tq_rows* rows, const tq_row_quantization* how, const tq_intx_part* part,
                          const tq_parallel* parallel);
 
+/* Several layers on the same input, which is then quantized once: k and group_size of their shapes are the same. */
+tq_status tq_linear_intx_parts(const tq_rows* rows, const tq_row_quantization* how, const tq_intx_part* parts,
+                               int64_t count, const tq_parallel* parallel);
+
 /* Float rows stay floats: out[m, n] = activation(sum over groups of weight_scale[n, g] * sum over k of g of x[m, k]
  * (W[n, k] - weight_zero_point[n, g]) + bias[n]) */
 tq_status tq_linear_intx_float(const tq_rows* rows, const tq_intx_part* part, const tq_parallel* parallel);

@@ -22,24 +22,6 @@ using program::Plan;
 using program::Request;
 using program::Shape;
 
-class TensorProgram::Arena {  // 64-byte aligned memory
- public:
-  explicit Arena(int64_t bytes) : bytes_((std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096) {
-    data_ = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  uint8_t* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_;
-  uint8_t* data_;
-};
-
 // The images of a call go through the program in groups of `together`, the last group may be smaller.
 struct TensorProgram::Prepared {
   Request request;
@@ -55,7 +37,6 @@ struct TensorProgram::Prepared {
 namespace {
 
 constexpr size_t kPlans = 16;             // remembered
-constexpr size_t kArenas = 16;            // kept
 constexpr int64_t kCacheBytes = 1 << 20;  // half of a common second-level cache
 constexpr int64_t kStepBytes = 1 << 14;   // what memory could deliver while a step is set up
 constexpr int64_t kMostTogether = 64;
@@ -157,23 +138,14 @@ Images part_of(const Images& images, int64_t first, int64_t count) {
 
 }  // namespace
 
-TensorProgram::TensorProgram(program::Program program, std::vector<at::Tensor> held) : program_(std::move(program)) {
-  for (at::Tensor& t : held) {
-    const c10::StorageImpl& storage = *t.storage().unsafeGetStorageImpl();
-    held_.push_back({t, storage.data(), storage.nbytes()});
-  }
-}
+TensorProgram::TensorProgram(program::Program program, const std::vector<at::Tensor>& held)
+    : program_(std::move(program)), held_(held) {}
 
-// The steps point to the memory of the held tensors. share_memory_() and resize_() of a storage replace that memory.
 void TensorProgram::check_held() const {
-  for (const Held& held : held_) {
-    const c10::StorageImpl& storage = *held.tensor.storage().unsafeGetStorageImpl();
-    if (storage.data() != held.data || storage.nbytes() != held.bytes) {
-      throw std::invalid_argument(
-          "Program.run: the tensors of the layers must keep their memory, but that of one was replaced; make the program "
-          "again");
-    }
-  }
+  if (held_.unchanged()) return;
+  throw std::invalid_argument(
+      "Program.run: the tensors of the layers must keep their memory, but that of one was replaced; make the program "
+      "again");
 }
 
 TensorProgram::~TensorProgram() = default;
@@ -223,26 +195,6 @@ std::shared_ptr<const TensorProgram::Prepared> TensorProgram::prepared(const Req
   return made;
 }
 
-std::unique_ptr<TensorProgram::Arena> TensorProgram::take_arena(int64_t bytes) {
-  {
-    const std::lock_guard<std::mutex> lock(program_mutex());
-    for (auto& arena : arenas_) {
-      if (arena->bytes() < bytes) continue;
-      std::swap(arena, arenas_.back());
-      std::unique_ptr<Arena> taken = std::move(arenas_.back());
-      arenas_.pop_back();
-      return taken;
-    }
-    if (!arenas_.empty()) arenas_.pop_back();  // too small: replaced by the new one
-  }
-  return std::make_unique<Arena>(bytes);
-}
-
-void TensorProgram::give_back(std::unique_ptr<Arena> arena) {
-  const std::lock_guard<std::mutex> lock(program_mutex());
-  if (arenas_.size() < kArenas) arenas_.push_back(std::move(arena));
-}
-
 std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::Tensor>& given) {
   check_held();
   if (static_cast<int64_t>(given.size()) != program_.arguments()) {
@@ -274,17 +226,17 @@ std::optional<std::vector<at::Tensor>> TensorProgram::run(const std::vector<at::
     check_status(program_.run(plan, x.data(), y.data(), arena, has_nonfinite, parallel));
   };
   const auto run_groups = [&](const tq_parallel* parallel) {
-    std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
+    std::unique_ptr<Arena> arena = arenas_.take(p->arena_bytes());
     for (int64_t i = 0; i < p->groups && !has_nonfinite; ++i) run_group(i, arena->data(), parallel);
-    give_back(std::move(arena));
+    arenas_.give_back(std::move(arena));
   };
   if (p->groups == 0) return results;
   if (p->apart) {
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t /*first*/, int64_t /*last*/) {
-      std::unique_ptr<Arena> arena = take_arena(p->arena_bytes());
+      std::unique_ptr<Arena> arena = arenas_.take(p->arena_bytes());
       for (int64_t i = next++; i < p->groups && !has_nonfinite; i = next++) run_group(i, arena->data(), nullptr);
-      give_back(std::move(arena));
+      arenas_.give_back(std::move(arena));
     });
   } else if (uses_team) {
     with_team(run_groups);

@@ -10,13 +10,15 @@
 #include <vector>
 
 #include "core/program.h"
+#include "cpu/arenas.h"
+#include "cpu/held.h"
 
 namespace torchquant {
 
 class TensorProgram {
  public:
   // `held`: the tensors whose memory the steps point to.
-  TensorProgram(program::Program program, std::vector<at::Tensor> held);
+  TensorProgram(program::Program program, const std::vector<at::Tensor>& held);
   ~TensorProgram();
 
   // The results, or nothing where an argument holds NaN or infinities. Arguments are float32 on the CPU. Threads may
@@ -33,25 +35,15 @@ class TensorProgram {
   int64_t arena_bytes(const std::vector<at::Tensor>& arguments);
 
   struct Prepared;  // the plans of one kind of call
-  class Arena;
 
  private:
   std::shared_ptr<const Prepared> prepared(const program::Request& request, int64_t threads);
-  std::unique_ptr<Arena> take_arena(int64_t bytes);
-  void give_back(std::unique_ptr<Arena> arena);
   void check_held() const;
 
-  struct Held {
-    at::Tensor tensor;
-    const void* data;  // of its storage
-    size_t bytes;
-  };
-
   const program::Program program_;
-  std::vector<Held> held_;
-  // Under the lock of programs (fork.h):
-  std::vector<std::shared_ptr<const Prepared>> prepared_;  // the latest last
-  std::vector<std::unique_ptr<Arena>> arenas_;             // not in use
+  const HeldTensors held_;
+  std::vector<std::shared_ptr<const Prepared>> prepared_;  // the latest last; under the lock of programs (fork.h)
+  Arenas arenas_;
 };
 
 }  // namespace torchquant

@@ -10,6 +10,7 @@
 #include "kernels/activations.h"
 #include "kernels/affine.h"
 #include "kernels/attention.h"
+#include "kernels/attention_float.h"
 #include "kernels/conv.h"
 #include "kernels/depthwise.h"
 #include "kernels/embedding.h"
@@ -66,7 +67,12 @@ namespace torchquant {
   KERNEL(dequantize_kv, const KvRowsArgs&, int64_t r0, int64_t r1)                               \
   KERNEL(kv_scores, const CachedArgs&, int64_t block0, int64_t block1)                           \
   KERNEL(kv_sums, const CachedArgs&, int64_t block0, int64_t block1)                             \
-  KERNEL(kv_output, const CachedArgs&)
+  KERNEL(kv_output, const CachedArgs&)                                                           \
+  KERNEL(pack_float_keys, const FloatAttentionArgs&, int64_t tile0, int64_t tile1)               \
+  KERNEL(float_scores, const FloatAttentionArgs&, int64_t block0, int64_t block1)                \
+  KERNEL(float_sums, const FloatAttentionArgs&, int64_t block0, int64_t block1)                  \
+  KERNEL(float_output, const FloatAttentionArgs&)                                                \
+  KERNEL(rotate_heads, const RotateArgs&, int64_t m0, int64_t m1)
 
 struct KernelTable {
   const char* name;
