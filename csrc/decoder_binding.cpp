@@ -89,10 +89,10 @@ class Reader {  // of one dictionary
     return l;
   }
 
-  Group group(std::initializer_list<const char*> names, int64_t k) const {
+  Group group(std::initializer_list<const char*> names, int64_t k, bool side_by_side = false) const {
     std::vector<Layer> layers;
     for (const char* name : names) layers.push_back(Reader(get<py::dict>(name), held_).layer(k));
-    return Group(std::move(layers));
+    return Group(std::move(layers), side_by_side);
   }
 
  private:
@@ -168,7 +168,7 @@ std::unique_ptr<TensorDecoder> make(const py::list& blocks, int64_t heads, int64
     check_outputs(b.qkv, {sizes.q_width(), sizes.kv_width(), sizes.kv_width()}, "q, k and v");
     b.o = reader.group({"o"}, sizes.q_width());
     check_outputs(b.o, {sizes.hidden}, "o");
-    b.gate_up = reader.group({"gate", "up"}, sizes.hidden);
+    b.gate_up = reader.group({"gate", "up"}, sizes.hidden, true);
     check_outputs(b.gate_up, {sizes.intermediate, sizes.intermediate}, "gate and up");
     b.down = reader.group({"down"}, sizes.intermediate);
     check_outputs(b.down, {sizes.hidden}, "down");

@@ -63,38 +63,21 @@ void normalize_heads(const Work& work, const Norm& norm, float* x, int64_t heads
                [&](int64_t m0, int64_t m1) { work.table.normalize_rows(args, m0, m1); });
 }
 
-tq_status gate(const Work& work, const Group& layers) {
-  if (work.call.tokens == 1) {
-    multiply_gated(work, layers, work.normed, work.gate, work.up);
-    return TQ_OK;
-  }
-  float* const outs[] = {work.gate, work.up};
-  const tq_status status = multiply(work, layers, work.normed, outs);
-  if (status != TQ_OK) return status;
-  tq_activation_call a{};
-  a.x = a.out = work.gate;
-  a.up = work.up;
-  a.x_type = a.out_type = TQ_F32;
-  a.activation = work.sizes.activation;
-  a.rows = 1;
-  a.length = work.call.tokens * work.sizes.intermediate;
-  return tq_activate(&a, work.parallel);
-}
-
-tq_status run_block(const Work& work, const Block& b, const Cache& cache) {
+// `next`: the block behind, or null.
+tq_status run_block(const Work& work, const Block& b, const Cache& cache, const Block* next) {
   float* const qkv[] = {work.query, work.key, work.value};
-  tq_status status = multiply(work, b.qkv, work.normed, qkv);
+  tq_status status = multiply(work, b.qkv, work.normed, qkv, &b.o);
   if (status != TQ_OK) return status;
   normalize_heads(work, b.q_norm, work.query, work.sizes.heads);
   normalize_heads(work, b.k_norm, work.key, work.sizes.kv_heads);
   status = attend(work, cache);
   if (status != TQ_OK) return status;
-  status = multiply(work, b.o, work.mixed, &work.projected);
+  status = multiply(work, b.o, work.mixed, &work.projected, &b.gate_up);
   if (status != TQ_OK) return status;
   add_and_normalize(work, work.projected, &b.post_norm);
-  status = gate(work, b.gate_up);
+  status = multiply_gated(work, b.gate_up, work.normed, work.gate, work.up, b.down);
   if (status != TQ_OK) return status;
-  return multiply(work, b.down, work.gate, &work.projected);
+  return multiply(work, b.down, work.gate, &work.projected, next ? &next->qkv : nullptr);
 }
 
 }  // namespace
@@ -113,7 +96,8 @@ tq_status run(const std::vector<Block>& blocks, const Sizes& sizes, const Call& 
   const Work work = place(blocks, sizes, call, table, threads, parallel, pieces);
   for (size_t i = 0; i < blocks.size(); ++i) {
     add_and_normalize(work, i == 0 ? nullptr : work.projected, &blocks[i].input_norm);
-    const tq_status status = run_block(work, blocks[i], call.caches[i]);
+    const tq_status status =
+        run_block(work, blocks[i], call.caches[i], i + 1 < blocks.size() ? &blocks[i + 1] : nullptr);
     if (status != TQ_OK) return status;
   }
   if (!blocks.empty()) add_and_normalize(work, work.projected, nullptr);

@@ -38,9 +38,10 @@ struct Layer {
 // Layers on the same input. The input is prepared (quantized and arranged) once for the layers that want it so.
 struct Group {
   Group() = default;
-  explicit Group(std::vector<Layer> layers);
+  Group(std::vector<Layer> layers, bool side_by_side);
 
   std::vector<Layer> layers;
+  bool side_by_side = false;    // a thread computes the same outputs of all layers, which have equally many
   std::vector<size_t> input;    // of each layer: the first layer with the same preparation
   std::vector<size_t> inputs;   // those first layers
   std::vector<bool> want_term;  // of each layer that is one: whether a layer with that input has weight zero points

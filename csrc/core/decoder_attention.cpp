@@ -13,10 +13,10 @@
 namespace torchquant::decoder {
 namespace {
 
-constexpr int64_t kTokens = 32;           // that a thread computes together
-constexpr int64_t kMaskedTokens = 64;     // that attend to a quantized cache together
+constexpr int64_t kTokens = 32;               // that a thread computes together
+constexpr int64_t kMaskedTokens = 64;         // that attend to a quantized cache together
 constexpr int64_t kElementsOfAThread = 4096;  // that a thread should rotate or copy
-constexpr int64_t kScoreGap = 16;         // floats more than a power of 2: rows on different cache sets
+constexpr int64_t kScoreGap = 16;             // floats more than a power of 2: rows on different cache sets
 
 const float* floats(const uint8_t* p) { return reinterpret_cast<const float*>(p); }
 float* floats(uint8_t* p) { return reinterpret_cast<float*>(p); }

@@ -11,7 +11,8 @@
 namespace torchquant::decoder {
 namespace {
 
-constexpr size_t kMostLayers = 3;  // of a group
+constexpr size_t kMostLayers = 3;            // of a group
+constexpr int64_t kFetchedBytes = 24 << 10;  // of a thread's next weights, while the threads prepare their input
 
 bool same_quantization(const tq_row_quantization& a, const tq_row_quantization& b) {
   return a.mode == b.mode && a.qmin == b.qmin && a.qmax == b.qmax &&
@@ -166,8 +167,44 @@ int64_t tile_block(const KernelTable& table, const Layer& layer) {
   return 1;
 }
 
-int64_t blocks_of(const KernelTable& table, const Layer& layer) {
-  return ceil_div(num_tiles(layer.shape.n), tile_block(table, layer));
+// body(layer, tile0, tile1) for a share of the tiles of a group. Blocks of tiles of all layers are numbered through, or
+// each layer has its own.
+template <class Body>
+void for_tiles(const KernelTable& table, const Group& group, const Share& share, const Body& body) {
+  const auto tiles_of = [&](size_t i) { return num_tiles(group.layers[i].shape.n); };
+  if (group.side_by_side) {
+    int64_t block = 1;
+    for (const Layer& layer : group.layers) block = std::max(block, tile_block(table, layer));
+    const int64_t tiles = tiles_of(0), blocks = ceil_div(tiles, block);
+    const int64_t tile0 = share.begin(blocks) * block, tile1 = std::min(tiles, share.end(blocks) * block);
+    for (size_t i = 0; i < group.layers.size() && tile0 < tile1; ++i) body(i, tile0, tile1);
+    return;
+  }
+  int64_t blocks = 0;
+  for (size_t i = 0; i < group.layers.size(); ++i) blocks += ceil_div(tiles_of(i), tile_block(table, group.layers[i]));
+  int64_t begin = share.begin(blocks), end = share.end(blocks);
+  for (size_t i = 0; i < group.layers.size(); ++i) {
+    const int64_t block = tile_block(table, group.layers[i]), own = ceil_div(tiles_of(i), block);
+    const int64_t tile0 = std::max<int64_t>(0, begin) * block,
+                  tile1 = std::min(tiles_of(i), std::min(own, end) * block);
+    if (tile0 < tile1) body(i, tile0, tile1);
+    begin -= own;
+    end -= own;
+  }
+}
+
+int64_t bytes_of_tile(const Layer& layer) {
+  return layer.kind == Kind::kInt8 ? tile_bytes(layer.shape.k) : intx::shape_of(layer.shape).tile_bytes();
+}
+
+void fetch(const KernelTable& table, const Group& group, const Share& share) {
+  int64_t left = kFetchedBytes;
+  for_tiles(table, group, share, [&](size_t i, int64_t tile0, int64_t tile1) {
+    const int64_t bytes = bytes_of_tile(group.layers[i]), size = std::min(left, (tile1 - tile0) * bytes);
+    const char* at = static_cast<const char*>(group.layers[i].packed) + tile0 * bytes;
+    for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(at + line, 0, 2);
+    left -= size;
+  });
 }
 
 void multiply_tiles(const KernelTable& table, const Layer& layer, const Input& input, float* out, int64_t tile0,
@@ -209,32 +246,20 @@ void multiply_tiles(const KernelTable& table, const Layer& layer, const Input& i
   }
 }
 
-// The blocks of tiles [block0, block1) of a layer.
-void multiply_blocks(const KernelTable& table, const Layer& layer, const Input& input, float* out, int64_t block0,
-                     int64_t block1) {
-  const int64_t block = tile_block(table, layer), tile1 = std::min(num_tiles(layer.shape.n), block1 * block);
-  if (block0 * block < tile1) multiply_tiles(table, layer, input, out, block0 * block, tile1);
-}
-
-void multiply_one(const Work& work, const Group& group, const float* x, float* const* outs) {
+void multiply_one(const Work& work, const Group& group, const float* x, float* const* outs, const Group* next) {
   const Inputs inputs = prepare_all(work, group, x);
-  int64_t blocks = 0;
-  for (const Layer& layer : group.layers) blocks += blocks_of(work.table, layer);
   for_shares(work.threads, work.parallel, [&](const Share& share) {
-    int64_t begin = share.begin(blocks), end = share.end(blocks);
-    for (size_t i = 0; i < group.layers.size(); ++i) {  // blocks of all layers are numbered through
-      const Layer& layer = group.layers[i];
-      const int64_t own = blocks_of(work.table, layer), first = std::max<int64_t>(0, begin), last = std::min(own, end);
-      if (first < last) multiply_blocks(work.table, layer, inputs.of_layer[group.input[i]], outs[i], first, last);
-      begin -= own;
-      end -= own;
-    }
+    for_tiles(work.table, group, share, [&](size_t i, int64_t tile0, int64_t tile1) {
+      multiply_tiles(work.table, group.layers[i], inputs.of_layer[group.input[i]], outs[i], tile0, tile1);
+    });
+    if (next) fetch(work.table, *next, share);
   });
 }
 
 }  // namespace
 
-Group::Group(std::vector<Layer> own) : layers(std::move(own)), input(layers.size()), want_term(layers.size(), false) {
+Group::Group(std::vector<Layer> own, bool together)
+    : layers(std::move(own)), side_by_side(together), input(layers.size()), want_term(layers.size(), false) {
   for (size_t i = 0; i < layers.size(); ++i) {
     size_t first = 0;
     while (!same_input(layers[first], layers[i])) ++first;
@@ -250,32 +275,46 @@ int64_t input_bytes(const KernelTable& table, const Group& group) {
   return pieces.bytes();
 }
 
-tq_status multiply(const Work& work, const Group& group, const float* x, float* const* outs) {
+tq_status multiply(const Work& work, const Group& group, const float* x, float* const* outs, const Group* next) {
   if (work.call.tokens > 1) return multiply_many(work, group, x, outs);
-  multiply_one(work, group, x, outs);
+  multiply_one(work, group, x, outs, next);
   return TQ_OK;
 }
 
-void multiply_gated(const Work& work, const Group& group, const float* x, float* gate, float* up) {
+tq_status multiply_gated(const Work& work, const Group& group, const float* x, float* gate, float* up,
+                         const Group& next) {
+  float* const outs[] = {gate, up};
+  if (work.call.tokens > 1) {
+    const tq_status status = multiply_many(work, group, x, outs);
+    if (status != TQ_OK) return status;
+    tq_activation_call a{};
+    a.x = a.out = gate;
+    a.up = up;
+    a.x_type = a.out_type = TQ_F32;
+    a.activation = work.sizes.activation;
+    a.rows = 1;
+    a.length = work.call.tokens * work.sizes.intermediate;
+    return tq_activate(&a, work.parallel);
+  }
   const Inputs inputs = prepare_all(work, group, x);
-  const Layer &g = group.layers[0], &u = group.layers[1];
-  // A thread computes the same outputs of both, so that it can go on without the others.
-  const int64_t block = std::max(tile_block(work.table, g), tile_block(work.table, u)), n = g.shape.n;
-  const int64_t blocks = ceil_div(num_tiles(n), block);
   for_shares(work.threads, work.parallel, [&](const Share& share) {
-    const int64_t tile0 = share.begin(blocks) * block, tile1 = std::min(num_tiles(n), share.end(blocks) * block);
-    if (tile0 >= tile1) return;
-    multiply_tiles(work.table, g, inputs.of_layer[group.input[0]], gate, tile0, tile1);
-    multiply_tiles(work.table, u, inputs.of_layer[group.input[1]], up, tile0, tile1);
+    int64_t first = 0, last = 0;  // outputs of this share, which are those of both layers
+    for_tiles(work.table, group, share, [&](size_t i, int64_t tile0, int64_t tile1) {
+      multiply_tiles(work.table, group.layers[i], inputs.of_layer[group.input[i]], outs[i], tile0, tile1);
+      first = tile0 * kTileN;
+      last = std::min(group.layers[i].shape.n, tile1 * kTileN);
+    });
+    fetch(work.table, next, share);
     ActivationArgs a{};
-    a.x = gate + tile0 * kTileN;
-    a.out = gate + tile0 * kTileN;
-    a.up = up + tile0 * kTileN;
-    a.n = std::min(n, tile1 * kTileN) - tile0 * kTileN;
+    a.x = gate + first;
+    a.out = gate + first;
+    a.up = up + first;
+    a.n = last - first;
     a.in_type = a.out_type = FloatType::kF32;
     a.activation = activation_of(work.sizes.activation);
-    work.table.activate_span(a);
+    if (first < last) work.table.activate_span(a);
   });
+  return TQ_OK;
 }
 
 }  // namespace torchquant::decoder

@@ -59,11 +59,13 @@ struct Work {  // of one call
   uint8_t* attention;
 };
 
-// decoder_products.cpp: outs[i] = layers[i](x) for all tokens, each [tokens, n].
+// decoder_products.cpp: outs[i] = layers[i](x) for all tokens, each [tokens, n]. A thread that is done with its share for
+// one token fetches the first weights of its share of `next`, which would be far away when they are needed.
 int64_t input_bytes(const KernelTable& table, const Group& group);
-tq_status multiply(const Work& work, const Group& group, const float* x, float* const* outs);
-// The same for gate and up of one token, and then gate = activation(gate) * up.
-void multiply_gated(const Work& work, const Group& group, const float* x, float* gate, float* up);
+tq_status multiply(const Work& work, const Group& group, const float* x, float* const* outs, const Group* next);
+// The same for gate and up, and then gate = activation(gate) * up.
+tq_status multiply_gated(const Work& work, const Group& group, const float* x, float* gate, float* up,
+                         const Group& next);
 
 // decoder_attention.cpp: the new tokens' rows to the cache of a block, then `mixed` of all queries.
 int64_t attention_bytes(const Sizes& sizes, const Call& call, int64_t threads);

@@ -3,7 +3,7 @@
 #include <array>
 #include <cstddef>
 
-#include "norm_case.h"
+#include "attention_float_case.h"
 
 namespace {
 
@@ -94,7 +94,14 @@ int main(int argc, char** argv) {
     Draw draw(bytes.data(), bytes.size());
     check_norm(draw, span_inputs, scratch);
   }
-  std::printf("%ld linear cases, %ld spans and %ld norms, each on%s\n", long(cases), long(spans), long(norms),
-              names.c_str());
+  int64_t heads = 0;
+  for (; heads < 600 * times; ++heads) {
+    const auto bytes = decisions(random);
+    Draw draw(bytes.data(), bytes.size());
+    if (heads % 2) check_float_attention(draw, span_inputs, scratch);
+    else check_rotation(draw, span_inputs, scratch);
+  }
+  std::printf("%ld linear cases, %ld spans, %ld norms and %ld heads, each on%s\n", long(cases), long(spans),
+              long(norms), long(heads), names.c_str());
   return 0;
 }
