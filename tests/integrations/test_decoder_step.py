@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from support.decoder_steps import (  # noqa: E402
+from support.decoder_steps import (
     CONFIGURATIONS,
     SMALL,
     WIDE,
@@ -28,8 +28,8 @@ from support.decoder_steps import (  # noqa: E402
     tokens_of,
 )
 
-from torchquant.integrations.transformers.decoder_forward import _step_of  # noqa: E402
-from torchquant.integrations.transformers.decoder_plan import DecoderPlan, States  # noqa: E402
+from torchquant.integrations.transformers.decoder_forward import _step_of
+from torchquant.integrations.transformers.decoder_plan import DecoderPlan, States
 
 
 def check(
