@@ -15,7 +15,7 @@ from torchquant.files.buffers import MissingValues
 from torchquant.files.fit import current_tensors
 from torchquant.files.undo import undoing
 from torchquant.functional import _bits
-from torchquant.graph.modules import memory_key, replace_module, tensor_bytes
+from torchquant.graph.modules import replace_module, tensor_bytes
 from torchquant.integrations.checkpoints.nearest import nearest
 from torchquant.integrations.checkpoints.places import Place, Plan, plan
 from torchquant.integrations.checkpoints.report import CheckpointReport, CheckpointRow
@@ -262,7 +262,7 @@ def _floats(found: Plan, model: nn.Module, device: torch.device) -> dict[str, Te
         here = current[key]
         if here is None:
             continue
-        tie = memory_key(here)
+        tie = found.ties[key]
         if tie not in made:
             value = stored.read().to(device, here.dtype, copy=True)
             trained = isinstance(here, nn.Parameter)
@@ -270,8 +270,8 @@ def _floats(found: Plan, model: nn.Module, device: torch.device) -> dict[str, Te
     for key, here in current.items():  # all names of a tied tensor
         layer, _, part = key.rpartition(".")
         gone = part == "weight" and id(modules.get(layer)) in replaced
-        if here is not None and not gone and memory_key(here) in made:
-            ready[key] = made[memory_key(here)]
+        if here is not None and not gone and found.ties[key] in made:
+            ready[key] = made[found.ties[key]]
     return ready
 
 

@@ -47,12 +47,14 @@ class Plan:
         places: the layers that get integers.
         floats: the other tensors by their key in the state dict.
         reasons: why a weight with integers in the file becomes float, by its key.
+        ties: the tensors of the model by their key in the state dict; tied keys have one value.
         ignored: tensors of the file without a place, each with the reason.
     """
 
     places: list[Place] = field(default_factory=list)
     floats: dict[str, FloatTensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, Hashable] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,9 +72,10 @@ def plan(model: nn.Module, contents: Contents, steps: list[Step]) -> Plan:
     found = Plan(floats=dict(contents.floats), ignored=dict(contents.ignored))
     by_name = {name: step for step in steps for name in step.names}
     current = current_tensors(model)
+    found.ties = _ties(model, current)
     for name, stored in contents.weights.items():
         _place(found, name, stored, by_name.get(name), current)
-    _add_tied(found, steps, current)
+    _add_tied(found, steps)
     _drop_unknown(found, model, current)
     _check(found, current)
     return found
@@ -116,12 +119,12 @@ def dequantized(stored: StoredWeight) -> Tensor:
     return values_of(integers.qweight, integers.scale, integers.zero_point, integers.weights)
 
 
-def _add_tied(found: Plan, steps: list[Step], current: Mapping[str, Tensor | None]) -> None:
+def _add_tied(found: Plan, steps: list[Step]) -> None:
     """Layers that share a float weight in the model, and of which the file has one."""
-    first = {_weight_key(place.step): place for place in found.places}
+    first = {_weight_key(found, place.step): place for place in found.places}
     taken = {id(place.step) for place in found.places}
     for step in steps:
-        key, source = f"{step.name}.weight", first.get(_weight_key(step))
+        key, source = f"{step.name}.weight", first.get(_weight_key(found, step))
         absent = not any(f"{name}.weight" in found.floats for name in step.names)
         if id(step) in taken or source is None or not absent:
             continue
@@ -138,9 +141,23 @@ def _dequantize(stored: StoredWeight) -> Any:
     return lambda: dequantized(stored)
 
 
-def _weight_key(step: Step) -> Hashable:
-    weight = step.module._parameters.get("weight")
-    return id(step) if weight is None else memory_key(weight)
+def _ties(model: nn.Module, current: Mapping[str, Tensor | None]) -> dict[str, Hashable]:
+    """A value for each key, the same one for keys of one tensor.
+
+    On the meta device a model may have lost its ties (``accelerate.init_empty_weights``);
+    transformers' models name them.
+    """
+    ties = {key: memory_key(here) for key, here in current.items() if here is not None}
+    named = getattr(model, "all_tied_weights_keys", None)
+    for key, source in named.items() if isinstance(named, Mapping) else ():
+        here, other = current.get(key), current.get(source)
+        if here is not None and other is not None and here.is_meta and here.shape == other.shape:
+            ties[key] = ties[source]
+    return ties
+
+
+def _weight_key(found: Plan, step: Step) -> Hashable:
+    return found.ties.get(f"{step.name}.weight", id(step))
 
 
 def _drop_unknown(found: Plan, model: nn.Module, current: Mapping[str, Tensor | None]) -> None:
@@ -150,11 +167,12 @@ def _drop_unknown(found: Plan, model: nn.Module, current: Mapping[str, Tensor | 
         for name, module in model.named_modules(remove_duplicate=False)
         for buffer in module._non_persistent_buffers_set
     }
+    ends = {".".join(name.split(".")[-2:]) for name in computed}
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     unknown = []
     for key in [key for key in found.floats if key not in current]:
         layer, _, part = key.rpartition(".")
-        if key in computed:
+        if key in computed or ".".join(key.split(".")[-2:]) in ends:
             reason = "the model computes this buffer"
         elif any(re.search(pattern, key) for pattern in patterns):
             reason = "the model's class says that it does without"
@@ -186,7 +204,7 @@ def _check(found: Plan, current: Mapping[str, Tensor | None]) -> None:
             problems.append(
                 f"{key} is {list(tensor.shape)} in the file, {list(here.shape)} in the model"
             )
-        first = given.setdefault(memory_key(here), key)
+        first = given.setdefault(found.ties[key], key)
         if first != key and not problems:
             one, other = found.floats[first].read(), tensor.read()
             if not torch.equal(one, other.to(one.dtype)):
@@ -197,7 +215,7 @@ def _check(found: Plan, current: Mapping[str, Tensor | None]) -> None:
     missing = [
         key
         for key, here in current.items()
-        if here is not None and key not in covered and memory_key(here) not in given
+        if here is not None and key not in covered and found.ties[key] not in given
     ]
     if missing:
         problems.append(f"the file has nothing for {_listed(missing)} of the model")
