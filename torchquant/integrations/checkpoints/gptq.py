@@ -82,7 +82,7 @@ class GPTQWeight(StoredWeight):
             if found != wanted or groups == 0:
                 raise Unreadable(f"{name}.{part} must be {list(wanted)}, got {list(found)}")
         self._version_2 = _version_2(config)
-        self._borrows = str((config.get("meta") or {}).get("quantizer", "")).startswith("gptqmodel")
+        self._borrows = "gptqmodel" in str((config.get("meta") or {}).get("quantizer"))
         self._order = self._groups_of_inputs(groups, config)
         size = _run(self._order)
         self.form = f"GPTQ, int{self.bits} {_place(groups, inputs, self._order)}"

@@ -187,6 +187,15 @@ class CompressedTensorsLayout(Layout):
     kinds = ("linear", "embedding")
     has_activations = True
 
+    def __init__(self, model: nn.Module, scale_dtype: torch.dtype) -> None:
+        super().__init__(model, scale_dtype)
+        parts = [layer.config.activations for layer in self.kept().values()]
+        if any(isinstance(part, Static) and part.range[0] % 2 for part in parts):
+            self.notes.append(
+                "Static activations of the model have no lowest integer (-128 in 8 bits), which "
+                "the layout does not say; readers use it for values below the range."
+            )
+
     def refusal(self, name: str, layer: QuantizedModule) -> str | None:
         reason = super().refusal(name, layer)
         if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ def load_checkpoint(
     for place, new, _ in made:  # nothing can fail any more
         for held in place.step.held:
             held.replace(new)
-    _share(made)
     rows = _rows(model, made, found)
     notes = [
         *contents.notes,
@@ -168,30 +168,35 @@ def _layers(
 ) -> Made:
     """The new layers, and their rows of the report. The model stays as it is."""
     made: Made = []
+    by_name: dict[str, QuantizedModule] = {}
     read: dict[int, tuple[Integers, float | None]] = {}
-    tied = {id(place.stored) for place in found.places if place.tied_to is not None}
+    tied = Counter(id(place.stored) for place in found.places)
     for place in track(found.places, "load_checkpoint", progress):
         stored = place.stored
-        if id(stored) in read:
-            integers, error = read[id(stored)]
-        else:
-            integers, error = _integers(stored, bits)
-            if id(stored) in tied:
-                read[id(stored)] = integers, error
+        known = id(stored) in read
+        integers, error = read.pop(id(stored)) if known else _integers(stored, bits)
+        tied[id(stored)] -= 1
+        if tied[id(stored)]:
+            read[id(stored)] = integers, error
         layer = _layer(place, integers, activations, device)
-        why = "" if error is None else stored.why
-        if place.tied_to is not None:
-            why = "; ".join(filter(None, (why, f"tied to {place.tied_to}")))
+        remarks = ["" if error is None else stored.why]
+        first = by_name.get(place.tied_to or "")
+        shared = first is not None and has_same_weight(first, layer)
+        if first is not None:
+            remarks.append(f"{'shares the weight of' if shared else 'tied to'} {place.tied_to}")
+        if shared:
+            share_weight([first, layer])
         row = CheckpointRow(
             place.step.name,
             type(place.step.module).__name__,
             "loaded" if error is None else "rounded",
-            why,
+            "; ".join(filter(None, remarks)),
             stored.form,
             str(integers.weights),
             error or 0.0,
-            tensor_bytes(layer),
+            tensor_bytes(layer) - (layer.packed.nbytes if shared else 0),
         )
+        by_name[place.step.name] = layer
         made.append((place, layer, row))
     return made
 
@@ -290,15 +295,6 @@ def _check_values(missing: MissingValues, path: Path) -> None:
     except ValueError as error:
         text = str(error).removeprefix("load: ")
         raise ValueError(f"load_checkpoint: {text}") from None
-
-
-def _share(made: Made) -> None:
-    """Let tied layers have one packed weight, if their format permits it."""
-    by_name = {place.step.name: layer for place, layer, _ in made}
-    for place, layer, _ in made:
-        first = by_name.get(place.tied_to or "")
-        if first is not None and has_same_weight(first, layer):
-            share_weight([first, layer])
 
 
 def _rows(model: nn.Module, made: Made, found: Plan) -> list[CheckpointRow]:
