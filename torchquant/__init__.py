@@ -13,7 +13,8 @@ Example:
   observers of :mod:`torchquant.observers`; :func:`prepare_qat_` and :func:`convert_` are for
   quantization-aware training, whose stages are in :mod:`torchquant.qat`. :func:`verify` compares
   the converted model with the trained model. :func:`to_float_` converts back.
-- :func:`save` and :func:`load` store a model in a safetensors file.
+- :func:`save` and :func:`load` store a model in a safetensors file. :func:`load_checkpoint` and
+  :func:`save_checkpoint` read and write the checkpoints of other libraries.
 - :mod:`torchquant.configs` has the configurations, :mod:`torchquant.nn` the layers,
   :mod:`torchquant.ops` the operators, and :mod:`torchquant.functional` their specification in plain
   torch. :mod:`torchquant.cpu` selects the instruction set, :mod:`torchquant.cuda` the path on GPUs.
@@ -48,6 +49,12 @@ from torchquant.convert.stages import QATSchedule
 from torchquant.convert.to_float import to_float_
 from torchquant.files.load import load
 from torchquant.files.save import save
+from torchquant.integrations.checkpoints import (
+    CheckpointReport,
+    CheckpointRow,
+    load_checkpoint,
+    save_checkpoint,
+)
 from torchquant.integrations.peft.register import register_on_import as _register_peft
 from torchquant.integrations.pretrained import refuse_on_import as _refuse_save_pretrained
 from torchquant.integrations.transformers.attention import (
@@ -98,6 +105,8 @@ __all__ = [
     "AttentionReport",
     "AttentionRow",
     "CalibrationReport",
+    "CheckpointReport",
+    "CheckpointRow",
     "DecoderReport",
     "DecoderRow",
     "Dynamic",
@@ -152,6 +161,7 @@ __all__ = [
     "functional",
     "fuse_decoder_",
     "load",
+    "load_checkpoint",
     "nn",
     "observers",
     "ops",
@@ -168,6 +178,7 @@ __all__ = [
     "restore_attention_",
     "restore_norms_",
     "save",
+    "save_checkpoint",
     "smoothquant_",
     "to_float_",
     "unfuse_decoder_",

@@ -33,6 +33,7 @@ FORCED = {
         r"no file locks there",
         r"POSIX permissions",
         r"built without OpenMP elsewhere",
+        r"compressed-tensors needs Python 3.11",
     ),
     "compiler": (
         r"clang brings its own beside torch's",
