@@ -24,6 +24,7 @@ from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers
 from torchquant.algorithms.adaround import adaround_
 from torchquant.algorithms.bias_correction import correct_bias_
 from torchquant.algorithms.equalize import equalize_
+from torchquant.algorithms.gptq import gptq_
 from torchquant.algorithms.smoothquant import smoothquant_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
@@ -160,6 +161,7 @@ __all__ = [
     "equalize_",
     "functional",
     "fuse_decoder_",
+    "gptq_",
     "load",
     "load_checkpoint",
     "nn",

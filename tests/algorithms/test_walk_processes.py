@@ -1,0 +1,128 @@
+"""Processes share the work of a walk and get the bits of one process; a folder continues a walk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.compressed_models import decoder, tokens
+from support.compressing_processes import CONFIG, compressed, compressed_in_process
+from support.processes import in_processes
+
+import torchquant
+from torchquant.algorithms.walk import _Walk
+
+
+def assert_same(results: list[Any], expected: list[Any]) -> None:
+    for found, wanted in zip(results, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            same = torch.equal(found[key], value) if torch.is_tensor(value) else found[key] == value
+            assert same, key
+
+
+def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
+    expected = compressed()
+    for results in in_processes(compressed_in_process, str(tmp_path)):
+        assert_same(results, expected)
+    assert_same(compressed(str(tmp_path)), expected)
+
+
+def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Compress a decoder until so many stages are done; the number of these stages."""
+    collected = 0
+    collect = _Walk._collect
+
+    def count(self: Any, *arguments: Any) -> Any:
+        nonlocal collected
+        if collected == after:
+            raise KeyboardInterrupt
+        collected += 1
+        return collect(self, *arguments)
+
+    monkeypatch.setattr(_Walk, "_collect", count)
+    model = decoder()
+    try:
+        torchquant.gptq_(model, CONFIG, tokens(), resume=folder, progress=False)
+    except KeyboardInterrupt:
+        assert type(model.head) is torch.nn.Linear
+    monkeypatch.undo()
+    return collected
+
+
+def test_an_interrupted_walk_continues_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "results"
+    expected, model = decoder(), decoder()
+    wanted = torchquant.gptq_(expected, CONFIG, tokens(), progress=False)
+    assert interrupted(folder, 5, monkeypatch) == 5
+    assert len([*folder.glob("*.safetensors")]) == 5
+    assert interrupted(folder, 100, monkeypatch) == 4, "8 stages of blocks, and the head"
+    assert interrupted(folder, 100, monkeypatch) == 0
+    report = torchquant.gptq_(model, CONFIG, tokens(), resume=folder, progress=False)
+    assert report == wanted
+    assert_same([dict(model.state_dict())], [dict(expected.state_dict())])
+
+
+def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
+    def run(model: Any, config: Any = CONFIG, data: Any = None, **options: Any) -> None:
+        data = tokens(1) if data is None else data
+        torchquant.gptq_(model, config, data, resume=tmp_path, progress=False, **options)
+
+    run(decoder(1))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    changed = decoder(1)
+    with torch.no_grad():
+        changed.head.weight[0, 0] += 1
+    other_config = torchquant.IntxWeightOnlyConfig(3, group_size=32)
+    for arguments, words in (
+        ((changed,), "with other values of the model's tensors; pass another folder"),
+        ((decoder(2),), "with other names of the model's tensors, values of the model's tensors"),
+        ((decoder(1), other_config), "with other configuration; pass"),
+        ((decoder(1), CONFIG, tokens(2)), "with other number of batches, values of the batches"),
+        ((decoder(1), CONFIG, [tokens(2)[1]]), "with other values of the batches; pass"),
+    ):
+        with pytest.raises(ValueError, match=f"gptq_: resume must name a folder of.*{words}"):
+            run(*arguments)
+        assert type(arguments[0].head) is torch.nn.Linear
+    with pytest.raises(ValueError, match="with other arguments of the verb; pass"):
+        run(decoder(1), damping=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"a new or empty one, got .* with other files"):
+        torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path)
+    with pytest.raises(ValueError, match="resume must name a folder, got the file"):
+        torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_damaged_results_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path, progress=False)
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+    model = decoder(1)
+    with pytest.raises(ValueError, match=f"gptq_: the results in .*{path.name}.* be complete"):
+        torchquant.gptq_(model, CONFIG, tokens(1), resume=tmp_path, progress=False)
+    assert type(model.head) is torch.nn.Linear
+    path.unlink()
+    torchquant.gptq_(model, CONFIG, tokens(1), resume=tmp_path, progress=False)
+    (tmp_path / "walk.json").write_text("{")
+    with pytest.raises(ValueError, match=r"walk.json' must hold JSON, but it is damaged"):
+        torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path, progress=False)
+
+
+def test_values_between_blocks_may_be_files(tmp_path: Path) -> None:
+    expected, model = decoder(), decoder()
+    torchquant.gptq_(expected, CONFIG, tokens(), progress=False)
+    seen: list[int] = []
+    model.layers[1].register_forward_hook(
+        lambda *_: seen.append(len([*tmp_path.glob("*/*.values")]))
+    )
+    torchquant.gptq_(model, CONFIG, tokens(), offload=tmp_path, progress=False)
+    assert max(seen) == 5, "a file for each batch"
+    assert not [*tmp_path.iterdir()]
+    assert_same([dict(model.state_dict())], [dict(expected.state_dict())])

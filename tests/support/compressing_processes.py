@@ -1,0 +1,42 @@
+"""gptq_ in two processes, and in a process that is interrupted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchquant
+from support.compressed_models import Experts, decoder, tokens
+
+CONFIG = torchquant.IntxWeightOnlyConfig(4, group_size=32)
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Experts() for _ in range(2)))
+
+
+def expert_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(64, 64, generator=generator) for _ in range(3)]
+
+
+def compressed(resume: str | None = None) -> list[Any]:
+    """State and report of two models: a decoder, and experts that one batch may not reach."""
+    results: list[Any] = []
+    for model, batches, filter_fn in (
+        (decoder(), tokens(), None),
+        (experts(), expert_batches(), "*.experts.*"),
+    ):
+        folder = None if resume is None else f"{resume}/{len(results)}"
+        report = torchquant.gptq_(
+            model, CONFIG, batches, filter_fn=filter_fn, progress=False, resume=folder
+        )
+        results += [dict(model.state_dict()), report.to_dict()]
+    return results
+
+
+def compressed_in_process(rank: int, resume: str | None) -> list[Any]:
+    return compressed(resume)
