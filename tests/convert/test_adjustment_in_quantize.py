@@ -182,3 +182,26 @@ def test_an_adjustment_of_before_stays_readable() -> None:
     adjust(layer, random_adjustment(layer, Weights()))
     assert adjustment_of(layer).found_by == "gptq_"
     assert adjustment_of(layer).seen.shape == (64,)
+
+
+class Transposed(nn.Module):
+    """A linear layer of another class, whose weight is [inputs, outputs], as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_a_layer_of_another_class_has_the_given_integers() -> None:
+    config = CONFIGS["int4 groups"]
+    model = nn.Sequential(Transposed(64, 96))
+    qweight = torch.randint(-8, 8, (96, 64), dtype=torch.int8)
+    adjust(model[0], Adjustment(qweight, torch.rand(96, 2), found_by="gptq_"))
+    torchquant.quantize_(model, config)
+    assert torch.equal(model[0].integers, qweight)
+    assert not is_adjusted(model[0])
+    assert not is_adjusted(torchquant.to_float_(model) and model[0])

@@ -74,15 +74,12 @@ class BlockInputs:
         return [*self._calls]
 
     def run(self, block: int, batch: int) -> Any:
-        """Call a block with what it gets for a batch; an :class:`Enough` ends it without result."""
+        """Call a block with what it gets for a batch."""
         calls = self._calls[batch]
         args, kwargs = self._copied(calls[0 if self.blocks.alike else block], {})
         value = self.values[batch].clone()  # a block may change it in place
         args, kwargs = _with(args, kwargs, value)
-        try:
-            return self.elements[block](*args, **kwargs)
-        except Enough:
-            return None
+        return self.elements[block](*args, **kwargs)
 
     def advance(self, block: int) -> None:
         """Run a block on all batches; its results are what the next block gets."""

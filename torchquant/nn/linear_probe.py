@@ -24,6 +24,7 @@ _PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
 _ERROR = 1e-5  # of a float32 result, divided by the sum of the absolute products
 _LOW_PRECISION_ERROR = 2e-2  # of a bfloat16 result
 _PLAIN_FORM, _TRANSPOSED, _OTHER = "plain", "transposed", "other"
+_NOTES = "_torchquant_"  # begins the names of attributes in which verbs keep what they found
 _known: dict[Hashable, str] = {}
 
 
@@ -89,8 +90,13 @@ def _structure(module: nn.Module) -> str | None:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of the class and of users, without the notes of verbs."""
     own = nn.Module().__dict__
-    return [(name, value) for name, value in module.__dict__.items() if name not in own]
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name not in own and not name.startswith(_NOTES)
+    ]
 
 
 def _is_plain(value: Any) -> bool:
