@@ -58,7 +58,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_each_layer_reads_what_the_layers_before_it_give(config: Any) -> None:
-    model, batches = decoder(), tokens()
+    model, batches = decoder(2 if config is INT4 else 1), tokens()
     tables = ("embed",) if config.activations is None else ()
     expected = compressed_by_hand(model, batches, config, stages_of(model), integers, tables)
     report = gptq_(model, config, batches, progress=False)
@@ -182,6 +182,25 @@ def test_a_prepared_model_gets_its_integers_in_convert() -> None:
             for net in (model, rounded)
         ]
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_model_in_bfloat16_stays_in_it() -> None:
+    model, batches = decoder(1).bfloat16(), tokens(2)
+    expected = compressed_by_hand(model, batches, INT4, stages_of(model), integers, ("embed",))
+    gptq_(model, INT4, batches, progress=False)
+    assert_has(model, expected)
+    assert model(batches[0]).dtype == torch.bfloat16
+
+
+def test_a_layer_that_sees_only_nan_gets_integers_without_the_data() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    found = clip_search(model[0].weight.detach().clone(), INT4.weights)
+    report = gptq_(model, INT4, [torch.full((100, 64), float("nan"))], progress=False)
+    assert torch.equal(model[0].integers, found.qweight)
+    assert report["0"].reason == (
+        "saw 0 inputs, fewer than 64: integers of least weight error; 100 inputs with NaN or "
+        "infinities were left out"
+    )
 
 
 def test_nan_in_the_data_is_left_out_and_said() -> None:

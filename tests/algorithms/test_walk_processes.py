@@ -21,6 +21,7 @@ def assert_same(results: list[Any], expected: list[Any]) -> None:
             assert same, key
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     expected = compressed()
     for results in in_processes(compressed_in_process, str(tmp_path)):

@@ -24,7 +24,7 @@ from torchquant.algorithms import walk  # noqa: E402
 from torchquant.nn.base import QuantizedModule  # noqa: E402
 
 CONFIG = torchquant.IntxWeightOnlyConfig(4, group_size=16)
-DEFAULT = {"gpt2", "gemma2"}
+DEFAULT = {"gemma2"}
 # Blocks of these architectures that are found; the others of the list may have none.
 SEQUENCES = {"gpt2": 1, "gemma2": 1, "t5": 4, "llama": 1, "bart": 2, "swin": 3, "mixtral": 1}
 

@@ -41,7 +41,7 @@ def gptq_(
     block_size: int = 128,
     order: Order = "given",
     static_groups: bool | None = None,
-    search_clip: bool = False,
+    search_clip: bool = True,
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     fusion: Fusion | None = None,
@@ -84,7 +84,8 @@ def gptq_(
         order: "given" rounds the inputs of a layer in their order, "activations" those with the
             greatest mean square first.
         static_groups: see :func:`~torchquant.algorithms.gptq_rounding.gptq`.
-        search_clip: whether scales may cut off the greatest weights if that lowers the error.
+        search_clip: whether scales are those of least error, which may cut off the greatest
+            weights; False takes those of the range.
         filter_fn: selects the layers, as for :func:`torchquant.quantize_`.
         strict: as for :func:`torchquant.quantize_`.
         fusion: as for :func:`torchquant.quantize_`.
@@ -167,12 +168,12 @@ class _GPTQ:
     def compress(self, place: Place, statistics: Hessian) -> Found:
         weight = float_weight(place.layer).flatten(1)
         rows, hessian = statistics.rows, statistics.value()
-        remarks = []
-        if statistics.dropped:
-            remarks.append(f"{statistics.dropped} inputs with NaN or infinities were left out")
+        dropped = f"{statistics.dropped} inputs with NaN or infinities were left out"
+        remarks = [dropped] if statistics.dropped else []
         least = max(_LEAST_INPUTS, place.terms // 8)
         if rows < least:
-            saw = f"saw {rows} inputs, fewer than {least}" if rows else "no input reached it"
+            reached = rows or statistics.dropped
+            saw = f"saw {rows} inputs, fewer than {least}" if reached else "no input reached it"
             found = clip_search(weight, place.weights)
             remarks.insert(0, f"{saw}: integers of least weight error")
             return Found(_adjustment(place, found), "rounded", "; ".join(remarks), rows=rows)
