@@ -43,7 +43,7 @@ def test_a_list_of_reasons_says_how_far_the_damping_rose() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     x = torch.randn(100, 1).expand(100, 64).contiguous()  # all inputs are equal: rank 1
     report = torchquant.gptq_(
-        model, torchquant.IntxWeightOnlyConfig(4), [x], damping=0.0, progress=False
+        model, torchquant.IntxWeightOnlyConfig(4, group_size=32), [x], damping=0.0, progress=False
     )
     assert report["0"].action == "compressed"
     assert "; damping raised to " in report["0"].reason

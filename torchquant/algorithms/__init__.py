@@ -4,12 +4,16 @@ Verbs on the float model, before ``quantize_`` or ``prepare_``; they keep what t
 
 - :func:`smoothquant_`: move the ranges of input channels into the weights that read them
 
+Verbs that quantize a float model in place of ``quantize_``:
+
+- :func:`gptq_`: integers with a small error of each layer's outputs, layer by layer
+
 Verbs between ``prepare_`` and ``convert_``, in this order; each can be left out:
 
 1. ``prepare_(model, config)``
 2. :func:`equalize_`: balance the ranges of consecutive layers
 3. ``calibrate(model, loader)``
-4. :func:`adaround_`: learn whether to round each weight down or up
+4. :func:`adaround_`: learn whether to round each weight down or up; or :func:`gptq_`
 5. :func:`correct_bias_`: take the mean error of each layer out of its bias
 6. ``convert_(model)``
 """
@@ -21,8 +25,10 @@ from torchquant.algorithms.bias_correction import (
     correct_bias_,
     mean_output_error,
 )
+from torchquant.algorithms.compression_report import CompressedLayer, CompressionReport
 from torchquant.algorithms.equalize import EqualizationReport, EqualizedLayer, equalize_
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
+from torchquant.algorithms.gptq import gptq_
 from torchquant.algorithms.rounding import (
     Moments,
     adaptive_rounding,
@@ -46,6 +52,8 @@ from torchquant.algorithms.smoothquant import SmoothedLayer, SmoothQuantReport, 
 __all__ = [
     "AdaRoundReport",
     "BiasCorrectionReport",
+    "CompressedLayer",
+    "CompressionReport",
     "CorrectedLayer",
     "EqualizationReport",
     "EqualizedLayer",
@@ -64,6 +72,7 @@ __all__ = [
     "equalize_",
     "find_scaling_groups",
     "fold",
+    "gptq_",
     "least_error_scale",
     "mean_output_error",
     "output_difference",

@@ -15,13 +15,18 @@ from torchquant.algorithms.found import Found
 from torchquant.algorithms.inputs import columns
 from torchquant.algorithms.places import Place
 
-__all__ = ["Collector", "Method", "Run", "Statistics"]
+__all__ = ["Collector", "Method", "Statistics"]
 
 Run = Callable[[int], Any]  # takes the number of a batch, and calls a module with it
 
 
 class Statistics(Protocol):
-    """What a method collects about the inputs of a layer."""
+    """What a method collects about the inputs of a layer.
+
+    Example:
+        >>> from torchquant.algorithms.hessian import Hessian
+        >>> statistics: Statistics = Hessian(64)
+    """
 
     def add(self, batch: int, columns: Tensor) -> None:
         """Add the inputs of a batch as :func:`torchquant.algorithms.inputs.columns` has them."""
@@ -31,7 +36,12 @@ class Statistics(Protocol):
 
 
 class Method(Protocol):
-    """How the integers of a layer are found."""
+    """How the integers of a layer are found; see the example of :class:`Collector`.
+
+    Example:
+        >>> [name for name in ("compress", "memory", "statistics") if name in vars(Method)]
+        ['compress', 'memory', 'statistics']
+    """
 
     def statistics(self, place: Place) -> Any:
         """Empty statistics for a layer, and for others that read the same tensors."""
@@ -57,6 +67,20 @@ class Collector:
         statistics: by the first name of each element of ``inputs``.
         apart: True if layers that should read the same tensor did not; the statistics are then
             useless.
+
+    Example:
+        >>> import torch
+        >>> from torchquant.algorithms.hessian import Hessian
+        >>> from torchquant.configs import QuantizationConfig
+        >>> class Method:
+        ...     def statistics(self, place):
+        ...         return Hessian.of(place.layer)
+        >>> linear = nn.Linear(8, 4)
+        >>> place = Place("fc", linear, QuantizationConfig(), linear)
+        >>> collector = Collector(Method(), [("fc",)], {"fc": place}, True, 100)
+        >>> collector.run(lambda batch: linear(torch.ones(3, 8)), range(2))
+        >>> collector.statistics["fc"].rows
+        6
     """
 
     def __init__(

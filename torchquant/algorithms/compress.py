@@ -66,6 +66,24 @@ def compress_model(
 
     Returns:
         The report, and what was found for each layer by its name.
+
+    Example:
+        >>> import torch, torchquant
+        >>> from torchquant.algorithms.hessian import Hessian
+        >>> class Nearest:
+        ...     def statistics(self, place):
+        ...         return Hessian.of(place.layer)
+        ...     def memory(self, place):
+        ...         return 0
+        ...     def compress(self, place, statistics):
+        ...         return Found(None, "rounded", f"saw {statistics.rows} inputs")
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> rest = dict.fromkeys(("limit", "forward", "filter_fn", "fusion", "resume", "offload"))
+        >>> config, data = torchquant.QuantizationConfig(), [torch.randn(8, 64)]
+        >>> report, _ = compress_model(
+        ...     "verb", model, config, data, Nearest(), {}, strict=False, progress=False, **rest)
+        >>> print(report["0"])
+        rounded: 0 (Linear): saw 8 inputs
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")

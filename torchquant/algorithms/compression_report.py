@@ -89,6 +89,16 @@ def compression_report(
         rounded: why other layers have the nearest integers, by name.
         quantization: the report of the step that quantized them.
         notes: notes of the verb, which come before those of ``quantization``.
+
+    Example:
+        >>> import torchquant
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+        >>> quantization = torchquant.quantize_(model)
+        >>> for row in compression_report({}, {"0": "no data"}, quantization):
+        ...     print(row)
+        rounded: 0 (Linear): no data
+        left: 1 (Linear): too small to benefit
     """
     rows: list[RowReport] = []
     for row in quantization.rows:

@@ -112,7 +112,7 @@ def gptq_(
         >>> import torchquant
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> batches = [torch.randn(64, 64) for _ in range(4)]
-        >>> report = gptq_(model, torchquant.IntxWeightOnlyConfig(4), batches)
+        >>> report = gptq_(model, torchquant.IntxWeightOnlyConfig(4, group_size=32), batches)
         >>> report["0"].error < report["0"].nearest_error
         True
         >>> type(model[0]).__name__

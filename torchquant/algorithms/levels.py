@@ -55,6 +55,7 @@ def levels_of(
             and the outputs are not changed.
 
     Example:
+        >>> import torch
         >>> layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkvo"})
         >>> x = torch.randn(2, 4)
         >>> def run():

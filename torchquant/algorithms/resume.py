@@ -87,6 +87,15 @@ class Results:
     Raises:
         ValueError: the folder has results of another model, configuration or data, or holds
             something else; the path names a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     results = Results("verb", Path(folder), {"batches": 1})
+        ...     results.save({"fc": Found(None, "rounded", "saw 3 inputs")})
+        ...     again = Results("verb", Path(folder), {"batches": 1})
+        ...     print(again.load(["fc"])["fc"].reason, again.load(["head"]))
+        saw 3 inputs None
     """
 
     def __init__(self, who: str, folder: Path, identity: Mapping[str, Any]) -> None:
