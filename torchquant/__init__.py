@@ -9,6 +9,7 @@ Example:
 - :func:`quantize_` replaces linear layers, convolutions and embeddings by integer layers, in place;
   :func:`replace_norms_` and :func:`replace_attention_` replace norms and attention, and
   :func:`fuse_decoder_` computes the blocks of a language model in one call.
+- :func:`gptq_` does the same with integers of small error, which it finds with data.
 - :func:`prepare_`, :func:`calibrate` and :func:`convert_` are for static quantization, with the
   observers of :mod:`torchquant.observers`; :func:`prepare_qat_` and :func:`convert_` are for
   quantization-aware training, whose stages are in :mod:`torchquant.qat`. :func:`verify` compares
