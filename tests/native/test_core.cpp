@@ -50,7 +50,7 @@ constexpr Kind kKinds[] = {
     {"image", 150, check_core_image},
     {"convolution", 150, check_core_conv},
     {"program", 150, check_core_program},
-    {"decoder", 60, check_core_decoder},
+    {"decoder", 40, check_core_decoder},
 };
 
 // Calls on no elements at all change nothing and succeed.
