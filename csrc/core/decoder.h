@@ -5,9 +5,11 @@
 //   n = rms_norm(h)     h = h + down(activation(gate(n)) * up(n))
 //
 // Every step has the bits of the operator of its name; attention to a float cache has those of kernels/attention_float.h.
-// A token has the bits that it has alone, whatever tokens come with it. Nothing is allocated while a decoder runs.
+// A token has the bits that it has alone, whatever tokens come with it. Scratch memory is the arena of the call, and for
+// many tokens the workspaces of the threads (core/workspace.h).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

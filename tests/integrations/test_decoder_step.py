@@ -63,6 +63,15 @@ def test_layers_of_several_kinds_and_norms_of_heads() -> None:
     check(plan, WIDE, [3, 1, 1])
 
 
+def test_rows_on_one_side_of_zero() -> None:
+    """Their integers minus the zero point do not fit 8 bits."""
+    plan = plan_of(["4 bits"], bias=True)
+    with torch.no_grad():
+        for block in plan.blocks:
+            block.value.bias += 5.0
+    check(plan, SMALL, [2, 1])
+
+
 @pytest.mark.parametrize("counts", [[63, 1, 1], [70, 33, 1, 28]], ids=str)
 def test_blocks_of_keys(counts: list[int]) -> None:
     check(plan_of(["4 bits"], blocks=1), SMALL, counts)

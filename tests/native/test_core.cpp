@@ -3,6 +3,7 @@
 // Arguments: how many times (1), the seed (0), "threads" for threads that run at once.
 #include <array>
 
+#include "core_decoder_case.h"
 #include "core_embedding_case.h"
 #include "core_intx_case.h"
 #include "core_layer_case.h"
@@ -49,6 +50,7 @@ constexpr Kind kKinds[] = {
     {"image", 150, check_core_image},
     {"convolution", 150, check_core_conv},
     {"program", 150, check_core_program},
+    {"decoder", 40, check_core_decoder},
 };
 
 // Calls on no elements at all change nothing and succeed.
