@@ -22,7 +22,6 @@ struct Panel {
   int64_t bytes;  // of all these
 };
 
-
 // Whether rows may have zero points.
 inline bool has_zero_rows(const tq_row_quantization& how) {
   return how.mode == TQ_ASYMMETRIC || (how.mode == TQ_STATIC && how.zero_point != 0);
