@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/torchquant_core.h"
+#include "core/torchquant_intx.h"
 #include "kernels/kernel_table.h"
 
 namespace torchquant {
@@ -13,6 +14,8 @@ constexpr OutType out_type(tq_type type) { return static_cast<OutType>(type); }
 constexpr Activation activation_of(tq_activation activation) { return static_cast<Activation>(activation); }
 constexpr RowMode row_mode(tq_row_mode mode) { return static_cast<RowMode>(mode); }
 constexpr MaskType mask_type(tq_mask_type type) { return static_cast<MaskType>(type); }
+
+inline IntxShape intx_shape_of(const tq_intx_shape& s) { return {s.n, s.k, s.bits, s.group_size, s.has_zero_point}; }
 
 constexpr bool is_float(tq_type type) { return type <= TQ_F16; }
 constexpr int64_t element_bytes(tq_type type) {

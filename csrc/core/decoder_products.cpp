@@ -109,7 +109,7 @@ Input place_input(const KernelTable& table, const Group& group, size_t layer, Pi
     input.row_term = pieces.take<int32_t>(1);
     if (!group.want_term[layer]) input.row_term = nullptr;
   } else if (l.kind == Kind::kIntx) {
-    const IntxShape shape = intx::shape_of(l.shape);
+    const IntxShape shape = intx_shape_of(l.shape);
     const bool zero_rows = intx::has_zero_rows(l.how);
     const int64_t bytes = intx::place_panel(table, shape, 1, zero_rows, nullptr).bytes;
     input.panel = intx::place_panel(table, shape, 1, zero_rows, pieces.take<uint8_t>(bytes));
@@ -138,7 +138,7 @@ void prepare(const KernelTable& table, const Layer& l, const float* x, Input& in
     q.row_term = input.row_term;
     table.quantize_rows(q, 0, 1);
   } else if (l.kind == Kind::kIntx) {
-    const IntxShape shape = intx::shape_of(l.shape);
+    const IntxShape shape = intx_shape_of(l.shape);
     intx::quantize(table, rows, l.how, input.panel, 0, 1, 0);
     intx::arrange(table, shape, input.panel, 0, 1);
     if (intx::has_many_rests(input.panel, 1, shape.k)) {
@@ -194,7 +194,7 @@ void for_tiles(const KernelTable& table, const Group& group, const Share& share,
 }
 
 int64_t bytes_of_tile(const Layer& layer) {
-  return layer.kind == Kind::kInt8 ? tile_bytes(layer.shape.k) : intx::shape_of(layer.shape).tile_bytes();
+  return layer.kind == Kind::kInt8 ? tile_bytes(layer.shape.k) : intx_shape_of(layer.shape).tile_bytes();
 }
 
 void fetch(const KernelTable& table, const Group& group, const Share& share) {
@@ -235,7 +235,7 @@ void multiply_tiles(const KernelTable& table, const Layer& layer, const Input& i
     IntxFloatArgs g{};
     g.x = input.x;
     g.panel_rows = 1;
-    g.shape = intx::shape_of(layer.shape);
+    g.shape = intx_shape_of(layer.shape);
     g.packed = static_cast<const uint8_t*>(layer.packed);
     g.bias = layer.bias;
     g.activation = Activation::kNone;

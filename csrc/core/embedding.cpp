@@ -18,7 +18,7 @@ constexpr int64_t kThreadValues = 1 << 15;  // that a thread should read at leas
 EmbeddingArgs arguments_of(const uint8_t* packed, const tq_intx_shape& s, const int64_t* index, void* out,
                            tq_type type) {
   EmbeddingArgs g{};
-  g.shape = {s.n, s.k, s.bits, s.group_size, s.has_zero_point};
+  g.shape = intx_shape_of(s);
   g.packed = packed;
   g.index = index;
   g.out_type = float_type(type);

@@ -43,7 +43,7 @@ float estimated_ns(const KernelTable& table, const Parts& parts, int64_t m) {
   const float rows = static_cast<float>(m);
   float ns = 0.0f;
   for (const tq_intx_part& part : parts) {
-    const IntxShape s = shape_of(part.shape);
+    const IntxShape s = intx_shape_of(part.shape);
     const float n = static_cast<float>(s.n), k = static_cast<float>(s.k);
     ns += static_cast<float>(num_tiles(s.n) * s.tile_bytes()) / 64.0f + rows * n * k / table.products_per_ns +
           rows * (20.0f + 0.06f * (n + k));
@@ -75,7 +75,7 @@ void for_tiles(const IntxShape& s, const tq_parallel* parallel, const Body& body
 tq_status run(const tq_rows* rows, const tq_row_quantization* how, const Parts& parts, const tq_parallel* parallel) {
   const int64_t m = rows->m;
   if (m == 0 || parts.count == 0) return TQ_OK;
-  const IntxShape shape = shape_of(parts.begin()->shape);
+  const IntxShape shape = intx_shape_of(parts.begin()->shape);
   const KernelTable& table = kernels();
   const tq_parallel* threads = estimated_ns(table, parts, m) < kThreadingPays ? nullptr : parallel;
   const int64_t height = panel_height(table, shape, m);
@@ -108,11 +108,11 @@ tq_status run(const tq_rows* rows, const tq_row_quantization* how, const Parts& 
 
 using namespace torchquant;
 
-int64_t tq_intx_tile_bytes(const tq_intx_shape* shape) { return intx::shape_of(*shape).tile_bytes(); }
+int64_t tq_intx_tile_bytes(const tq_intx_shape* shape) { return intx_shape_of(*shape).tile_bytes(); }
 
 tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* zero_point, const tq_intx_shape* shape,
                        uint8_t* packed, const tq_parallel* parallel) {
-  const IntxShape s = intx::shape_of(*shape);
+  const IntxShape s = intx_shape_of(*shape);
   intx::for_tiles(s, parallel,
                   [&](int64_t first, int64_t last) { pack_intx(weight, scale, zero_point, s, first, last, packed); });
   return TQ_OK;
@@ -120,7 +120,7 @@ tq_status tq_pack_intx(const int8_t* weight, const float* scale, const int8_t* z
 
 tq_status tq_unpack_intx(const uint8_t* packed, const tq_intx_shape* shape, int8_t* weight, float* scale,
                          int8_t* zero_point, const tq_parallel* parallel) {
-  const IntxShape s = intx::shape_of(*shape);
+  const IntxShape s = intx_shape_of(*shape);
   intx::for_tiles(s, parallel,
                   [&](int64_t first, int64_t last) { unpack_intx(packed, s, first, last, weight, scale, zero_point); });
   return TQ_OK;

@@ -40,7 +40,7 @@ void make_panel(const KernelTable& table, const tq_rows& rows, int64_t first, in
 }
 
 tq_status run(const tq_rows& rows, const tq_intx_part& part, const tq_parallel* parallel) {
-  const IntxShape shape{part.shape.n, part.shape.k, part.shape.bits, part.shape.group_size, part.shape.has_zero_point};
+  const IntxShape shape = intx_shape_of(part.shape);
   const KernelTable& table = kernels();
   const int64_t m = rows.m, k = shape.k;
   if (m == 0) return TQ_OK;

@@ -22,8 +22,6 @@ struct Panel {
   int64_t bytes;  // of all these
 };
 
-inline IntxShape shape_of(const tq_intx_shape& s) { return {s.n, s.k, s.bits, s.group_size, s.has_zero_point}; }
-
 // Whether rows may have zero points.
 inline bool has_zero_rows(const tq_row_quantization& how) {
   return how.mode == TQ_ASYMMETRIC || (how.mode == TQ_STATIC && how.zero_point != 0);
@@ -114,7 +112,7 @@ inline IntxArgs product_args(const Panel& panel, const tq_intx_part& part, bool 
   g.row_zero = panel.row_zero;
   g.zero_rows = zero_rows;
   g.rests = panel.rests;
-  g.shape = shape_of(part.shape);
+  g.shape = intx_shape_of(part.shape);
   g.packed = part.packed;
   g.bias = part.bias;
   g.activation = activation_of(part.activation);

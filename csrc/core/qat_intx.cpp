@@ -14,7 +14,7 @@ tq_status tq_quantize_pack_intx(const tq_rows* weight, tq_row_mode mode, int32_t
   g.w = weight->x;
   g.w_type = float_type(weight->type);
   g.w_stride = weight->stride;
-  g.shape = {shape->n, shape->k, shape->bits, shape->group_size, shape->has_zero_point};
+  g.shape = intx_shape_of(*shape);
   g.mode = row_mode(mode);
   g.qmin = qmin;
   g.qmax = qmax;

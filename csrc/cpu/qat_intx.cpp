@@ -6,8 +6,8 @@
 
 #include <tuple>
 
-#include "core/torchquant_intx.h"
 #include "cpu/core_call.h"
+#include "cpu/intx.h"
 #include "cpu/output.h"
 
 namespace torchquant::qat_intx {
@@ -27,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_pack_intx(const at::Tens
   at::Tensor packed = empty_output({num_tiles(shape.n), shape.tile_bytes()}, weight.options().dtype(at::kByte));
   const tq_rows rows = rows_of(w, shape.k);
   const tq_row_mode mode = fixed ? TQ_STATIC : (symmetric ? TQ_SYMMETRIC : TQ_ASYMMETRIC);
-  const tq_intx_shape core{shape.n, shape.k, shape.bits, shape.group_size, shape.has_zero};
+  const tq_intx_shape core = intx::core_shape(shape);
   check_status(tq_quantize_pack_intx(&rows, mode, static_cast<int32_t>(qmin), static_cast<int32_t>(qmax), &core,
                                      packed.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<float>(),
                                      zeros.mutable_data_ptr<int8_t>(), &kTorchThreads));

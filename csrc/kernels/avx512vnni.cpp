@@ -18,6 +18,8 @@ namespace avx512vnni {
 #include "all.inc"
 #include "conv_gather_avx512.inc"
 #include "conv_avx512.inc"
+#include "intx_rests_avx512.inc"
+#include "intx_row_avx512.inc"
 #include "intx_tile_avx512.inc"
 
 static constexpr KernelTable make_table() {

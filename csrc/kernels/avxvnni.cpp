@@ -14,6 +14,10 @@ namespace avxvnni {
 #define TQ_FLOAT_AS avx2_kernels
 #include "vec_avx2.inc"
 #include "linear_avx2.inc"
+#define TQ_INTX_GEMM
+constexpr int kIntxRows = 6, kIntxTiles = 1;
+constexpr bool kIntxCut = false;
+static void intx_gemm(const IntxArgs& g, int64_t m0, int64_t m1, int64_t tile0, int64_t tile1);
 
 constexpr int kRows = 6, kTiles = 1, kFewTiles = 2, kFourRowTiles = 1;
 
@@ -62,8 +66,6 @@ static constexpr KernelTable make_table() {
   table.panel_rows = kRows;
   table.row_block = kRows;
   table.tile_block = kTiles;
-  table.intx_panel_rows = kIntxRows256;
-  table.intx_gemm = intx_gemm_256;
   table.products_per_ns = 180.0f;
   return table;
 }

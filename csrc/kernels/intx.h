@@ -13,6 +13,21 @@ namespace torchquant {
 // 32 * g * group_blocks(), and behind the inputs of a group are zeros up to its last block.
 inline int64_t intx_columns(const IntxShape& shape) { return shape.all_blocks() * kIntxBlock; }
 
+// What follows from a shape by divisions, which cost as much as a block: for a kernel that needs it tile by tile.
+struct IntxLayout {
+  int64_t groups, tile_bytes, zeros_at;
+  int64_t group_blocks, last_blocks;  // of all groups but the last, of the last
+  int64_t columns;                    // of the panel
+
+  explicit IntxLayout(const IntxShape& s)
+      : groups(s.groups()),
+        tile_bytes(s.tile_bytes()),
+        zeros_at(s.zeros_at()),
+        group_blocks(s.group_blocks()),
+        last_blocks(s.blocks(groups - 1)),
+        columns(intx_columns(s)) {}
+};
+
 // A kernel may want no sums of weights for the rows' zero points (intx_cut in its table). Its panel holds q - zero, cut
 // to a byte, which cuts few values: those at the far end of the longer side. What is cut off is listed row by row, four
 // inputs (a quad of the panel's columns) an entry, and behind the last entry is one whose quad is kIntxNoQuad.

@@ -78,6 +78,15 @@ def test_every_number_of_outputs(bits):
         check_static(layer, zero_point=-5)
 
 
+@ALL_BITS
+@pytest.mark.parametrize("rows", [1, 31])
+def test_a_row_alone_by_many_outputs(bits, rows):
+    """One row, also behind blocks of several rows: more tiles of outputs than share a step."""
+    for group_size in (32, None):
+        layer = Layer(Shape(rows, 621, 70), bits, group_size, zero_points=group_size is not None)
+        check_dynamic(layer, symmetric=bits % 2 == 0)
+
+
 @pytest.mark.parametrize("inputs", range(1, 131, 3))
 def test_every_tail_of_a_row(inputs):
     """The last group ends anywhere in a block of 32 inputs, and in a quad of 4."""
