@@ -87,15 +87,16 @@ class FusedLayer(DynamicLayer):
         if not self.get_seq_length():
             self.lazy_initialization(key_states, value_states)
         new = key_states, value_states
-        held = [rows.buffer for rows in self.rows]
-        if torch.is_grad_enabled() and any(states.requires_grad for states in (*new, *held)):
-            return super().update(key_states, value_states, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._in_graph(new)):
             return super().update(key_states, value_states, *args, **kwargs)
         for rows, states in zip(self.rows, new, strict=True):
             rows.reserve(max(states.shape[2], self.capacity - rows.tokens))
             rows.append(states)
         return self.rows[0].view(), self.rows[1].view()
+
+    def _in_graph(self, new: tuple[Tensor, Tensor]) -> bool:
+        """True if autograd needs the states as they are."""
+        return any(states.requires_grad for states in (*new, *(one.buffer for one in self.rows)))
 
     def get_seq_length(self) -> int:
         """The number of tokens."""
