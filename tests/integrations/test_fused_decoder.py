@@ -187,6 +187,21 @@ def test_assisted_generation() -> None:
     assert torch.equal(net.generate(IDS, prompt_lookup_num_tokens=3, **options), expected)
 
 
+def test_a_step_at_another_position_runs_the_models_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, twin = model(), model()
+    torchquant.fuse_decoder_(net)
+    results = []
+    with counted(monkeypatch) as calls, torch.no_grad():
+        for one in (net, twin):
+            cache = transformers.DynamicCache()
+            one(IDS, use_cache=True, **{CACHE: cache})
+            given = {CACHE: cache, "position_ids": torch.tensor([[40]])}
+            results.append(one(IDS[:, :1], use_cache=True, **given).logits)
+    assert calls == [IDS.shape[1]] and near(*results)
+
+
 def test_gradients_training_and_autocast_run_the_models_forward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
