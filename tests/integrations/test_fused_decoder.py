@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -94,13 +95,15 @@ def test_calls_that_steps_serve(monkeypatch: pytest.MonkeyPatch) -> None:
             assert getattr(net(IDS, use_cache=False), CACHE) is None
             assert near(net(IDS, return_dict=False)[0], expected.logits)
             assert near(net(inputs_embeds=embedded).logits, expected.logits)
+            strided = embedded.transpose(1, 2).contiguous().transpose(1, 2)
+            assert near(net(inputs_embeds=strided).logits, expected.logits)
             assert near(net(IDS, logits_to_keep=2).logits, expected.logits[:, -2:])
             assert near(net(IDS, labels=IDS).loss, net(IDS, labels=IDS).loss)
             positions = torch.arange(IDS.shape[1])[None]
             assert near(net(IDS, None, positions).logits, expected.logits)
             state = net.model(IDS).last_hidden_state
             assert near(net.lm_head(state), expected.logits)
-    assert calls == [IDS.shape[1]] * 9
+    assert calls == [IDS.shape[1]] * 10
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -136,6 +139,67 @@ def test_other_calls_run_the_models_forward(name: str, monkeypatch: pytest.Monke
             assert found is None or all(map(torch.equal, found, results[1][field]))
         assert near(net(IDS).logits, twin(IDS).logits)
         assert len(calls) == 1  # afterwards steps serve calls as before
+
+
+def test_global_hooks_and_collectors_of_outer_models_run_the_models_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capturing = pytest.importorskip("transformers.utils.output_capturing")
+    net = model()
+    torchquant.fuse_decoder_(net)
+    seen: list[str] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(type(module).__name__)
+
+    with counted(monkeypatch) as calls:
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        try:
+            logits(net)
+        finally:
+            handle.remove()
+        assert seen.count("LlamaDecoderLayer") == 2
+        token = capturing._active_collector.set({"hidden_states": []})
+        try:
+            logits(net)
+        finally:
+            capturing._active_collector.reset(token)
+        assert calls == []
+        logits(net)
+    assert len(calls) == 1
+
+
+def test_threads_share_a_fused_model() -> None:
+    net = model()
+    torchquant.fuse_decoder_(net)
+    expected = logits(net)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda cut: logits(net, None, IDS, cut), range(4, 12)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_assisted_generation() -> None:
+    """Candidates that are not accepted are cropped from the cache."""
+    net = model()
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = net.generate(IDS, **options)
+    torchquant.fuse_decoder_(net)
+    assert torch.equal(net.generate(IDS, prompt_lookup_num_tokens=3, **options), expected)
+
+
+def test_a_step_at_another_position_runs_the_models_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, twin = model(), model()
+    torchquant.fuse_decoder_(net)
+    results = []
+    with counted(monkeypatch) as calls, torch.no_grad():
+        for one in (net, twin):
+            cache = transformers.DynamicCache()
+            one(IDS, use_cache=True, **{CACHE: cache})
+            given = {CACHE: cache, "position_ids": torch.tensor([[40]])}
+            results.append(one(IDS[:, :1], use_cache=True, **given).logits)
+    assert calls == [IDS.shape[1]] and near(*results)
 
 
 def test_gradients_training_and_autocast_run_the_models_forward(

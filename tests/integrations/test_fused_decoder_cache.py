@@ -103,6 +103,19 @@ def test_a_dynamic_cache_keeps_its_tokens(pair: tuple[Any, Any]) -> None:
         assert_same_bits(old, keys)
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_copies_of_a_cache_are_independent(name: str, pair: tuple[Any, Any]) -> None:
+    net, _ = pair
+    cache = CACHES[name]()
+    logits(net, cache, IDS[:, :9])
+    twin = copy.deepcopy(cache)
+    rest = logits(net, cache, IDS[:, 9:11])
+    other = logits(net, twin, IDS.flip(1)[:, :2])
+    whole = logits(net, CACHES[name](), IDS[:, :11], 9)
+    assert torch.equal(rest, whole[:, 9:]) and not torch.equal(rest, other)
+    assert cache.get_seq_length() == twin.get_seq_length() == 11
+
+
 def caches_that_are_not_served() -> dict[str, Any]:
     batch = transformers.DynamicCache()
     for index in range(2):

@@ -53,6 +53,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"embedding_multiplier": 3.0},
         "its first block does not get what the embedding returns",
     ),
+    "queries that are scaled by their position": (
+        "Ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.5,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "the queries of block 0 differ by",
+    ),
     "training": ("Llama", {}, "it is in training mode; call model.eval()"),
     "bfloat16": ("Llama", {}, "works in bfloat16; call model.float()"),
     "hidden states": ("Llama", {"output_hidden_states": True}, "its configuration asks for output"),
@@ -73,6 +85,21 @@ def test_refusals(name: str) -> None:
         torchquant.fuse_decoder_(net)
     assert "forward" not in vars(net.model)
     assert vars(net.config) == before
+
+
+def test_tables_of_the_rotary_embedding_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, tables_of = model(), decoder_check.tables_of
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_check, "tables_of", lambda net, x, past: tables_of(net, x, past + 1))
+        with pytest.raises(ValueError, match="its rotary embedding gives other values"):
+            torchquant.fuse_decoder_(net)
+
+
+def test_attention_that_is_not_causal() -> None:
+    net = model()
+    net.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="its attention is not causal"):
+        torchquant.fuse_decoder_(net)
 
 
 def test_other_modules() -> None:

@@ -141,7 +141,7 @@ class FusedForward:
             states = take(own, self.plan, new)
             if states is None or states.position + states.recent != past:
                 return None
-            output = self.run(hidden[0], cos, sin, states)
+            output = self.run(hidden[0].contiguous(), cos.contiguous(), sin.contiguous(), states)
             advance(own, new)
         last = self.plan.final_norm(output)[None]
         wants_cache = given.get("use_cache")

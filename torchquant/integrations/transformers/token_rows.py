@@ -23,6 +23,20 @@ class TokenRows:
     def __init__(self, rows: Tensor) -> None:
         self.buffer, self.tokens = rows, rows.shape[2]
         self._first: tuple[Tensor, Tensor] | None = None
+        self._fits: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
+
+    def fit(self, heads: int, size: int, dtype: torch.dtype) -> bool:
+        """True if the rows are those of one sequence on the CPU, of such heads, size and dtype."""
+        wanted, buffer = (heads, size, dtype), self.buffer
+        if self._fits is not None and self._fits[0] is buffer and self._fits[1] == wanted:
+            return True
+        batch, own_heads, _, own_size = buffer.shape
+        if (batch, own_heads, own_size, buffer.dtype) != (1, *wanted):
+            return False
+        if not buffer.is_cpu or buffer.requires_grad:
+            return False
+        self._fits = buffer, wanted
+        return True
 
     def first(self) -> Tensor:
         """The buffer of the first entry of the batch, ``[H, capacity, row]``."""
