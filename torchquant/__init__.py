@@ -23,9 +23,11 @@ Example:
 
 from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers, ops, qat
 from torchquant.algorithms.adaround import adaround_
+from torchquant.algorithms.awq import awq_
 from torchquant.algorithms.bias_correction import correct_bias_
 from torchquant.algorithms.equalize import equalize_
 from torchquant.algorithms.gptq import gptq_
+from torchquant.algorithms.hqq import hqq_
 from torchquant.algorithms.smoothquant import smoothquant_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
@@ -153,6 +155,7 @@ __all__ = [
     "__version__",
     "adaround_",
     "algorithms",
+    "awq_",
     "calibrate",
     "configs",
     "convert_",
@@ -163,6 +166,7 @@ __all__ = [
     "functional",
     "fuse_decoder_",
     "gptq_",
+    "hqq_",
     "load",
     "load_checkpoint",
     "nn",

@@ -115,6 +115,17 @@ def test_static_groups_in_the_given_order():
     assert torch.equal(found.scale, nearest(weight, scheme).scale)
 
 
+def test_order_of_activations_does_not_depend_on_the_order_of_the_inputs():
+    weight, hessian = problem()
+    place = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    plain = gptq(weight, hessian, part(3), order="activations", sweeps=0).integers
+    other = gptq(
+        weight[:, place], hessian[place][:, place], part(3), order="activations", sweeps=0
+    ).integers
+    assert torch.equal(other.qweight, plain.qweight[:, place])
+    torch.testing.assert_close(other.scale, plain.scale)
+
+
 def test_factor_of_the_inverse():
     hessian = problem()[1].double()
     hessian = hessian + hessian.t()
@@ -172,11 +183,15 @@ def test_no_output_is_worse_than_rounded(search_clip, symmetric, granularity):
 
 def test_one_scale_for_all_outputs():
     weight, hessian = problem()
+    on_grid = weight.clone()  # rounding alone is best for half of the outputs
+    on_grid[:12] = (weight[:12] * 2).round().clamp(-7, 7)
+    on_grid[0, 0] = 7
     for symmetric in (True, False):
         scheme = Weights(4, symmetric, granularity=PerTensor())
         for options in ({}, {"search_clip": True}, {"order": "activations"}):
-            found = gptq(weight, hessian, scheme, **options).integers
-            assert found.scale.shape == (24,) and len(found.scale.unique()) == 1
+            for best in (weight, on_grid):
+                found = gptq(best, hessian, scheme, **options).integers
+                assert found.scale.shape == (24,) and len(found.scale.unique()) == 1
 
 
 def test_half_types_and_inputs_stay_as_they_are():
@@ -280,6 +295,24 @@ def test_ill_conditioned(damping):
     result = gptq(weight, hessian * size * size[:, None], part(3, group_size=16), damping=damping)
     assert not result.fell_back and math.isfinite(result.error)
     assert result.error <= result.nearest_error
+
+
+def test_a_tiny_input_is_not_a_dead_one():
+    """The factor of its Hessian is too large for float32 without damping."""
+    weight, hessian = problem()
+    size = torch.ones(80, dtype=torch.float64)
+    size[3] = 1e-60
+    result = gptq(weight, hessian.double() * size * size[:, None], part(3), damping=0)
+    assert result.dead_columns == 0 and not result.fell_back
+    assert result.damping > 0 and result.error < 0.5 * result.nearest_error
+
+
+def test_damping_is_raised_for_one_group_alone():
+    (weight, hessian), (other, singular) = problem(), problem(samples=10, seed=1)
+    result = gptq(torch.cat([weight, other]), torch.stack([hessian, singular]), part(3), damping=0)
+    alone = gptq(weight, hessian, part(3), damping=0)
+    assert result.damping > alone.damping == 0
+    assert torch.equal(result.integers.qweight[:24], alone.integers.qweight)
 
 
 def test_damping_is_raised_step_by_step():

@@ -106,6 +106,13 @@ def test_the_whole_hessian_lets_errors_cancel(symmetric):
     assert bool((after <= plain * (1 + 1e-5)).all())
 
 
+def test_inputs_stand_for_their_hessian():
+    weight, scheme = weight_of(), Weights(3, granularity=PerGroup(40))
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(3))
+    found = clip_search(weight, scheme, inputs=x)
+    assert torch.equal(found.qweight, clip_search(weight, scheme, x.t() @ x).qweight)
+
+
 def test_of_a_whole_hessian_groups_see_their_own_part():
     weight, hessian = weight_of(), hessian_of()
     found = clip_search(weight, Weights(3, granularity=PerGroup(40)), hessian)
@@ -170,13 +177,20 @@ def test_steps_are_integers_minus_zero_points():
 
 
 @pytest.mark.parametrize(
-    ("weight", "hessian", "message"),
+    ("weight", "importance", "message"),
     [
-        (torch.full((2, 3), math.inf), None, "weight must be finite, got NaN or infinities"),
-        (torch.ones(2, 3), torch.ones(2), r"must have shape \[3\] or \[3, 3\], got \[2\]"),
-        (torch.ones(2, 3), torch.full((3,), math.nan), "hessian must be finite"),
+        (torch.full((2, 3), math.inf), {}, "weight must be finite, got NaN or infinities"),
+        (torch.ones(2, 3), {"hessian": torch.ones(2)}, r"must have shape \[3\] or \[3, 3\], got"),
+        (torch.ones(2, 3), {"hessian": torch.full((3,), math.nan)}, "hessian must be finite"),
+        (torch.ones(2, 3), {"inputs": torch.ones(3)}, r"inputs must have shape \[n, 3\], got \[3"),
+        (torch.ones(2, 3), {"inputs": torch.full((1, 3), math.nan)}, "inputs must be finite"),
+        (
+            torch.ones(2, 3),
+            {"hessian": torch.ones(3), "inputs": torch.ones(1, 3)},
+            "hessian or inputs must be None, got both",
+        ),
     ],
 )
-def test_refusals(weight, hessian, message):
+def test_refusals(weight, importance, message):
     with pytest.raises(ValueError, match=f"clip_search: .*{message}"):
-        clip_search(weight, Weights(4), hessian)
+        clip_search(weight, Weights(4), **importance)

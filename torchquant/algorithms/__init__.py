@@ -7,6 +7,12 @@ Verbs on the float model, before ``quantize_`` or ``prepare_``; they keep what t
 Verbs that quantize a float model in place of ``quantize_``:
 
 - :func:`gptq_`: integers with a small error of each layer's outputs, layer by layer
+- :func:`hqq_`: scales and zero points without data
+- :func:`awq_`: scales of input channels and ranges by the error of the outputs
+
+The pure functions of integers are in :mod:`torchquant.algorithms.gptq_rounding` (``gptq``),
+:mod:`torchquant.algorithms.half_quadratic` (``hqq``), :mod:`torchquant.algorithms.awq_scaling` and
+:mod:`torchquant.algorithms.least_error` (``clip_search``).
 
 Verbs between ``prepare_`` and ``convert_``, in this order; each can be left out:
 
@@ -19,6 +25,9 @@ Verbs between ``prepare_`` and ``convert_``, in this order; each can be left out
 """
 
 from torchquant.algorithms.adaround import AdaRoundReport, RoundedLayer, adaround_
+from torchquant.algorithms.awq import awq_
+from torchquant.algorithms.awq_report import AWQLayer, AWQReport
+from torchquant.algorithms.awq_scaling import AWQScales, awq_scales, scaled_rounding, search_scales
 from torchquant.algorithms.bias_correction import (
     BiasCorrectionReport,
     CorrectedLayer,
@@ -29,6 +38,11 @@ from torchquant.algorithms.compression_report import CompressedLayer, Compressio
 from torchquant.algorithms.equalize import EqualizationReport, EqualizedLayer, equalize_
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
 from torchquant.algorithms.gptq import gptq_
+from torchquant.algorithms.gptq_rounding import GPTQResult
+from torchquant.algorithms.hessian import Hessian
+from torchquant.algorithms.hqq import HQQLayer, HQQReport, hqq_
+from torchquant.algorithms.integer_weight import IntegerWeight, nearest
+from torchquant.algorithms.least_error import clip_search
 from torchquant.algorithms.rounding import (
     Moments,
     adaptive_rounding,
@@ -50,6 +64,9 @@ from torchquant.algorithms.smoothing import smoothing_error, smoothing_factors
 from torchquant.algorithms.smoothquant import SmoothedLayer, SmoothQuantReport, smoothquant_
 
 __all__ = [
+    "AWQLayer",
+    "AWQReport",
+    "AWQScales",
     "AdaRoundReport",
     "BiasCorrectionReport",
     "CompressedLayer",
@@ -58,6 +75,11 @@ __all__ = [
     "EqualizationReport",
     "EqualizedLayer",
     "FoldUndo",
+    "GPTQResult",
+    "HQQLayer",
+    "HQQReport",
+    "Hessian",
+    "IntegerWeight",
     "Moments",
     "RoundedLayer",
     "ScalingGroup",
@@ -66,19 +88,26 @@ __all__ = [
     "SmoothedLayer",
     "adaptive_rounding",
     "adaround_",
+    "awq_",
+    "awq_scales",
     "channel_ranges",
+    "clip_search",
     "correct_bias_",
     "equalization_factors",
     "equalize_",
     "find_scaling_groups",
     "fold",
     "gptq_",
+    "hqq_",
     "least_error_scale",
     "mean_output_error",
+    "nearest",
     "output_difference",
     "range_spread",
     "rounding_error",
     "scale_channels",
+    "scaled_rounding",
+    "search_scales",
     "smoothing_error",
     "smoothing_factors",
     "smoothquant_",

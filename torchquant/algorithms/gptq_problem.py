@@ -111,7 +111,6 @@ class Problem:
         """The problem for a weight ``[N, K]`` and a Hessian ``[K, K]`` or ``[G, K, K]``."""
         terms = weight.shape[1]
         wide = hessian.detach().to(weight.device, torch.float64).view(-1, terms, terms)
-        wide = (wide + wide.transpose(1, 2)) / 2
         original = weight.detach().float().reshape(len(wide), -1, terms).transpose(1, 2)
         diagonal = wide.diagonal(dim1=1, dim2=2)
         dead = diagonal == 0

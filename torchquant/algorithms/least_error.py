@@ -32,7 +32,13 @@ _FITS = 3  # times that scales are fitted to integers, and integers to scales
 
 
 @torch.no_grad()
-def clip_search(weight: Tensor, weights: Weights, hessian: Tensor | None = None) -> IntegerWeight:
+def clip_search(
+    weight: Tensor,
+    weights: Weights,
+    hessian: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
+) -> IntegerWeight:
     """Round a weight on the scales and zero points that give the least error.
 
     Args:
@@ -41,6 +47,7 @@ def clip_search(weight: Tensor, weights: Weights, hessian: Tensor | None = None)
         hessian: what weighs the changes of the weights. None weighs them alike; float ``[K]`` is
             the diagonal of a Hessian. With a whole Hessian ``[K, K]`` the changes of the weights
             that share a scale are weighed together, so that their errors may cancel.
+        inputs: float ``[n, K]`` instead of a Hessian: inputs of the layer, whose outputs count.
 
     Returns:
         The integers. No channel or group has a greater error than with the scale of its range.
@@ -59,19 +66,12 @@ def clip_search(weight: Tensor, weights: Weights, hessian: Tensor | None = None)
     terms = weight.shape[1]
     if not bool(weight.isfinite().all()):
         raise ValueError("clip_search: weight must be finite, got NaN or infinities")
-    if hessian is not None:
-        if tuple(hessian.shape) not in ((terms,), (terms, terms)):
-            raise ValueError(
-                f"clip_search: hessian must have shape [{terms}] or [{terms}, {terms}], got "
-                f"{list(hessian.shape)}"
-            )
-        if not bool(hessian.isfinite().all()):
-            raise ValueError("clip_search: hessian must be finite, got NaN or infinities")
+    _check_importance(terms, hessian, inputs)
     columns = weight.detach().float().t().contiguous()  # [K, N]
     shared = weights.granularity == PerTensor()
     scales, zeros = [], []
     for part in column_groups(terms, weights):
-        importance = _part_of(hessian, part)
+        importance = _part_of(hessian, inputs, part)
         scale, zero = least_error_parameters(columns[part], weights, importance, shared=shared)
         scales.append(scale)
         zeros.append(zero)
@@ -236,7 +236,13 @@ def fitted_parameters(
 
 
 def steps_of(columns: Tensor, scale: Tensor, zero: Tensor, weights: Weights) -> Tensor:
-    """``q - z`` of weights ``[..., K, N]`` that are rounded to the nearest integers, as float32."""
+    """``q - z`` of weights ``[..., K, N]`` that are rounded to the nearest integers, as float32.
+
+    Example:
+        >>> steps_of(torch.tensor([[7.0], [-3.4]]), torch.ones(1), torch.zeros(1), Weights(4))
+        tensor([[ 7.],
+                [-3.]])
+    """
     qmin, qmax = weights.range
     steps = (columns * reciprocal(scale).unsqueeze(-2)).round_()
     if weights.symmetric:
@@ -294,8 +300,29 @@ def _covering(least: Tensor, greatest: Tensor, weights: Weights) -> tuple[Tensor
     return scale, zero.float()
 
 
-def _part_of(hessian: Tensor | None, part: slice) -> Tensor | None:
+def _part_of(hessian: Tensor | None, inputs: Tensor | None, part: slice) -> Tensor | None:
+    """What weighs the changes of the weights that share a scale."""
+    if inputs is not None:
+        rows = inputs[:, part].detach().float()
+        return rows.t() @ rows
     if hessian is None:
         return None
     found = hessian.detach().float()
     return found[part] if found.dim() == 1 else found[part, part]
+
+
+def _check_importance(terms: int, hessian: Tensor | None, inputs: Tensor | None) -> None:
+    if hessian is not None and inputs is not None:
+        raise ValueError("clip_search: hessian or inputs must be None, got both; pass one of them")
+    if hessian is not None and tuple(hessian.shape) not in ((terms,), (terms, terms)):
+        raise ValueError(
+            f"clip_search: hessian must have shape [{terms}] or [{terms}, {terms}], got "
+            f"{list(hessian.shape)}"
+        )
+    if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != terms):
+        raise ValueError(
+            f"clip_search: inputs must have shape [n, {terms}], got {list(inputs.shape)}"
+        )
+    for name, value in (("hessian", hessian), ("inputs", inputs)):
+        if value is not None and not bool(value.isfinite().all()):
+            raise ValueError(f"clip_search: {name} must be finite, got NaN or infinities")
