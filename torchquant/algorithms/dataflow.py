@@ -225,7 +225,7 @@ class DataFlow(TorchFunctionMode):
         elif known:
             known = self.step(call)
             if not known and call.name in JOINS:
-                known = self._join(call)
+                known = self.join(call)
         if not known:
             self.unknown(call)
 
@@ -257,9 +257,9 @@ class DataFlow(TorchFunctionMode):
         if isinstance(fact, Zero):
             for tensor in tensors_in(call.result):
                 self.keep(tensor, fact)
-        return True
+        return fact is None or isinstance(fact, Zero)
 
-    def _join(self, call: Call) -> bool:
+    def join(self, call: Call) -> bool:
         """Tensors of which some have labels are joined; the elements of others get none."""
         if any(isinstance(fact, Reference) for fact in call.facts.values()):
             return False
@@ -342,3 +342,14 @@ def _name(function: Any) -> str:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def operands(call: Call) -> tuple[Any, Any] | None:
+    """The two operands of a function of two values; None for another number.
+
+    Example:
+        >>> operands(Call("add", torch.add, (1, 2), {}, 3, {}))
+        (1, 2)
+    """
+    values = (*call.args, *(call.kwargs[key] for key in ("input", "other") if key in call.kwargs))
+    return (values[0], values[1]) if len(values) == 2 else None
