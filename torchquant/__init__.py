@@ -24,6 +24,7 @@ from torchquant import algorithms, configs, cpu, cuda, functional, nn, observers
 from torchquant.algorithms.adaround import adaround_
 from torchquant.algorithms.bias_correction import correct_bias_
 from torchquant.algorithms.equalize import equalize_
+from torchquant.algorithms.rotate import rotate_
 from torchquant.algorithms.smoothquant import smoothquant_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
@@ -177,6 +178,7 @@ __all__ = [
     "report_nonfinite",
     "restore_attention_",
     "restore_norms_",
+    "rotate_",
     "save",
     "save_checkpoint",
     "smoothquant_",

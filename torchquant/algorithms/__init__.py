@@ -2,6 +2,7 @@
 
 Verbs on the float model, before ``quantize_`` or ``prepare_``; they keep what the model computes:
 
+- :func:`rotate_`: rotate residual streams, so that no channel is much larger than the others
 - :func:`smoothquant_`: move the ranges of input channels into the weights that read them
 
 Verbs between ``prepare_`` and ``convert_``, in this order; each can be left out:
@@ -23,6 +24,8 @@ from torchquant.algorithms.bias_correction import (
 )
 from torchquant.algorithms.equalize import EqualizationReport, EqualizedLayer, equalize_
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
+from torchquant.algorithms.orthogonal import hadamard, rotation_matrix
+from torchquant.algorithms.rotate import RotatedModule, RotationReport, rotate_
 from torchquant.algorithms.rounding import (
     Moments,
     adaptive_rounding,
@@ -42,6 +45,7 @@ from torchquant.algorithms.scaling_groups import (
 )
 from torchquant.algorithms.smoothing import smoothing_error, smoothing_factors
 from torchquant.algorithms.smoothquant import SmoothedLayer, SmoothQuantReport, smoothquant_
+from torchquant.algorithms.streams import Gain, Stream, Streams, find_streams
 
 __all__ = [
     "AdaRoundReport",
@@ -50,12 +54,17 @@ __all__ = [
     "EqualizationReport",
     "EqualizedLayer",
     "FoldUndo",
+    "Gain",
     "Moments",
+    "RotatedModule",
+    "RotationReport",
     "RoundedLayer",
     "ScalingGroup",
     "ScalingGroups",
     "SmoothQuantReport",
     "SmoothedLayer",
+    "Stream",
+    "Streams",
     "adaptive_rounding",
     "adaround_",
     "channel_ranges",
@@ -63,11 +72,15 @@ __all__ = [
     "equalization_factors",
     "equalize_",
     "find_scaling_groups",
+    "find_streams",
     "fold",
+    "hadamard",
     "least_error_scale",
     "mean_output_error",
     "output_difference",
     "range_spread",
+    "rotate_",
+    "rotation_matrix",
     "rounding_error",
     "scale_channels",
     "smoothing_error",

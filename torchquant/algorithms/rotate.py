@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.algorithms.batches import outputs_of, taken
+from torchquant.algorithms.equalize import require_uncalibrated
 from torchquant.algorithms.labels import owner_of
 from torchquant.algorithms.orthogonal import rotation_matrix
 from torchquant.algorithms.rotation import Rotation
@@ -118,8 +119,8 @@ def rotate_(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: kind is unknown, data has no batches, or model has no float linear layer. The
-            model is unchanged.
+        ValueError: kind is unknown, data has no batches, model has no float linear layer, or ranges
+            have been observed already. The model is unchanged.
 
     Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024).
 
@@ -163,9 +164,7 @@ def rotate_(
             rotation.restore()
         raise
     if done and tolerance > TOLERANCE:
-        notes.append(
-            f"Outputs were compared with a tolerance of {tolerance:.1e} for this data type."
-        )
+        notes.append(f"The outputs of models of this data type may change by {tolerance:.1e}.")
     for name, module in model.named_modules():
         if name not in rows and is_float_linear(module):
             reason = found.reasons.get(name, "it reads and writes no stream")
@@ -223,3 +222,4 @@ def _check(who: str, model: Any, kind: Any) -> None:
             f"{who}: model must hold float linear layers, got none; call it before quantize_, "
             "prepare_ and convert_"
         )
+    require_uncalibrated(who, model)

@@ -131,7 +131,7 @@ class Rotation:
                 own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 module._parameters[attribute] = own
                 self.notes.append(f"{name} no longer shares the values of {names[0]}.")
-            config = getattr(self.model, "config", None)
+            config: Any = getattr(self.model, "config", None)
             if getattr(config, "tie_word_embeddings", False) is True:
                 config.tie_word_embeddings = False  # transformers would tie them when it loads
                 self._config = config

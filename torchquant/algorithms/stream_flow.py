@@ -76,9 +76,12 @@ class StreamFlow(ChannelFlow):
 
     def unknown(self, call: Call) -> None:
         """Break streams whose channels a call reads."""
+        added = call.name in SUMS or call.name in DIFFERENCES
         for fact in call.facts.values():
             if isinstance(fact, Squares):
                 self.block(fact.labels, f"{call.name} reads the squares of its channels")
+            elif isinstance(fact, Labels) and added:
+                self.block(fact, "it is added to a value that no layer writes")
         super().unknown(call)
 
     def join(self, call: Call) -> bool:
@@ -320,9 +323,8 @@ class StreamFlow(ChannelFlow):
         if call.fact(value) is not None or not isinstance(kernel, Reference):
             return False
         channels = self.channels_of(kernel, 0, "linear")
-        place = 1 - weight.dim()
-        if channels is not None and self.adds(bias, call.fact(bias), channels, place):
-            self.produce(call.result, channels, place)
+        if channels is not None and self.adds(bias, call.fact(bias), channels, -1):
+            self.produce(call.result, channels, 1 - weight.dim())
         return True
 
     def _write(self, call: Call) -> bool:

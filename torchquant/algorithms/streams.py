@@ -14,6 +14,7 @@ from torchquant.algorithms.batches import Forward, outputs_of
 from torchquant.algorithms.channel_flow import Reading
 from torchquant.algorithms.labels import common_owner, owner_of
 from torchquant.algorithms.stream_flow import StreamFlow
+from torchquant.graph.modules import memory_key
 
 __all__ = ["Gain", "Stream", "Streams", "find_streams"]
 
@@ -226,10 +227,11 @@ class _Found:
 
     def _unreached(self) -> None:
         """A layer that no batch reached may read a stream, too."""
+        reached = {memory_key(self.parameters[name]) for name in self.flow.uses}
         unreached = [
             name
             for name, parameter in self.parameters.items()
-            if name not in self.flow.uses and parameter.dim() > 1
+            if parameter.dim() > 1 and memory_key(parameter) not in reached
         ]
         for members in self._members().values() if unreached else ():
             names = [name for one in members for name in self.flow.channels[one].written]
@@ -320,13 +322,21 @@ class _Found:
         }
         members = self._members()
         reasons: dict[str, str] = {}
-        for name, (producer, _) in self.reads.items():
-            source = self.flow.sources.get(producer, producer)
-            reason = self._reason(members[self.flow.stream(source)])
-            if reason and owner_of(name) not in done:
-                reasons[owner_of(name)] = reason
+        for name, readings in self.flow.readings.items():
+            owner = owner_of(name)
+            if owner in done or owner in reasons:
+                continue
+            if name in self.reads:
+                producer = self.reads[name][0]
+                source = self.flow.sources.get(producer, producer)
+                reason = self._reason(members[self.flow.stream(source)])
+            else:
+                ended = next((one.after for one in readings if one.after is not None), None)
+                reason = f"no stream reaches it beyond {ended}" if ended else None
+            if reason is not None:
+                reasons[owner] = reason
         for producer in self.flow.channels:
             reason = self._reason(members[self.flow.stream(producer)])
-            if reason and owner_of(producer) not in done:
+            if reason is not None and owner_of(producer) not in done:
                 reasons.setdefault(owner_of(producer), reason)
         return reasons
