@@ -28,6 +28,7 @@ from torchquant.algorithms.bias_correction import correct_bias_
 from torchquant.algorithms.equalize import equalize_
 from torchquant.algorithms.gptq import gptq_
 from torchquant.algorithms.hqq import hqq_
+from torchquant.algorithms.rotate import rotate_
 from torchquant.algorithms.smoothquant import smoothquant_
 from torchquant.analysis.verify import VerifyReport, verify
 from torchquant.configs import (
@@ -184,6 +185,7 @@ __all__ = [
     "report_nonfinite",
     "restore_attention_",
     "restore_norms_",
+    "rotate_",
     "save",
     "save_checkpoint",
     "smoothquant_",

@@ -13,7 +13,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
 
-from torchquant.algorithms import find_scaling_groups, fold, output_difference  # noqa: E402
+from torchquant.algorithms import (  # noqa: E402
+    find_scaling_groups,
+    fold,
+    output_difference,
+    rotate_,
+)
 from torchquant.algorithms.batches import outputs_of  # noqa: E402
 
 # The numbers of groups after a norm, of groups after a linear layer, and of layers that are left.
@@ -101,6 +106,44 @@ FOUND = {
     "patchtst": (0, 2, 12),
     "informer": (0, 2, 32),
 }
+# The numbers of streams that are rotated; the other architectures have none.
+ROTATED = {
+    "albert": 1,
+    "electra": 1,
+    "fnet": 1,
+    "t5": 1,
+    "t5_v11_gated": 1,
+    "pegasus": 1,
+    "longt5": 1,
+    "gpt2": 1,
+    "gpt_neo": 1,
+    "gpt_neox": 1,
+    "gptj": 1,
+    "opt": 1,
+    "llama": 1,
+    "mistral": 1,
+    "qwen2": 1,
+    "qwen3": 1,
+    "gemma": 1,
+    "phi": 1,
+    "phi3": 1,
+    "falcon": 1,
+    "cohere": 1,
+    "olmo": 1,
+    "stablelm": 1,
+    "starcoder2": 1,
+    "mixtral": 1,
+    "qwen2_moe": 1,
+    "qwen3_moe": 1,
+    "deepseek_v3": 3,
+    "gpt_oss": 1,
+    "llama4": 1,
+    "mamba": 1,
+    "mamba2": 1,
+    "jamba": 1,
+    "recurrent_gemma": 1,
+    "whisper": 1,
+}
 FAST = ("bert", "gpt2", "llama", "gemma", "t5", "mixtral")
 
 
@@ -138,6 +181,23 @@ def test_groups_of_an_architecture(architecture: Architecture) -> None:
     assert output_difference(expected, outputs_of("test", model, batch)) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", [marked(name) for name in FOUND if name != "encodec"])
+def test_streams_of_an_architecture(architecture: Architecture) -> None:
+    """A rotation changes outputs by rounding only; what is left has a reason."""
+    pytest.importorskip(architecture.package)
+    model, batch = architecture.model(), architecture.arguments()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = outputs_of("test", model, batch)
+    report = rotate_(model, [batch])
+    assert len(report.streams) == ROTATED.get(architecture.name, 0), report
+    assert all(row.reason for row in report)
+    assert output_difference(expected, outputs_of("test", model, batch)) < 1e-5
+    if not report.streams:
+        after = model.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_the_table_has_enough_architectures() -> None:
     assert len(FOUND) >= 20
     assert sum(norm + linear > 0 for norm, linear, _ in FOUND.values()) >= 20
+    assert len(ROTATED) >= 20 and set(ROTATED) <= set(FOUND)

@@ -10,8 +10,11 @@ def filled(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
+            numbers = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.add_(numbers * 0.3)
+            else:
+                parameter.copy_(numbers / parameter.shape[-1] ** 0.5)
     return model.eval()
 
 
@@ -123,3 +126,37 @@ class Experts(nn.Module):
             else:
                 out.index_add_(0, place, self.experts[index](normed[place]))
         return x + out
+
+
+class Decoder(nn.Module):
+    """A language model: an embedding, blocks, a norm and a head.
+
+    Args:
+        norm: makes the norms.
+        tied: the head shares the weight of the embedding.
+        positions: a second embedding is added.
+    """
+
+    def __init__(
+        self, norm: type[nn.Module] = GainNorm, tied: bool = False, positions: bool = False
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.positions = nn.Parameter(torch.randn(1, 12, 16)) if positions else None
+        self.blocks = nn.ModuleList(Block(norm) for _ in range(2))
+        self.norm, self.head = norm(16), nn.Linear(16, 30, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions[:, : tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Numbers of tokens, always the same."""
+    return torch.randint(0, 30, shape, generator=torch.Generator().manual_seed(seed))

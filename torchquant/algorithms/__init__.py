@@ -2,6 +2,7 @@
 
 Verbs on the float model, before ``quantize_`` or ``prepare_``; they keep what the model computes:
 
+- :func:`rotate_`: rotate residual streams, so that no channel is much larger than the others
 - :func:`smoothquant_`: move the ranges of input channels into the weights that read them
 
 Verbs that quantize a float model in place of ``quantize_``:
@@ -43,6 +44,8 @@ from torchquant.algorithms.hessian import Hessian
 from torchquant.algorithms.hqq import HQQLayer, HQQReport, hqq_
 from torchquant.algorithms.integer_weight import IntegerWeight, nearest
 from torchquant.algorithms.least_error import clip_search
+from torchquant.algorithms.orthogonal import hadamard, rotation_matrix
+from torchquant.algorithms.rotate import RotatedModule, RotationReport, rotate_
 from torchquant.algorithms.rounding import (
     Moments,
     adaptive_rounding,
@@ -62,6 +65,7 @@ from torchquant.algorithms.scaling_groups import (
 )
 from torchquant.algorithms.smoothing import smoothing_error, smoothing_factors
 from torchquant.algorithms.smoothquant import SmoothedLayer, SmoothQuantReport, smoothquant_
+from torchquant.algorithms.streams import Gain, Stream, Streams, find_streams
 
 __all__ = [
     "AWQLayer",
@@ -76,16 +80,21 @@ __all__ = [
     "EqualizedLayer",
     "FoldUndo",
     "GPTQResult",
+    "Gain",
     "HQQLayer",
     "HQQReport",
     "Hessian",
     "IntegerWeight",
     "Moments",
+    "RotatedModule",
+    "RotationReport",
     "RoundedLayer",
     "ScalingGroup",
     "ScalingGroups",
     "SmoothQuantReport",
     "SmoothedLayer",
+    "Stream",
+    "Streams",
     "adaptive_rounding",
     "adaround_",
     "awq_",
@@ -96,14 +105,18 @@ __all__ = [
     "equalization_factors",
     "equalize_",
     "find_scaling_groups",
+    "find_streams",
     "fold",
     "gptq_",
+    "hadamard",
     "hqq_",
     "least_error_scale",
     "mean_output_error",
     "nearest",
     "output_difference",
     "range_spread",
+    "rotate_",
+    "rotation_matrix",
     "rounding_error",
     "scale_channels",
     "scaled_rounding",

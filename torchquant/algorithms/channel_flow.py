@@ -15,7 +15,15 @@ from torch import Tensor
 
 from torchquant.algorithms.contraction import Contraction
 from torchquant.algorithms.dataflow import Call, DataFlow
-from torchquant.algorithms.labels import UNLABELLED, Fact, Labels, Reference, Zero, line
+from torchquant.algorithms.labels import (
+    UNLABELLED,
+    Fact,
+    Labels,
+    Reference,
+    Zero,
+    line,
+    varies,
+)
 from torchquant.analysis.verify import tensors_in
 
 # Takes the name of a weight and what it reads, float [rows, K].
@@ -97,7 +105,7 @@ class ChannelFlow(DataFlow):
                 self.block(fact, "the model returns it")
 
     def block(self, labels: Labels, reason: str) -> None:
-        """The scales of some channels cannot be undone."""
+        """The way of some channels cannot be followed."""
         used = labels.used().cpu().long()
         if len(self._seen_blocked) < self._count:
             more = torch.zeros(2 * self._count - len(self._seen_blocked), dtype=torch.bool)
@@ -112,6 +120,50 @@ class ChannelFlow(DataFlow):
         return next(
             name for name, channels in self.channels.items() if number in channels.numbers()
         )
+
+    # ------------------------------------------------------------ products
+
+    def contract(self, call: Call, product: Contraction) -> bool:
+        """Follow labels through a product; False if that is not possible."""
+        first, second = call.fact(product.first), call.fact(product.second)
+        if isinstance(first, Reference) and isinstance(second, Reference):
+            return False
+        if isinstance(second, Reference):
+            return self.weight(call, product, second)
+        if isinstance(first, Reference):
+            return self.weight(call, product.turned(), first)
+        if product.bias is not None and call.fact(product.bias) is not None:
+            return False
+        labelled = [
+            (fact, letters)
+            for fact, letters in (
+                (first, product.first_letters),
+                (second, product.second_letters),
+            )
+            if isinstance(fact, Labels)
+        ]
+        if len(labelled) != 1 or product.bias is not None:
+            return not labelled
+        (fact, letters) = labelled[0]
+        return self.carried(call, product, fact.values, letters)
+
+    def carried(
+        self, call: Call, product: Contraction, labels: Tensor, letters: tuple[str, ...]
+    ) -> bool:
+        """A product with another value, such as probabilities: labels are those of each term."""
+        gone = [place for place, letter in enumerate(letters) if letter not in product.letters]
+        if any(varies(labels, place) for place in gone):
+            return False
+        for place in reversed(gone):
+            labels = labels.select(place, 0)
+        kept = [letter for letter in letters if letter in product.letters]
+        order = [kept.index(letter) for letter in product.letters if letter in kept]
+        labels = labels.permute(order)
+        for place, letter in enumerate(product.letters):
+            if letter not in kept:
+                labels = labels.unsqueeze(place)
+        self.label(call.result, labels)
+        return True
 
     def weight(self, call: Call, product: Contraction, weight: Reference) -> bool:
         """A product with a parameter, its second value, reads channels and produces others."""
@@ -173,6 +225,7 @@ class ChannelFlow(DataFlow):
         return found
 
     def block_all(self, channels: Channels, reason: str) -> None:
+        """Block all channels of a producer."""
         for number in channels.numbers():
             self.blocked.setdefault(number, reason)
 

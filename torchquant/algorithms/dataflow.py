@@ -150,10 +150,11 @@ class DataFlow(TorchFunctionMode):
             for tensor in tensors_in(result):
                 self.keep(tensor, Zero())
         elif name not in SHAPES:
+            ended = self._ended(args, kwargs)
             if facts:
                 self._step(Call(name, func, args, kwargs, result, facts))
-            elif name in SAME or name in MOVES:
-                self.ends(result, self.ended(args[0]) if args else None)
+            if ended is not None:
+                self._pass_end(result, ended)
         return result
 
     # ------------------------------------------------------------ facts
@@ -225,9 +226,20 @@ class DataFlow(TorchFunctionMode):
         elif known:
             known = self.step(call)
             if not known and call.name in JOINS:
-                known = self._join(call)
+                known = self.join(call)
         if not known:
             self.unknown(call)
+
+    def _ended(self, args: Any, kwargs: Any) -> str | None:
+        """The function with which the labels of an argument ended."""
+        ends = (self.ended(tensor) for tensor in tensors_in((args, kwargs)))
+        return next((function for function in ends if function is not None), None)
+
+    def _pass_end(self, result: Any, function: str) -> None:
+        """Results without a fact come after the function, too."""
+        for tensor in tensors_in(result):
+            if tensor.is_floating_point() and self._facts.get(tensor) is None:
+                self.keep(tensor, After(function))
 
     def unknown(self, call: Call) -> None:
         """Block all labels and lose all parameters that a call reads."""
@@ -257,9 +269,9 @@ class DataFlow(TorchFunctionMode):
         if isinstance(fact, Zero):
             for tensor in tensors_in(call.result):
                 self.keep(tensor, fact)
-        return True
+        return fact is None or isinstance(fact, Zero)
 
-    def _join(self, call: Call) -> bool:
+    def join(self, call: Call) -> bool:
         """Tensors of which some have labels are joined; the elements of others get none."""
         if any(isinstance(fact, Reference) for fact in call.facts.values()):
             return False
@@ -288,9 +300,9 @@ class DataFlow(TorchFunctionMode):
         results = [*tensors_in(call.result)]
         axes: list[list[int | None]] = [[None] * tensor.dim() for tensor in results]
         for dimension, axis in enumerate(reference.axes):
-            if axis is None:
-                continue
             size = source.shape[dimension]
+            if axis is None or size == 1:
+                continue
             positions = torch.arange(size, dtype=torch.int32, device=source.device)
             shape = [1] * source.dim()
             shape[dimension] = size
@@ -300,9 +312,7 @@ class DataFlow(TorchFunctionMode):
             for found, values in zip(axes, moved, strict=True):
                 place = along(values)
                 if place is not None and torch.equal(first_line(values, place), positions):
-                    found[place] = axis
-                elif not (axis == 0 and self.parameters[reference.name].dim() > 2):
-                    return False  # slices of a stack of weights may be chosen, and no others
+                    found[place] = axis  # otherwise rows are chosen, such as those of an expert
         for tensor, found in zip(results, axes, strict=True):
             self.keep(tensor, replace(reference, axes=tuple(found)))
         return True
@@ -342,3 +352,14 @@ def _name(function: Any) -> str:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def operands(call: Call) -> tuple[Any, Any] | None:
+    """The two operands of a function of two values; None for another number.
+
+    Example:
+        >>> operands(Call("add", torch.add, (1, 2), {}, 3, {}))
+        (1, 2)
+    """
+    values = (*call.args, *(call.kwargs[key] for key in ("input", "other") if key in call.kwargs))
+    return (values[0], values[1]) if len(values) == 2 else None

@@ -298,14 +298,26 @@ def _check(model: nn.Module) -> None:
             "equalize_: model must hold float layers that can be quantized, got none; call it "
             "before convert_ or quantize_"
         )
+    require_uncalibrated("equalize_", model)
+
+
+def require_uncalibrated(who: str, model: nn.Module) -> None:
+    """Refuse a model whose ranges have been observed, because they change with the scales.
+
+    Raises:
+        ValueError: a layer has an observer with data; the message starts with ``who``.
+
+    Example:
+        >>> require_uncalibrated("verb", nn.Linear(2, 2))
+    """
     observed = [
         name for name, hook in prepared_layers(model).items() if int(hook.observer.num_batches)
     ]
     if observed:
         raise ValueError(
-            "equalize_: model must not be calibrated yet, because the ranges between layers "
+            f"{who}: model must not be calibrated yet, because the ranges between layers "
             f"change, got ranges of {', '.join(observed)}; call to_float_(model), prepare_, "
-            "equalize_ and then calibrate"
+            f"{who} and then calibrate"
         )
 
 

@@ -65,7 +65,20 @@ class After:
     function: str
 
 
-Fact: TypeAlias = Labels | Reference | Zero
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """A tensor of the squares of labelled elements.
+
+    Example:
+        >>> import torch
+        >>> Squares(Labels(torch.tensor([0, 1]))).labels.used().tolist()
+        [0, 1]
+    """
+
+    labels: Labels
+
+
+Fact: TypeAlias = Labels | Reference | Zero | Squares
 
 
 def shrunk(values: Tensor) -> Tensor:

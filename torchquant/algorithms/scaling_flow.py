@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from torchquant.algorithms.channel_flow import ChannelFlow
-from torchquant.algorithms.contraction import Contraction, contraction
-from torchquant.algorithms.dataflow import Call, words
+from torchquant.algorithms.contraction import contraction
+from torchquant.algorithms.dataflow import Call, operands, words
 from torchquant.algorithms.labels import (
     UNLABELLED,
     Fact,
@@ -61,7 +61,7 @@ class ScalingFlow(ChannelFlow):
         name = call.name
         found = contraction(call)
         if found is not None:
-            return self._contract(call, found)
+            return self.contract(call, found)
         if name in HOMOGENEOUS:
             self._pass(call, call.fact(call.args[0]))
             return True
@@ -111,7 +111,7 @@ class ScalingFlow(ChannelFlow):
         return True
 
     def _multiply(self, call: Call) -> bool:
-        pair = _operands(call)
+        pair = operands(call)
         if pair is None:
             return False
         facts = [call.fact(value) for value in pair]
@@ -147,7 +147,7 @@ class ScalingFlow(ChannelFlow):
         return True
 
     def _divide(self, call: Call) -> bool:
-        pair = _operands(call)
+        pair = operands(call)
         if pair is None or call.kwargs.get("rounding_mode") is not None:
             return False
         above, below = (call.fact(value) for value in pair)
@@ -159,7 +159,7 @@ class ScalingFlow(ChannelFlow):
         return True
 
     def _add(self, call: Call) -> bool:
-        pair = _operands(call)
+        pair = operands(call)
         if pair is None or call.kwargs.get("alpha", 1) != 1:
             return False
         facts = [call.fact(value) for value in pair]
@@ -273,55 +273,6 @@ class ScalingFlow(ChannelFlow):
             labels = labels.repeat_interleave(call.result.shape[-3] // labels.shape[-3], -3)
         self.label(call.result, labels)
         return True
-
-    # ------------------------------------------------------------ products
-
-    def _contract(self, call: Call, product: Contraction) -> bool:
-        first, second = call.fact(product.first), call.fact(product.second)
-        if isinstance(first, Reference) and isinstance(second, Reference):
-            return False
-        if isinstance(second, Reference):
-            return self.weight(call, product, second)
-        if isinstance(first, Reference):
-            return self.weight(call, product.turned(), first)
-        if product.bias is not None and call.fact(product.bias) is not None:
-            return False
-        labelled = [
-            (fact, letters)
-            for fact, letters in (
-                (first, product.first_letters),
-                (second, product.second_letters),
-            )
-            if isinstance(fact, Labels)
-        ]
-        if len(labelled) != 1 or product.bias is not None:
-            return not labelled
-        (fact, letters) = labelled[0]
-        return self._carried(call, product, fact.values, letters)
-
-    def _carried(
-        self, call: Call, product: Contraction, labels: Tensor, letters: tuple[str, ...]
-    ) -> bool:
-        """A product with another value, such as probabilities: labels are those of each term."""
-        gone = [place for place, letter in enumerate(letters) if letter not in product.letters]
-        if any(varies(labels, place) for place in gone):
-            return False
-        for place in reversed(gone):
-            labels = labels.select(place, 0)
-        kept = [letter for letter in letters if letter in product.letters]
-        order = [kept.index(letter) for letter in product.letters if letter in kept]
-        labels = labels.permute(order)
-        for place, letter in enumerate(product.letters):
-            if letter not in kept:
-                labels = labels.unsqueeze(place)
-        self.label(call.result, labels)
-        return True
-
-
-def _operands(call: Call) -> tuple[Any, Any] | None:
-    """The two operands of a function of two values."""
-    values = (*call.args, *(call.kwargs[key] for key in ("input", "other") if key in call.kwargs))
-    return (values[0], values[1]) if len(values) == 2 else None
 
 
 def _numbers(facts: list[Fact | None], pair: tuple[Any, Any]) -> list[tuple[Fact | None, Any]]:

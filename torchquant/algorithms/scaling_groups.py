@@ -26,7 +26,7 @@ from torchquant.nn.kinds import LINEAR, kind_of
 __all__ = ["ScalingGroups", "find_scaling_groups", "output_difference"]
 
 TOLERANCE = 1e-5  # of the model's outputs, relative to their greatest magnitude
-_TOGETHER = 16  # groups that are checked in one forward
+_TOGETHER = 32  # groups that are checked in one forward
 
 
 @dataclass(frozen=True)

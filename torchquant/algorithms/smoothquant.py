@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.algorithms.batches import outputs_of, taken
+from torchquant.algorithms.equalize import require_uncalibrated
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
 from torchquant.algorithms.scaling_groups import (
     TOLERANCE,
@@ -124,8 +125,8 @@ def smoothquant_(
 
     Raises:
         TypeError: model is not a module, alpha is not a number, or config is no configuration.
-        ValueError: alpha is not from 0 to 1, data has no batches, or model has no float linear
-            layer. The model is unchanged.
+        ValueError: alpha is not from 0 to 1, data has no batches, model has no float linear layer,
+            or ranges have been observed already. The model is unchanged.
 
     Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
     Language Models" (2022).
@@ -294,3 +295,4 @@ def _check(who: str, model: Any, alpha: Any) -> None:
             f"{who}: model must hold float linear layers, got none; call it before quantize_, "
             "prepare_ and convert_"
         )
+    require_uncalibrated(who, model)
