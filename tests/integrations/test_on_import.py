@@ -1,12 +1,12 @@
 """Other libraries are extended when the program imports them, and torchquant imports none."""
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.scripts import run_python
 
 from torchquant.integrations import peft as peft_integration
 from torchquant.integrations.extend import extend, is_extended
@@ -46,9 +46,7 @@ print("works")
 @pytest.mark.parametrize("first", [LATER, EARLIER], ids=["later", "earlier"])
 def test_the_order_of_imports_does_not_matter(first: str) -> None:
     pytest.importorskip("peft")
-    run = subprocess.run(
-        [sys.executable, "-c", first + THEN], capture_output=True, text=True, check=False
-    )
+    run = run_python(first + THEN)
     assert run.stdout.strip() == "works", run.stderr
 
 
