@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from support.ahead import NewFolder, Run, Selection
 from support.demo import (
     IMAGES,
     NETWORK_CALIBRATION,
@@ -381,14 +383,24 @@ def test_counts_in_words():
 # The script that makes the files
 
 
-def test_training_script_runs_in_small():
-    pytest.importorskip("sklearn")
-    script = ROOT / "examples" / "train_digits.py"
-    before = {path.name: path.read_bytes() for path in DATA.iterdir()}
-    done = subprocess.run(
-        [sys.executable, str(script), "--smoke"], capture_output=True, text=True, check=False
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+    script = str(ROOT / "examples" / "train_digits.py")
+    return (
+        lambda option: subprocess.run(
+            [sys.executable, script, option], env=environment, capture_output=True, text=True
+        ),
+        ["--smoke"] if tests.has(test_training_script_runs_in_small) else [],
     )
+
+
+BEFORE = {path.name: path.read_bytes() for path in DATA.iterdir()}
+
+
+def test_training_script_runs_in_small(request, processes):
+    pytest.importorskip("sklearn")
+    done = processes.result(request.module, "--smoke")
     assert done.returncode == 0, done.stderr
     for line in ("accuracy on 450 test images", digits_data.DATA_FILE, digits.CHECKPOINT_FILE):
         assert line in done.stdout
-    assert before == {path.name: path.read_bytes() for path in DATA.iterdir()}, "writes elsewhere"
+    assert {path.name: path.read_bytes() for path in DATA.iterdir()} == BEFORE, "writes elsewhere"

@@ -1,11 +1,13 @@
 """Other libraries are extended when the program imports them, and torchquant imports none."""
 
-import importlib
+import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.ahead import NewFolder, Processes, Run, Selection
 from support.scripts import run_python
 
 from torchquant.integrations import peft as peft_integration
@@ -43,10 +45,20 @@ print("works")
 """
 
 
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+    return (
+        lambda first: run_python(first + THEN, environment=environment),
+        tests.values("first") if importlib.util.find_spec("peft") else [],
+    )
+
+
 @pytest.mark.parametrize("first", [LATER, EARLIER], ids=["later", "earlier"])
-def test_the_order_of_imports_does_not_matter(first: str) -> None:
+def test_the_order_of_imports_does_not_matter(
+    first: str, request: pytest.FixtureRequest, processes: Processes
+) -> None:
     pytest.importorskip("peft")
-    run = run_python(first + THEN)
+    run = processes.result(request.module, first)
     assert run.stdout.strip() == "works", run.stderr
 
 
