@@ -59,6 +59,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Python's end frees them: libraries in C++ look whether it frees all that is theirs."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def processes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
