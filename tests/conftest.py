@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests."""
 
+import gc
 import hashlib
 import importlib
 import os
@@ -50,6 +51,17 @@ settings.load_profile("torchquant")
 def pytest_configure(config: pytest.Config) -> None:
     """Skipped tests are counted by reason; in CI a missing package is a failure."""
     config.pluginmanager.register(SkipCounter(strict=os.environ.get("CI") == "true"))
+
+
+def pytest_collection_finish() -> None:
+    """The tests and what they import stay to the end: the garbage collector passes them by."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Python's end frees them: libraries in C++ look whether it frees all that is theirs."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,15 +1,17 @@
 """quantize_: the layers that it converts, memory, and failures."""
 
 import copy
-import subprocess
+import os
 import sys
 from typing import Any
 
 import pytest
 import torch
 from support import assert_same_bits, floats
+from support.ahead import NewFolder, Processes, Run, Selection
 from support.float_models import Classifier, LanguageModel
 from support.layers import ASYMMETRIC, CONFIGS, expected_output, outcome
+from support.scripts import run_python
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -227,12 +229,23 @@ for case in (*cases, (torch.float32, many, int4), (torch.bfloat16, one, int4)):
 """
 
 
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+    test = test_peak_memory_stays_below_the_float_model_and_its_largest_layer
+    return (
+        lambda script: run_python(script, environment=environment, fresh=True),
+        [MEMORY_SCRIPT] if tests.has(test) else [],
+    )
+
+
 @pytest.mark.cpu_only("starts processes, which do not run on the path")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_stays_below_the_float_model_and_its_largest_layer() -> None:
-    command = [sys.executable, "-c", MEMORY_SCRIPT]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    cases = [[int(number) for number in line.split()] for line in output.splitlines()]
+def test_peak_memory_stays_below_the_float_model_and_its_largest_layer(
+    request: pytest.FixtureRequest, processes: Processes
+) -> None:
+    done = processes.result(request.module, MEMORY_SCRIPT)
+    assert done.returncode == 0, done.stderr
+    cases = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
     assert len(cases) == 6
     for size, largest, peak, after, reported in cases:
         assert size > 60e6

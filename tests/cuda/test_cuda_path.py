@@ -1,9 +1,6 @@
 """Registration, environment variables and the public functions of torchquant.cuda."""
 
 import os
-import subprocess
-import sys
-import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from support.dispatch import (
     FakeDispatcher,
     every_warning_is_expected,  # noqa: F401  (a fixture)
 )
+from support.scripts import run_python as in_process
 
 from torchquant.cuda import paths as cuda
 from torchquant.cuda.host import (
@@ -23,17 +21,12 @@ from torchquant.cuda.host import (
 )
 
 
-def run_python(code, *flags, **environment):
-    """In a fresh process."""
+def run_python(code, warnings="", **environment):
+    """In a process of its own, without the caller's choices."""
     names = {k: v for k, v in os.environ.items() if not k.startswith("TORCHQUANT_")}
-    return subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)],
-        env={**names, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-    )
+    environment = {**names, **environment}
+    folder = Path(__file__).parent
+    return in_process(code, environment=environment, folder=folder, warnings=warnings, timeout=300)
 
 
 # ---------------------------------------------------------------- in front of real operators
@@ -84,7 +77,7 @@ def test_registered_functions_replace_the_kernels():
     assert torch.ops.torchquant.positive(x).tolist() == [255] * 16
     print("done")
     """
-    done = run_python(ON_THE_CPU_KEY + code, "-W", "error")
+    done = run_python(ON_THE_CPU_KEY + code, "error")
     assert done.stdout.strip() == "done", done.stderr
 
 
@@ -127,7 +120,7 @@ def test_import_takes_neither_triton_nor_cuda():
     assert not torch.cuda.is_initialized()
     print("done")
     """
-    done = run_python(code, "-W", "error")
+    done = run_python(code, "error")
     assert done.stdout.strip() == "done", done.stderr
 
 
@@ -147,7 +140,7 @@ def test_registration_in_a_torch_with_cuda(path, registered):
     code = """
     print(cuda.chosen_path(), cuda._dispatcher._library is not None, cuda.gpus())
     """
-    done = run_python(PRETEND_CUDA + code, "-W", "error", TORCHQUANT_CUDA_PATH=path)
+    done = run_python(PRETEND_CUDA + code, "error", TORCHQUANT_CUDA_PATH=path)
     assert done.stdout.strip() == f"{path} {registered} ()", done.stderr
 
 

@@ -165,10 +165,34 @@ def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+SHAPES = [(1, 1, 1), (33, 80, 130), (70, 32, 64), (64, 96, 256)]
+OUTPUTS = [*FLOATS, torch.int8, torch.int32]
+# Each pair of a configuration, a shape and an output; every combination of the three is slow.
+KINDS = [
+    pytest.param(
+        *(name, *shape, output),
+        marks=() if (i + j) % len(SHAPES) == s else pytest.mark.slow,
+        id=f"{name}-{'x'.join(map(str, shape))}-{output}",
+    )
+    for i, name in enumerate(SMALL)
+    for j, output in enumerate(OUTPUTS)
+    for s, shape in enumerate(SHAPES)
+]
+
+
+def test_the_kinds_that_run_have_each_pair() -> None:
+    parts = [
+        (name, shape, output)
+        for name, *shape, output in (kind.values for kind in KINDS if not kind.marks)
+    ]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        pairs = {(str(part[a]), str(part[b])) for part in parts}
+        assert len(pairs) == len({first for first, _ in pairs}) * len({last for _, last in pairs})
+    assert len(parts) == len(SMALL) * len(OUTPUTS)
+
+
 @pytest.mark.usefixtures("few_multiprocessors")
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (33, 80, 130), (70, 32, 64), (64, 96, 256)])
-@pytest.mark.parametrize("output", [*FLOATS, torch.int8, torch.int32], ids=str)
+@pytest.mark.parametrize("name, m, n, k, output", KINDS)
 def test_every_kind_of_configuration(
     name: str, m: int, n: int, k: int, output: torch.dtype
 ) -> None:

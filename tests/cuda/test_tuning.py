@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import run_python
 
 import torchquant
 from torchquant import cuda
@@ -377,19 +378,22 @@ for i in range(first, first + 50):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    command = [sys.executable, "-c", WRITER, str(tmp_path), json.dumps(ENVIRONMENT)]
+    arguments = WRITER, str(tmp_path), json.dumps(ENVIRONMENT)
     folder = str(Path(torchquant.__file__).parents[1])  # as this process found it
     environment = {**os.environ, "PYTHONPATH": folder}
-    workers = [subprocess.Popen([*command, str(50 * i)], env=environment) for i in range(2)]
     reads = 0
     file = TuningFile(tmp_path, ENVIRONMENT)
-    with warnings.catch_warnings():
+    with ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.simplefilter("error")  # a reader never sees half a file
-        while any(worker.poll() is None for worker in workers):
+        writers = [
+            pool.submit(run_python, *arguments, str(50 * i), environment=environment)
+            for i in range(2)
+        ]
+        while not all(writer.done() for writer in writers):
             file.read()
             reads += 1
-    for worker in workers:
-        assert worker.wait() == 0
+    for writer in writers:
+        assert writer.result().returncode == 0, writer.result().stderr
     assert reads > 0
     assert len(file.read()) == 100
 
@@ -428,5 +432,5 @@ def test_no_home_means_no_file(monkeypatch):
 
 def test_tuning_needs_no_triton():
     code = "import sys, torchquant.triton.tuning; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = run_python(code)
+    assert done.stdout.strip() == "False", done.stderr

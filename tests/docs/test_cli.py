@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from support.demo import with_few_images
+from support.scripts import run_python
 from typer.testing import CliRunner
 
 import torchquant
-from torchquant import cpu, cuda, demo
+from torchquant import cpu, cuda
 from torchquant.cli import info
 from torchquant.cli import main as cli
 from torchquant.cuda.host import triton_version
@@ -25,13 +24,7 @@ def invoke(*arguments):
 def run(*arguments, **environment):
     """In a process of its own: through the module's app, as the console script does."""
     code = "from torchquant.cli.main import app; app(prog_name='torchquant')"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    return run_python(code, *arguments, environment={**os.environ, **environment})
 
 
 def flat(text):
@@ -39,13 +32,10 @@ def flat(text):
     return " ".join(text.replace("│", " ").split())
 
 
-@pytest.fixture(scope="module")
-def result():
+@pytest.fixture
+def result(small_demo):
     """A real result, but of a few images."""
-    with pytest.MonkeyPatch.context() as patch:
-        with_few_images(patch, 4)
-        patch.setattr(demo.exactness, "SAMPLED_ROWS", 4)
-        return demo.run_demo(latency_seconds=0)
+    return small_demo[0]
 
 
 def test_version():

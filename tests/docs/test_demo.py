@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from support.ahead import NewFolder, Run, Selection
 from support.demo import (
+    IMAGES,
     NETWORK_CALIBRATION,
     NETWORK_IMAGES,
     NETWORK_STEPS,
     NETWORK_VERIFIED,
-    with_few_images,
+    SAMPLED_ROWS,
+    TRAINING_STEPS,
+    VERIFIED_IMAGES,
 )
 from torch import nn
 
@@ -24,7 +29,7 @@ import torchquant
 from torchquant import cpu, demo
 from torchquant.data import digits as digits_data
 from torchquant.data import files
-from torchquant.demo import exactness, tables, training
+from torchquant.demo import exactness, tables
 from torchquant.demo.exactness import Check, count_differing
 from torchquant.demo.steps import Steps
 from torchquant.models import DigitsTransformer, digits, load_digits_data, load_digits_model
@@ -124,31 +129,16 @@ def test_width_that_heads_do_not_divide_is_refused():
 # The demo as a whole
 
 
-IMAGES = 80
-SAMPLED_ROWS = 16
-TRAINING_STEPS = 4
-VERIFIED_IMAGES = 5
-
-
-@pytest.fixture(scope="module")
-def steps():
-    return []
-
-
-@pytest.fixture(scope="module")
-def result(steps):
+@pytest.fixture
+def result(small_demo):
     """The demo on some of the images; on all of them it runs as its docstring's example."""
-    with pytest.MonkeyPatch.context() as patch:
-        with_few_images(patch, IMAGES)
-        patch.setattr(exactness, "SAMPLED_ROWS", SAMPLED_ROWS)
-        patch.setattr(training, "STEPS", TRAINING_STEPS)
-        patch.setattr(training, "VERIFIED_IMAGES", VERIFIED_IMAGES)
-        return demo.run_demo(
-            isa="scalar",
-            threads=1,
-            latency_seconds=0,
-            on_step=lambda description, done: steps.append((description, done)),
-        )
+    return small_demo[0]
+
+
+@pytest.fixture
+def steps(small_demo):
+    """Description and fraction of each step of it."""
+    return small_demo[1]
 
 
 def test_demo_restores_instruction_set_and_threads(result):
@@ -393,14 +383,24 @@ def test_counts_in_words():
 # The script that makes the files
 
 
-def test_training_script_runs_in_small():
-    pytest.importorskip("sklearn")
-    script = ROOT / "examples" / "train_digits.py"
-    before = {path.name: path.read_bytes() for path in DATA.iterdir()}
-    done = subprocess.run(
-        [sys.executable, str(script), "--smoke"], capture_output=True, text=True, check=False
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+    script = str(ROOT / "examples" / "train_digits.py")
+    return (
+        lambda option: subprocess.run(
+            [sys.executable, script, option], env=environment, capture_output=True, text=True
+        ),
+        ["--smoke"] if tests.has(test_training_script_runs_in_small) else [],
     )
+
+
+BEFORE = {path.name: path.read_bytes() for path in DATA.iterdir()}
+
+
+def test_training_script_runs_in_small(request, processes):
+    pytest.importorskip("sklearn")
+    done = processes.result(request.module, "--smoke")
     assert done.returncode == 0, done.stderr
     for line in ("accuracy on 450 test images", digits_data.DATA_FILE, digits.CHECKPOINT_FILE):
         assert line in done.stdout
-    assert before == {path.name: path.read_bytes() for path in DATA.iterdir()}, "writes elsewhere"
+    assert {path.name: path.read_bytes() for path in DATA.iterdir()} == BEFORE, "writes elsewhere"

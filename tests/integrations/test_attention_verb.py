@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.scripts import run_python
 from torch import nn
 
 import torchquant
@@ -179,7 +179,7 @@ model, ids, expected = pickle.loads(Path({str(tmp_path / "model")!r}).read_bytes
 with torch.inference_mode():
     assert torch.equal(model(ids).logits, expected)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
 
 

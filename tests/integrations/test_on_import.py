@@ -1,12 +1,14 @@
 """Other libraries are extended when the program imports them, and torchquant imports none."""
 
-import importlib
-import subprocess
+import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.ahead import NewFolder, Processes, Run, Selection
+from support.scripts import run_python
 
 from torchquant.integrations import peft as peft_integration
 from torchquant.integrations.extend import extend, is_extended
@@ -43,12 +45,20 @@ print("works")
 """
 
 
-@pytest.mark.parametrize("first", [LATER, EARLIER], ids=["later", "earlier"])
-def test_the_order_of_imports_does_not_matter(first: str) -> None:
-    pytest.importorskip("peft")
-    run = subprocess.run(
-        [sys.executable, "-c", first + THEN], capture_output=True, text=True, check=False
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+    return (
+        lambda first: run_python(first + THEN, environment=environment),
+        tests.values("first") if importlib.util.find_spec("peft") else [],
     )
+
+
+@pytest.mark.parametrize("first", [LATER, EARLIER], ids=["later", "earlier"])
+def test_the_order_of_imports_does_not_matter(
+    first: str, request: pytest.FixtureRequest, processes: Processes
+) -> None:
+    pytest.importorskip("peft")
+    run = processes.result(request.module, first)
     assert run.stdout.strip() == "works", run.stderr
 
 

@@ -23,6 +23,7 @@ from support import (
     supported_isas,
     threads,
 )
+from support.scripts import run_python as in_process
 
 from torchquant import cpu, ops
 from torchquant._extension import load
@@ -41,16 +42,10 @@ def layer(x: torch.Tensor = X) -> torch.Tensor:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a fresh process, without the caller's choice of an instruction set."""
+    """In a process of its own, without the caller's choice of an instruction set."""
     names = {k: v for k, v in os.environ.items() if k != cpu.ENVIRONMENT_VARIABLE}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**names, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parent,  # not the checkout, whose package may hold no library
-    )
+    folder = Path(__file__).parent  # not the checkout, whose package may hold no library
+    return in_process(code, environment={**names, **environment}, folder=folder)
 
 
 # ---------------------------------------------------------------- which there are

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import run_python as in_process
 
 import torchquant
 from torchquant import _build_info, _extension
@@ -15,12 +16,10 @@ LOADER = Path(_extension.__file__)
 BUILD_INFO = "TORCH_VERSION = {version!r}\nCXX11_ABI = True\nCOMPILER = 'g++ 12'\nFLAGS = '-O3'\n"
 
 
-def run_python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that looks for modules in `path` first."""
+def run_python(code: str, *path: Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that looks for modules in `path` first."""
     setup = f"import sys; sys.path[:0] = {[str(entry) for entry in path]}\n"
-    return subprocess.run(
-        [sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=120
-    )
+    return in_process(setup + code, fresh=fresh)
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def fake_package(tmp_path: Path) -> Path:
 
 
 def load_error(package: Path) -> str:
-    """Load the fake package's library in a fresh interpreter; return the ImportError's message."""
+    """Load the fake package's library in another process; return the ImportError's message."""
     code = (
         "from torchquant import _extension\n"
         "try:\n    _extension.load()\n"
@@ -147,7 +146,7 @@ def test_one_openmp_runtime_in_the_process(first: str) -> None:
         "names = ('libgomp', 'libomp', 'libiomp')\n"
         "print(*(path for path in paths if any(name in path for name in names)), sep='\\n')\n"
     )
-    result = run_python(code)
+    result = run_python(code, fresh=first == "torchquant")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1, result.stdout
 

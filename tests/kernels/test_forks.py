@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from support.scripts import run_python
 from support.thread_scripts import needs_fork, needs_linux, run_script
 
 FORKS = {
@@ -143,8 +144,7 @@ class Rows(torch.utils.data.Dataset):
 )
 def test_workers_of_a_data_loader(method: str, count: int, tmp_path: Path) -> None:
     (tmp_path / "dataset.py").write_text(DATASET)
-    (tmp_path / "main.py").write_text(
-        textwrap.dedent(f"""
+    main = textwrap.dedent(f"""
             import torch
             from dataset import ROWS, Rows, outputs
 
@@ -164,8 +164,11 @@ def test_workers_of_a_data_loader(method: str, count: int, tmp_path: Path) -> No
                     assert torch.equal(outputs(ROWS), expected)
                 print("same")
         """)
-    )
-    result = subprocess.run(
-        [sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=120
-    )
+    if method == "fork":
+        result = run_python(main, folder=tmp_path)
+    else:  # these methods start with the file of the module __main__
+        (tmp_path / "main.py").write_text(main)
+        result = subprocess.run(
+            [sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=120
+        )
     assert result.stdout.strip() == "same", result.stderr

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.ahead import NewFolder, Processes, Run, Selection
+from support.scripts import run_python
 
 HERE = Path(__file__).parent
 TESTS = (
@@ -28,16 +30,25 @@ TESTS = (
 )
 
 
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    environment = dict(os.environ)
+
+    def run(hole: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+            + [str(HERE / test) for test in TESTS],
+            env={**environment, "TORCHQUANT_TEST_HOLE": hole},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run, tests.values("hole")
+
+
 @pytest.mark.parametrize("hole", ["behind", pytest.param("before", marks=pytest.mark.slow)])
-def test_memory(hole: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(HERE / test) for test in TESTS],
-        env={**os.environ, "TORCHQUANT_TEST_HOLE": hole},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_memory(hole: str, request: pytest.FixtureRequest, processes: Processes) -> None:
+    result = processes.result(request.module, hole)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
@@ -51,5 +62,5 @@ def test_the_hole_is_there() -> None:
     )
     folder = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": folder, "TORCHQUANT_TEST_HOLE": "behind"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    result = run_python(script, environment=environment)
     assert result.returncode == -11  # SIGSEGV

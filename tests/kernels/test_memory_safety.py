@@ -10,13 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from support import ACTIVATIONS, integers, positive
-from support.ahead import Selection, ahead
+from support.ahead import NewFolder, Processes, Run, Selection
 from support.holes import LIBC, beside_a_hole
 from torch import Tensor
 
@@ -273,24 +274,29 @@ def main(isa: str) -> None:
 # ---------------------------------------------------------------- the tests
 
 
-@pytest.fixture(scope="module")
-def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not hasattr(LIBC, "__libc_memalign"):
-        pytest.skip("needs a C compiler and glibc")
-    folder = tmp_path_factory.mktemp("allocator")
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[str]]:
+    """The process of a fault, or of an instruction set."""
+    whats = [*tests.values("what"), *tests.values("name")]
+    if not whats or COMPILER is None or not hasattr(LIBC, "__libc_memalign"):
+        return run_guarded, []
+    folder = new_folder("allocator")
     source, library = folder / "guard.c", folder / "guard.so"
     source.write_text(ALLOCATOR)
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
-    return library
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return partial(run_guarded, library, dict(os.environ)), whats
 
 
-def run_guarded(what: str, allocator: Path) -> subprocess.CompletedProcess[str]:
+def run_guarded(
+    allocator: Path, environment: dict[str, str], what: str
+) -> subprocess.CompletedProcess[str]:
     tests = str(Path(__file__).parents[1])  # where the process finds the folder support
-    search = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    search = os.pathsep.join(filter(None, [tests, environment.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, __file__, what],
-        env={**os.environ, "PYTHONPATH": search, "LD_PRELOAD": str(allocator)},
+        env={**environment, "PYTHONPATH": search, "LD_PRELOAD": str(allocator)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -299,13 +305,12 @@ def run_guarded(what: str, allocator: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def result_of(
-    request: pytest.FixtureRequest, allocator: Path
-) -> Iterator[Callable[[str], "subprocess.CompletedProcess[str]"]]:
+    request: pytest.FixtureRequest, processes: Processes
+) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
     """The ended process of a fault, or of an instruction set."""
-    tests = Selection(request.session.items, request.module)
-    whats = [*tests.values("what"), *tests.values("name")]
-    with ahead(lambda what: run_guarded(what, allocator), whats) as found:
-        yield found
+    if not processes.keys(request.module):
+        pytest.skip("needs a C compiler and glibc")
+    return lambda what: processes.result(request.module, what)
 
 
 @pytest.mark.parametrize("what", ["reads too far", "reads before", "writes too far"])

@@ -1,6 +1,7 @@
 """The same bits in torch's inter-op pool, in parallel regions and with OpenMP's settings."""
 
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 from support.thread_scripts import needs_linux, run_script
 
@@ -64,9 +65,11 @@ def test_openmp_s_environment() -> None:
         assert wrong() == 0
         print("same")
     """
-    for environment in (  # each seconds: a new process that imports torch
+    environments = (  # each takes seconds: a new process that imports torch
         {"OMP_NUM_THREADS": "3", "OMP_DYNAMIC": "true"},
         {"OMP_THREAD_LIMIT": "1"},
         {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive", "OMP_MAX_ACTIVE_LEVELS": "3"},
-    ):
-        assert run_script(code, **environment) == "same", environment
+    )
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda environment: run_script(code, **environment), environments)
+        assert list(outputs) == ["same"] * 3

@@ -1,13 +1,12 @@
 """FLOPs of the operators in torch.utils.flop_counter, against those of the float layers."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import NAMESPACE, cases
 from support import Shape, floats, integers, positive
+from support.scripts import run_python
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -145,10 +144,11 @@ IMPORTS = "import torch.utils.flop_counter", "import torchquant"
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["counter_first", "torchquant_first"])
 def test_either_may_be_imported_first(order: tuple[int, int]) -> None:
-    script = SCRIPT.format(first=IMPORTS[order[0]], second=IMPORTS[order[1]])
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    done = run_python(SCRIPT.format(first=IMPORTS[order[0]], second=IMPORTS[order[1]]))
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_import_of_torchquant_does_not_import_the_counter() -> None:
     script = "import sys, torchquant; assert 'torch.utils.flop_counter' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr

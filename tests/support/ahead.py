@@ -56,6 +56,10 @@ class Processes:
                 for key in keys:
                     self._futures[module, key] = pool.submit(run, key)
 
+    def keys(self, module: ModuleType) -> list[Any]:
+        """What the tests of the module will ask for."""
+        return [key for owner, key in self._futures if owner is module]
+
     def result(self, module: ModuleType, key: Hashable) -> "CompletedProcess[str]":
         """The ended process; it runs now, in this thread, if it has not begun."""
         future = self._futures[module, key]

@@ -1,14 +1,37 @@
 """The demo on few images, for tests."""
 
+import pytest
+
 from torchquant import demo
 from torchquant.data import digit_images
-from torchquant.demo import networks
+from torchquant.demo import exactness, networks, training
 from torchquant.models import load_digits_data
 
+IMAGES = 80
+SAMPLED_ROWS = 16
+TRAINING_STEPS = 4
+VERIFIED_IMAGES = 5
 NETWORK_IMAGES = 60
 NETWORK_STEPS = 1
 NETWORK_CALIBRATION = 2  # batches
 NETWORK_VERIFIED = 2  # images
+
+
+def run_small_demo():
+    """The result of the demo with the numbers above, and its steps."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        with_few_images(patch, IMAGES)
+        patch.setattr(exactness, "SAMPLED_ROWS", SAMPLED_ROWS)
+        patch.setattr(training, "STEPS", TRAINING_STEPS)
+        patch.setattr(training, "VERIFIED_IMAGES", VERIFIED_IMAGES)
+        result = demo.run_demo(
+            isa="scalar",
+            threads=1,
+            latency_seconds=0,
+            on_step=lambda description, done: steps.append((description, done)),
+        )
+    return result, steps
 
 
 def with_few_images(patch, images):

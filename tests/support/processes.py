@@ -4,8 +4,12 @@ The functions that run in the processes stand here and not in the tests: a new p
 file by name.
 """
 
+import os
+import pickle
+import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchquant
+from support.scripts import run_python
 from torchquant import PerAxis
 
 PROCESSES = 2
@@ -33,14 +38,28 @@ class NoWaiting(TorchDispatchMode):
 
 def in_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run ``function(rank, *arguments)`` in two processes; return the results by rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _enter, args=(folder, function, arguments), nprocs=PROCESSES, join=True
-        )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
+        (Path(folder) / "call").write_bytes(pickle.dumps((function, arguments)))
+        runs = [
+            pool.submit(run_python, ENTER, str(rank), folder, environment=environment)
+            for rank in range(PROCESSES)
+        ]
+        for run in runs:
+            assert run.result().returncode == 0, run.result().stderr
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-def _enter(rank: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+ENTER = """
+import sys
+from support.processes import enter
+enter(int(sys.argv[1]), sys.argv[2])
+"""
+
+
+def enter(rank: int, folder: str) -> None:
+    """Run the function of a folder as process number `rank`."""
+    function, arguments = pickle.loads((Path(folder) / "call").read_bytes())
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

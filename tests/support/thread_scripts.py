@@ -5,11 +5,12 @@ each with the output that it must always give.
 """
 
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from support.scripts import run_python
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses libgomp")
@@ -54,12 +55,8 @@ SETUP = """
 
 def run_script(code: str, timeout: float = 120, **environment: str) -> str:
     script = textwrap.dedent(SETUP) + textwrap.dedent(code)
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )
+    fresh = any(name.startswith("OMP_") for name in environment)
+    environment = {**os.environ, **environment}
+    result = run_python(script, environment=environment, timeout=timeout, fresh=fresh)
     assert result.returncode == 0, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout.strip()

@@ -157,6 +157,14 @@ def sharded(rank: int, name: str, data: list[tuple[Tensor, Tensor]]) -> Any:
     return seen, state
 
 
+def every_training(rank: int, names: list[str], data: list[tuple[Tensor, Tensor]]) -> Any:
+    """The results of both by way and name of the configuration."""
+    return {
+        way.__name__: {name: way(rank, name, data) for name in names}
+        for way in (distributed, sharded)
+    }
+
+
 def alone(name: str, data: list[tuple[Tensor, Tensor]]) -> Any:
     """One process with the whole batches."""
     model = prepared(CONFIGS[name])

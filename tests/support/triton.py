@@ -7,7 +7,8 @@ where the tensors go.
 Three of the interpreter's operations differ from the hardware's and are replaced: the conversion
 from fp32 to bf16 (it does not round to nearest even), that from bf16 (denormals become zero), and
 in older versions the fused multiply-add (it rounds twice). Another replacement lets Triton 3.6 run
-with NumPy 2.4.
+with NumPy 2.4. Two save most of the time: reductions with a function of our own took one element at
+a time, and each call of a function in a kernel patched the whole language again.
 """
 
 import importlib
@@ -67,6 +68,47 @@ def _patch_interpreter() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    def generic_reduce(self: Any, input: Any) -> list[Any]:
+        """Combine halves until one value is left, as the hardware does."""
+        inputs, axis = self.unravel(input, self.axis)
+        types = [tensor.dtype for tensor in inputs]
+        values = [np.moveaxis(tensor.handle.data, axis, 0) for tensor in inputs]
+        while len(values[0]) > 1:
+            half, rest = divmod(len(values[0]), 2)
+            assert rest == 0
+            parts = [(value[:half], value[half:]) for value in values]
+            first, second = (map(self.to_tensor, side, types) for side in zip(*parts, strict=True))
+            found = self.combine_fn.fn(*first, *second)
+            values = [x.handle.data for x in (found if isinstance(found, tuple) else (found,))]
+        kept = (1,) * inputs[0].handle.data.ndim if self.axis is None else None
+        results = [value[0] for value in values]
+        if self.keep_dims:
+            results = [
+                np.expand_dims(result, axis) if kept is None else result.reshape(kept)
+                for result in results
+            ]
+        return list(map(self.to_tensor, results, types))
+
+    patch_language = interpreter._patch_lang
+    patched: set[str] = set()  # modules whose functions found the language in this launch
+
+    def patch_at_launch(kernel: Any) -> Any:
+        patched.clear()
+        return patch_language(kernel)
+
+    def call_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function that a kernel calls: one patch of the language suffices for its module."""
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            patch_language(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter._patch_lang = patch_at_launch
+    interpreter.InterpretedFunction.__call__ = call_function
+    interpreter.ReduceOps.generic_reduce = generic_reduce
     interpreter._patch_lang_tensor = patch_tensor_and_index
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp

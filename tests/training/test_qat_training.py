@@ -15,13 +15,12 @@ from support.training import (
     alone,
     batches,
     counts,
-    distributed,
+    every_training,
     gradients,
     loss_of,
     prepared,
     ranges,
     sgd,
-    sharded,
     train,
 )
 from torch import Tensor, nn
@@ -268,15 +267,19 @@ def check_processes(results: list[Any], name: str, data: list[tuple[Tensor, Tens
     check_converted(model, data[0][0])
 
 
+@pytest.fixture(scope="module")
+def trained_in_processes(data: list[tuple[Tensor, Tensor]]) -> list[Any]:
+    """What each of the two processes has after all trainings, one after the other."""
+    return in_processes(every_training, list(CONFIGS), data)
+
+
 @config_names
-def test_distributed_data_parallel(name: str, data: list[tuple[Tensor, Tensor]]) -> None:
+@pytest.mark.parametrize("way", ["distributed", "sharded"])
+def test_two_processes(
+    way: str, name: str, trained_in_processes: list[Any], data: list[tuple[Tensor, Tensor]]
+) -> None:
     """Two processes with half a batch each train like one process with the whole batch."""
-    check_processes(in_processes(distributed, name, data), name, data)
-
-
-@config_names
-def test_fully_sharded(name: str, data: list[tuple[Tensor, Tensor]]) -> None:
-    check_processes(in_processes(sharded, name, data), name, data)
+    check_processes([result[way][name] for result in trained_in_processes], name, data)
 
 
 def test_the_ranges_helper_sees_all_layers() -> None:

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.ahead import NewFolder, Processes, Run, Selection
+from support.scripts import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -32,18 +36,65 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+EXAMINE = f"""
+import json, logging, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import torch
+from architectures import ARCHITECTURES
+from zoo_checks import examine
+
+torch.set_num_threads(1)
+logging.disable(logging.WARNING)
+for architecture in ARCHITECTURES:
+    if architecture.name in sys.argv:
+        row = examine(architecture)
+        found = {{"failures": row.failures, "needless": row.needless}}
+        print(json.dumps({{"name": architecture.name, **found}}), flush=True)
+"""
+PROCESSES = 2
+SECONDS = 1800.0  # of all the architectures of a process
+
+
+def processes_ahead(tests: Selection, new_folder: NewFolder) -> tuple[Run, list[tuple[str, ...]]]:
+    """The architectures in two processes, which import the libraries of the models once each."""
+    names = [a.name for a in tests.values("architecture") if missing_package(a) is None]
+    environment = dict(os.environ)
+    return (
+        lambda key: run_python(EXAMINE, *key, environment=environment, timeout=SECONDS),
+        [tuple(names[i::PROCESSES]) for i in range(min(PROCESSES, len(names)))],
+    )
+
+
+@pytest.fixture(scope="module")
+def examined(
+    request: pytest.FixtureRequest, processes: Processes
+) -> Callable[[str], dict[str, Any]]:
+    """What the checks found in an architecture, by its name."""
+    keys = processes.keys(request.module)
+
+    def found(name: str) -> dict[str, Any]:
+        done = processes.result(request.module, next(key for key in keys if name in key))
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        row = next((row for row in rows if row["name"] == name), None)
+        assert row is not None, f"{done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        return row
+
+    return found
+
+
 @pytest.mark.parametrize(
     "architecture",
     [pytest.param(a, id=a.name, marks=() if a.fast else pytest.mark.slow) for a in ARCHITECTURES],
 )
-def test_every_check_passes(architecture: Architecture) -> None:
+def test_every_check_passes(
+    architecture: Architecture, examined: Callable[[str], dict[str, Any]]
+) -> None:
     package = missing_package(architecture)
     if package is not None:
         pytest.skip(f"needs the package {package}")
-    row = examine(architecture)
-    failures, needless = row.failures, row.needless
-    assert failures == {}
-    assert needless == [], "an exception that is no longer needed leaves the list"
+    row = examined(architecture.name)
+    assert row["failures"] == {}
+    assert row["needless"] == [], "an exception that is no longer needed leaves the list"
 
 
 def test_the_zoo_has_127_architectures_and_the_default_tests_run_a_third() -> None:

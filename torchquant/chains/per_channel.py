@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchquant.chains.arguments import arguments_of
 from torchquant.chains.operations import Affine, Norm, Operation, Shape
 from torchquant.functional import norm_as_affine
-from torchquant.graph.trace import Call, Ref, Trace, filled, function_named
+from torchquant.graph.trace import Call, Ref, Trace, called, filled
 
 # What may be computed with parameters alone: always the same.
 _PURE = frozenset(
@@ -263,6 +263,4 @@ class Numbers:
         args: Any = filled(call.args, self._result)
         kwargs: Any = filled(dict(call.kwargs), self._result)
         with torch.no_grad():
-            if call.kind == "method":
-                return getattr(args[0], call.target)(*args[1:], **kwargs)
-            return function_named(call.target)(*args, **kwargs)
+            return called(call, args, kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchquant.chains.arguments import arguments_of
 from torchquant.chains.operations import Channels, Flatten, Operation, Other, Same, Shape
 from torchquant.chains.recognize import MOVING
-from torchquant.graph.trace import Trace, filled, function_named
+from torchquant.graph.trace import Trace, called, filled
 
 _MOST_CALLS = 24  # of one rearrangement, those that compute sizes among them
 _SIZES = frozenset(
@@ -127,10 +127,8 @@ def _run(
         kwargs = filled(dict(call.kwargs), results.__getitem__)
         if module is not None:
             results[index] = type(module).forward(module, *args, **kwargs)
-        elif call.kind == "method":
-            results[index] = getattr(args[0], call.target)(*args[1:], **kwargs)
         else:
-            results[index] = function_named(call.target)(*args, **kwargs)
+            results[index] = called(call, args, kwargs)
     return results[calls[-1]]
 
 

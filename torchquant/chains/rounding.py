@@ -11,7 +11,7 @@ from torchquant import ops
 from torchquant.chains.interpreter import Substitute
 from torchquant.nn.inputs import on_nested
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def round_to(value: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -46,7 +46,7 @@ def activated(function: str) -> Substitute:
     """
 
     def result(value: Tensor, *rest: Any) -> Any:
-        if value.dtype not in _FLOATS:
+        if value.dtype not in FLOATS:
             return NotImplemented
         if value.is_nested:
             return on_nested(lambda part: ops.activation(part, function), value)

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchquant import ops
 from torchquant.chains.averages import average
 from torchquant.chains.edges import PASSING
 from torchquant.chains.guard import reads_mode
@@ -37,10 +36,10 @@ from torchquant.chains.operations import (
     Shape,
 )
 from torchquant.chains.plan import Plan
+from torchquant.chains.rounding import FLOATS, activated
 from torchquant.nn.base import Rounding, TrainedModule
 from torchquant.nn.qat_parts import observe, rounded
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ALWAYS = nn.Dropout()  # stands for a functional dropout of a record of training mode
 
 
@@ -296,10 +295,13 @@ class Simulation:
         return call
 
     def _activation(self, function: str, fused: bool) -> Substitute:
+        computed = activated(function)
+
         def call(value: Tensor, *rest: Any) -> Any:
-            if not self.quantizing or value.dtype not in _FLOATS:
+            if not self.quantizing:
                 return NotImplemented
-            return value if fused and self.fusing else ops.activation(value, function)
+            done = fused and self.fusing and value.dtype in FLOATS  # by the layer before it
+            return value if done else computed(value)
 
         return call
 

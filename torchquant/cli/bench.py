@@ -5,7 +5,6 @@ The measurements are in :mod:`torchquant.bench`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,8 +16,22 @@ from torchquant.bench.linear import Options, run_linear
 from torchquant.bench.overhead import overhead_table, run_overhead
 from torchquant.bench.peers import OURS, SUITES, all_peer_names
 from torchquant.bench.roofline import DEFAULT_MEBIBYTES, MEBIBYTE, measure_roofline
-from torchquant.cli.bench_files import Files, save_linear_figure
-from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
+from torchquant.cli.bench_files import save_linear_figure
+from torchquant.cli.comparison import Comparison, with_common_options
+from torchquant.cli.options import (
+    BlockOption,
+    JsonOption,
+    MinutesOption,
+    OutputOption,
+    ProgressOption,
+    RoundsOption,
+    SaveOption,
+    SmokeOption,
+    ThreadsOption,
+    check_names,
+    parse_threads,
+    split,
+)
 from torchquant.cli.output import (
     error_console,
     output_console,
@@ -35,81 +48,10 @@ app = typer.Typer(
 )
 
 
-def split(values: list[str] | None) -> tuple[str, ...]:
-    """The values of an option that can be repeated, or have several values with commas or spaces.
-
-    >>> split(["1x*,4x*", "16x768x768"])
-    ('1x*', '4x*', '16x768x768')
-    """
-    return tuple(part for value in values or [] for part in value.replace(",", " ").split())
-
-
-def check_names(option: str, names: tuple[str, ...], known: list[str]) -> tuple[str, ...]:
-    """Refuse an unknown name; the message lists the known ones."""
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(
-                f"must be one of {', '.join(known)}, got {name!r}", param_hint=option
-            )
-    return names
-
-
-def parse_numbers(option: str, values: list[str]) -> tuple[int, ...]:
-    """Numbers of at least 1: `["1,8"]` gives (1, 8)."""
-    numbers = split(values)
-    if not all(number.isdigit() and int(number) >= 1 for number in numbers):
-        raise typer.BadParameter(
-            f"must be numbers of at least 1, got {' '.join(numbers)!r}", param_hint=option
-        )
-    return tuple(dict.fromkeys(int(number) for number in numbers))
-
-
-def parse_threads(values: list[str] | None) -> tuple[int, ...]:
-    """The numbers of threads: `["1,2"]` gives (1, 2), None gives (2, 1)."""
-    return parse_numbers("--threads", list(split(values) or ("2", "1")))
-
-
-ThreadsOption = Annotated[
-    list[str] | None,
-    typer.Option("--threads", metavar="N,...", help="Threads of every peer (default: 2, then 1)."),
-]
-RoundsOption = Annotated[int, typer.Option(min=1, help="Blocks per peer and shape.")]
-BlockOption = Annotated[
-    float, typer.Option(min=0.0001, metavar="SECONDS", help="Length of a block.")
-]
-MinutesOption = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Time budget in minutes: fewer rounds, never fewer shapes."),
-]
-OutputOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write JSON lines to this file.")
-]
-MarkdownOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the tables to this file.")
-]
-FigureOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Write a figure to this file; for several runs one file each."
-    ),
-]
-SaveOption = Annotated[
-    bool,
-    typer.Option(
-        "--save",
-        help="Write all files, named by date and CPU, to benchmarks/results or the current folder.",
-    ),
-]
-SmokeOption = Annotated[
-    bool,
-    typer.Option(
-        "--smoke", help="Measure almost nothing, in seconds: only shows that the command works."
-    ),
-]
-
-
 @app.command("linear")
+@with_common_options(block=0.04)
 def linear_command(
+    common: Comparison,
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -125,18 +67,6 @@ def linear_command(
         list[str] | None,
         typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(all_peer_names())}."),
     ] = None,
-    threads: ThreadsOption = None,
-    isa: IsaOption = None,
-    rounds: RoundsOption = 5,
-    block: BlockOption = 0.04,
-    minutes: MinutesOption = None,
-    output: OutputOption = None,
-    markdown: MarkdownOption = None,
-    figure: FigureOption = None,
-    save: SaveOption = False,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
-    smoke: SmokeOption = False,
 ) -> None:
     """Compare int8 linear layers with other libraries: table, roofline figure, files.
 
@@ -148,22 +78,13 @@ def linear_command(
         suites=suites,
         shapes=split(shapes),
         peers=check_names("--peers", split(peers), all_peer_names()),
-        threads=(1,) if smoke and not threads else parse_threads(threads),
-        isa=isa,
-        rounds=1 if smoke else rounds,
-        block=0.005 if smoke else block,
-        minutes=minutes,
-        smoke=smoke,
+        **common.amounts(smoke_block=0.005),
     )
     try:
         options.selected()
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
-    errors = error_console()
-    files = Files("linear", save_linear_figure, output, markdown, figure, save, isa, errors)
-    with progress_bar(errors, shown=progress) as on_step:
-        runs = run_linear(options, errors, on_step, on_run=files.write)
-    files.finish(runs, as_json=as_json, smoke=smoke)
+    runs = common.run("linear", run_linear, options, save_linear_figure)
     wanted = not options.peers or OURS in options.peers
     if wanted and any(OURS in run.header["missing"] for run in runs):
         raise typer.Exit(1)

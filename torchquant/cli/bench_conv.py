@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from torchquant.bench.conv import CnnOptions, ConvOptions, run_cnn, run_conv
 from torchquant.bench.networks import NETWORKS
-from torchquant.bench.peers import CNN, CONV, OURS
-from torchquant.bench.results import AnyRun
-from torchquant.cli.bench import (
-    BlockOption,
-    FigureOption,
-    MarkdownOption,
-    MinutesOption,
-    OutputOption,
-    RoundsOption,
-    SaveOption,
-    SmokeOption,
-    ThreadsOption,
-    check_names,
-    parse_numbers,
-    parse_threads,
-    split,
-)
-from torchquant.cli.bench_files import Files, save_conv_figure
-from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
-from torchquant.cli.output import error_console, progress_bar
+from torchquant.bench.peers import CNN, CONV
+from torchquant.cli.bench_files import save_conv_figure
+from torchquant.cli.comparison import Comparison, fail_without_ours, with_common_options
+from torchquant.cli.options import check_names, parse_numbers, split
 
 
+@with_common_options(block=0.02)
 def conv_command(
+    common: Comparison,
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,21 +30,9 @@ def conv_command(
         list[str] | None,
         typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(CONV)}."),
     ] = None,
-    threads: ThreadsOption = None,
-    isa: IsaOption = None,
-    rounds: RoundsOption = 5,
-    block: BlockOption = 0.02,
-    minutes: MinutesOption = None,
     curve: Annotated[
         bool, typer.Option("--curve/--no-curve", help="Measure time over pixels and batch, too.")
     ] = True,
-    output: OutputOption = None,
-    markdown: MarkdownOption = None,
-    figure: FigureOption = None,
-    save: SaveOption = False,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
-    smoke: SmokeOption = False,
 ) -> None:
     """Compare int8 convolutions with other libraries: the layers of four networks, batch 1 and 8.
 
@@ -68,27 +42,20 @@ def conv_command(
     options = ConvOptions(
         shapes=split(shapes),
         peers=check_names("--peers", split(peers), list(CONV)),
-        threads=(1,) if smoke and not threads else parse_threads(threads or ["2"]),
-        isa=isa,
-        rounds=1 if smoke else rounds,
-        block=0.002 if smoke else block,
-        minutes=minutes,
         curve=curve,
-        smoke=smoke,
+        **common.amounts(smoke_block=0.002, threads="2"),
     )
     try:
         options.selected()
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes") from None
-    errors = error_console()
-    files = Files("conv", save_conv_figure, output, markdown, figure, save, isa, errors)
-    with progress_bar(errors, shown=progress) as on_step:
-        runs = run_conv(options, errors, on_step, on_run=files.write)
-    files.finish(runs, as_json=as_json, smoke=smoke)
-    _fail_without_ours(runs, options.peers)
+    runs = common.run("conv", run_conv, options, save_conv_figure)
+    fail_without_ours(runs, options.peers)
 
 
+@with_common_options(block=0.25)
 def cnn_command(
+    common: Comparison,
     networks: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(NETWORKS)}."),
@@ -100,18 +67,6 @@ def cnn_command(
         list[str] | None,
         typer.Option(metavar="NAME,...", help=f"One or more of {', '.join(CNN)}."),
     ] = None,
-    threads: ThreadsOption = None,
-    isa: IsaOption = None,
-    rounds: RoundsOption = 5,
-    block: BlockOption = 0.25,
-    minutes: MinutesOption = None,
-    output: OutputOption = None,
-    markdown: MarkdownOption = None,
-    figure: FigureOption = None,
-    save: SaveOption = False,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
-    smoke: SmokeOption = False,
 ) -> None:
     """Compare whole networks, static int8, with other libraries: latency and memory.
 
@@ -122,26 +77,10 @@ def cnn_command(
         networks=check_names("--networks", split(networks), list(NETWORKS)),
         peers=check_names("--peers", split(peers), list(CNN)),
         batches=parse_numbers("--batches", batches or ["1,8"]),
-        threads=(1,) if smoke and not threads else parse_threads(threads or ["2"]),
-        isa=isa,
-        rounds=1 if smoke else rounds,
-        block=0.002 if smoke else block,
-        minutes=minutes,
-        smoke=smoke,
+        **common.amounts(smoke_block=0.002, threads="2"),
     )
-    errors = error_console()
-    files = Files("cnn", save_conv_figure, output, markdown, figure, save, isa, errors)
-    with progress_bar(errors, shown=progress) as on_step:
-        runs = run_cnn(options, errors, on_step, on_run=files.write)
-    files.finish(runs, as_json=as_json, smoke=smoke)
-    _fail_without_ours(runs, options.peers)
-
-
-def _fail_without_ours(runs: Sequence[AnyRun[Any]], peers: tuple[str, ...]) -> None:
-    """End with status 1 if torchquant was requested and a run has no time of it."""
-    measured = all(any(OURS in result.blocks for result in run.results) for run in runs)
-    if (not peers or OURS in peers) and runs and not measured:
-        raise typer.Exit(1)
+    runs = common.run("cnn", run_cnn, options, save_conv_figure)
+    fail_without_ours(runs, options.peers)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,27 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from torchquant.bench.lowbit import LowbitOptions, run_lowbit
-from torchquant.bench.peers import LOWBIT_SUITES, OURS, all_peer_names
-from torchquant.cli.bench import (
-    BlockOption,
-    FigureOption,
-    MarkdownOption,
-    MinutesOption,
-    OutputOption,
-    RoundsOption,
-    SaveOption,
-    SmokeOption,
-    ThreadsOption,
-    check_names,
-    parse_threads,
-    split,
-)
-from torchquant.cli.bench_files import Files
-from torchquant.cli.options import IsaOption, JsonOption, ProgressOption
-from torchquant.cli.output import error_console, progress_bar
+from torchquant.bench.peers import LOWBIT_SUITES, all_peer_names
+from torchquant.cli.comparison import Comparison, fail_without_ours, with_common_options
+from torchquant.cli.options import check_names, split
 
 
+@with_common_options(block=0.04)
 def lowbit_command(
+    common: Comparison,
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,18 +45,6 @@ def lowbit_command(
             metavar="NAME,...", help=f"One or more of {', '.join(all_peer_names(LOWBIT_SUITES))}."
         ),
     ] = None,
-    threads: ThreadsOption = None,
-    isa: IsaOption = None,
-    rounds: RoundsOption = 5,
-    block: BlockOption = 0.04,
-    minutes: MinutesOption = None,
-    output: OutputOption = None,
-    markdown: MarkdownOption = None,
-    figure: FigureOption = None,
-    save: SaveOption = False,
-    as_json: JsonOption = False,
-    progress: ProgressOption = True,
-    smoke: SmokeOption = False,
 ) -> None:
     """Compare layers with weights of 2 to 8 bits with other libraries, at 1 to 256 rows.
 
@@ -81,26 +56,15 @@ def lowbit_command(
         formats=split(formats),
         suites=check_names("--suite", split(suite), list(LOWBIT_SUITES)) or tuple(LOWBIT_SUITES),
         peers=check_names("--peers", split(peers), all_peer_names(LOWBIT_SUITES)),
-        threads=(1,) if smoke and not threads else parse_threads(threads or ["2"]),
-        isa=isa,
-        rounds=1 if smoke else rounds,
-        block=0.002 if smoke else block,
-        minutes=minutes,
-        smoke=smoke,
+        **common.amounts(smoke_block=0.002, threads="2"),
     )
     try:
         options.selected()
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shapes, --formats") from None
-    errors = error_console()
     kind = options.suites[0] if len(options.suites) == 1 else "lowbit"
-    files = Files(kind, save_lowbit_figure, output, markdown, figure, save, isa, errors)
-    with progress_bar(errors, shown=progress) as on_step:
-        runs = run_lowbit(options, errors, on_step, on_run=files.write)
-    files.finish(runs, as_json=as_json, smoke=smoke)
-    measured = all(any(OURS in result.blocks for result in run.results) for run in runs)
-    if (not options.peers or OURS in options.peers) and not measured:
-        raise typer.Exit(1)
+    runs = common.run(kind, run_lowbit, options, save_lowbit_figure)
+    fail_without_ours(runs, options.peers)
 
 
 def save_lowbit_figure(path: Path, run: Any) -> None:

@@ -169,6 +169,13 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Recover the bool tensor of ``shape`` from :func:`pack_bits`'s result.
 
+    Args:
+        bits: uint8, eight values in each byte, the first in its lowest bit.
+        shape: of the result.
+
+    Returns:
+        bool tensor of ``shape``.
+
     Raises:
         TypeError: ``bits`` is not uint8.
         ValueError: the number of bytes does not fit ``shape``.
@@ -192,6 +199,13 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     """Keep ``grad`` where ``mask`` is True; +0 elsewhere, even where ``grad`` is NaN.
+
+    Args:
+        grad: float tensor.
+        mask: bool tensor of its shape.
+
+    Returns:
+        Tensor of grad's shape and dtype.
 
     Example:
         >>> mask_gradient(torch.tensor([1.0, -2.0]), torch.tensor([True, False]))

@@ -58,7 +58,11 @@ def quantize_rows(
 ) -> Quantized:
     """Each row ``[..., K]`` as int8 with a scale and zero point ``[..., 1]``.
 
-    Args and result: those of :func:`torchquant.ops.quantize_rows`.
+    Args: those of :func:`torchquant.ops.quantize_rows`.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[..., 1]``, int32 ``[..., 1]``. A
+        row has scale NaN where it holds NaN or, with a scale of its own, an infinity.
 
     Example:
         >>> quantize_rows(torch.tensor([[-3.0, 1.0]]), qmin=-2, qmax=1).q
@@ -100,7 +104,11 @@ def quantize_pack(
 ) -> Quantized:
     """A weight ``[N, K]`` as int8 with a scale and zero point for each output channel, ``[N]``.
 
-    Args and result: those of :func:`torchquant.ops.quantize_pack`, which packs the integers too.
+    Args: those of :func:`torchquant.ops.quantize_pack`, which packs the integers too.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[N, K]``, float32 ``[N]``, int32 ``[N]``. A channel that
+        holds NaN, or without ``scale`` an infinity, has scale NaN and zeros.
 
     Example:
         >>> quantize_pack(torch.tensor([[0.5, -1.27], [0.0, 2.54]])).q
@@ -133,8 +141,10 @@ def mm_fake_quantized(
 ) -> Tensor:
     """``grad @ fake_quantize(weight)``, per output channel: the gradient of a layer's input.
 
-    Args and result: those of :func:`torchquant.ops.mm_fake_quantized`; grad may be float64, the sum
-    then is too. The order of the sums is not promised.
+    Args: those of :func:`torchquant.ops.mm_fake_quantized`; grad may be float64.
+
+    Returns:
+        ``[M, K]`` in grad's dtype. The order of the sums is not promised.
 
     Example:
         >>> mm_fake_quantized(torch.ones(1, 1), torch.tensor([[0.26, 9.0]]), torch.ones(1) / 2)
@@ -175,8 +185,11 @@ def qat_linear(
 ) -> Tensor:
     """Forward of :func:`torchquant.ops.qat_linear`, bit for bit; without gradients.
 
-    Args and result: those of the operator. The two factors belong to the gradients
+    Args: those of the operator. The two factors belong to the gradients
     (:func:`qat_linear_backward`): the result does not depend on them.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
 
     Example:
         >>> qat_linear(torch.ones(1, 2), torch.tensor([[1.0, -0.5]]))
@@ -248,6 +261,10 @@ def qat_linear_backward(
         learned_offset: True if the activations' zero point comes from an offset in real units. The
             offset does not change with the scale, and Qn, Qp are -qmin, qmax. Otherwise the zero
             point does not change, and Qn, Qp are zero_point - qmin, qmax - zero_point.
+
+    Returns:
+        The gradients of input, weight and bias, and of the scales and the offset that are learned;
+        None for the others.
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, -0.5]])

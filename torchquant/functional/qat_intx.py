@@ -51,8 +51,11 @@ def quantize_pack_intx(
 ) -> Quantized:
     """A weight ``[N, K]`` as integers, with a scale and zero point for each channel or group.
 
-    Args and result: those of :func:`torchquant.ops.quantize_pack_intx`, which packs the integers,
-    too.
+    Args: those of :func:`torchquant.ops.quantize_pack_intx`, which packs the integers, too.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[N, K]``, float32 and int8 ``[N]`` or ``[N, groups]``. A
+        group that holds NaN, or without ``scale`` an infinity, has scale NaN and zeros.
 
     Raises:
         TypeError: weight is not float32, bfloat16 or float16.
@@ -119,8 +122,11 @@ def qat_linear_intx(
 ) -> Tensor:
     """Forward of :func:`torchquant.ops.qat_linear_intx`, bit for bit; without gradients.
 
-    Args and result: those of the operator. The factor belongs to the gradients
+    Args: those of the operator. The factor belongs to the gradients
     (:func:`qat_linear_intx_backward`): the result does not depend on it.
+
+    Returns:
+        ``[..., N]`` of ``output_dtype``.
 
     Example:
         >>> qat_linear_intx(torch.ones(1, 2), torch.tensor([[1.4, -0.1]]), group_size=1)
@@ -191,6 +197,10 @@ def qat_linear_intx_backward(
         weight_given: True if the weight's scales are given.
         activation_bits, activation_symmetric, activation: as in the forward.
         weight_grad_factor: above 0, given scales are learned.
+
+    Returns:
+        The gradients of input, weight and bias, and that of the scales, which is None unless they
+        are learned.
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[1.4, -0.1]])

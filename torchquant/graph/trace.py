@@ -12,7 +12,7 @@ import inspect
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -213,6 +213,18 @@ def function_named(name: str) -> Callable[..., Any]:
     for part in path.split(":") if ":" in path else path.split("."):
         value = getattr(value, part)
     return value  # type: ignore[no-any-return]
+
+
+def called(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the call of a function or a method gives for these arguments.
+
+    Example:
+        >>> called(Call("method", "relu"), (torch.tensor([-1.0, 2.0]),), {})
+        tensor([0., 2.])
+    """
+    if call.kind == "method":
+        return getattr(args[0], call.target)(*args[1:], **kwargs)
+    return function_named(call.target)(*args, **kwargs)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -11,10 +11,8 @@ from torchquant import ops
 from torchquant._extension import load
 from torchquant.configs import Int8WeightOnlyConfig, QuantizationConfig, check_config
 from torchquant.nn import float_embedding
-from torchquant.nn.base import QuantizedModule
+from torchquant.nn.intx_state import IntxState
 from torchquant.nn.intx_weight import (
-    format_of,
-    group_size_of,
     integers_of,
     shape_refusal,
     values_of,
@@ -23,7 +21,7 @@ from torchquant.nn.intx_weight import (
 from torchquant.nn.linear_arguments import check_size
 from torchquant.nn.packed_state import Canonical
 from torchquant.nn.state_names import PLACEHOLDER
-from torchquant.nn.weight import INTX, IntxFormat, WeightFormat
+from torchquant.nn.weight import INTX, WeightFormat
 
 _fast_embedding_intx = load().embedding_intx
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # saves two look-ups in each call
@@ -31,7 +29,7 @@ Table = TypeVar("Table", bound="EmbeddingTable")
 _MODES = ("sum", "mean", "max")
 
 
-class EmbeddingTable(QuantizedModule):
+class EmbeddingTable(IntxState):
     """A table of ``num_embeddings`` rows; the base class of both quantized embeddings.
 
     A call dequantizes the rows that it needs. The table itself is never dequantized.
@@ -72,36 +70,13 @@ class EmbeddingTable(QuantizedModule):
         reason = self.shape_refusal(self.config, self.weight_shape)
         if reason is not None:
             raise ValueError(f"{who}: {reason}")
-        # Arguments of the operators, as attributes because reading the configuration is slower.
-        self._bits: int = self.config.weights.bits
-        self._group_size = group_size_of(self.config.weights)
-        self._has_zero_point = not self.config.weights.symmetric
+        self.take_weights(self.config)
         self.register_weight(self.layout.empty(self.weight_shape, device), dtype)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """``(num_embeddings, embedding_dim)``."""
         return self.num_embeddings, self.embedding_dim
-
-    @property
-    def layout(self) -> IntxFormat:
-        """The object that packs the weight."""
-        return format_of(self.config.weights)
-
-    @property
-    def qweight_scale(self) -> Tensor:  # type: ignore[override]
-        """The scales, which ``packed`` holds; each access unpacks them again."""
-        return self.unpacked()["qweight_scale"]
-
-    @property
-    def qweight_zero_point(self) -> Tensor | None:  # type: ignore[override]
-        """The zero points, which ``packed`` holds, or None; each access unpacks them again."""
-        return self.unpacked()["qweight_zero_point"] if self._has_zero_point else None
-
-    @property
-    def integers(self) -> Tensor:
-        """The integers of the table as int8 ``[num_embeddings, embedding_dim]``, a new tensor."""
-        return self.layout.unpack_integers(self.packed, self.weight_shape)[0]
 
     def canonical(self) -> Canonical:
         """Dtype and shape of each tensor of the layer's state dict, by name."""

@@ -18,8 +18,8 @@ from torchquant.configs import (
 )
 from torchquant.functional import _bits
 from torchquant.nn.base import autocast_dtype
+from torchquant.nn.intx_state import IntxState
 from torchquant.nn.intx_weight import (
-    format_of,
     group_size_of,
     integers_of,
     shape_refusal,
@@ -30,7 +30,7 @@ from torchquant.nn.linear_arguments import static_parameters
 from torchquant.nn.linear_layer import LinearLayer
 from torchquant.nn.packed_state import Canonical
 from torchquant.nn.state_names import rename_state
-from torchquant.nn.weight import INTX, IntxFormat, WeightFormat
+from torchquant.nn.weight import INTX, WeightFormat
 from torchquant.scheme import quant_range
 
 _fast_linear_dynamic_intx = load().linear_dynamic_intx
@@ -48,7 +48,7 @@ class _Alone:
         return f"{what}, where one product saves little"
 
 
-class QuantizedIntxLinear(LinearLayer):
+class QuantizedIntxLinear(IntxState, LinearLayer):
     """``y = activation(x @ weight.T + bias)`` on weights of 2 to 8 bits.
 
     A weight takes as many bits as it has, on disk and in memory. Inputs of an output channel share
@@ -116,11 +116,8 @@ class QuantizedIntxLinear(LinearLayer):
         reason = self.shape_refusal(self.config, self.weight_shape)
         if reason is not None:
             raise ValueError(f"{type(self).__name__}: {reason}")
-        weights, activations = self.config.weights, self.config.activations
-        # Arguments of the operators, as attributes because reading the configuration is slower.
-        self._bits: int = weights.bits
-        self._group_size = group_size_of(weights)
-        self._has_zero_point = not weights.symmetric
+        activations = self.config.activations
+        self.take_weights(self.config)
         dynamic = isinstance(activations, Dynamic)
         self._floats = activations is None
         self._is_fast = not self._static
@@ -129,26 +126,6 @@ class QuantizedIntxLinear(LinearLayer):
         self.register_weight(self.layout.empty(self.weight_shape, device), dtype, bias)
         self.init_input(device)
         self.init_bias(bias, device, dtype)
-
-    @property
-    def layout(self) -> IntxFormat:
-        """The object that packs the weight."""
-        return format_of(self.config.weights)
-
-    @property
-    def qweight_scale(self) -> Tensor:  # type: ignore[override]
-        """The scales, which ``packed`` holds; each access unpacks them again."""
-        return self.unpacked()["qweight_scale"]
-
-    @property
-    def qweight_zero_point(self) -> Tensor | None:  # type: ignore[override]
-        """The zero points, which ``packed`` holds, or None; each access unpacks them again."""
-        return self.unpacked()["qweight_zero_point"] if self._has_zero_point else None
-
-    @property
-    def integers(self) -> Tensor:
-        """The integers of the weight as int8, in the shape of the weight; a new tensor."""
-        return self.layout.unpack_integers(self.packed, self.weight_shape)[0]
 
     def canonical(self) -> Canonical:
         """Dtype and shape of each tensor of the layer's state dict, by name."""

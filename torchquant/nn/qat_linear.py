@@ -239,7 +239,7 @@ class QATLinear(TrainedLayer):
         scale = zero_point = offset = weight_scale = None
         weight = self._matrix()
         if self._is_intx:
-            return self._grouped(input, weight, activation)
+            return self._compute_intx(input, weight, activation)
         input_factor = weight_factor = 0.0
         input_qmin, input_qmax = self._input_range
         weight_qmin, weight_qmax = self._weight_range
@@ -280,7 +280,7 @@ class QATLinear(TrainedLayer):
             output_dtype=autocast_dtype(input),
         )
 
-    def _grouped(self, input: Tensor, weight: Tensor, activation: str) -> Tensor:
+    def _compute_intx(self, input: Tensor, weight: Tensor, activation: str) -> Tensor:
         """The forward with groups of weights, or with float activations."""
         scale, factor = None, 0.0
         if self.qweight_quantizer is not None:
