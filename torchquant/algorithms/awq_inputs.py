@@ -206,7 +206,8 @@ def _take_calls(calls: Calls, stack: ExitStack) -> None:
     def leave(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         kept = before.pop()
         if kept is not None:
-            calls.take(*kept, result)
+            given, options = kept
+            calls.take(given, options, result)
 
     handles: list[Callable[[], None]] = [
         calls.module.register_forward_pre_hook(enter, with_kwargs=True).remove,

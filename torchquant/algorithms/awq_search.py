@@ -192,7 +192,7 @@ class AWQSearch:
     @contextmanager
     def _with_weights(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Let layers have other weights for a while."""
-        modules = {name: self._steps[name].module for name in values}
+        modules: dict[str, Any] = {name: self._steps[name].module for name in values}
         undo = FoldUndo([module.weight for module in modules.values()])
         try:
             for name, module in modules.items():
