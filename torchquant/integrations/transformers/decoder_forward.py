@@ -37,6 +37,8 @@ from torchquant.integrations.transformers.decoder_structure import Known, Refusa
 
 _library: Any = load()
 _OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
+# A changed decoder may lack what reading a plan takes for granted; its own forward decides then.
+_FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _POSITIONS = ("position_ids", "cache_position")
 _READ = frozenset(
@@ -177,7 +179,7 @@ class FusedForward:
             return self._serves
         try:
             self._form()
-        except Refusal as reason:
+        except _FAILURES as reason:
             self._watch(serves=False)  # until something else is changed
             self._warn(str(reason))
         return self._serves
