@@ -217,3 +217,26 @@ def test_the_layout_is_found_by_the_names_of_tensors(tmp_path: Path) -> None:
         assert bool(report.notes) is (name == "gptq")
     plain = by.write(tmp_path / "plain", {}, None, by.floats_of(small()))
     assert load_checkpoint(small(device="meta"), plain).layout == "safetensors"
+
+
+def test_zero_points_of_symmetric_weights_in_older_versions(tmp_path: Path) -> None:
+    made = handmade(symmetric=True)
+    parts = {**by.compressed(made, zeros=False), "weight_zero_point": np.zeros((32, 2), np.int8)}
+    model, report, source = loaded(tmp_path, parts, by.scheme(symmetric=True))
+    check(model, made, source)
+    assert report["first"].weights == "int4 in groups of 32"
+
+
+def test_weights_in_another_dtype_and_on_a_grown_scale(tmp_path: Path) -> None:
+    """A scale per tensor; a model in bfloat16 keeps its dtype, and so does the report."""
+    made = handmade(8, size=64, symmetric=True, dtype=np.float32)
+    made.scale[:] = 0.02
+    parts = by.compressed(made, packed=False, zeros=False)
+    parts["weight_scale"] = np.array([0.02], np.float32)
+    config = by.scheme(8, None, True, form="int-quantized")
+    config["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    model: Any = small(device="meta").to(torch.bfloat16)
+    load_checkpoint(model, tmp_path)
+    assert torch.equal(model.first.dequantized_matrix(), made.values)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}

@@ -61,25 +61,26 @@ def read_contents(
     config = _config(path if path.is_dir() else path.parent)
     layout = _layout(config, files, shapes)
     weights: dict[str, StoredWeight] = {}
-    parts: tuple[str, ...] = ()
     if layout == gptq.NAME:
-        weights, parts = gptq.layers(files, shapes, config), gptq.PARTS
+        weights = gptq.layers(files, shapes, config)
     elif layout == awq.NAME:
-        weights, parts = awq.layers(files, shapes, config), (*awq.PARTS, "g_idx")
+        weights = awq.layers(files, shapes, config)
     elif layout == compressed_tensors.NAME:
         weights = compressed_tensors.layers(files, shapes, config, modules)
-        parts = (*compressed_tensors.PARTS, "weight")
     found = Contents(layout, weights)
-    used = {f"{name}.{part}" for name in weights for part in parts}
+    used = {name for stored in weights.values() for name in stored.names}
     for name in files.names:
         if name in used:
             continue
-        if isinstance(files.dtype(name), str):
-            raise Unreadable(f"{name} has the dtype {files.dtype(name)}, which is not read")
+        dtype = files.dtype(name)
+        if isinstance(dtype, str):
+            raise Unreadable(f"{name} has the dtype {dtype}, which is not read")
         if config.get("kv_cache_scheme") and name.endswith(("k_scale", "v_scale")):
             found.ignored[name] = "a scale of a quantized key/value cache"
             continue
-        found.floats[name] = FloatTensor(files.shape(name), partial(files.get, name))
+        found.floats[name] = FloatTensor(
+            files.shape(name), partial(files.get, name), is_floating=dtype.is_floating_point
+        )
     if layout == gptq.NAME and not config:
         found.notes.append(
             "The checkpoint has no configuration; qzeros were read as those of version 1 are."
