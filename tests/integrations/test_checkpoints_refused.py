@@ -145,6 +145,32 @@ def test_configurations(tmp_path: Path, edit: Any, match: str) -> None:
     refused(tmp_path, match)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**GPTQ, "meta": 3},
+        {**by.scheme(), "config_groups": {"a": {"weights": {"num_bits": 4}, "targets": 3}}},
+        {**by.scheme(), "transform_config": [3]},
+        by.scheme(inputs=[3]),  # type: ignore[arg-type]
+    ],
+)
+def test_values_of_other_types(tmp_path: Path, config: Any) -> None:
+    made = handmade()
+    parts = by.gptq(made) if config["quant_method"] == "gptq" else by.compressed(made)
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    refused(tmp_path, "its quantization_config is not valid")
+
+
+def test_group_sizes_that_are_no_numbers(tmp_path: Path) -> None:
+    parts = by.gptq(handmade())
+    del parts["g_idx"]
+    floats = by.floats_of(small(), "first.weight")
+    by.write(tmp_path, {"first": parts}, {**GPTQ, "group_size": "many"}, floats)
+    refused(tmp_path, "its quantization_config is not valid")
+    by.write(tmp_path, {"first": parts}, {**GPTQ, "group_size": 16}, floats)
+    refused(tmp_path, "scales must have 4 groups of 16 inputs, got 2")
+
+
 def test_files(tmp_path: Path) -> None:
     refused(
         tmp_path / "nothing", "must name a folder or a file that exists", error=FileNotFoundError

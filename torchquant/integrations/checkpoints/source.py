@@ -60,15 +60,11 @@ def read_contents(
         raise Unreadable("torchquant.save wrote it; use torchquant.load(path, model)")
     config = _config(path if path.is_dir() else path.parent)
     layout = _layout(config, files, shapes)
-    weights: dict[str, StoredWeight] = {}
-    if layout == gptq.NAME:
-        weights = gptq.layers(files, shapes, config)
-    elif layout == awq.NAME:
-        weights = awq.layers(files, shapes, config)
-    elif layout == compressed_tensors.NAME:
-        weights = compressed_tensors.layers(files, shapes, config, modules)
-    found = Contents(layout, weights)
-    used = {name for stored in weights.values() for name in stored.names}
+    try:
+        found = Contents(layout, _weights(layout, files, shapes, config, modules))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type
+        raise Unreadable(f"its quantization_config is not valid ({error})") from None
+    used = {name for stored in found.weights.values() for name in stored.names}
     for name in files.names:
         if name in used:
             continue
@@ -86,6 +82,23 @@ def read_contents(
             "The checkpoint has no configuration; qzeros were read as those of version 1 are."
         )
     return found
+
+
+def _weights(
+    layout: str,
+    files: TensorFiles,
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, StoredWeight]:
+    """The quantized weights in one of the layouts; none in others."""
+    if layout == gptq.NAME:
+        return gptq.layers(files, shapes, config)
+    if layout == awq.NAME:
+        return awq.layers(files, shapes, config)
+    if layout == compressed_tensors.NAME:
+        return compressed_tensors.layers(files, shapes, config, modules)
+    return {}
 
 
 def _files(path: Path) -> list[Path]:
