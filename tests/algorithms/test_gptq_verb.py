@@ -19,6 +19,8 @@ from torch import nn
 import torchquant
 from torchquant import gptq_
 from torchquant.algorithms.gptq_rounding import gptq
+from torchquant.algorithms.hessian import Hessian
+from torchquant.algorithms.inputs import columns, quantized_input
 from torchquant.algorithms.least_error import clip_search
 from torchquant.convert.adjustment import is_adjusted
 from torchquant.nn.base import QuantizedModule
@@ -169,13 +171,19 @@ def test_a_prepared_model_gets_its_integers_in_convert() -> None:
     config = torchquant.IntxActivationIntxWeightConfig(weight_bits=4, static=True)
     torchquant.prepare_(model, config)
     torchquant.calibrate(model, batches, progress=False)
-    rounded = copy.deepcopy(model)
+    rounded, first = copy.deepcopy(model), copy.deepcopy(model)
+    torchquant.convert_(first)
+    hessian = Hessian.of(floating[0])
+    for number, x in enumerate(batches):
+        hessian.add(number, columns(floating[0], quantized_input(first[0], x)))
     report = gptq_(model, None, batches, progress=False)
     assert [row.action for row in report] == ["compressed"] * 3
     assert report.quantization is None
     assert torch.equal(model[0].weight, floating[0].weight), "the prepared model stays"
     torchquant.convert_(model)
     torchquant.convert_(rounded)
+    weight, weights = floating[0].weight.detach().flatten(1), model[0].config.weights
+    assert_has(model, {"0": integers(weight, hessian.value(), weights)})
     with torch.no_grad():
         errors = [
             sum(float((net(x) - floating(x)).square().mean()) for x in batches)
