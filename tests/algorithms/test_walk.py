@@ -72,14 +72,51 @@ class Together(nn.Module):
         return self.a(x) + self.b(x if x.sum() > 0 else x * 3 + 1)
 
 
-def test_layers_that_share_a_tensor_in_some_batches_only_have_their_own_statistics() -> None:
+class Again(Together):
+    """In batches with negative sums, the second of three layers reads the tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(x) + self.a(x)
+        return (y if x.sum() > 0 else y + self.a(x)) + self.c(x)
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [(Together, [210, 210]), (Again, [280, 210, 210])])
+def test_layers_that_share_a_tensor_in_some_batches_only_have_their_own_statistics(
+    kind: type[Together], inputs: list[int]
+) -> None:
     torch.manual_seed(0)
-    model = Together()
+    model = kind()
     batches = [torch.rand(70, SIZE), -torch.rand(70, SIZE), torch.rand(70, SIZE)]
-    expected = compressed_by_hand(model, batches, INT4, [("a", "b")], integers)
+    stage = tuple(name for name, _ in model.named_children())
+    expected = compressed_by_hand(model, batches, INT4, [stage], integers)
     report = gptq_(model, INT4, batches, progress=False)
     assert_has(model, expected)
-    assert [row.inputs for row in report] == [210, 210]
+    assert [row.inputs for row in report] == inputs
+
+
+def test_blocks_of_two_kinds_with_the_same_names_have_their_own_levels() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())
+
+    class Sum(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(Sum(), Chain(), Sum()), [torch.randn(70, SIZE)]
+    stages = [("0.a", "0.b"), ("1.a",), ("1.b",), ("2.a", "2.b")]
+    expected = compressed_by_hand(model, batches, INT4, stages, integers)
+    gptq_(model, INT4, batches, progress=False)
+    assert_has(model, expected)
 
 
 def test_a_layer_that_is_called_twice_sees_both_inputs() -> None:

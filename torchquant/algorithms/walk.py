@@ -224,7 +224,7 @@ class _Walk:
         below = {place.name.removeprefix(f"{name}."): place for place in places}
         parts = tuple((path, place.kind, place.shape) for path, place in below.items())
         key = (type(root), parts)
-        if key not in self._levels or not name:
+        if key not in self._levels:
             modules = {path: place.module for path, place in below.items()}
             self._levels[key] = agreed(lambda: self._find_levels(modules, run, batches))
         for level in self._levels[key]:
