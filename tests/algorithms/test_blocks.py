@@ -199,6 +199,34 @@ def test_each_run_of_a_block_has_its_own_copy_of_what_a_block_changes() -> None:
     assert not alone, "each block adds to what the blocks before it have in the cache"
 
 
+def test_a_block_that_changes_its_input_in_place_is_recorded_before() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList([nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)])
+
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            x.mul_(factor)
+            return self.linears[1](self.linears[0](x)) + x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(InPlace() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            for place, layer in enumerate(self.layers):
+                x = layer(x, torch.tensor(2.0 + place))
+            return x
+
+    model, x = Net(), torch.randn(3, SIZE)
+    (blocks,) = found(model, x)
+    assert not blocks.alike
+    with torch.no_grad():
+        assert runs_alone(blocks, model, lambda batch: model(x), 0)
+
+
 def test_finished_blocks_are_not_computed_again() -> None:
     model, batches = decoder(), tokens(2)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -19,6 +19,8 @@ from torch import nn
 import torchquant
 from torchquant import gptq_
 from torchquant.algorithms.gptq_rounding import gptq
+from torchquant.algorithms.hessian import Hessian
+from torchquant.algorithms.inputs import columns, quantized_input
 from torchquant.algorithms.least_error import clip_search
 from torchquant.convert.adjustment import is_adjusted
 from torchquant.nn.base import QuantizedModule
@@ -101,6 +103,17 @@ def test_a_tied_head_keeps_the_rows_of_its_table() -> None:
     assert report["head"].reason.startswith("the nearest integers suit the rows of the table; ")
 
 
+def test_a_tied_head_that_would_make_the_model_larger_stays_in_float() -> None:
+    model = decoder(1)
+    model.embed = nn.Embedding(2000, 64)
+    model.head = nn.Linear(64, 2000, bias=False)
+    model.head.weight = model.embed.weight
+    report = gptq_(model, CONFIGS["int8"], tokens(2), progress=False)
+    assert report["head"].action == "left"
+    assert "an integer copy would make the model larger" in report["head"].reason
+    assert type(model.head) is nn.Linear and not is_adjusted(model.head)
+
+
 def test_layers_stay_that_are_not_selected() -> None:
     model = decoder(1)
     report = gptq_(model, INT4, tokens(2), filter_fn=["layers.*", "!*.o"], progress=False)
@@ -154,7 +167,8 @@ def test_convolutions_grouped_and_with_zero_padding() -> None:
     assert all(report[name].inputs == 3 * 2 * 36 for (name,) in stages)
 
 
-def test_a_prepared_model_gets_its_integers_in_convert() -> None:
+@pytest.mark.parametrize(("activation_bits", "left"), [(8, 0.8), (3, 0.95)])
+def test_a_prepared_model_gets_its_integers_in_convert(activation_bits: int, left: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -166,22 +180,28 @@ def test_a_prepared_model_gets_its_integers_in_convert() -> None:
     ).eval()
     batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
     floating = copy.deepcopy(model)
-    config = torchquant.IntxActivationIntxWeightConfig(weight_bits=4, static=True)
+    config = torchquant.IntxActivationIntxWeightConfig(4, activation_bits, static=True)
     torchquant.prepare_(model, config)
     torchquant.calibrate(model, batches, progress=False)
-    rounded = copy.deepcopy(model)
+    rounded, first = copy.deepcopy(model), copy.deepcopy(model)
+    torchquant.convert_(first)
+    hessian = Hessian.of(floating[0])
+    for number, x in enumerate(batches):
+        hessian.add(number, columns(floating[0], quantized_input(first[0], x)))
     report = gptq_(model, None, batches, progress=False)
     assert [row.action for row in report] == ["compressed"] * 3
     assert report.quantization is None
     assert torch.equal(model[0].weight, floating[0].weight), "the prepared model stays"
     torchquant.convert_(model)
     torchquant.convert_(rounded)
+    weight, weights = floating[0].weight.detach().flatten(1), model[0].config.weights
+    assert_has(model, {"0": integers(weight, hessian.value(), weights)})
     with torch.no_grad():
         errors = [
             sum(float((net(x) - floating(x)).square().mean()) for x in batches)
             for net in (model, rounded)
         ]
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < left * errors[1]
 
 
 def test_a_model_in_bfloat16_stays_in_it() -> None:

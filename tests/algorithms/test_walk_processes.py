@@ -24,8 +24,14 @@ def assert_same(results: list[Any], expected: list[Any]) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     expected = compressed()
+    messages = []
     for results in in_processes(compressed_in_process, str(tmp_path)):
-        assert_same(results, expected)
+        assert_same(results[:-2], expected)
+        messages.append(results[-2:])
+    assert messages[0][0].startswith("RuntimeError process 1 failed: IndexError: ")
+    assert messages[1][0].startswith("IndexError ")
+    assert messages[0][1].startswith("ValueError gptq_: resume must name a folder of a call with")
+    assert messages[1][1].startswith("RuntimeError process 0 failed: ValueError: gptq_: resume")
     assert_same(compressed(str(tmp_path)), expected)
 
 

@@ -146,7 +146,7 @@ def test_to_float_gives_the_methods_of_the_class_back(made: Any) -> None:
     assert not own & vars(model).keys()
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=str)
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_models_have_regions(wrap: Callable[[nn.Module], Any]) -> None:
     torch.manual_seed(0)
     model, x = with_statistics(Functional()), images(2)

@@ -217,3 +217,86 @@ def test_the_layout_is_found_by_the_names_of_tensors(tmp_path: Path) -> None:
         assert bool(report.notes) is (name == "gptq")
     plain = by.write(tmp_path / "plain", {}, None, by.floats_of(small()))
     assert load_checkpoint(small(device="meta"), plain).layout == "safetensors"
+
+
+def test_zero_points_of_symmetric_weights_in_older_versions(tmp_path: Path) -> None:
+    made = handmade(symmetric=True)
+    parts = {**by.compressed(made, zeros=False), "weight_zero_point": np.zeros((32, 2), np.int8)}
+    model, report, source = loaded(tmp_path, parts, by.scheme(symmetric=True))
+    check(model, made, source)
+    assert report["first"].weights == "int4 in groups of 32"
+
+
+def test_weights_in_another_dtype_and_on_a_grown_scale(tmp_path: Path) -> None:
+    """A scale per tensor; a model in bfloat16 keeps its dtype, and so does the report."""
+    made = handmade(8, size=64, symmetric=True, dtype=np.float32)
+    made.scale[:] = 0.02
+    parts = by.compressed(made, packed=False, zeros=False)
+    parts["weight_scale"] = np.array([0.02], np.float32)
+    config = by.scheme(8, None, True, form="int-quantized")
+    config["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    model: Any = small(device="meta").to(torch.bfloat16)
+    load_checkpoint(model, tmp_path)
+    assert torch.equal(model.first.dequantized_matrix(), made.values)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_transposed_layer_of_transformers(tmp_path: Path) -> None:
+    """GPT-2's Conv1D stores [inputs, outputs]; checkpoints store its integers as for nn.Linear."""
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    made = handmade()
+    model: Any = small()
+    model.first = utils.Conv1D(32, 64)
+    floats = by.floats_of(small(), "first.weight")
+    by.write(tmp_path, {"first": by.gptq(made)}, GPTQ, floats)
+    report = load_checkpoint(model, tmp_path)
+    assert (report["first"].kind, report["first"].action) == ("Conv1D", "loaded")
+    assert torch.equal(model.first.weight + 0, made.values.t())
+    assert isinstance(model.first.to_float(), utils.Conv1D) and model.first.nf == 32
+
+
+def test_few_bits_beside_static_activations(tmp_path: Path) -> None:
+    """Such a layer is stored without gaps, because no program runs it."""
+    made = handmade(4, size=64, symmetric=True, dtype=np.float32)
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}
+    parts = {**by.compressed(made, zeros=False), "input_scale": np.array([0.03], np.float32)}
+    model, _, _ = loaded(tmp_path, parts, by.scheme(4, None, True, inputs))
+    layer: Any = model.first
+    assert torch.equal(layer.dequantized_matrix(), made.values)
+    assert layer.packed.numel() < 32 * 64
+    x = torch.tensor([[-128 * 0.03, 127 * 0.03] * 32])
+    expected = torch.nn.functional.linear(x, made.values, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lists_and_hooks_get_the_new_layer(tmp_path: Path) -> None:
+    made = handmade()
+    by.write(tmp_path, {"first": by.gptq(made)}, GPTQ, by.floats_of(small(), "first.weight"))
+    model: Any = small()
+    model.again = [model.first]
+    calls: list[str] = []
+    model.first.register_forward_hook(lambda *_: calls.append("called"))
+    bias = model.first.bias
+    bias.requires_grad_(False)
+    model.train()
+    load_checkpoint(model, tmp_path)
+    assert model.again[0] is model.first and model.first.training
+    assert not model.first.bias.requires_grad and model.head.bias.requires_grad
+    model(torch.randn(2, 64))
+    assert calls == ["called"]
+
+
+def test_a_bias_that_layers_share_stays_shared(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        found = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32))
+        found[1].bias = found[0].bias
+        return found
+
+    floats = {"0.bias": np.arange(32, dtype=np.float32), "1.weight": np.eye(32, dtype=np.float32)}
+    by.write(tmp_path, {"0": by.gptq(handmade())}, GPTQ, floats)
+    found = model()
+    load_checkpoint(found, tmp_path)
+    assert found[0].bias is found[1].bias
+    assert torch.equal(found[0].bias, torch.arange(32.0))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support import gguf_files as files
+from support.layers import unchanged
 from torch import Tensor
 
 from torchquant import CheckpointReport, load_checkpoint
@@ -156,6 +157,41 @@ def test_norms_of_gemma_lose_the_1_that_was_added(tmp_path: Path) -> None:
     values = np.random.default_rng(9).uniform(0.5, 1.5, files.HIDDEN).astype(np.float32)
     first = model.model.layers[0].input_layernorm.weight
     assert torch.equal(first, torch.from_numpy(values) - 1)
+
+
+def test_rows_of_qwen2_are_in_the_order_of_the_model(tmp_path: Path) -> None:
+    path, name = tmp_path / "model.gguf", "blk.0.attn_q"
+    rows = files.write_llama(path, {}, architecture="qwen2")[name][1]
+    model, _ = loaded(path)
+    expected = torch.from_numpy(files.dequantized("Q8_0", rows))
+    assert torch.equal(layer_of(model, name).dequantized(), expected)
+
+
+def test_numbers_of_heads_may_be_lists(tmp_path: Path) -> None:
+    path, name = tmp_path / "model.gguf", "blk.0.attn_k"
+    kind, rows = files.write_llama(path, {}, key_heads=[files.KEY_HEADS])[name]
+    model, _ = loaded(path)
+    expected = in_our_order(name, files.dequantized(kind, rows))
+    assert torch.equal(layer_of(model, name).dequantized(), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_scales_that_are_not_finite(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files.random_blocks
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        rows = original(*arguments, **options)
+        rows[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
+        return rows
+
+    monkeypatch.setattr(files, "random_blocks", broken)
+    path = tmp_path / "model.gguf"
+    files.write_llama(path, {}, kind)
+    model = llama()
+    with unchanged(model), pytest.raises(ValueError, match="must have finite scales"):
+        load_checkpoint(model, path)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

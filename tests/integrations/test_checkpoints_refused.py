@@ -145,6 +145,32 @@ def test_configurations(tmp_path: Path, edit: Any, match: str) -> None:
     refused(tmp_path, match)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**GPTQ, "meta": 3},
+        {**by.scheme(), "config_groups": {"a": {"weights": {"num_bits": 4}, "targets": 3}}},
+        {**by.scheme(), "transform_config": [3]},
+        by.scheme(inputs=[3]),  # type: ignore[arg-type]
+    ],
+)
+def test_values_of_other_types(tmp_path: Path, config: Any) -> None:
+    made = handmade()
+    parts = by.gptq(made) if config["quant_method"] == "gptq" else by.compressed(made)
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    refused(tmp_path, "its quantization_config is not valid")
+
+
+def test_group_sizes_that_are_no_numbers(tmp_path: Path) -> None:
+    parts = by.gptq(handmade())
+    del parts["g_idx"]
+    floats = by.floats_of(small(), "first.weight")
+    by.write(tmp_path, {"first": parts}, {**GPTQ, "group_size": "many"}, floats)
+    refused(tmp_path, "its quantization_config is not valid")
+    by.write(tmp_path, {"first": parts}, {**GPTQ, "group_size": 16}, floats)
+    refused(tmp_path, "scales must have 4 groups of 16 inputs, got 2")
+
+
 def test_files(tmp_path: Path) -> None:
     refused(
         tmp_path / "nothing", "must name a folder or a file that exists", error=FileNotFoundError
@@ -196,6 +222,49 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     good = by.write(tmp_path / "good", {"first": parts}, GPTQ, floats)
     refused(good, "first is quantized or prepared already", model)
     refused(good, "which cannot be replaced in place", nn.Linear(4, 4))
+
+
+def test_integers_without_scales_do_not_become_floats(tmp_path: Path) -> None:
+    parts = by.compressed(handmade(8, size=64), packed=False)
+    del parts["weight_scale"], parts["weight_zero_point"]
+    config = by.scheme(8, None, form="int-quantized")
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    refused(tmp_path, r"first\.weight is integers in the file, float in the model")
+
+
+def test_tensors_that_no_scheme_mentions(tmp_path: Path) -> None:
+    parts = {**by.compressed(handmade()), "input_scale": np.ones(1, np.float32)}
+    by.write(tmp_path, {"first": parts}, by.scheme(), by.floats_of(small(), "first.weight"))
+    refused(tmp_path, r"no place for first\.input_scale")
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(np.nan, 0), (0.0, 0), (0.1, 5)])
+def test_static_inputs(tmp_path: Path, scale: float, zero: int) -> None:
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}
+    parts = by.compressed(handmade(8, size=64, symmetric=True), packed=False, zeros=False)
+    parts["input_scale"] = np.array([scale], np.float32)
+    parts["input_zero_point"] = np.array([zero], np.int8)
+    config = by.scheme(8, None, True, inputs, "int-quantized")
+    by.write(tmp_path, {"first": parts}, config, by.floats_of(small(), "first.weight"))
+    refused(tmp_path, r"first\.input_(scale must be finite|zero_point must be 0, got 5)")
+
+
+def test_two_values_for_a_tied_tensor(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        found = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 16, bias=False))
+        found[1].weight = found[0].weight
+        return found
+
+    weight = np.ones((16, 64), np.float32)
+    equal = by.write(tmp_path / "a", {}, None, {"0.weight": weight, "1.weight": weight})
+    tied = model()
+    load_checkpoint(tied, equal)
+    assert tied[1].weight is tied[0].weight and bool((tied[0].weight == 1).all())
+    other = by.write(tmp_path / "b", {}, None, {"0.weight": weight, "1.weight": 2 * weight})
+    refused(other, "are two tensors in the file, one tensor in the model", model())
+    alone = by.write(tmp_path / "c", {}, None, {"0.weight": weight})
+    load_checkpoint(model(), alone)
 
 
 def test_what_the_model_does_without(tmp_path: Path) -> None:
@@ -276,6 +345,36 @@ def test_refusals_of_save_checkpoint(tmp_path: Path) -> None:
     torchquant.prepare_qat_(trained, filter_fn="first")
     with pytest.raises(ValueError, match="first is in training"):
         save_checkpoint(trained, tmp_path / "b", layout="gptq")
+
+
+class Counting(nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_states_that_no_file_holds(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Counting(4, 4))
+    quantize_(model, IntxWeightOnlyConfig(4, group_size=32), filter_fn="0")
+    with pytest.raises(ValueError, match="the state of 1 holds a value that is no tensor"):
+        save_checkpoint(model, tmp_path / "a", layout="gptq")
+    with pytest.raises(ValueError, match="0 has tensors on the meta device"):
+        save_checkpoint(model.to("meta")[:1], tmp_path / "a", layout="gptq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_that_the_dtype_does_not_hold(tmp_path: Path) -> None:
+    model = small()
+    with torch.no_grad():
+        model.first.weight *= 1e-8
+    quantize_(model, IntxWeightOnlyConfig(4, group_size=32), filter_fn="first")
+    with pytest.raises(ValueError, match="scale_dtype must hold all scales, but"):
+        save_checkpoint(model, tmp_path / "a", layout="gptq", scale_dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["save_file", "_rename", "_config"])

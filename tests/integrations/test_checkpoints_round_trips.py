@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchquant import (
     Dynamic,
+    Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
     Int8StaticActivationInt8WeightConfig,
     IntxWeightOnlyConfig,
@@ -37,7 +38,8 @@ CONFIGS = {
     "int2": IntxWeightOnlyConfig(2, group_size=32, symmetric=False),
     "int8": IntxWeightOnlyConfig(8, group_size=32),
     "W4A8": Int8DynamicActivationIntxWeightConfig(4, 32),
-    "W8A8": ASYMMETRIC,
+    "W8A8": Int8DynamicActivationInt8WeightConfig(activation_symmetric=True),
+    "W8A8 with zero points": ASYMMETRIC,
     "int5": IntxWeightOnlyConfig(5, group_size=32),
 }
 ONLY_COMPRESSED = ("int5",)
@@ -250,6 +252,43 @@ def test_compressed_tensors_decompresses_our_files(tmp_path: Path, name: str) ->
     again.pop("bias")
     for key, tensor in again.items():
         assert torch.equal(tensor, own[key]), key
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors needs Python 3.11")
+@pytest.mark.parametrize("name", ["int4 in groups", "W8A8"])
+def test_transformers_loads_our_folder_and_writes_the_same_integers(
+    tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=128,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    linear = [f"*.{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    quantize_(model, CONFIGS[name], filter_fn=linear)
+    save_checkpoint(model, tmp_path / "ours", layout="compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = torch.arange(16).reshape(2, 8)
+    with torch.inference_mode():
+        expected, found = model(tokens).logits, theirs.eval()(tokens).logits
+    # The activations of W8A8 are rounded with other scales there.
+    assert (found - expected).norm() / expected.norm() < (0.02 if name == "W8A8" else 1e-5)
+    again = transformers.LlamaForCausalLM(config)
+    report = load_checkpoint(again, tmp_path / "theirs")
+    assert sum(row.action == "loaded" for row in report) == 7
+    for path, module in model.named_modules():
+        if path.endswith("_proj"):
+            ours = state_of(module)
+            for key, tensor in state_of(again.get_submodule(path)).items():
+                assert torch.equal(tensor, ours[key]), (path, key)
 
 
 def test_reading_safetensors_needs_no_other_package(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from support.decoders import CACHE, CONFIGURATIONS, IDS, counted, logits, model  # noqa: E402
 
+from torchquant.integrations.transformers import decoder_structure  # noqa: E402
 from torchquant.integrations.transformers.decoder_forward import forward_of  # noqa: E402
 
 # A value between two integers of an activation may be rounded otherwise after float rounding.
@@ -332,6 +333,7 @@ def test_changes_run_the_models_forward(change: Any, monkeypatch: pytest.MonkeyP
         with pytest.warns(RuntimeWarning, match="its own forward runs instead") as warned:
             got = logits(net)
         assert str(warned[0].message).startswith(f"model: {REASONS[change]}")
+        monkeypatch.setattr(decoder_structure, "plan_of", lambda *given: pytest.fail("read again"))
         assert torch.equal(logits(net), got)  # and warns once
     assert calls == []
     assert torch.equal(got, logits(twin))

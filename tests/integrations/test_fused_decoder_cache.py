@@ -116,6 +116,16 @@ def test_copies_of_a_cache_are_independent(name: str, pair: tuple[Any, Any]) -> 
     assert cache.get_seq_length() == twin.get_seq_length() == 11
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_wide_heads(bits: int) -> None:
+    """Rows of more than 256 channels have several scales."""
+    net = model(head_dim=320, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1)
+    expected = logits(net, QuantizedCache(bits), IDS, 9, 10)
+    torchquant.fuse_decoder_(net)
+    got = logits(net, QuantizedCache(bits), IDS, 9, 10)
+    assert (got - expected).norm() <= 0.1 * expected.norm()
+
+
 def caches_that_are_not_served() -> dict[str, Any]:
     batch = transformers.DynamicCache()
     for index in range(2):

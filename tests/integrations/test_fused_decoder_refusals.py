@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,16 @@ def test_other_modules() -> None:
     for verb in (torchquant.fuse_decoder_, torchquant.unfuse_decoder_):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
             verb(1)  # type: ignore[arg-type]
+
+
+def test_a_decoder_of_another_library() -> None:
+    net = model().model
+    net.config = SimpleNamespace(max_position_embeddings=64)
+    with pytest.raises(ValueError, match="transformers makes no cache for its configuration"):
+        torchquant.fuse_decoder_(net)
+    net.config = {}
+    with pytest.raises(ValueError, match="no module has blocks with self_attn and mlp"):
+        torchquant.fuse_decoder_(net)
 
 
 def test_a_model_of_several_decoders_has_rows_with_reasons() -> None:

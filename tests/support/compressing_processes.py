@@ -39,4 +39,19 @@ def compressed(resume: str | None = None) -> list[Any]:
 
 
 def compressed_in_process(rank: int, resume: str | None) -> list[Any]:
-    return compressed(resume)
+    return [*compressed(resume), *failures(rank, resume)]
+
+
+def failures(rank: int, resume: str | None) -> list[str]:
+    """What a process says if a batch of the other one, or the folder, is bad."""
+    bad = tokens(2)
+    bad[1] = bad[1] + 1000  # a batch of process 1
+    messages = []
+    for data, folder in ((bad, None), (tokens(2), f"{resume}/0")):
+        model = decoder(1)
+        try:
+            torchquant.gptq_(model, CONFIG, data, progress=False, resume=folder)
+        except (RuntimeError, ValueError, IndexError) as error:
+            messages.append(f"{type(error).__name__} {error}")
+        assert type(model.head) is nn.Linear
+    return messages

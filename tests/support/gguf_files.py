@@ -79,6 +79,7 @@ def write_llama(
     architecture: str = "llama",
     without: tuple[str, ...] = (),
     whole: bool = False,
+    key_heads: Any = KEY_HEADS,
 ) -> dict[str, tuple[str, NDArray[np.uint8]]]:
     """Write a Llama of one layer with a tied output; return type and bytes of each matrix."""
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -89,7 +90,7 @@ def write_llama(
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_head_count_kv(key_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(ROWS)

@@ -234,17 +234,11 @@ class _Work:
             return None
         configs = [(place.name, place.config) for place in places]
 
-        def make() -> tuple[Results | None, str]:
-            try:
-                identity = fingerprint(model, batches, configs, {"verb": self.who, **self.options})
-                return Results(self.who, resume, identity), ""
-            except (ValueError, OSError) as error:
-                return None, str(error)
+        def make() -> Results:
+            identity = fingerprint(model, batches, configs, {"verb": self.who, **self.options})
+            return Results(self.who, resume, identity)
 
-        results, problem = agreed(make)
-        if problem:
-            raise ValueError(problem)
-        return results
+        return agreed(make)
 
 
 def _folder(who: str, offload: str | Path | None) -> Path | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from torchquant.training.processes import processes_of
 
-__all__ = ["agreed", "every", "from_process", "place_among"]
+__all__ = ["agreed", "every", "from_process", "in_all", "place_among"]
 
 Value = TypeVar("Value")
 
@@ -28,12 +28,45 @@ def place_among() -> tuple[int, int]:
 def agreed(make: Callable[[], Value]) -> Value:
     """What the first process makes; the others do not call the function.
 
+    All processes raise if it fails.
+
     Example:
         >>> agreed(lambda: 3)
         3
     """
     number, processes = place_among()
-    return from_process(make() if number == 0 else None, 0) if processes > 1 else make()
+    if processes == 1:
+        return make()
+    made = in_all(make if number == 0 else lambda: None)
+    return from_process(made, 0)
+
+
+def in_all(act: Callable[[], Value]) -> Value:
+    """Call a function in each process; all processes raise if it fails in one.
+
+    A process that went on alone would wait for the others in its next collective.
+
+    Raises:
+        RuntimeError: it failed in another process.
+
+    Example:
+        >>> in_all(lambda: 3)
+        3
+    """
+    if place_among()[1] == 1:
+        return act()
+    value, error = None, None
+    try:
+        value = act()
+    except Exception as raised:
+        error = raised
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    failed = [(number, one) for number, one in enumerate(every(text)) if one is not None]
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][1]}")
+    return value  # type: ignore[return-value]
 
 
 def from_process(value: Value | None, source: int) -> Value:

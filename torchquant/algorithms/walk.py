@@ -28,7 +28,7 @@ from torchquant.algorithms.hessian import LANES, lanes_of
 from torchquant.algorithms.levels import Level, levels_of
 from torchquant.algorithms.places import Place
 from torchquant.algorithms.resume import Results
-from torchquant.algorithms.together import agreed, every, from_process, place_among
+from torchquant.algorithms.together import agreed, every, from_process, in_all, place_among
 from torchquant.report.progress import track
 
 __all__ = ["walk"]
@@ -152,7 +152,7 @@ class _Walk:
             for part in order:
                 if isinstance(part, int):
                     blocks = sequences[part]
-                    inputs = BlockInputs(blocks, root, run, batches, self.offload)
+                    inputs = in_all(partial(BlockInputs, blocks, root, run, batches, self.offload))
                     stack.callback(inputs.close)
                     last = part == order[-1]
                     yield from self._blocks(root, name, places, inputs, last)
@@ -215,7 +215,7 @@ class _Walk:
                 yield from self.scope(element, path, held[number], run, inputs.batches)
             if last and not any(held[number + 1 :]):
                 return
-            inputs.advance(number)
+            in_all(partial(inputs.advance, number))
 
     def _layers(
         self, root: nn.Module, name: str, places: list[Place], run: Run, batches: list[int]
@@ -224,7 +224,7 @@ class _Walk:
         below = {place.name.removeprefix(f"{name}."): place for place in places}
         parts = tuple((path, place.kind, place.shape) for path, place in below.items())
         key = (type(root), parts)
-        if key not in self._levels or not name:
+        if key not in self._levels:
             modules = {path: place.module for path, place in below.items()}
             self._levels[key] = agreed(lambda: self._find_levels(modules, run, batches))
         for level in self._levels[key]:
@@ -270,10 +270,7 @@ class _Walk:
         if found is None:
             statistics = self._collect(inputs, once, places, run, batches)
             number, processes = place_among()
-            made = [
-                self.method.compress(place, statistics[path]) if at % processes == number else None
-                for at, (path, place) in enumerate(places.items())
-            ]
+            made = in_all(partial(self._compress, places, statistics, number, processes))
             del statistics
             every_one = [from_process(one, at % processes) for at, one in enumerate(made)]
             found = dict(zip(full, every_one, strict=True))
@@ -283,6 +280,15 @@ class _Walk:
             one = self.found[place.name] = found[place.name]
             place.install(one.adjustment)
             yield place.name
+
+    def _compress(
+        self, places: Mapping[str, Place], statistics: dict[str, Any], number: int, processes: int
+    ) -> list[Found | None]:
+        """What this process finds: every so many layers; None for the others."""
+        return [
+            self.method.compress(place, statistics[path]) if at % processes == number else None
+            for at, (path, place) in enumerate(places.items())
+        ]
 
     def _collect(
         self,
@@ -294,11 +300,11 @@ class _Walk:
     ) -> dict[str, Any]:
         """The statistics of layers; those that read the same tensor have the same ones."""
         collector = Collector(self.method, inputs, places, once, self.most)
-        collector.run(run, batches)
+        in_all(partial(collector.run, run, batches))
         if any(every(collector.apart)):  # in one of the batches, they read other tensors
             inputs = tuple((name,) for names in inputs for name in names)
             collector = Collector(self.method, inputs, places, once, self.most)
-            collector.run(run, batches)
+            in_all(partial(collector.run, run, batches))
         for names in inputs:
             collector.statistics[names[0]].reduce()
         return {name: collector.statistics[names[0]] for names in inputs for name in names}

@@ -21,6 +21,7 @@ them with ``torch.equal``. Each module describes what its functions promise:
 * :mod:`~torchquant.functional.pools`: pools and upsampling of int8 images
 * :mod:`~torchquant.functional.norms`: rms_norm, layer_norm with sums in one fixed order
 * :mod:`~torchquant.functional.attention`: bfloat16 products, softmax, in one fixed order
+* :mod:`~torchquant.functional.decoder`: rotary embedding, float32 attention in one fixed order
 * :mod:`~torchquant.functional.qat`: the linear layer in training, forward and backward
 * :mod:`~torchquant.functional.qat_intx`: the same for weights of 2 to 8 bits
 * :mod:`~torchquant.functional._arithmetic`: ``fmaf``, exact in plain torch

@@ -55,9 +55,10 @@ class AWQWeight(StoredWeight):
     def __init__(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> None:
         self._files, self._name, self.shape = files, name, shape
         outputs, inputs = shape
-        for part in PARTS:
-            if f"{name}.{part}" not in files:
-                raise Unreadable(f"{name}.{part} is missing")
+        self.names = tuple(f"{name}.{part}" for part in PARTS)
+        for key in self.names:
+            if key not in files:
+                raise Unreadable(f"{key} is missing")
         scales = files.shape(f"{name}.scales")
         groups = scales[0] if scales else 0
         for part, wanted in (

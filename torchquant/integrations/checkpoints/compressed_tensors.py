@@ -44,10 +44,6 @@ from torchquant.integrations.checkpoints.words import (
 )
 
 NAME = "compressed-tensors"
-PARTS = (
-    *("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"),
-    *("input_scale", "input_zero_point"),
-)
 
 
 class CompressedWeight(StoredWeight):
@@ -73,9 +69,9 @@ class CompressedWeight(StoredWeight):
         size = scheme.group_size
         groups = 1 if size is None else -(-inputs // size)
         self._check("weight_scale", (outputs, groups), *(() if size else ((outputs,), (1,), ())))
-        self.place = "per channel" if size is None else f"in groups of {size}"
+        place = "per channel" if size is None else f"in groups of {size}"
         kind = "packed" if self._packed else "int8"
-        self.form = f"compressed-tensors, int{scheme.bits} {self.place}, {kind}"
+        self.form = f"compressed-tensors, int{scheme.bits} {place}, {kind}"
         if self._packed:
             dense, gaps = words_for(inputs, scheme.bits), -(-inputs // (32 // scheme.bits))
             self._check("weight_packed", (outputs, dense), (outputs, gaps), dtype=torch.int32)
@@ -93,11 +89,16 @@ class CompressedWeight(StoredWeight):
         if self._order is not None:
             self.form += ", activation order"
             self.why = "its groups are no runs of inputs (activation order)"
-        if not scheme.symmetric:
+        # Older versions stored zero points of symmetric weights, too.
+        self._has_zeros = not scheme.symmetric or f"{name}.weight_zero_point" in files
+        if self._has_zeros:
             self._check_zero_points(outputs, groups)
+        self._check_input()
+        used = ["weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"]
+        used.append("weight_g_idx")
         if isinstance(scheme.activations, Static):
-            for part in ("input_scale", *(() if scheme.activations.symmetric else PARTS[-1:])):
-                self._check(part, (1,), ())
+            used += ["input_scale", "input_zero_point"]
+        self.names = tuple(f"{name}.{part}" for part in used if f"{name}.{part}" in files)
 
     def _check(
         self, part: str, *shapes: tuple[int, ...], dtype: torch.dtype | None = None
@@ -111,6 +112,12 @@ class CompressedWeight(StoredWeight):
             kind = "" if dtype is None else f"{str(dtype).removeprefix('torch.')} "
             raise Unreadable(f"{key} must be {kind}{wanted}, got {found[1]} {list(found[0])}")
         return found[0]
+
+    def _check_input(self) -> None:
+        if isinstance(self.activations, Static):
+            self._check("input_scale", (1,), ())
+            if not self.activations.symmetric:
+                self._check("input_zero_point", (1,), ())
 
     def _groups_of_inputs(self, groups: int) -> Tensor | None:
         """The group of each input, int64 ``[K]``; None for groups in order."""
@@ -175,7 +182,7 @@ class CompressedWeight(StoredWeight):
                 raise Unreadable(f"{where} must hold integers of {bits} bits, got larger ones")
         scale = self._files.get(f"{where}_scale").float()
         scale = scale.reshape(-1, 1) if size is None else scale
-        zeros = None if self._scheme.symmetric else self._zeros().expand(outputs, -1)[first:last]
+        zeros = self._zeros().expand(outputs, -1)[first:last] if self._has_zeros else None
         return q, scale.expand(outputs, -1)[first:last], zeros
 
     def _zeros(self) -> Tensor:
@@ -202,9 +209,15 @@ class CompressedWeight(StoredWeight):
             raise Unreadable(
                 f"{self._name}.input_scale must be finite and positive, got {float(scale)}"
             )
-        zero = torch.zeros(1, dtype=torch.int32)
-        if not self.activations.symmetric:
-            zero = self._files.get(f"{self._name}.input_zero_point").to(torch.int32).reshape(1)
+        key, zero = f"{self._name}.input_zero_point", torch.zeros(1, dtype=torch.int32)
+        if key in self._files:
+            zero = self._files.get(key).to(torch.int32).reshape(1)
+        low, high = self.activations.range
+        if not low <= int(zero) <= high or (self.activations.symmetric and int(zero)):
+            raise Unreadable(
+                f"{key} must be {'0' if self.activations.symmetric else f'from {low} to {high}'}, "
+                f"got {int(zero)}"
+            )
         return scale, zero
 
 

@@ -12,6 +12,7 @@ of other architectures are refused, because nothing in them says what was change
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,6 @@ class GGUFWeight(StoredWeight):
         self.type = str(tensor.tensor_type.name)
         self.form = f"GGUF {self.type}"
         self._kind: BlockType | None = BLOCKS.get(self.type)
-        self._zeros: Tensor | None = None
         if self._kind is None:
             self.why = f"{self.type} has no integers of ours"
         elif not self._kind.centred:
@@ -78,7 +78,11 @@ class GGUFWeight(StoredWeight):
 
     def _blocks(self, first: int, last: int) -> Blocks:
         assert self._kind is not None
-        return self._kind.blocks(torch.from_numpy(self._raw(first, last)))
+        blocks = self._kind.blocks(torch.from_numpy(self._raw(first, last)))
+        for part in (blocks.step, blocks.minimum):
+            if part is not None and not bool(torch.isfinite(part).all()):
+                raise Unreadable(f"{self._tensor.name} must have finite scales, but some are not")
+        return blocks
 
     def rows(self, first: int, last: int) -> Tensor:
         """The float32 values of some rows."""
@@ -128,8 +132,6 @@ class GGUFWeight(StoredWeight):
             error += float((values_of(*parts[-1], weights) - values).double().square().sum())
             norm += float(values.double().square().sum())
         q, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        if not bool(torch.isfinite(scale).all()):
-            raise Unreadable(f"{self._tensor.name} must have finite scales, but some are not")
         integers = Integers(q, scale, zero_point, weights)
         return integers, math.sqrt(error / norm if norm > 0 else error)
 
@@ -201,12 +203,13 @@ def _float(tensor: Any, order: Tensor | None, shift: float) -> Tensor:
 
 def _order_of(reader: Any, tensor: Any, architecture: str) -> Tensor | None:
     """For each row of the model the row of the file, where the converter has changed the order."""
-    part = tensor.name.split(".")[-2] if tensor.name.count(".") >= 2 else ""
-    if architecture not in ROTATED or part not in ("attn_q", "attn_k"):
+    matched = re.match(r"blk\.(\d+)\.(attn_q|attn_k)\.", tensor.name)
+    if architecture not in ROTATED or matched is None:
         return None
-    heads = int(_field(reader, f"{architecture}.attention.head_count") or 0)
+    block, part = int(matched[1]), matched[2]
+    heads = int(_field(reader, f"{architecture}.attention.head_count", block) or 0)
     if part == "attn_k":
-        heads = int(_field(reader, f"{architecture}.attention.head_count_kv") or heads)
+        heads = int(_field(reader, f"{architecture}.attention.head_count_kv", block) or heads)
     rows = int(tensor.shape[-1])
     if heads <= 0 or rows % (2 * heads):
         raise Unreadable(f"{tensor.name} must have rows for {heads} heads, got {rows}")
@@ -217,7 +220,10 @@ def _names(keys: Iterable[str], architecture: str, blocks: int) -> dict[str, str
     """The key of the model for each name of GGUF."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    arch = known.get(architecture)
+    if arch is None:
+        raise Unreadable(f"this version of the package gguf has no architecture {architecture!r}")
     mapped = get_tensor_name_map(arch, blocks)
     found: dict[str, str] = {}
     for key in keys:
@@ -252,6 +258,12 @@ def _reader(path: Path) -> Any:
     return reader
 
 
-def _field(reader: Any, name: str) -> Any:
+def _field(reader: Any, name: str, block: int = 0) -> Any:
+    """A value of the file, or None; of a list of values for the blocks that of one block."""
     field = reader.get_field(name)
-    return None if field is None else field.contents()
+    if field is None or not field.data:
+        return None
+    value = field.parts[field.data[min(block, len(field.data) - 1)]]
+    if field.types[0].name == "STRING":
+        return bytes(value).decode(errors="replace")
+    return value.tolist()[0]

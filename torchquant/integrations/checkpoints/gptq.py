@@ -81,6 +81,7 @@ class GPTQWeight(StoredWeight):
             found = self._described(part)
             if found != wanted or groups == 0:
                 raise Unreadable(f"{name}.{part} must be {list(wanted)}, got {list(found)}")
+        self.names = tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in files)
         self._version_2 = _version_2(config)
         self._borrows = "gptqmodel" in str((config.get("meta") or {}).get("quantizer"))
         self._order = self._groups_of_inputs(groups, config)

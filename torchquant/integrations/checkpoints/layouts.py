@@ -80,7 +80,13 @@ class Layout:
 
     def scaled(self, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """The tensors with scales in the wanted dtype."""
-        return {**tensors, name: tensors[name].to(self.scale_dtype)}
+        scale = tensors[name].to(self.scale_dtype)
+        if not bool(torch.isfinite(scale).all() and (scale != 0).all()):
+            raise ValueError(
+                f"save_checkpoint: scale_dtype must hold all scales, but {self.scale_dtype} makes "
+                "some 0 or infinite; use torch.float32 or torch.bfloat16"
+            )
+        return {**tensors, name: scale}
 
 
 class GPTQLayout(Layout):

@@ -204,6 +204,12 @@ def _check(found: Plan, current: Mapping[str, Tensor | None]) -> None:
             problems.append(
                 f"{key} is {list(tensor.shape)} in the file, {list(here.shape)} in the model"
             )
+        if tensor.is_floating != here.is_floating_point():
+            kinds = {True: "float", False: "integers"}
+            problems.append(
+                f"{key} is {kinds[tensor.is_floating]} in the file, "
+                f"{kinds[here.is_floating_point()]} in the model"
+            )
         first = given.setdefault(found.ties[key], key)
         if first != key and not problems:
             one, other = found.floats[first].read(), tensor.read()

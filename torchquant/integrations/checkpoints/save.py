@@ -36,6 +36,7 @@ class _Piece:
     module: nn.Module
     row: CheckpointRow
     refusal: str | None = None  # of a quantized layer
+    tied: bool = False  # to a quantized layer that was written before
 
 
 def save_checkpoint(
@@ -149,6 +150,12 @@ def _refusal(model: nn.Module) -> str | None:
             return f"{name} also computes {module.activation}; use torchquant.save(model, path)"
         if isinstance(module, QuantizedModule) and kind_of(module) is None:
             return f"{name} belongs to no kind of layers"
+        state = [] if isinstance(module, QuantizedModule) else _own_state(name, module).values()
+        if any(not isinstance(value, Tensor) for value in state):
+            return f"the state of {name or 'the model'} holds a value that is no tensor"
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if any(tensor is not None and tensor.is_meta for tensor in own):
+            return f"{name or 'the model'} has tensors on the meta device, without values"
         if isinstance(module, FoldedNorm) and module.original is None:
             return f"{name} is a batch norm that became part of a layer; use torchquant.save"
         if isinstance(module, MultiheadAttention) and module.was_separated:
@@ -180,16 +187,17 @@ def _check_folder(folder: Path) -> None:
 
 def _pieces(model: nn.Module, layout: Layout) -> Iterator[_Piece]:
     """The modules that have tensors of their own, in the order of the model's modules."""
-    seen: set[Any] = set()
+    shared_before: set[int] = set()
+    seen: dict[Any, Tensor] = {}  # keeps tensors alive, so that their addresses stay unique
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, QuantizedModule):
             shared = module.shared_weight
-            tied = shared is not None and id(shared) in seen
-            seen.add(id(shared))
+            tied = shared is not None and id(shared) in shared_before
+            shared_before.add(id(shared))
             if tied:
                 row = CheckpointRow(name, kind, "float", "tied; written once", "", "")
-                yield _Piece(name, module, row)
+                yield _Piece(name, module, row, tied=True)
                 continue
             refusal = layout.refusal(name, module)
             action = "written" if refusal is None else "float"
@@ -198,13 +206,10 @@ def _pieces(model: nn.Module, layout: Layout) -> Iterator[_Piece]:
             row = CheckpointRow(name, kind, action, refusal or "", stored, weights)  # type: ignore[arg-type]
             yield _Piece(name, module, row, refusal)
             continue
-        own: dict[str, Any] = {}
-        module._save_to_state_dict(own, f"{name}." if name else "", False)
-        tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
-        keys = {memory_key(value) for value in tensors.values()}
-        if tensors and not keys <= seen:
+        tensors = {memory_key(value): value for value in _own_state(name, module).values()}
+        if not tensors.keys() <= seen.keys():
             yield _Piece(name, module, CheckpointRow(name or "(model)", kind, "float"))
-        seen |= keys
+        seen.update(tensors)
 
 
 def _write(
@@ -256,17 +261,21 @@ def _tensors(piece: _Piece, layout: Layout) -> dict[str, Tensor]:
     module, prefix = piece.module, f"{piece.name}." if piece.name else ""
     found: dict[str, Any] = {}
     if not isinstance(module, QuantizedModule):
-        module._save_to_state_dict(found, prefix, False)
-        return {key: value for key, value in found.items() if isinstance(value, Tensor)}
-    if piece.row.reason.startswith("tied"):
-        pass
-    elif piece.refusal is None:
-        found = {f"{prefix}{key}": value for key, value in layout.tensors(module).items()}
-    else:
+        return _own_state(piece.name, module)
+    if piece.refusal is not None:
         found[f"{prefix}weight"] = module.dequantized()
+    elif not piece.tied:
+        found = {f"{prefix}{key}": value for key, value in layout.tensors(module).items()}
     bias = module._parameters.get("bias")
     if bias is not None:
         found[f"{prefix}bias"] = bias
+    return found
+
+
+def _own_state(name: str, module: nn.Module) -> dict[str, Any]:
+    """The state of a module without its children."""
+    found: dict[str, Any] = {}
+    module._save_to_state_dict(found, f"{name}." if name else "", False)
     return found
 
 

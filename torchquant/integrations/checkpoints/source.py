@@ -60,31 +60,45 @@ def read_contents(
         raise Unreadable("torchquant.save wrote it; use torchquant.load(path, model)")
     config = _config(path if path.is_dir() else path.parent)
     layout = _layout(config, files, shapes)
-    weights: dict[str, StoredWeight] = {}
-    parts: tuple[str, ...] = ()
-    if layout == gptq.NAME:
-        weights, parts = gptq.layers(files, shapes, config), gptq.PARTS
-    elif layout == awq.NAME:
-        weights, parts = awq.layers(files, shapes, config), (*awq.PARTS, "g_idx")
-    elif layout == compressed_tensors.NAME:
-        weights = compressed_tensors.layers(files, shapes, config, modules)
-        parts = (*compressed_tensors.PARTS, "weight")
-    found = Contents(layout, weights)
-    used = {f"{name}.{part}" for name in weights for part in parts}
+    try:
+        found = Contents(layout, _weights(layout, files, shapes, config, modules))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type
+        raise Unreadable(f"its quantization_config is not valid ({error})") from None
+    used = {name for stored in found.weights.values() for name in stored.names}
     for name in files.names:
         if name in used:
             continue
-        if isinstance(files.dtype(name), str):
-            raise Unreadable(f"{name} has the dtype {files.dtype(name)}, which is not read")
+        dtype = files.dtype(name)
+        if isinstance(dtype, str):
+            raise Unreadable(f"{name} has the dtype {dtype}, which is not read")
         if config.get("kv_cache_scheme") and name.endswith(("k_scale", "v_scale")):
             found.ignored[name] = "a scale of a quantized key/value cache"
             continue
-        found.floats[name] = FloatTensor(files.shape(name), partial(files.get, name))
+        found.floats[name] = FloatTensor(
+            files.shape(name), partial(files.get, name), is_floating=dtype.is_floating_point
+        )
     if layout == gptq.NAME and not config:
         found.notes.append(
             "The checkpoint has no configuration; qzeros were read as those of version 1 are."
         )
     return found
+
+
+def _weights(
+    layout: str,
+    files: TensorFiles,
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, StoredWeight]:
+    """The quantized weights in one of the layouts; none in others."""
+    if layout == gptq.NAME:
+        return gptq.layers(files, shapes, config)
+    if layout == awq.NAME:
+        return awq.layers(files, shapes, config)
+    if layout == compressed_tensors.NAME:
+        return compressed_tensors.layers(files, shapes, config, modules)
+    return {}
 
 
 def _files(path: Path) -> list[Path]:

@@ -46,14 +46,15 @@ class StoredWeight:
         shape: ``(N, K)``, outputs first.
         activations: what the checkpoint says about the inputs of the layer: a part of a
             configuration, or None for float inputs.
-        input: scale and zero point of the input, for static activations.
         why: why :meth:`integers` has none.
+        names: the names of its tensors in a safetensors file.
     """
 
     form: str
     shape: tuple[int, int]
     activations: Any = None
     why: str = ""
+    names: tuple[str, ...] = ()
 
     def integers(self) -> Integers | None:
         """The integers of a layer with exactly these values; None if there are none."""
@@ -79,6 +80,7 @@ class FloatTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     form: str = ""
+    is_floating: bool = True
 
 
 @dataclass
@@ -118,7 +120,7 @@ def canonical(
     out. The values stay the same, bit by bit, except that -0 becomes 0.
 
     Args:
-        qweight: int8 ``[N, K]``; changed in place.
+        qweight: int8 ``[N, K]``.
         scale: float ``[N, groups]``; ``[N, 1]`` for one scale per channel.
         zero_point: int8 of that shape, or None.
         bits: 2 to 8.

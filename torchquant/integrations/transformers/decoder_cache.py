@@ -134,6 +134,17 @@ class FusedCache(DynamicCache):
         self.layer_class_to_replicate: Any = functools.partial(FusedLayer, capacity)
 
 
+def is_served(cache: Any) -> bool:
+    """True if the class of a cache is one that steps can use.
+
+    Example:
+        >>> is_served(FusedCache()), is_served(DynamicCache(offloading=False)), is_served(None)
+        (True, True, False)
+    """
+    served = type(cache) in (FusedCache, DynamicCache, QuantizedCache)
+    return served and not getattr(cache, "offloading", False)
+
+
 def take(cache: Any, plan: DecoderPlan, new: int) -> States | None:
     """The states of a cache, with room for new tokens; None if a step cannot use the cache.
 
@@ -144,10 +155,10 @@ def take(cache: Any, plan: DecoderPlan, new: int) -> States | None:
         plan: the blocks whose keys and values it holds.
         new: the number of new tokens.
     """
+    if not is_served(cache):
+        return None
     if type(cache) is QuantizedCache:
         return _quantized(cache, plan, new)
-    if type(cache) not in (FusedCache, DynamicCache) or getattr(cache, "offloading", False):
-        return None
     layers, count = cache.layers, len(plan.blocks)
     if len(layers) != count or any(type(layer) is not FusedLayer for layer in layers):
         made = _fused(cache, count)
@@ -211,13 +222,14 @@ def _quantized(cache: QuantizedCache, plan: DecoderPlan, new: int) -> States | N
     make: Any = cache.layer_class_to_replicate
     layers += [make() for _ in range(count - len(layers))]
     tokens = layers[0].get_seq_length()
+    group_size = cache.group_size or recent_group_size(plan.head_dim)
     for layer in layers:
         if not layer.is_initialized:
             empty = torch.empty(1, plan.kv_heads, 0, plan.head_dim, dtype=torch.float32)
             layer.lazy_initialization(empty, empty)
         if layer.get_seq_length() != tokens:
             return None
-        row = kv_row_bytes(plan.head_dim, layer.bits, layer.group_size)
+        row = kv_row_bytes(plan.head_dim, layer.bits, group_size)
         for parts in layer.parts():
             if not parts[0].fit(plan.kv_heads, row, torch.uint8):
                 return None
@@ -232,7 +244,6 @@ def _quantized(cache: QuantizedCache, plan: DecoderPlan, new: int) -> States | N
             for side, rows in zip(sides[place::2], parts, strict=False):
                 side.append(rows.first())
     first = layers[0].parts()[0]
-    group_size = layers[0].group_size or recent_group_size(plan.head_dim)
     held = States(sides[0], sides[1], first[0].tokens, cache.bits, group_size)
     if len(first) == 1:
         return held

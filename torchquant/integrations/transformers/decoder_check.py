@@ -99,8 +99,11 @@ def check(decoder: Any, plan: DecoderPlan) -> Calls:
         from transformers import DynamicCache
     except ImportError as error:
         raise Refusal("transformers is not installed, whose caches a step needs") from error
-    with torch.no_grad(), _recorder(decoder):
+    try:
         cache = DynamicCache(config=decoder.config)
+    except (AttributeError, TypeError) as error:
+        raise Refusal(f"transformers makes no cache for its configuration: {error}") from error
+    with torch.no_grad(), _recorder(decoder):
         far = _far_position(decoder)
         prompt = _run(decoder, cache, _PROMPT, None)
         following = _run(decoder, cache, _FOLLOWING, torch.arange(far, far + _FOLLOWING)[None])

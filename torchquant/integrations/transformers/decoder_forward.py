@@ -37,6 +37,8 @@ from torchquant.integrations.transformers.decoder_structure import Known, Refusa
 
 _library: Any = load()
 _OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
+# A changed decoder may lack what reading a plan takes for granted; its own forward decides then.
+_FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _POSITIONS = ("position_ids", "cache_position")
 _READ = frozenset(
@@ -111,7 +113,7 @@ class FusedForward:
 
     def _fused(self, given: dict[str, Any]) -> Any:
         """The result of a step, or None if it cannot serve the call."""
-        from torchquant.integrations.transformers.decoder_cache import FusedCache, advance, take
+        from torchquant.integrations.transformers import decoder_cache as caches
 
         ids, hidden = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if hidden is None else hidden
@@ -123,14 +125,16 @@ class FusedForward:
         if not new or not may_use_kernels([source]) or _asks_for_more(given) or is_captured():
             return None
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        past = 0 if cache is None else _length(cache)
-        if past is None or not _all_tokens(given.get("attention_mask"), past + new):
+        if cache is not None and not caches.is_served(cache):
+            return None
+        past = 0 if cache is None else cache.get_seq_length()
+        if not _all_tokens(given.get("attention_mask"), past + new):
             return None
         if any(not _ascending(given.get(name), past, new) for name in _POSITIONS):
             return None
         if not self._holds():
             return None
-        own = FusedCache() if cache is None else cache
+        own = caches.FusedCache() if cache is None else cache
         modules: Any = self.decoder._modules
         if hidden is None:
             hidden = modules[structure.EMBEDDING](ids)
@@ -138,11 +142,11 @@ class FusedForward:
             return None
         cos, sin = tables_of(self.decoder, hidden, past)
         with self._lock:
-            states = take(own, self.plan, new)
+            states = caches.take(own, self.plan, new)
             if states is None or states.position + states.recent != past:
                 return None
             output = self.run(hidden[0].contiguous(), cos.contiguous(), sin.contiguous(), states)
-            advance(own, new)
+            caches.advance(own, new)
         last = self.plan.final_norm(output)[None]
         wants_cache = given.get("use_cache")
         if wants_cache is None:
@@ -175,11 +179,12 @@ class FusedForward:
             return False
         if self._guard is not None and self._guard.holds():
             return self._serves
-        try:
-            self._form()
-        except Refusal as reason:
-            self._watch(serves=False)  # until something else is changed
-            self._warn(str(reason))
+        with self._lock:
+            try:
+                self._form()
+            except _FAILURES as reason:
+                self._watch(serves=False)  # until something else is changed
+                self._warn(str(reason))
         return self._serves
 
     def _warn(self, reason: str) -> None:
@@ -235,13 +240,6 @@ def _asks_for_more(given: dict[str, Any]) -> bool:
         if name != "return_dict":
             return True
     return given.get("return_dict") is False
-
-
-def _length(cache: Any) -> int | None:
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, TypeError):
-        return None
 
 
 def _all_tokens(mask: Any, tokens: int) -> bool:

@@ -51,7 +51,8 @@ def decoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose blocks are called like Llama's, with their names in the model."""
     for name, module in model.named_modules():
         blocks = module._modules.get(LAYERS)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and hasattr(module, "config"):
+        described = hasattr(getattr(module, "config", None), "__dict__")
+        if described and isinstance(blocks, nn.ModuleList) and len(blocks):
             first = blocks[0]._modules
             if "self_attn" in first and "mlp" in first:
                 yield name, module
