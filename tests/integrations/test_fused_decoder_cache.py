@@ -88,6 +88,17 @@ def test_quantized_caches_are_as_close_as_in_the_models_forward(
     assert (ours - expected).norm() <= 1.5 * (theirs - expected).norm()
 
 
+def test_a_step_reads_the_rows_that_the_models_forward_reads(pair: tuple[Any, Any]) -> None:
+    """The eighth token moves the first four to 4 bits, before attention reads them."""
+    net, own = pair
+    cache = QuantizedCache(4, recent=4)
+    logits(own, cache, IDS[:, :7])
+    twin = copy.deepcopy(cache)
+    got, expected = logits(net, cache, IDS[:, 7:8]), logits(own, twin, IDS[:, 7:8])
+    assert [rows.tokens for rows in cache.layers[0].parts()[0]] == [4, 4]
+    assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_a_dynamic_cache_keeps_its_tokens(pair: tuple[Any, Any]) -> None:
     net, own = pair
     cache = transformers.DynamicCache(config=net.config)

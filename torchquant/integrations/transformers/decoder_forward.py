@@ -145,7 +145,7 @@ class FusedForward:
             states = caches.take(own, self.plan, new)
             if states is None or states.position + states.recent != past:
                 return None
-            output = self.run(hidden[0].contiguous(), cos.contiguous(), sin.contiguous(), states)
+            output = self.run(hidden[0], cos, sin, states)
             caches.advance(own, new)
         last = self.plan.final_norm(output)[None]
         wants_cache = given.get("use_cache")

@@ -117,7 +117,7 @@ def watched(decoder: nn.Module, absent: Any) -> list[tuple[Any, str | None, Any]
         for name, value in own.items():
             if (name in HOOKS and isinstance(value, dict)) or isinstance(value, plain):
                 entries.append((own, name, value))
-        entries.append((own, "forward", absent))
+        entries.append((own, "forward", own.get("forward", absent)))
     return entries
 
 
