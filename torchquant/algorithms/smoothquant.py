@@ -26,8 +26,9 @@ from torchquant.report.progress import track
 
 __all__ = ["SmoothQuantReport", "SmoothedLayer", "smoothquant_"]
 
-_GRID = tuple(index / 20 for index in range(21))  # the values of alpha that a search tries
-_ROWS = 256  # inputs of each group that a search keeps
+_GRID = tuple(index / 10 for index in range(11))  # the values of alpha that a search tries
+_ROWS = 128  # inputs of each group that a search keeps
+_OUTPUTS = 2048  # of each layer that a search computes
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def smoothquant_(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    alpha: float | None = 0.5,
+    alpha: float | None = None,
     config: QuantizationConfig | None = None,
     limit: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -111,8 +112,10 @@ def smoothquant_(
     Args:
         model: a float model, in any training mode.
         data: batches, as for :func:`torchquant.calibrate`.
-        alpha: from 0 to 1: how much of the difference between the channels goes into the weights;
-            None searches it for each group, with the least error of the quantized layers.
+        alpha: from 0 to 1: how much of the difference between the channels goes into the weights.
+            The paper uses 0.5, and the greatest magnitude of each channel. None searches for each
+            group what gives the quantized layers the least error: alpha, whether magnitudes are
+            the greatest ones or root mean squares, or no factors at all.
         config: how the layers will be quantized, for the search; None is the default of
             ``quantize_``.
         limit: the greatest number of batches; None for all.
@@ -164,12 +167,13 @@ def smoothquant_(
 
 
 class _Inputs:
-    """Ranges of what each weight reads, and a sample of the rows."""
+    """Magnitudes of what each weight reads, and a sample of the rows."""
 
     def __init__(self, rows: int) -> None:
         self.most = rows
         self.ranges: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
+        self._squares: dict[str, tuple[Tensor, int]] = {}
 
     def see(self, name: str, rows: Tensor) -> None:
         """Take the inputs of one call."""
@@ -178,9 +182,16 @@ class _Inputs:
         largest = rows.abs().amax(0).float()
         self.ranges[name] = torch.maximum(self.ranges.get(name, largest), largest)
         if self.most:
+            total, count = self._squares.get(name, (torch.zeros_like(largest).double(), 0))
+            self._squares[name] = total + rows.double().square().sum(0), count + len(rows)
             step = max(1, len(rows) * 4 // self.most)  # at least four batches have a part
             kept = [*([self.rows[name]] if name in self.rows else []), rows[::step].float()]
             self.rows[name] = torch.cat(kept)[-self.most :]
+
+    def deviations(self, name: str) -> Tensor:
+        """The root mean square of each channel."""
+        total, count = self._squares[name]
+        return (total / count).sqrt().float()
 
 
 class _Smoother:
@@ -234,47 +245,64 @@ class _Smoother:
             if powers:
                 factors = torch.exp2(factors.log2().round())
             fold(self.model, group, factors)
+            after = f"after {group.producer}"
             for name in group.layers:
-                module = self.model.get_submodule(name)
+                kind = type(self.model.get_submodule(name)).__name__
                 peaks = _peak(ranges), _peak(ranges / factors.to(ranges.device))
-                row = (name, type(module).__name__, "smoothed", f"after {group.producer}")
-                self.rows[name] = SmoothedLayer(*row, alpha, *peaks)
+                row = SmoothedLayer(name, kind, "smoothed", after, alpha or 0.0, *peaks)
+                if alpha is None:
+                    reason = f"{after}; no factors lower its error"
+                    row = SmoothedLayer(name, kind, "left", reason)
+                self.rows[name] = row
 
     def _leave_all(self, reason: str) -> None:
         for name, row in self.rows.items():
             self.rows[name] = SmoothedLayer(name, row.kind, "left", reason)
 
-    def _factors(self, group: ScalingGroup) -> tuple[Tensor, Tensor, float]:
-        """Ranges of the inputs, factors of the columns, and the alpha of a group."""
+    def _factors(self, group: ScalingGroup) -> tuple[Tensor, Tensor, float | None]:
+        """Ranges of the inputs, factors of the columns, and alpha; None for factors of 1."""
         weights = {
             name: self.model.get_parameter(name).detach().movedim(axis, -1)
             for name, axis in group.readers
         }
-        seen = [self.inputs.ranges[name] for name in weights if name in self.inputs.ranges]
-        ranges = group.largest(torch.stack(seen).amax(0))
         columns = [weight.abs().flatten(0, -2).amax(0).float() for weight in weights.values()]
         reading = group.largest(torch.stack(columns).amax(0))
-
-        def factors(alpha: float) -> Tensor:
-            used = group.channels.to(ranges.device) >= 0
-            found = smoothing_factors(
-                torch.where(used, ranges, 0.0), torch.where(used, reading, 0.0), alpha
-            )
-            return group.free(found)
-
+        ranges = group.largest(torch.stack([self.inputs.ranges[name] for name in weights]).amax(0))
         if self.alpha is not None:
-            return ranges, factors(self.alpha), self.alpha
-        errors = {alpha: self._error(weights, factors(alpha)) for alpha in _GRID}
-        best = min(_GRID, key=lambda alpha: errors[alpha])
-        return ranges, factors(best), best
+            return ranges, self._smoothing(group, ranges, reading, self.alpha), self.alpha
+        deviations = torch.stack([self.inputs.deviations(name) for name in weights]).amax(0)
+        candidates: list[tuple[float | None, Tensor]] = [(None, torch.ones_like(ranges).double())]
+        for magnitudes in (ranges, group.largest(deviations)):
+            candidates += [
+                (alpha, self._smoothing(group, magnitudes, reading, alpha)) for alpha in _GRID
+            ]
+        error = self._error(weights)
+        alpha, factors = min(candidates, key=lambda candidate: error(candidate[1]))
+        return ranges, factors, alpha
 
-    def _error(self, weights: Mapping[str, Tensor], factors: Tensor) -> float:
-        """The error of all layers of a group."""
-        return sum(
-            smoothing_error(self.inputs.rows[name], weight, factors, self.config)
-            for name, weight in weights.items()
-            if weight.dim() == 2 and name in self.inputs.rows
-        )
+    def _smoothing(
+        self, group: ScalingGroup, magnitudes: Tensor, reading: Tensor, alpha: float
+    ) -> Tensor:
+        """Factors for all columns that read a channel of the producer."""
+        used = group.channels.to(magnitudes.device) >= 0
+        kept = [torch.where(used, values, 0.0) for values in (magnitudes, reading)]
+        return group.free(smoothing_factors(kept[0], kept[1], alpha))
+
+    def _error(self, weights: Mapping[str, Tensor]) -> Callable[[Tensor], float]:
+        """The error of all layers of a group as a function of the factors."""
+        layers = []
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                rows, some = self.inputs.rows[name], weight[:: -(-len(weight) // _OUTPUTS)]
+                layers.append((rows, some, rows @ some.float().t()))
+
+        def error(factors: Tensor) -> float:
+            return sum(
+                smoothing_error(rows, weight, factors, self.config, outputs)
+                for rows, weight, outputs in layers
+            )
+
+        return error
 
 
 def _peak(ranges: Tensor) -> float:
