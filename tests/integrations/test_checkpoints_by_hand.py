@@ -179,6 +179,7 @@ def test_dynamic_activations_of_compressed_tensors(tmp_path: Path) -> None:
     model, _, _ = loaded(tmp_path, parts, config, activations=Dynamic(4))
     layer: Any = model.first
     assert layer.config.activations == Dynamic(8, symmetric=True), "as the checkpoint says"
+    assert layer.config.weights.range == (-128, 127)
     assert torch.equal(layer.dequantized_matrix(), made.values)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     expected = torch.nn.functional.linear(x, made.values, layer.bias)

@@ -10,9 +10,11 @@ from support import gguf_files as files
 from support.layers import unchanged
 from torch import Tensor
 
-from torchquant import CheckpointReport, load_checkpoint
+from torchquant import CheckpointReport, PerGroup, Weights, load_checkpoint
 from torchquant.integrations.checkpoints.gguf_blocks import BLOCKS, Blocks
 from torchquant.integrations.checkpoints.gguf_fit import fit, values_of_blocks
+from torchquant.integrations.checkpoints.nearest import least_error, squared_errors
+from torchquant.nn.intx_weight import integers_of
 
 pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -218,6 +220,24 @@ def test_fit_is_at_least_as_near_as_a_search(bits: int) -> None:
             tried = ((nearest - z) * s - values[0, columns]).square().sum(1)
             best = torch.minimum(best, tried.min())
         assert error <= best * 1.001 + 1e-9
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_few_bits_take_the_nearer_of_two_ways(bits: int) -> None:
+    """The grid of the steps, or the range of the values, or a part of it."""
+    weights = Weights(bits, symmetric=False, granularity=PerGroup(32))
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(0, 16, (64, 64), generator=generator, dtype=torch.int8)
+    step = torch.rand(64, 2, generator=generator) + 0.1
+    # Zero points of 4 bits exist for all these minimums.
+    blocks = Blocks(q, step, -step * (1 + 13 * torch.rand(64, 2, generator=generator)))
+    values = values_of_blocks(blocks, 32)
+    fitted = squared_errors(values, *fit(blocks, bits, 32), weights, 32)
+    ranges = squared_errors(values, *least_error(values, weights, 32), weights, 32)
+    plain = squared_errors(values, *integers_of(values, weights), weights, 32)  # type: ignore[arg-type]
+    assert bool((fitted <= ranges).all()) and bool((ranges <= plain).all())
+    assert bool((ranges < plain).any())
+    assert bool((fitted < ranges).any()) or bits == 3
 
 
 def test_a_group_of_one_value_is_exact() -> None:
