@@ -203,10 +203,11 @@ def sprinkle(x: Tensor, values: Iterable[float], seed: int, share: float = 0.2) 
     if x.numel() == 0:
         return x
     flat = x.clone().reshape(-1, x.shape[-1])
+    rows, columns = flat.shape
     for value in values:
-        for row in range(flat.shape[0]):
-            if torch.rand((), generator=g) < share:
-                flat[row, int(torch.randint(flat.shape[1], (), generator=g))] = value
+        chosen = torch.rand(rows, generator=g) < share
+        places = torch.randint(columns, (rows,), generator=g)
+        flat[chosen, places[chosen]] = value
     return flat.reshape(x.shape)
 
 
