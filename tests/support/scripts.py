@@ -99,7 +99,10 @@ def _address() -> str:
     def end() -> None:
         assert server.stdin is not None
         server.stdin.close()
-        server.wait()
+        try:
+            server.wait(5)
+        except subprocess.TimeoutExpired:  # a process that we forked holds the stream open
+            server.kill()
         folder.cleanup()
 
     atexit.register(end)
