@@ -80,15 +80,17 @@ def fuse_decoder_(model: nn.Module) -> DecoderReport:
 
     Results differ from those of the model's own forward by the rounding of float32, and by the
     steps of quantized activations and caches that this rounding moves. They do not depend on the
-    number of threads, nor on how a sequence is cut into calls.
+    number of threads; with a float cache, a token's result does not depend on how the sequence is
+    cut into calls.
 
     A decoder is recognised by the names of its parts, and compared with its own forward on a few
     random tokens: queries, keys and the output of each block must agree within 1 %. Sliding
     windows, limits of attention scores, mixtures of experts and other blocks are left. Every linear
     layer of the blocks must be quantized.
 
-    A change of the model that its forward can see ends the fusion with a warning, unless the model
-    passes the comparison again. The fusion is not saved; call this function again after
+    A change of a module of the blocks (another module, a hook, another forward, an attribute)
+    ends the fusion with a warning, unless the model passes the comparison again. Changes of classes
+    are not noticed. The fusion is not saved; call this function again after
     :func:`torchquant.load`. :func:`unfuse_decoder_` undoes it.
 
     Args:
