@@ -4,7 +4,6 @@
 // score is known, once for the sums (kernels/attention_float.h). Many tokens: a share is a run of heads and of blocks of
 // tokens, and packs the keys of each head for itself.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "core/convert.h"
