@@ -17,7 +17,6 @@ constexpr int64_t kMaskedTokens = 64;         // that attend to a quantized cach
 constexpr int64_t kElementsOfAThread = 4096;  // that a thread should rotate or copy
 constexpr int64_t kScoreGap = 16;             // floats more than a power of 2: rows on different cache sets
 
-const float* floats(const uint8_t* p) { return reinterpret_cast<const float*>(p); }
 float* floats(uint8_t* p) { return reinterpret_cast<float*>(p); }
 
 int64_t heads_per_key(const Sizes& sizes) { return sizes.heads / sizes.kv_heads; }
