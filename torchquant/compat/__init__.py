@@ -13,6 +13,8 @@ kernels. Use them for teaching, comparison and migration, and ``torchquant.funct
 * linear quantization building blocks: :func:`get_quantized_range`, :func:`linear_quantize`,
   :func:`linear_dequantize`, :func:`scale_and_zero_point`, ... The layer built from them is
   ``torchquant.quantized_linear``, which runs on the kernels.
+* GPTQ and AWQ of a single layer: :func:`collect_hessian`, :func:`quantize_layer`,
+  :func:`activation_importance`, :func:`search_alpha`, :func:`quantize_scaled`
 """
 
 from torchquant.compat.affine import dequantize_func, quantize_func
@@ -39,10 +41,19 @@ from torchquant.compat.real import (
     quantize_midpoint,
     quantize_minimum,
 )
+from torchquant.compat.single_layer import (
+    activation_importance,
+    collect_hessian,
+    quantize_layer,
+    quantize_scaled,
+    search_alpha,
+)
 
 __all__ = [
     "Int4Result",
     "QuantizedReal",
+    "activation_importance",
+    "collect_hessian",
     "dequantize_from_int4",
     "dequantize_func",
     "dequantize_real",
@@ -54,10 +65,13 @@ __all__ = [
     "linear_quantize_weight_per_channel",
     "pack_int4_to_int8",
     "quantize_func",
+    "quantize_layer",
     "quantize_midpoint",
     "quantize_minimum",
+    "quantize_scaled",
     "quantize_to_int4",
     "scale_and_zero_point",
+    "search_alpha",
     "shift_quantized_linear_bias",
     "unpack_int8_to_int4",
 ]
