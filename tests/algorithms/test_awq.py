@@ -296,6 +296,30 @@ def test_an_exception_leaves_the_model_as_it_was(monkeypatch, place, error):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+@torch.no_grad()
+def test_a_failure_while_layers_are_replaced_leaves_a_model_that_works(monkeypatch):
+    """The layers before it have scales in their integers, so the norms keep theirs."""
+    model, data = model_and_data()
+    expected = model(data[0])
+    made = []
+    plain = torchquant.QuantizedIntxLinear.from_float.__func__
+
+    def stop(cls, *arguments, **options):
+        made.append(cls)
+        if len(made) == 3:
+            raise MemoryError
+        return plain(cls, *arguments, **options)
+
+    monkeypatch.setattr(torchquant.QuantizedIntxLinear, "from_float", classmethod(stop))
+    with pytest.raises(MemoryError):
+        awq_(model, IntxWeightOnlyConfig(8, group_size=32), data)
+    kinds = [type(layer).__name__ for layer in model.modules()]
+    assert kinds.count("QuantizedIntxLinear") == 2
+    error = (model(data[0]) - expected).square().mean() / expected.square().mean()
+    assert float(error) < 0.02, float(error)
+    assert not any(is_adjusted(module) for module in model.modules())
+
+
 def test_bad_arguments_leave_the_model_as_it_was():
     model, data = model_and_data()
     state = copy.deepcopy(model.state_dict())

@@ -97,10 +97,14 @@ def awq_(
     search = AWQSearch(_WHO, model, taken(_WHO, data, limit), forward, steps, progress)
 
     def find(chosen: list[Step]) -> None:
-        search.scale(chosen)
-        for step, found in search.integers(search_clip and quantize):
-            if quantize:
-                give(step, found, _WHO)
+        try:
+            search.scale(chosen)
+            for step, found in search.integers(search_clip and quantize):
+                if quantize:
+                    give(step, found, _WHO)
+        except BaseException:
+            search.restore()
+            raise
         if not quantize:
             raise _Done
 
@@ -111,9 +115,6 @@ def awq_(
         left = {"rounded": "left"}
         rows = [replace(row, action=left.get(row.action, row.action)) for row in search.rows()]
         return AWQReport(tuple(rows), tuple(search.notes), None, search.difference)
-    except BaseException:
-        search.restore()
-        raise
     found = {row.name: row for row in search.rows()}
     rows = []
     for row in report.rows:
