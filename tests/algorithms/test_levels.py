@@ -59,11 +59,11 @@ def test_all_experts_are_compressed_together() -> None:
     assert [level.once for level in found] == [True, False, False], "one expert saw no row"
 
 
-def test_a_layer_that_no_batch_reaches_comes_last() -> None:
+def test_a_layer_that_no_batch_reaches_comes_first() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     x = torch.ones(1, 4)
     found = levels_of(linears(model), lambda: model["a"](x))
-    assert found == [Level((("a",),), True), Level((("b",),), False)]
+    assert found == [Level((("b",),), False), Level((("a",),), True)]
     assert levels_of(linears(model), lambda: None) == [Level((("a",), ("b",)), False)]
 
 

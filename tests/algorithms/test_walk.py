@@ -12,6 +12,8 @@ from torchquant import gptq_
 from torchquant.algorithms import walk
 from torchquant.algorithms.block_inputs import BlockInputs
 from torchquant.algorithms.gptq_rounding import gptq
+from torchquant.algorithms.hessian import Hessian
+from torchquant.algorithms.least_error import clip_search
 
 INT4 = torchquant.IntxWeightOnlyConfig(4, group_size=32)
 
@@ -178,6 +180,29 @@ def test_of_a_large_convolution_some_places_are_taken(monkeypatch: pytest.Monkey
     report = gptq_(model, config, [torch.randn(4, 64, 6, 6)] * 3, progress=False)
     assert report["0"].inputs == 120, "of 12 samples with 16 places each"
     assert report["2"].inputs == 12
+
+
+def test_a_weight_that_is_read_without_a_call_is_rounded_before_the_layers_behind_it() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.behind, self.read = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.behind(nn.functional.linear(x, self.read.weight, self.read.bias))
+
+    torch.manual_seed(0)
+    model, batches = Reading(), [torch.randn(70, SIZE)]
+    layer = torchquant.QuantizedIntxLinear
+    found = clip_search(model.read.weight.detach(), INT4.weights)
+    read = layer.from_integers(found.qweight, found.scale, None, model.read.bias, INT4)
+    hessian = Hessian(SIZE)
+    with torch.no_grad():
+        hessian.add(0, read(batches[0]).t().unsqueeze(0))
+    expected = integers(model.behind.weight.detach(), hessian.value(), INT4.weights)
+    report = gptq_(model, INT4, batches, progress=False)
+    assert report["read"].reason.startswith("no input reached it")
+    assert_has(model, {"read": found, "behind": expected})
 
 
 def test_finished_blocks_are_skipped_for_the_layers_behind_them(

@@ -46,7 +46,9 @@ class Level:
 def levels_of(
     modules: Mapping[str, nn.Module], run: Callable[[], Any], *, by_order: bool = False
 ) -> list[Level]:
-    """The levels of layers, and at the end a level of those that the batch does not reach.
+    """The levels of layers, after a level of those that the batch does not reach.
+
+    A forward may read the weight of such a layer without a call; the others shall see its integers.
 
     Args:
         modules: the layers as the forward calls them, by name.
@@ -78,7 +80,7 @@ def levels_of(
         Level((*level.inputs, *_single(late)), level.once and not late)
         for level, late in zip(levels, by_name, strict=False)
     ]
-    return [*levels, Level(_single(by_name[-1]), False)] if by_name[-1] else levels
+    return [Level(_single(by_name[-1]), False), *levels] if by_name[-1] else levels
 
 
 @dataclass
