@@ -210,7 +210,7 @@ def _integers(stored: StoredWeight, bits: int) -> tuple[Integers, float | None]:
 def _layer(
     place: Place, integers: Integers, activations: Activations | None, device: torch.device
 ) -> QuantizedModule:
-    """A layer with given integers; its bias is still that of the float layer."""
+    """A layer with given integers; its bias, which is a float tensor, has no values yet."""
     old, kind = place.step.module, place.step.kind
     inputs = None if kind.only_weights else (place.stored.activations or activations)
     config = QuantizationConfig(integers.weights, inputs)
@@ -234,10 +234,6 @@ def _layer(
     if given is not None:
         tensors["input_scale"], tensors["input_zero_point"] = given
     layer.load_state_dict(_canonical(layer, tensors, device), strict=False, assign=True)
-    for name, parameter in layer._parameters.items():
-        here = old._parameters.get(name)
-        if parameter is not None and here is not None and here.shape == parameter.shape:
-            layer._parameters[name] = here
     return layer.outside_programs()
 
 
