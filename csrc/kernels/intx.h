@@ -13,7 +13,7 @@ namespace torchquant {
 // 32 * g * group_blocks(), and behind the inputs of a group are zeros up to its last block.
 inline int64_t intx_columns(const IntxShape& shape) { return shape.all_blocks() * kIntxBlock; }
 
-// What follows from a shape by divisions, which cost as much as a block: for a kernel that needs it tile by tile.
+// What follows from a shape by divisions, computed once for all tiles.
 struct IntxLayout {
   int64_t groups, tile_bytes, zeros_at;
   int64_t group_blocks, last_blocks;  // of all groups but the last, of the last
