@@ -167,6 +167,27 @@ def test_rows_of_zeros_and_experts():
     assert output_difference([expected], [model(x)]) < 5e-6
 
 
+def test_a_reader_without_rows_keeps_the_stream_as_it_is():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 16), nn.LayerNorm(16)
+            self.heads = nn.ModuleList(nn.Linear(16, 3) for _ in range(2))
+
+        def forward(self, x):
+            normed = self.norm(self.first(x))
+            chosen = (x[:, 0] > 0).long()
+            return torch.cat([head(normed[chosen == i]) for i, head in enumerate(self.heads)])
+
+    model = filled(Heads())
+    x = rows(40, 4, seed=3)
+    expected = model(x)
+    assert rotate_(model, [x.abs()]).streams == ()
+    assert output_difference([expected], [model(x)]) < 5e-6
+    assert rotate_(model, [x.abs(), -x.abs()]).streams == ("first",)
+    assert output_difference([expected], [model(x)]) < 5e-6
+
+
 def test_patches_and_a_token_that_is_a_parameter():
     class Patches(nn.Module):
         def __init__(self):

@@ -269,13 +269,25 @@ def test_experts_in_one_parameter_are_scaled_with_those_that_no_token_chose():
     assert output_difference([expected], [model(rows(40, 16, seed=3))]) < 1e-5
 
 
-def test_an_expert_that_no_token_chose_ends_the_group():
-    model = filled(Experts(modules=True))
+@pytest.mark.parametrize("every", [False, True])
+def test_an_expert_that_no_token_chose_ends_the_group(every):
+    model = filled(Experts(modules=True, every=every))
     groups, reasons = found(model, rows(1, 16))
     assert groups == []
     assert "no batch reached experts." in reasons["router"]
     groups, _ = found(model, rows(40, 16))
     assert groups == [(("router", "experts.0", "experts.1", "experts.2"), "norm", "norm")]
+
+
+def test_experts_without_rows_in_some_batches_are_scaled():
+    model = filled(Experts(modules=True, every=True))
+    whole = rows(40, 16)
+    groups = find_scaling_groups(model, [*whole.split(1)]).groups
+    assert len(groups) == 1
+    assert {*groups[0].layers} == {"router", "experts.0", "experts.1", "experts.2"}
+    expected = model(whole)
+    fold(model, groups[0], torch.linspace(0.5, 2, 16))
+    assert output_difference([expected], [model(whole)]) < 1e-5
 
 
 def test_all_batches_are_watched():

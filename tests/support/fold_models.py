@@ -107,10 +107,17 @@ class Block(nn.Module):
 
 
 class Experts(nn.Module):
-    """A router and experts, whose weights are in one parameter, or in a module each."""
+    """A router and experts, whose weights are in one parameter, or in a module each.
 
-    def __init__(self, modules: bool, count: int = 3) -> None:
+    Args:
+        modules: the experts are modules.
+        every: experts that no token chose are called, too, without rows.
+        count: the number of experts.
+    """
+
+    def __init__(self, modules: bool, every: bool = False, count: int = 3) -> None:
         super().__init__()
+        self.every = every
         self.norm, self.router = GainNorm(16), nn.Linear(16, count, bias=False)
         if modules:
             self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(count))
@@ -121,7 +128,7 @@ class Experts(nn.Module):
         normed = self.norm(x)
         chosen = self.router(normed).argmax(-1)
         out = torch.zeros_like(x)
-        for index in chosen.unique():
+        for index in range(self.router.out_features) if self.every else chosen.unique():
             place = (chosen == index).nonzero()[:, 0]
             if hasattr(self, "weight"):
                 out.index_add_(0, place, F.linear(normed[place], self.weight[index]))

@@ -94,6 +94,7 @@ class ChannelFlow(DataFlow):
         self.channels: dict[str, Channels] = {}
         self.readings: dict[str, list[Reading]] = {}
         self.blocked: dict[int, str] = {}
+        self._without_rows: set[str] = set()  # weights of products without rows
         self._count = 0
         self._seen_blocked = torch.zeros(0, dtype=torch.bool)  # by number: is it in `blocked`?
 
@@ -120,6 +121,10 @@ class ChannelFlow(DataFlow):
         return next(
             name for name, channels in self.channels.items() if number in channels.numbers()
         )
+
+    def reached(self, name: str) -> bool:
+        """True if the forward used a parameter, and not only in products without rows."""
+        return name in self.uses and (name in self.readings or name not in self._without_rows)
 
     # ------------------------------------------------------------ products
 
@@ -172,6 +177,9 @@ class ChannelFlow(DataFlow):
         axes = dict(zip(product.second_letters, weight.axes, strict=True))
         if len(summed) != 1 or axes[summed[0]] is None or weight.offset:
             return False
+        if read.numel() == 0:  # nothing is read, as by an expert that no token chose
+            self._without_rows.add(weight.name)
+            return True
         axis, size = axes[summed[0]], self.parameters[weight.name].shape
         assert axis is not None
         labels = torch.full((size[axis],), UNLABELLED, dtype=torch.int32)

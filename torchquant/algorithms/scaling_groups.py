@@ -217,7 +217,7 @@ class _Found:
         weight = f"{layer}.weight" if layer else "weight"
         if weight not in self.parameters:
             return "it shares its weight with another module"
-        if weight not in self.flow.uses:
+        if not self.flow.reached(weight):
             return "no batch reached it"
         if weight not in self.flow.readings:
             return f"its weight is not multiplied by rows: {self.flow.uses[weight] or 'unknown'}"
@@ -319,7 +319,7 @@ class _Found:
         unreached = [
             name
             for name, parameter in self.parameters.items()
-            if name not in self.flow.uses and parameter.dim() > 1
+            if parameter.dim() > 1 and not self.flow.reached(name)
         ]
         if not unreached:
             return

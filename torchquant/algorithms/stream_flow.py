@@ -127,7 +127,9 @@ class StreamFlow(ChannelFlow):
             fact = call.fact(tensor)
             if isinstance(fact, Squares):
                 return False
-            if isinstance(fact, Labels) and self._place(fact) is None:
+            if not isinstance(fact, Labels) or not fact.values.numel():
+                continue
+            if self._place(fact) is None:
                 return False
         return super().contract(call, product)
 

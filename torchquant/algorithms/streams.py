@@ -227,7 +227,9 @@ class _Found:
 
     def _unreached(self) -> None:
         """A layer that no batch reached may read a stream, too."""
-        reached = {memory_key(self.parameters[name]) for name in self.flow.uses}
+        reached = {
+            memory_key(self.parameters[name]) for name in self.flow.uses if self.flow.reached(name)
+        }
         unreached = [
             name
             for name, parameter in self.parameters.items()
