@@ -237,6 +237,19 @@ def test_layers_without_a_producer_get_ranges_only():
     assert report["0"].error < report["0"].nearest_error
 
 
+def test_a_tied_head_keeps_the_weight_of_its_table():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(96, 64), nn.LayerNorm(64), nn.Linear(64, 96, bias=False))
+    model[2].weight = model[0].weight
+    data = [torch.randint(0, 96, (2, 20))]
+    report = awq_(model, IntxWeightOnlyConfig(4, group_size=32), data)
+    assert model[0].packed is model[2].packed
+    assert report["0"].action == report["2"].action == "rounded"
+    assert report["2"].reason.endswith("shares its weight with 0")
+    assert report["2"].error == report["2"].nearest_error > 0
+    assert any(note.startswith("One quantized weight for tied layers") for note in report.notes)
+
+
 def test_a_convolution_and_grouped_ones():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=2))

@@ -205,3 +205,20 @@ def test_a_layer_of_another_class_has_the_given_integers() -> None:
     assert torch.equal(model[0].integers, qweight)
     assert not is_adjusted(model[0])
     assert not is_adjusted(torchquant.to_float_(model) and model[0])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_tied_layers_share_a_weight_if_their_integers_are_the_same(alike: bool) -> None:
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    model[1].weight = model[0].weight
+    config = CONFIGS["int4 groups"]
+    found = random_adjustment(model[1], config.weights)
+    adjust(model[1], found)
+    if alike:
+        adjust(model[0], found)
+    report = torchquant.quantize_(model, config)
+    assert (model[0].packed is model[1].packed) is alike
+    relation = "shares its weight with" if alike else "untied from"
+    for name in "01":
+        assert report[name].reason.startswith(relation)
+    assert any("One quantized weight" in note for note in report.notes) is alike

@@ -111,7 +111,8 @@ class AWQSearch:
             weight, weights = float_weight(step.module).flatten(1), step.config.weights
             found = nearest(weight, weights)
             inputs = self._rows(step.name)
-            if search_clip and inputs is not None:
+            # A head keeps the rows of the table that it shares its weight with.
+            if search_clip and inputs is not None and step.shares is None:
                 found = _better(weight, found, clip_search(weight, weights, inputs=inputs), inputs)
                 self._clipped.add(step.name)
             if inputs is not None:

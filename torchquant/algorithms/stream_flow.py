@@ -127,9 +127,7 @@ class StreamFlow(ChannelFlow):
             fact = call.fact(tensor)
             if isinstance(fact, Squares):
                 return False
-            if not isinstance(fact, Labels) or not fact.values.numel():
-                continue
-            if self._place(fact) is None:
+            if isinstance(fact, Labels) and fact.values.numel() and self._place(fact) is None:
                 return False
         return super().contract(call, product)
 

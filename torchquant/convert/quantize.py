@@ -173,6 +173,7 @@ def quantize_model(
         if find is not None:
             find([step for step in plan if step.skip is None])
         _check_adjustments(who, plan)
+        shared.settle()
         bytes_before = tensor_bytes(model)
         attention.commit()
         with kept(model):

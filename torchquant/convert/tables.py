@@ -12,9 +12,11 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchquant.configs import QuantizationConfig
+from torchquant.convert.adjustment import adjustment_of
 from torchquant.convert.selection import Selection
 from torchquant.graph.modules import memory_key
 from torchquant.nn.base import QuantizedModule
@@ -117,6 +119,19 @@ class Shared:
                 step.shares = ", ".join(other.name for other in group if other is not step)
         self._bytes = 0
 
+    def settle(self) -> None:
+        """Leave out layers for which an algorithm found other integers than for the rest."""
+        groups = self._groups
+        self._groups = []
+        for group in groups:
+            same = [[other for other in group if _found_alike(step, other)] for step in group]
+            largest = max(same, key=len)
+            if len(largest) > 1:
+                self._groups.append(largest)
+            for step in group:
+                names = [other.name for other in largest if other is not step]
+                step.shares = ", ".join(names) if step in largest and names else None
+
     def share(self, step: Step, new: Any) -> None:
         """Let a new layer have the weight of a layer that is tied to it and was made before."""
         for group in self._groups:
@@ -133,6 +148,19 @@ class Shared:
                 f"One quantized weight for tied layers, {human_bytes(self._bytes)} less than a "
                 f"weight for each: {'; '.join(names)}."
             )
+
+
+def _found_alike(first: Step, second: Step) -> bool:
+    """True if an algorithm found the same integers for two layers, or none for both."""
+    ours, theirs = adjustment_of(first.module), adjustment_of(second.module)
+    return all(
+        one is other if one is None or other is None else torch.equal(one, other)
+        for one, other in (
+            (ours.qweight, theirs.qweight),
+            (ours.weight_scale, theirs.weight_scale),
+            (ours.weight_zero_point, theirs.weight_zero_point),
+        )
+    )
 
 
 def _is_for_tables(config: Any) -> bool:
