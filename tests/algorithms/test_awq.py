@@ -237,6 +237,32 @@ def test_layers_without_a_producer_get_ranges_only():
     assert report["0"].error < report["0"].nearest_error
 
 
+def test_a_model_in_training_mode_is_searched_in_evaluation_mode():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.first, self.second = (
+                nn.LayerNorm(64),
+                nn.Linear(64, 64),
+                nn.Linear(64, 64),
+            )
+            self.dropout, self.norm = nn.Dropout(), nn.BatchNorm1d(64)
+
+        def forward(self, x):
+            x = self.before(x)
+            return self.norm(self.dropout(self.first(x) * self.second(x)))
+
+    torch.manual_seed(0)
+    model, data = nn.Sequential(Normed(), nn.ReLU()), [torch.randn(40, 64)]
+    evaluated = copy.deepcopy(model).eval()
+    report, wanted = (awq_(one, CONFIG, data) for one in (model, evaluated))
+    assert report.rows == wanted.rows
+    assert torch.equal(model[0].first.packed, evaluated[0].first.packed)
+    for name, value in evaluated[0].norm.state_dict().items():
+        assert torch.equal(model[0].norm.state_dict()[name], value), name
+    assert model.training and model[0].dropout.training and model[0].norm.training
+
+
 def test_a_tied_head_keeps_the_weight_of_its_table():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(96, 64), nn.LayerNorm(64), nn.Linear(64, 96, bias=False))

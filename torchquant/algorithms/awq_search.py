@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchquant.algorithms.awq_inputs import Calls, LayerInputs, watch
 from torchquant.algorithms.awq_report import AWQLayer
 from torchquant.algorithms.awq_scaling import AWQScales, scaled_rounding, search_scales
-from torchquant.algorithms.batches import Forward, outputs_of
+from torchquant.algorithms.batches import Forward, evaluating, outputs_of
 from torchquant.algorithms.fold import FoldUndo, ScalingGroup, fold
 from torchquant.algorithms.integer_weight import IntegerWeight, nearest
 from torchquant.algorithms.labels import common_owner
@@ -83,6 +83,10 @@ class AWQSearch:
 
     def scale(self, steps: Sequence[Step]) -> None:
         """Search the scales of all groups of the layers, and put them into the model."""
+        with evaluating(self.model):  # parts of the model are called, too
+            self._scale(steps)
+
+    def _scale(self, steps: Sequence[Step]) -> None:
         self._steps = {step.name: step for step in steps}
         self._kinds = {step.name: type(step.module).__name__ for step in steps}
         found = find_scaling_groups(self.model, self.batches, self.forward, who=self.who)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -47,8 +47,7 @@ def outputs_of(
         0 [[0.0, 2.0]]
         [tensor([[0., 2.]])]
     """
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         for name, see in (hooks or {}).items():
             handle = model.get_submodule(name).register_forward_hook(
                 lambda _, args, kwargs, output, name=name, see=see: see(
@@ -59,14 +58,31 @@ def outputs_of(
             )
             stack.callback(handle.remove)
         try:
-            model.eval()
             result = call(who, model, batch) if forward is None else forward(model, batch)
             return [*tensors_in(result)]
         except Enough:
             return []
-        finally:
-            for module, mode in modes:
-                module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model be in evaluation mode for a while; each module has its own mode afterwards.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout())
+        >>> with evaluating(net):
+        ...     print(net[0].training)
+        False
+        >>> net[0].training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Undo:
