@@ -167,6 +167,26 @@ def test_ranges_of_all_batches_count():
     assert not torch.equal(first[1].weight, model[1].weight)
 
 
+@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_do_not_count(alpha, bad):
+    model = outliers(filled(nn.Sequential(GainNorm(16), nn.Linear(16, 24))))
+    model[0].weight.data[3] = 60.0
+    clean, lost = copy.deepcopy(model), copy.deepcopy(model)
+    x = rows(32, 16)  # more would be sampled
+    spoiled = torch.cat([x, torch.full((1, 16), bad)])
+    expected = smoothquant_(clean, [x], alpha=alpha)["1"]
+    found = smoothquant_(model, [spoiled], alpha=alpha)["1"]
+    assert found.action == "smoothed" and found.alpha == expected.alpha > 0
+    assert found.reason == "after 0; 1 inputs with NaN or infinities were left out"
+    assert expected.reason == "after 0"
+    assert same(model, state(clean))
+    before = state(lost)
+    found = smoothquant_(lost, [spoiled[-1:]], alpha=alpha)["1"]
+    assert (found.action, found.reason) == ("left", "all its inputs held NaN or infinities")
+    assert same(lost, before)
+
+
 def test_layers_that_are_left_have_a_reason():
     class Returned(nn.Module):
         def __init__(self):

@@ -143,7 +143,8 @@ def output_difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> f
         apart = float((before - after).abs().double().where(~same, 0.0).max())
         finite = before.abs().double().where(before.isfinite(), 0.0)
         most = float(finite.max())
-        worst = max(worst, apart / most if most else float("inf"))
+        if apart:  # 0 if all values are NaN in both
+            worst = max(worst, apart / most if most else float("inf"))
         if apart != apart:
             return float("inf")
     return worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,8 @@ def smoothquant_(
 
     Args:
         model: a float model, in any training mode.
-        data: batches, as for :func:`torchquant.calibrate`.
+        data: batches, as for :func:`torchquant.calibrate`. Inputs of a layer with NaN or infinities
+            do not count, and the report says how many there were.
         alpha: from 0 to 1: how much of the difference between the channels goes into the weights.
             The paper uses 0.5, and the greatest magnitude of each channel. None searches for each
             group what gives the quantized layers the least error: alpha, whether magnitudes are
@@ -173,10 +175,15 @@ class _Inputs:
         self.most = rows
         self.ranges: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
+        self.dropped: Counter[str] = Counter()  # rows with NaN or infinities, which do not count
         self._squares: dict[str, tuple[Tensor, int]] = {}
 
     def see(self, name: str, rows: Tensor) -> None:
         """Take the inputs of one call."""
+        if not bool(rows.sum().isfinite()):  # a finite sum may overflow, so look closely
+            finite = rows.isfinite().all(1)
+            self.dropped[name] += int((~finite).sum())
+            rows = rows[finite]
         if rows.numel() == 0:
             return
         largest = rows.abs().amax(0).float()
@@ -241,19 +248,29 @@ class _Smoother:
 
     def _fold_all(self, powers: bool, progress: bool | None) -> None:
         for group in track(self.groups, "smoothquant_", progress):
+            if any(name not in self.inputs.ranges for name, _ in group.readers):
+                self._leave(group, "all its inputs held NaN or infinities")
+                continue
             ranges, factors, alpha = self._factors(group)
             if powers:
                 factors = torch.exp2(factors.log2().round())
             fold(self.model, group, factors)
             after = f"after {group.producer}"
+            dropped = max(self.inputs.dropped[name] for name, _ in group.readers)
+            if dropped:
+                after += f"; {dropped} inputs with NaN or infinities were left out"
             for name in group.layers:
                 kind = type(self.model.get_submodule(name)).__name__
                 peaks = _peak(ranges), _peak(ranges / factors.to(ranges.device))
                 row = SmoothedLayer(name, kind, "smoothed", after, alpha or 0.0, *peaks)
-                if alpha is None:
-                    reason = f"{after}; no factors lower its error"
-                    row = SmoothedLayer(name, kind, "left", reason)
                 self.rows[name] = row
+            if alpha is None:
+                self._leave(group, f"{after}; no factors lower its error")
+
+    def _leave(self, group: ScalingGroup, reason: str) -> None:
+        for name in group.layers:
+            kind = type(self.model.get_submodule(name)).__name__
+            self.rows[name] = SmoothedLayer(name, kind, "left", reason)
 
     def _leave_all(self, reason: str) -> None:
         for name, row in self.rows.items():
