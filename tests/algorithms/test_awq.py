@@ -174,12 +174,13 @@ def test_scales_and_ranges_lower_the_error_of_the_model():
     errors = [error_of(one, expected, data) for one in (model, unclipped, plain)]
     assert errors[0] < errors[1] < 0.6 * errors[2]
     actions = {row.name: row.action for row in report.rows}
-    assert set(actions.values()) == {"scaled"} and len(actions) == 7
+    assert actions.pop("0.attention.o") == "clipped", "its exponent is 0"
+    assert set(actions.values()) == {"scaled"} and len(actions) == 6
     for name in ("0.attention.q", "0.gate"):
         row = report[name]
         assert 0 < row.exponent <= 1 and row.error < 0.7 * row.nearest_error
     assert "scales after 0.before" in report["0.attention.k"].reason
-    assert report.summary().startswith("7 scaled, 0 clipped, 0 rounded, 0 left; ")
+    assert report.summary().startswith("6 scaled, 1 clipped, 0 rounded, 0 left; ")
     assert report.difference < 1e-5
 
 
@@ -235,6 +236,19 @@ def test_layers_without_a_producer_get_ranges_only():
     report_of_scales = awq_(again, CONFIG, [x], quantize=False)
     assert [row.action for row in report_of_scales.rows] == ["left"]
     assert report["0"].error < report["0"].nearest_error
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_layers_that_no_scales_improve_are_not_scaled(quantize):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(64))  # its nearest integers have no error
+    report = awq_(model, CONFIG, [torch.randn(40, 64)], quantize=quantize, search_clip=False)
+    row = report["1"]
+    assert row.action == ("rounded" if quantize else "left") and row.exponent == 0
+    assert row.reason.endswith("no scales after 0 lower its error")
+    assert torch.equal(model[0].weight, torch.ones(64))
 
 
 def test_a_model_in_training_mode_is_searched_in_evaluation_mode():
@@ -293,7 +307,8 @@ def test_few_tokens_are_enough():
 def test_half_types_get_powers_of_two():
     model, data = model_and_data()
     report = awq_(model.bfloat16(), CONFIG, [x.bfloat16() for x in data], quantize=False)
-    assert {row.action for row in report.rows} == {"scaled"}
+    assert {row.action for row in report.rows if row.exponent} == {"scaled"}
+    assert [row.name for row in report.rows if not row.exponent] == ["0.attention.o"]
     assert any("powers of two" in note for note in report.notes)
 
 

@@ -104,8 +104,14 @@ class AWQSearch:
         chosen = []
         for group in track(groups, self.who, self.progress):
             scales = self._search(group, calls.pop(id(group)))
-            if scales is not None:
+            if scales is None:
+                continue
+            if scales.exponent:
                 chosen.append((group, scales))
+            else:
+                reason = f"no scales after {group.producer} lower its error"
+                layers = [name for name in group.layers if name in self._steps]
+                self._reasons.update(dict.fromkeys(layers, reason))
         self._measure()
         self._fold(chosen)
 
