@@ -421,6 +421,22 @@ def test_bfloat16_models_are_compared_with_their_own_precision():
     assert report.notes == ("The outputs of models of this data type may change by 6.2e-02.",)
 
 
+def test_a_parameter_of_fewer_bits_elsewhere_allows_no_greater_change(monkeypatch):
+    model = filled(Decoder())
+    model.unused = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    before = state(model)
+    outputs, calls = torchquant.algorithms.rotate.outputs_of, []
+
+    def changed(*args, **kwargs):
+        calls.append(1)
+        return [one * (1 if len(calls) == 1 else 1.01) for one in outputs(*args, **kwargs)]
+
+    monkeypatch.setattr(torchquant.algorithms.rotate, "outputs_of", changed)
+    report = rotate_(model, tokens(2, 9))
+    assert report.streams == () and report.notes == ()
+    assert same(model, before)
+
+
 def test_the_report_of_a_module_that_two_streams_pass():
     class Two(nn.Module):
         def __init__(self):

@@ -140,31 +140,31 @@ def rotate_(
     batches = taken(who, given, limit)
     found = find_streams(model, batches, forward, who=who)
     expected = outputs_of(who, model, batches[0], forward)
-    tolerance = _tolerance(model)
     rows: dict[str, RotatedModule] = {}
     notes: list[str] = []
     done: list[Rotation] = []
-    difference = 0.0
+    difference, allowed = 0.0, TOLERANCE
     try:
         for index, stream in enumerate(track(found.streams, who, progress)):
             matrix = rotation_matrix(stream.count, kind, seed + index, keeps_ones=stream.keeps_ones)
             done.append(Rotation(model, stream))
             done[-1].apply(matrix)
             apart = output_difference(expected, outputs_of(who, model, batches[0], forward))
+            tolerance = max(allowed, _tolerance(model, stream))
             if apart > tolerance:
                 done.pop().restore()
                 reason = f"the outputs of the model would change by {apart:.1e}"
                 rows.update(_rows(model, stream, reason))
                 continue
-            difference = apart
+            difference, allowed = apart, tolerance
             rows.update(_rows(model, stream, None, rows))
             notes += done[-1].notes
     except BaseException:
         for rotation in reversed(done):
             rotation.restore()
         raise
-    if done and tolerance > TOLERANCE:
-        notes.append(f"The outputs of models of this data type may change by {tolerance:.1e}.")
+    if allowed > TOLERANCE:
+        notes.append(f"The outputs of models of this data type may change by {allowed:.1e}.")
     for name, module in model.named_modules():
         if name not in rows and is_float_linear(module):
             reason = found.reasons.get(name, "it reads and writes no stream")
@@ -205,10 +205,12 @@ def _rows(
     return rows
 
 
-def _tolerance(model: nn.Module) -> float:
-    """The greatest change of the outputs that rounding explains."""
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    least = max((torch.finfo(one).eps for one in types), default=0.0)
+def _tolerance(model: nn.Module, stream: Stream) -> float:
+    """The greatest change of the outputs that rounding of the rotated parameters explains."""
+    reading = [*stream.readers, *(reader for gain in stream.gains for reader in gain.readers)]
+    names = [*(gain.name for gain in stream.gains), *(name for name, _ in reading)]
+    names += [name for name, _ in stream.written]
+    least = max(torch.finfo(model.get_parameter(name).dtype).eps for name in names)
     return TOLERANCE if least <= torch.finfo(torch.float32).eps else _HALF * least
 
 
