@@ -11,6 +11,7 @@ import torchquant
 from torchquant import IntxWeightOnlyConfig, Weights, awq_
 from torchquant.algorithms.awq_inputs import Calls, LayerInputs, copied, watch
 from torchquant.algorithms.awq_scaling import awq_scales, scaled_rounding, search_scales
+from torchquant.algorithms.awq_search import AWQSearch
 from torchquant.algorithms.integer_weight import nearest
 from torchquant.convert.adjustment import is_adjusted
 
@@ -348,6 +349,27 @@ def test_an_exception_leaves_the_model_as_it_was(monkeypatch, place, error):
     for module in model.modules():
         assert not is_adjusted(module)
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_last_comparison_leaves_the_model_as_it_was(monkeypatch, error):
+    model, data = model_and_data()
+    state = copy.deepcopy(model.state_dict())
+    plain, search = AWQSearch.check, []
+
+    def stop(self):
+        search.append(self)
+        monkeypatch.setattr("torchquant.algorithms.awq_search.outputs_of", fail)
+        plain(self)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(AWQSearch, "check", stop)
+    with pytest.raises(error):
+        awq_(model, CONFIG, data, steps=2, quantize=False)
+    assert search
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @torch.no_grad()

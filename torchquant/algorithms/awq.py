@@ -111,7 +111,11 @@ def awq_(
     try:
         report = quantize_with(_WHO, model, config, filter_fn, strict, fusion, progress, find)
     except _Done:
-        search.check()
+        try:
+            search.check()
+        except BaseException:
+            search.restore()
+            raise
         left = {"rounded": "left"}
         rows = [replace(row, action=left.get(row.action, row.action)) for row in search.rows()]
         return AWQReport(tuple(rows), tuple(search.notes), None, search.difference)
