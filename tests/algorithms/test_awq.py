@@ -12,6 +12,7 @@ from torchquant import IntxWeightOnlyConfig, Weights, awq_
 from torchquant.algorithms.awq_inputs import Calls, LayerInputs, copied, watch
 from torchquant.algorithms.awq_scaling import awq_scales, scaled_rounding, search_scales
 from torchquant.algorithms.awq_search import AWQSearch
+from torchquant.algorithms.inputs import columns
 from torchquant.algorithms.integer_weight import nearest
 from torchquant.convert.adjustment import is_adjusted
 
@@ -136,6 +137,27 @@ def test_importance_is_the_mean_magnitude_over_all_batches():
     torch.testing.assert_close(inputs.importance, whole.abs().mean(0))
     assert inputs.count == 1405
     assert inputs.rows.shape == (5 + 256, 3)
+
+
+def test_a_convolution_of_large_images_counts_a_part_of_the_places(monkeypatch):
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(4, 8, 3, padding=1), torch.randn(6, 4, 40, 40)
+    images[:, 2] *= 30
+    sizes, unfold = [], nn.functional.unfold
+
+    def seen(input, *args):
+        sizes.append(len(input))
+        return unfold(input, *args)
+
+    monkeypatch.setattr(nn.functional, "unfold", seen)
+    inputs, alone = LayerInputs(layer, 1), LayerInputs(layer, 1)
+    inputs.see(images)
+    alone.see(images[0])
+    assert set(sizes) == {1} and len(sizes) == 7
+    assert (inputs.count, alone.count) == (6 * 128, 128)
+    assert inputs.rows.shape == (512, 36) and len(inputs.rows.unique(dim=0)) == 512
+    whole = columns(layer, images)[0].t().abs().mean(0)
+    torch.testing.assert_close(inputs.importance, whole, rtol=0.15, atol=0.0)
 
 
 def test_calls_are_repeated_with_their_own_copies_of_caches():

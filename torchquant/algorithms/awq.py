@@ -56,8 +56,10 @@ def awq_(
         config: as for :func:`torchquant.quantize_`. The search uses its weights, not its
             activations.
         data: the batches, as for :func:`torchquant.calibrate`. Few are enough: 512 inputs of each
-            layer are kept, and the magnitudes of all are averaged. The float parameters are in
-            memory twice.
+            layer are kept, and the magnitudes of all are averaged (of a convolution 128 random
+            places of each sample). The arguments and results of each module that holds a group of
+            several layers are kept for all groups at once, in whole batches, until there are 512
+            inputs; small batches need less memory. The float parameters are in memory twice.
         quantize: if False, only the scales are put into the model, which stays float and computes
             the same as before; then call :func:`torchquant.gptq_` with the same configuration.
         search_clip: whether to search the ranges.

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.algorithms.batches import Forward, outputs_of
+from torchquant.algorithms.consecutive import dimensions
 from torchquant.algorithms.inputs import columns
 from torchquant.analysis.verify import tensors_in
 
 __all__ = ["Calls", "LayerInputs", "copied", "watch"]
 
+_PLACES = 128  # random places of each sample that count as inputs of a convolution
 _ROWS = 512  # inputs of a layer that are kept, and about as many in the calls of a module
 
 
 class LayerInputs:
     """The mean magnitude of each input channel of a layer, and a sample of its inputs.
+
+    An input of a convolution is what its kernel covers at one place. 128 random places of each
+    sample count, so that the memory does not grow with the size of images.
 
     Args:
         layer: a float linear layer or convolution.
@@ -47,10 +52,9 @@ class LayerInputs:
     @torch.no_grad()
     def see(self, input: Tensor) -> None:
         """Take the input of one call; inputs with NaN or infinities are left out."""
-        found = columns(self.layer, input)
-        if found.shape[0] != 1:  # a grouped convolution, which has no common input channels
+        if getattr(self.layer, "groups", 1) != 1:  # it has no common input channels
             return
-        rows = found[0].t()
+        rows = self._rows_of(input)
         if not bool(rows.sum().isfinite()):
             rows = rows[rows.isfinite().all(1)]
         if not len(rows):
@@ -59,6 +63,18 @@ class LayerInputs:
         self._sum = total if self._sum is None else self._sum + total
         self.count += len(rows)
         self._rows.append(rows[:: max(1, len(rows) // self._most)][: self._most].clone())
+
+    def _rows_of(self, input: Tensor) -> Tensor:
+        """All inputs of a linear layer; of a convolution a part, because they overlap."""
+        spatial = dimensions(self.layer)
+        if not spatial:
+            return columns(self.layer, input)[0].t()
+        samples = input.split(1) if input.dim() == spatial + 2 else [input]
+        parts = [
+            columns(self.layer, sample, _PLACES, self.count + number)[0].t()
+            for number, sample in enumerate(samples)
+        ]
+        return torch.cat(parts)
 
     @property
     def importance(self) -> Tensor:
@@ -74,6 +90,8 @@ class LayerInputs:
 
 class Calls:
     """Calls of a module in a forward, with their results, to be repeated with other weights.
+
+    The arguments and results of a call are kept whole, until the calls have 512 inputs.
 
     Args:
         module: the module.
