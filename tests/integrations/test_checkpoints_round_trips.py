@@ -180,11 +180,19 @@ def test_a_tied_table_is_written_once(tmp_path: Path) -> None:
         assert torch.equal(ours.integers, theirs.integers), name
 
 
-def test_a_tied_table_becomes_float_where_the_layout_has_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_a_tied_table_becomes_float_where_the_layout_has_none(tmp_path: Path, layout: Any) -> None:
     torch.manual_seed(0)
     model: Any = Language()
     quantize_(model, IntxWeightOnlyConfig(4, group_size=32))
-    written = save_checkpoint(model, tmp_path, layout="gptq")
+    written = save_checkpoint(model, tmp_path, layout=layout)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    if layout == "gptq":
+        assert config["lm_head"] is False
+        assert {*config["dynamic"]} == {"-:^embed$", "-:^lm_head$"}
+    else:
+        assert config["modules_to_not_convert"] == ["embed", "lm_head"]
+    assert (written["lm_head"].action, written["lm_head"].bytes) == ("float", 0)
     assert (written["embed"].action, written["embed"].reason) == (
         "float",
         "the layout has no embedding layers",

@@ -31,9 +31,12 @@ class Layout:
 
     Attributes:
         notes: sentences for the report.
+        followers: names of layers that share the weight of a layer before them. Nothing is written
+            for them but their biases.
     """
 
     kinds: tuple[str, ...] = ("linear",)
+    describes_followers = False
     has_activations = False
 
     def __init__(self, model: nn.Module, scale_dtype: torch.dtype) -> None:
@@ -43,6 +46,13 @@ class Layout:
             name: module
             for name, module in model.named_modules()
             if isinstance(module, QuantizedModule)
+        }
+        first: dict[int, str] = {}
+        self.followers = {
+            name
+            for name, layer in self.layers.items()
+            if layer.shared_weight is not None
+            and first.setdefault(id(layer.shared_weight), name) != name
         }
         self.floats = [
             name
@@ -73,9 +83,12 @@ class Layout:
         raise NotImplementedError
 
     def kept(self) -> dict[str, QuantizedModule]:
-        """The layers that are written as integers."""
+        """The layers that the quantization_config describes: those with integers."""
         return {
-            name: layer for name, layer in self.layers.items() if self.refusal(name, layer) is None
+            name: layer
+            for name, layer in self.layers.items()
+            if (self.describes_followers or name not in self.followers)
+            and self.refusal(name, layer) is None
         }
 
     def scaled(self, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -191,6 +204,7 @@ class CompressedTensorsLayout(Layout):
     """compressed-tensors: a scheme for each configuration."""
 
     kinds = ("linear", "embedding")
+    describes_followers = True  # with the scheme of the table whose integers they have
     has_activations = True
 
     def __init__(self, model: nn.Module, scale_dtype: torch.dtype) -> None:
