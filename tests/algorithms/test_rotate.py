@@ -175,9 +175,8 @@ def test_a_reader_without_rows_keeps_the_stream_as_it_is():
             self.heads = nn.ModuleList(nn.Linear(16, 3) for _ in range(2))
 
         def forward(self, x):
-            normed = self.norm(self.first(x))
-            chosen = (x[:, 0] > 0).long()
-            return torch.cat([head(normed[chosen == i]) for i, head in enumerate(self.heads)])
+            normed, chosen = self.norm(self.first(x)), x[:, 0] > 0
+            return torch.cat([h(normed[chosen == bool(i)]) for i, h in enumerate(self.heads)])
 
     model = filled(Heads())
     x = rows(40, 4, seed=3)
@@ -433,8 +432,7 @@ def test_a_parameter_of_fewer_bits_elsewhere_allows_no_greater_change(monkeypatc
 
     monkeypatch.setattr(torchquant.algorithms.rotate, "outputs_of", changed)
     report = rotate_(model, tokens(2, 9))
-    assert report.streams == () and report.notes == ()
-    assert same(model, before)
+    assert report.streams == () and report.notes == () and same(model, before)
 
 
 def test_the_report_of_a_module_that_two_streams_pass():

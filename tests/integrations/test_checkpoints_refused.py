@@ -27,7 +27,7 @@ from torchquant import (
 from torchquant.integrations.checkpoints import load as loading
 from torchquant.integrations.checkpoints import save as saving
 from torchquant.integrations.checkpoints.gptq import tensors_of
-from torchquant.integrations.checkpoints.stored import Integers
+from torchquant.integrations.checkpoints.stored import DAMAGED, MISFIT, UNKNOWN, Integers
 
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32}
@@ -71,6 +71,18 @@ def test_gptq(tmp_path: Path, name: str) -> None:
     edit(parts)
     by.write(tmp_path, {"first": parts}, GPTQ, by.floats_of(small(), "first.weight"))
     refused(tmp_path, f"load_checkpoint: '.*' cannot be loaded into the model: .*{match}")
+
+
+@pytest.mark.parametrize("remedy", [DAMAGED, MISFIT, UNKNOWN])
+def test_the_message_names_a_remedy(tmp_path: Path, remedy: str) -> None:
+    parts, config = by.gptq(handmade()), dict(GPTQ)
+    if remedy is DAMAGED:
+        parts.pop("scales")
+    elif remedy is UNKNOWN:
+        config["checkpoint_format"] = "marlin"
+    name = "other" if remedy is MISFIT else "first"
+    by.write(tmp_path, {name: parts}, config, by.floats_of(small(), "first.weight"))
+    refused(tmp_path, f"load_checkpoint: '.*' cannot be loaded into the model: .*; {remedy}$")
 
 
 BAD_AWQ: dict[str, tuple[Callable[[Parts], Any], str]] = {

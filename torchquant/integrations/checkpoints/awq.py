@@ -23,6 +23,9 @@ from torch import Tensor
 
 from torchquant.integrations.checkpoints.gptq import layers_with
 from torchquant.integrations.checkpoints.stored import (
+    DAMAGED,
+    MISFIT,
+    UNKNOWN,
     Integers,
     Shapes,
     StoredWeight,
@@ -58,7 +61,7 @@ class AWQWeight(StoredWeight):
         self.names = tuple(f"{name}.{part}" for part in PARTS)
         for key in self.names:
             if key not in files:
-                raise Unreadable(f"{key} is missing")
+                raise Unreadable(f"{key} is missing", DAMAGED)
         scales = files.shape(f"{name}.scales")
         groups = scales[0] if scales else 0
         for part, wanted in (
@@ -72,11 +75,13 @@ class AWQWeight(StoredWeight):
                 raise Unreadable(
                     f"{key} must be {'float' if part == 'scales' else 'int32'} {list(wanted)} for "
                     f"4 bits, {inputs} inputs and {outputs} outputs, got {files.dtype(key)} "
-                    f"{list(files.shape(key))}"
+                    f"{list(files.shape(key))}",
+                    MISFIT,
                 )
         if not groups or inputs % groups:
             raise Unreadable(
-                f"{name}.scales must have groups of equal size for {inputs} inputs, got {groups}"
+                f"{name}.scales must have groups of equal size for {inputs} inputs, got {groups}",
+                MISFIT,
             )
         self._size = None if groups == 1 else inputs // groups
         place = "per channel" if self._size is None else f"in groups of {self._size}"
@@ -99,11 +104,13 @@ def layers(
     """
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm":
-        raise Unreadable(f"the version of an AWQ checkpoint must be gemm, got {version!r}")
+        raise Unreadable(f"the version of an AWQ checkpoint must be gemm, got {version!r}", UNKNOWN)
     found: dict[str, StoredWeight] = {}
     for name in layers_with(files, "qweight"):
         if name not in shapes:
-            raise Unreadable(f"{name}.qweight belongs to a layer that the model does not have")
+            raise Unreadable(
+                f"{name}.qweight belongs to a layer that the model does not have", MISFIT
+            )
         found[name] = AWQWeight(files, name, shapes[name])
     return found
 

@@ -29,6 +29,8 @@ from torchquant.configs import Static
 from torchquant.integrations.checkpoints.gptq import layers_with
 from torchquant.integrations.checkpoints.schemes import Scheme, scheme_of, schemes
 from torchquant.integrations.checkpoints.stored import (
+    DAMAGED,
+    MISFIT,
     Integers,
     Shapes,
     StoredWeight,
@@ -81,7 +83,8 @@ class CompressedWeight(StoredWeight):
                 if stored != [outputs, inputs]:
                     raise Unreadable(
                         f"{name}.weight_shape must be {[outputs, inputs]}, the shape of the "
-                        f"model's layer, got {stored}"
+                        f"model's layer, got {stored}",
+                        MISFIT,
                     )
         else:
             self._check("weight", (outputs, inputs), dtype=torch.int8)
@@ -105,12 +108,14 @@ class CompressedWeight(StoredWeight):
     ) -> tuple[int, ...]:
         key = f"{self._name}.{part}"
         if key not in self._files:
-            raise Unreadable(f"{key} is missing")
+            raise Unreadable(f"{key} is missing", DAMAGED)
         found = self._files.shape(key), self._files.dtype(key)
         if found[0] not in shapes or (dtype is not None and found[1] != dtype):
             wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             kind = "" if dtype is None else f"{str(dtype).removeprefix('torch.')} "
-            raise Unreadable(f"{key} must be {kind}{wanted}, got {found[1]} {list(found[0])}")
+            raise Unreadable(
+                f"{key} must be {kind}{wanted}, got {found[1]} {list(found[0])}", MISFIT
+            )
         return found[0]
 
     def _check_input(self) -> None:
@@ -131,7 +136,8 @@ class CompressedWeight(StoredWeight):
         if int(order.min()) < 0 or int(order.max()) >= groups:
             raise Unreadable(
                 f"{key} must hold groups from 0 to {groups - 1}, as {self._name}.weight_scale has "
-                f"them, got {int(order.min())} to {int(order.max())}"
+                f"them, got {int(order.min())} to {int(order.max())}",
+                DAMAGED,
             )
         plain = torch.arange(inputs) // (self._scheme.group_size or inputs)
         return None if torch.equal(order, plain) else order
@@ -179,7 +185,9 @@ class CompressedWeight(StoredWeight):
             q = self._files.get(where)[first:last].clone()
             half = 1 << (bits - 1)
             if q.numel() and not -half <= int(q.min()) <= int(q.max()) < half:
-                raise Unreadable(f"{where} must hold integers of {bits} bits, got larger ones")
+                raise Unreadable(
+                    f"{where} must hold integers of {bits} bits, got larger ones", DAMAGED
+                )
         scale = self._files.get(f"{where}_scale").float()
         scale = scale.reshape(-1, 1) if size is None else scale
         zeros = self._zeros().expand(outputs, -1)[first:last] if self._has_zeros else None
@@ -195,7 +203,8 @@ class CompressedWeight(StoredWeight):
         if found.is_floating_point() or not -half <= int(found.min()) <= int(found.max()) < half:
             raise Unreadable(
                 f"{self._name}.weight_zero_point must hold integers of {self._scheme.bits} bits, "
-                f"got {found.dtype} from {found.min()} to {found.max()}"
+                f"got {found.dtype} from {found.min()} to {found.max()}",
+                DAMAGED,
             )
         found = found.to(torch.int8)
         return found.reshape(-1, 1) if self._scheme.group_size is None else found
@@ -207,7 +216,7 @@ class CompressedWeight(StoredWeight):
         scale = self._files.get(f"{self._name}.input_scale").float().reshape(1)
         if not bool(torch.isfinite(scale).all()) or float(scale) < 2.0**-126:
             raise Unreadable(
-                f"{self._name}.input_scale must be finite and positive, got {float(scale)}"
+                f"{self._name}.input_scale must be finite and positive, got {float(scale)}", DAMAGED
             )
         key, zero = f"{self._name}.input_zero_point", torch.zeros(1, dtype=torch.int32)
         if key in self._files:
@@ -216,7 +225,8 @@ class CompressedWeight(StoredWeight):
         if not low <= int(zero) <= high or (self.activations.symmetric and int(zero)):
             raise Unreadable(
                 f"{key} must be {'0' if self.activations.symmetric else f'from {low} to {high}'}, "
-                f"got {int(zero)}"
+                f"got {int(zero)}",
+                DAMAGED,
             )
         return scale, zero
 
@@ -236,10 +246,14 @@ def layers(
     quantized: dict[str, StoredWeight] = {}
     for name in layers_with(files, "weight_scale"):
         if name not in shapes:
-            raise Unreadable(f"{name}.weight_scale belongs to a layer that the model does not have")
+            raise Unreadable(
+                f"{name}.weight_scale belongs to a layer that the model does not have", MISFIT
+            )
         scheme = scheme_of(name, modules[name], found)
         if scheme is None:
-            raise Unreadable(f"{name} has integers, but no scheme of config_groups is for it")
+            raise Unreadable(
+                f"{name} has integers, but no scheme of config_groups is for it", DAMAGED
+            )
         quantized[name] = CompressedWeight(files, name, shapes[name], scheme)
     return quantized
 

@@ -26,6 +26,9 @@ from torchquant.integrations.checkpoints.gguf_blocks import BLOCKS, Blocks, Bloc
 from torchquant.integrations.checkpoints.gguf_fit import exact_zero_points, fit, values_of_blocks
 from torchquant.integrations.checkpoints.nearest import row_chunks
 from torchquant.integrations.checkpoints.stored import (
+    DAMAGED,
+    MISFIT,
+    UNKNOWN,
     Contents,
     FloatTensor,
     Integers,
@@ -59,7 +62,7 @@ class GGUFWeight(StoredWeight):
     def __init__(self, tensor: Any, order: Tensor | None = None) -> None:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if len(shape) != 2:
-            raise Unreadable(f"{tensor.name} must be a matrix, got {list(shape)}")
+            raise Unreadable(f"{tensor.name} must be a matrix, got {list(shape)}", DAMAGED)
         self._tensor, self._order = tensor, order
         self.shape = (shape[0], shape[1])
         self.type = str(tensor.tensor_type.name)
@@ -81,7 +84,9 @@ class GGUFWeight(StoredWeight):
         blocks = self._kind.blocks(torch.from_numpy(self._raw(first, last)))
         for part in (blocks.step, blocks.minimum):
             if part is not None and not bool(torch.isfinite(part).all()):
-                raise Unreadable(f"{self._tensor.name} must have finite scales, but some are not")
+                raise Unreadable(
+                    f"{self._tensor.name} must have finite scales, but some are not", DAMAGED
+                )
         return blocks
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -154,10 +159,11 @@ def contents(path: Path, keys: Iterable[str]) -> Contents:
         known = ", ".join((*ROTATED, *PLAIN, *SHIFTED))
         raise Unreadable(
             f"its architecture must be one of {known}, got {architecture!r}: what llama.cpp's "
-            "converter changed in others is not known here"
+            "converter changed in others is not known here",
+            UNKNOWN,
         )
     if (_field(reader, "split.count") or 1) > 1:
-        raise Unreadable("it is one of several parts; join them with llama.cpp's gguf-split")
+        raise Unreadable("it is one of several parts", "join them with llama.cpp's gguf-split")
     names = _names(keys, architecture, int(_field(reader, f"{architecture}.block_count") or 0))
     found = Contents(f"GGUF of architecture {architecture}")
     unknown = []
@@ -171,8 +177,9 @@ def contents(path: Path, keys: Iterable[str]) -> Contents:
             _add(found, key, tensor, _order_of(reader, tensor, architecture), architecture)
     if unknown:
         raise Unreadable(
-            f"the model has no place for {', '.join(unknown)}; build it from the configuration of "
-            "this file (transformers' AutoConfig.from_pretrained(folder, gguf_file=name))"
+            f"the model has no place for {', '.join(unknown)}",
+            "build it from the configuration of this file (transformers' "
+            "AutoConfig.from_pretrained(folder, gguf_file=name))",
         )
     return found
 
@@ -182,7 +189,7 @@ def _add(found: Contents, key: str, tensor: Any, order: Tensor | None, architect
     if kind not in _FLOATS:
         layer, _, part = key.rpartition(".")
         if part != "weight":
-            raise Unreadable(f"{tensor.name} is {kind}, but {key} is no weight of a layer")
+            raise Unreadable(f"{tensor.name} is {kind}, but {key} is no weight of a layer", MISFIT)
         found.weights[layer] = GGUFWeight(tensor, order)
         return
     shift = 1.0 if architecture in SHIFTED and key.endswith("norm.weight") else 0.0
@@ -212,7 +219,7 @@ def _order_of(reader: Any, tensor: Any, architecture: str) -> Tensor | None:
         heads = int(_field(reader, f"{architecture}.attention.head_count_kv", block) or heads)
     rows = int(tensor.shape[-1])
     if heads <= 0 or rows % (2 * heads):
-        raise Unreadable(f"{tensor.name} must have rows for {heads} heads, got {rows}")
+        raise Unreadable(f"{tensor.name} must have rows for {heads} heads, got {rows}", MISFIT)
     return torch.arange(rows).reshape(heads, -1, 2).transpose(1, 2).flatten()
 
 
@@ -223,7 +230,10 @@ def _names(keys: Iterable[str], architecture: str, blocks: int) -> dict[str, str
     known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     arch = known.get(architecture)
     if arch is None:
-        raise Unreadable(f"this version of the package gguf has no architecture {architecture!r}")
+        raise Unreadable(
+            f"this version of the package gguf has no architecture {architecture!r}",
+            "update the package gguf",
+        )
     mapped = get_tensor_name_map(arch, blocks)
     found: dict[str, str] = {}
     for key in keys:

@@ -29,6 +29,9 @@ import torch
 from torch import Tensor
 
 from torchquant.integrations.checkpoints.stored import (
+    DAMAGED,
+    MISFIT,
+    UNKNOWN,
     Integers,
     Shapes,
     StoredWeight,
@@ -64,13 +67,14 @@ class GPTQWeight(StoredWeight):
         outputs, inputs = shape
         for part in PARTS[:3]:
             if f"{name}.{part}" not in files:
-                raise Unreadable(f"{name}.{part} is missing")
+                raise Unreadable(f"{name}.{part} is missing", DAMAGED)
         words = self._described("qweight", torch.int32)
         self.bits = words[0] * 32 // inputs
         if self.bits not in BITS or words != (inputs * self.bits // 32, outputs):
             raise Unreadable(
                 f"{name}.qweight must be int32 [K * bits / 32, N] with K = {inputs}, N = {outputs} "
-                f"and bits 2, 3, 4 or 8, got {list(words)}"
+                f"and bits 2, 3, 4 or 8, got {list(words)}",
+                MISFIT,
             )
         scales = self._described("scales")
         groups = scales[0] if scales else 0
@@ -80,7 +84,7 @@ class GPTQWeight(StoredWeight):
         ):
             found = self._described(part)
             if found != wanted or groups == 0:
-                raise Unreadable(f"{name}.{part} must be {list(wanted)}, got {list(found)}")
+                raise Unreadable(f"{name}.{part} must be {list(wanted)}, got {list(found)}", MISFIT)
         self.names = tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in files)
         self._version_2 = _version_2(config)
         self._borrows = "gptqmodel" in str((config.get("meta") or {}).get("quantizer"))
@@ -94,7 +98,7 @@ class GPTQWeight(StoredWeight):
     def _described(self, part: str, dtype: torch.dtype | None = None) -> tuple[int, ...]:
         key = f"{self._name}.{part}"
         if dtype is not None and self._files.dtype(key) != dtype:
-            raise Unreadable(f"{key} must be {dtype}, got {self._files.dtype(key)}")
+            raise Unreadable(f"{key} must be {dtype}, got {self._files.dtype(key)}", DAMAGED)
         return self._files.shape(key)
 
     def _groups_of_inputs(self, groups: int, config: Mapping[str, Any]) -> Tensor:
@@ -108,19 +112,21 @@ class GPTQWeight(StoredWeight):
             if -(-inputs // size) != groups:
                 raise Unreadable(
                     f"{self._name}.scales must have {-(-inputs // size)} groups of {size} inputs, "
-                    f"got {groups}"
+                    f"got {groups}",
+                    MISFIT,
                 )
             return torch.arange(inputs) // size
         order = self._files.get(key)
         if tuple(order.shape) != (inputs,) or order.is_floating_point():
             raise Unreadable(
-                f"{key} must be integers [{inputs}], got {order.dtype} {list(order.shape)}"
+                f"{key} must be integers [{inputs}], got {order.dtype} {list(order.shape)}", MISFIT
             )
         order = order.to(torch.int64)
         if int(order.min()) < 0 or int(order.max()) >= groups:
             raise Unreadable(
                 f"{key} must hold groups from 0 to {groups - 1}, as {self._name}.scales has them, "
-                f"got {int(order.min())} to {int(order.max())}"
+                f"got {int(order.min())} to {int(order.max())}",
+                DAMAGED,
             )
         return order
 
@@ -179,7 +185,9 @@ def layers(
     found: dict[str, StoredWeight] = {}
     for name in layers_with(files, "qweight"):
         if name not in shapes:
-            raise Unreadable(f"{name}.qweight belongs to a layer that the model does not have")
+            raise Unreadable(
+                f"{name}.qweight belongs to a layer that the model does not have", MISFIT
+            )
         found[name] = GPTQWeight(files, name, shapes[name], config)
     return found
 
@@ -194,7 +202,8 @@ def _version_2(config: Mapping[str, Any]) -> bool:
     if form not in ("gptq", "gptq_v2"):
         raise Unreadable(
             f"checkpoint_format must be gptq or gptq_v2, got {form!r}, whose tensors are laid out "
-            "for one kernel"
+            "for one kernel",
+            UNKNOWN,
         )
     return form == "gptq_v2"
 

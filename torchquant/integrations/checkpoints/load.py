@@ -218,7 +218,10 @@ def _layer(
     shape = weight_shape(old)
     refusal = cls.config_refusal(config) or cls.shape_refusal(config, shape)
     if refusal is not None:
-        raise Unreadable(f"{place.step.name} cannot have {config.weights}: {refusal}")
+        raise Unreadable(
+            f"{place.step.name} cannot have {config.weights}: {refusal}",
+            "load the float weights, or leave the layer out of the checkpoint",
+        )
     weight = old._parameters["weight"]
     assert weight is not None
     values = {name: cls.stored_value(old, name) for name in cls.stored}

@@ -15,6 +15,7 @@ from torchquant.files.fit import current_tensors
 from torchquant.graph.modules import memory_key
 from torchquant.integrations.checkpoints.nearest import row_chunks
 from torchquant.integrations.checkpoints.stored import (
+    MISFIT,
     Contents,
     FloatTensor,
     StoredWeight,
@@ -92,22 +93,29 @@ def _place(
     here = current.get(key)
     if step is not None and step.already:
         raise Unreadable(
-            f"the model's layers must be float layers, but {name} is quantized or prepared already"
+            f"the model's layers must be float layers, but {name} is quantized or prepared already",
+            "load it into the float model",
         )
     refusal = (
         "no layer that torchquant quantizes" if step is None else step.kind.refusal(step.module)
     )
     if step is None or refusal is not None:
         if here is None:
-            raise Unreadable(f"the model has no layer {name}, for which the file has a weight")
+            raise Unreadable(
+                f"the model has no layer {name}, for which the file has a weight", MISFIT
+            )
         found.floats[key] = FloatTensor(stored.shape, lambda: dequantized(stored), stored.form)
         found.reasons[key] = str(refusal)
         return
     shape = weight_shape(step.module)
     if shape != stored.shape:
-        raise Unreadable(f"{name} is {list(stored.shape)} in the file, {list(shape)} in the model")
+        raise Unreadable(
+            f"{name} is {list(stored.shape)} in the file, {list(shape)} in the model", MISFIT
+        )
     if any(place.step is step for place in found.places):
-        raise Unreadable(f"{name} is a layer of its own in the file, a shared one in the model")
+        raise Unreadable(
+            f"{name} is a layer of its own in the file, a shared one in the model", MISFIT
+        )
     found.places.append(Place(step, stored))
 
 
@@ -184,7 +192,7 @@ def _drop_unknown(found: Plan, model: nn.Module, current: Mapping[str, Tensor | 
         del found.floats[key]
         found.ignored[key] = reason
     if unknown:
-        raise Unreadable(f"the model has no place for {_listed(unknown)}")
+        raise Unreadable(f"the model has no place for {_listed(unknown)}", MISFIT)
 
 
 def _is_zero(tensor: FloatTensor) -> bool:
@@ -226,7 +234,7 @@ def _check(found: Plan, current: Mapping[str, Tensor | None]) -> None:
     if missing:
         problems.append(f"the file has nothing for {_listed(missing)} of the model")
     if problems:
-        raise Unreadable("; ".join(problems))
+        raise Unreadable("; ".join(problems), MISFIT)
 
 
 def _listed(names: list[str]) -> str:

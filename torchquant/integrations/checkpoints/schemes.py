@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from torchquant.configs import Dynamic, QuantizationConfig, Static
-from torchquant.integrations.checkpoints.stored import Unreadable
+from torchquant.integrations.checkpoints.stored import DAMAGED, UNKNOWN, Unreadable
 from torchquant.scheme import PerGroup
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
@@ -55,10 +55,10 @@ def schemes(config: Mapping[str, Any]) -> list[Scheme]:
     for part in ("transform_config", "sparsity_config"):
         found = config.get(part) or {}
         if found and found.get("format", "") != "dense":
-            raise Unreadable(f"{part} must be empty, got {found}")
+            raise Unreadable(f"{part} must be empty, got {found}", UNKNOWN)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        raise Unreadable(f"config_groups must be a table of schemes, got {groups!r}")
+        raise Unreadable(f"config_groups must be a table of schemes, got {groups!r}", DAMAGED)
     return [_scheme(name, group, config.get("format")) for name, group in groups.items()]
 
 
@@ -82,12 +82,14 @@ def scheme_of(name: str, module: nn.Module, found: list[Scheme]) -> Scheme | Non
 def _scheme(name: str, group: Any, default: Any) -> Scheme:
     where = f"config_groups.{name}"
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-        raise Unreadable(f"{where} must describe weights, got {group!r}")
+        raise Unreadable(f"{where} must describe weights, got {group!r}", DAMAGED)
     form = group.get("format") or default
     if form not in FORMATS:
-        raise Unreadable(f"{where} must have one of the formats {', '.join(FORMATS)}, got {form!r}")
+        raise Unreadable(
+            f"{where} must have one of the formats {', '.join(FORMATS)}, got {form!r}", UNKNOWN
+        )
     if group.get("output_activations") is not None:
-        raise Unreadable(f"{where} must leave outputs in float, got output_activations")
+        raise Unreadable(f"{where} must leave outputs in float, got output_activations", UNKNOWN)
     weights = group["weights"]
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
@@ -98,10 +100,11 @@ def _scheme(name: str, group: Any, default: Any) -> Scheme:
         raise Unreadable(
             f"{where} must have integer weights of 2 to 8 bits per tensor, per channel or in "
             f"groups, got type {weights.get('type', 'int')}, num_bits {bits!r}, strategy "
-            f"{strategy!r}"
+            f"{strategy!r}",
+            UNKNOWN,
         )
     if strategy == "group" and not (isinstance(size, int) and size > 0):
-        raise Unreadable(f"{where} must have a positive group_size, got {size!r}")
+        raise Unreadable(f"{where} must have a positive group_size, got {size!r}", DAMAGED)
     return Scheme(
         tuple(group.get("targets", ())),
         bits,
@@ -123,7 +126,8 @@ def _activations(where: str, values: Any) -> Dynamic | Static | None:
             return Static(bits, symmetric, narrow_range=False)
     raise Unreadable(
         f"{where} must have integer inputs, dynamic per token or static per tensor, or float "
-        f"inputs, got {values}"
+        f"inputs, got {values}",
+        UNKNOWN,
     )
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from torchquant.integrations.checkpoints import awq, compressed_tensors, gguf, gptq
 from torchquant.integrations.checkpoints.gptq import layers_with
 from torchquant.integrations.checkpoints.stored import (
+    DAMAGED,
+    UNKNOWN,
     Contents,
     FloatTensor,
     Shapes,
@@ -57,20 +59,20 @@ def read_contents(
         return gguf.contents(paths[0], keys)
     files = TensorFiles(paths)
     if _OURS in files.metadata:
-        raise Unreadable("torchquant.save wrote it; use torchquant.load(path, model)")
+        raise Unreadable("torchquant.save wrote it", "use torchquant.load(path, model)")
     config = _config(path if path.is_dir() else path.parent)
     layout = _layout(config, files, shapes)
     try:
         found = Contents(layout, _weights(layout, files, shapes, config, modules))
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type
-        raise Unreadable(f"its quantization_config is not valid ({error})") from None
+        raise Unreadable(f"its quantization_config is not valid ({error})", DAMAGED) from None
     used = {name for stored in found.weights.values() for name in stored.names}
     for name in files.names:
         if name in used:
             continue
         dtype = files.dtype(name)
         if isinstance(dtype, str):
-            raise Unreadable(f"{name} has the dtype {dtype}, which is not read")
+            raise Unreadable(f"{name} has the dtype {dtype}, which is not read", UNKNOWN)
         if config.get("kv_cache_scheme") and name.endswith(("k_scale", "v_scale")):
             found.ignored[name] = "a scale of a quantized key/value cache"
             continue
@@ -115,14 +117,17 @@ def _files(path: Path) -> list[Path]:
     packed = sorted(path.glob("*.gguf"))
     if len(packed) > 1:
         names = ", ".join(file.name for file in packed)
-        raise Unreadable(f"the folder has several GGUF files ({names}); name one of them")
+        raise Unreadable(f"the folder has several GGUF files ({names})", "name one of them")
     if packed:
         return packed
     pickles = [file.name for pattern in _PICKLES for file in sorted(path.glob(pattern))]
-    remedy = "; convert them to safetensors, because pickles can run code" if pickles else ""
+    remedy = "pass the folder or the file of a checkpoint"
+    if pickles:
+        remedy = "convert them to safetensors, because pickles can run code"
     raise Unreadable(
         "the folder must have *.safetensors or a *.gguf file, got "
-        f"{', '.join(pickles) or 'neither'}{remedy}"
+        f"{', '.join(pickles) or 'neither'}",
+        remedy,
     )
 
 
@@ -140,7 +145,7 @@ def _config(folder: Path) -> dict[str, Any]:
         try:
             values = json.loads(path.read_text())
         except ValueError as error:
-            raise Unreadable(f"{name} is damaged ({error})") from None
+            raise Unreadable(f"{name} is damaged ({error})", DAMAGED) from None
         if layout is None:
             values = values.get("quantization_config") or values.get("compression_config")
         if isinstance(values, dict) and values:
@@ -154,14 +159,17 @@ def _layout(config: Mapping[str, Any], files: TensorFiles, shapes: Shapes) -> st
     method = config.get("quant_method")
     if method is not None:
         if method not in known:
-            raise Unreadable(f"quant_method must be one of {', '.join(known)}, got {method!r}")
+            raise Unreadable(
+                f"quant_method must be one of {', '.join(known)}, got {method!r}", UNKNOWN
+            )
         return str(method)
     if any(name.endswith((".weight_packed", ".weight_scale")) for name in files.names):
         if config:
             return compressed_tensors.NAME
         raise Unreadable(
             "its weights are those of compressed-tensors, but config.json with a "
-            "quantization_config is missing beside them"
+            "quantization_config is missing beside them",
+            "copy it from the folder of the checkpoint",
         )
     for name in layers_with(files, "qweight"):
         inputs = shapes.get(name, (0, 0))[1]

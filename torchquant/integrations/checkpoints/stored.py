@@ -15,8 +15,27 @@ from torchquant.scheme import PER_CHANNEL, PerGroup
 MIN_SCALE = 2.0**-126
 
 
+# What the user can do about a checkpoint that is damaged, or not that of the model, or of a kind
+# that is not read.
+DAMAGED = "the checkpoint is damaged, so download it or write it again"
+MISFIT = "build the model from the configuration of the checkpoint, or write the checkpoint again"
+UNKNOWN = "write it in another layout with the library that made it"
+
+
 class Unreadable(Exception):
-    """Raised for a checkpoint that is damaged or of a kind that is not read; names the place."""
+    """Raised for a checkpoint that is damaged or of a kind that is not read.
+
+    Args:
+        problem: what is wrong, and where.
+        remedy: what the user can do about it.
+
+    Example:
+        >>> print(Unreadable("fc.scales is missing", DAMAGED))
+        fc.scales is missing; the checkpoint is damaged, so download it or write it again
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -140,9 +159,12 @@ def canonical(
     size = qweight.shape[1] if group_size is None else group_size
     amount = scale.abs()
     if not bool(torch.isfinite(amount).all()):
-        raise Unreadable(f"{where} must have finite scales, but some are NaN or infinite")
+        raise Unreadable(f"{where} must have finite scales, but some are NaN or infinite", DAMAGED)
     if bool(((amount < MIN_SCALE) & (amount > 0)).any()):
-        raise Unreadable(f"{where} must have scales of at least 2^-126, but some are smaller")
+        raise Unreadable(
+            f"{where} must have scales of at least 2^-126, but some are smaller",
+            "write it again with larger scales",
+        )
     for select, change in ((scale < 0, _inverted), (scale == 0, _cleared)):
         if bool(select.any()):
             if zero_point is None:
