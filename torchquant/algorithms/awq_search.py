@@ -47,12 +47,13 @@ class AWQSearch:
 
     Example:
         >>> from torchquant.convert.plan import find_layers
-        >>> from torchquant import QuantizationConfig
+        >>> from torchquant import IntxWeightOnlyConfig
         >>> model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)).eval()
+        >>> _ = model[0].weight.data[3].mul_(30)
         >>> steps = find_layers(model)
         >>> for step in steps:
-        ...     step.config = QuantizationConfig()
-        >>> search = AWQSearch("verb", model, [torch.randn(8, 64)], None, 4, False)
+        ...     step.config = IntxWeightOnlyConfig(4, group_size=32)
+        >>> search = AWQSearch("verb", model, [torch.randn(100, 64)], None, 4, False)
         >>> search.scale(steps)
         >>> [(row.name, row.action) for row in search.rows()]
         [('1', 'scaled')]
