@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -125,6 +126,17 @@ def test_copies_of_a_cache_are_independent(name: str, pair: tuple[Any, Any]) -> 
     whole = logits(net, CACHES[name](), IDS[:, :11], 9)
     assert torch.equal(rest, whole[:, 9:]) and not torch.equal(rest, other)
     assert cache.get_seq_length() == twin.get_seq_length() == 11
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_both_forwards_write_into_a_cache_from_a_pickle(name: str, pair: tuple[Any, Any]) -> None:
+    net, own = pair
+    cache = CACHES[name]()
+    logits(net, cache, IDS[:, :9])
+    loaded = pickle.loads(pickle.dumps(cache))
+    for step, one in ((9, net), (10, own), (11, net), (12, own)):
+        got, expected = (logits(one, c, IDS[:, step : step + 1]) for c in (loaded, cache))
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
