@@ -114,6 +114,10 @@ def watched(decoder: nn.Module, absent: Any) -> list[tuple[Any, str | None, Any]
         for name in ("_modules", "_parameters", "_buffers"):
             contents = tuple(part for item in own[name].items() for part in item)
             entries.append((own[name], None, contents))
+        for tensors in (own["_parameters"], own["_buffers"]):  # their memory and versions, too
+            entries += [
+                (tensors, key, value) for key, value in tensors.items() if value is not None
+            ]
         for name, value in own.items():
             if (name in HOOKS and isinstance(value, dict)) or isinstance(value, plain):
                 entries.append((own, name, value))
