@@ -90,3 +90,43 @@ def test_memory_is_shared_with_other_processes(monkeypatch: pytest.MonkeyPatch) 
     with counted(monkeypatch) as calls:
         assert torch.equal(logits(net), expected)
     assert calls == [IDS.shape[1]]
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def test_attention_weights_that_the_configuration_asks_for() -> None:
+    net = model()
+    torchquant.fuse_decoder_(net)
+    net.set_attn_implementation("eager")
+    logits(net)
+    net.config.output_attentions = True
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="asks for output_attentions"):
+        assert len(net(IDS).attentions) == 2
+
+
+def test_another_configuration() -> None:
+    net = model()
+    torchquant.fuse_decoder_(net)
+    config = type(net.config).from_dict({**net.config.to_dict(), "num_hidden_layers": 1})
+    config._attn_implementation = "sdpa"
+    net.model.config = config
+    with pytest.warns(RuntimeWarning, match="its configuration names 1 of 2 blocks"):
+        logits(net)
+
+
+def test_attention_that_is_no_longer_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, twin = model(), model()
+    torchquant.fuse_decoder_(net)
+    with counted(monkeypatch) as calls, torch.no_grad():
+        expected = twin(IDS, is_causal=False).logits
+        assert torch.equal(net(IDS, is_causal=False).logits, expected)
+        assert calls == []
+        assert near(net(IDS, output_attentions=False).logits, twin(IDS).logits)
+        assert calls == [IDS.shape[1]]
+        for one in (net, twin):
+            one.config.is_causal = False
+        with pytest.warns(RuntimeWarning, match="its attention is not causal"):
+            assert torch.equal(net(IDS).logits, twin(IDS).logits)
+        assert not near(twin(IDS).logits, logits(model()))
+    assert len(calls) == 1

@@ -235,11 +235,15 @@ def _step_of(plan: DecoderPlan) -> Any:
 def _asks_for_more(given: dict[str, Any]) -> bool:
     """True if a call has arguments that change what the forward computes or returns."""
     for name, value in given.items():
-        if name in _READ or value is None or value is False:
+        if name in _READ or value is None:
             continue
-        if name != "return_dict":
+        if name == "return_dict":
+            more = value is False
+        else:
+            more = value is not False or not name.startswith("output_")
+        if more:
             return True
-    return given.get("return_dict") is False
+    return False
 
 
 def _all_tokens(mask: Any, tokens: int) -> bool:
