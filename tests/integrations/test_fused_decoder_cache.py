@@ -19,9 +19,7 @@ from support.decoders import CACHE, IDS, counted, logits, model  # noqa: E402
 
 from torchquant.integrations.transformers import FusedCache, QuantizedCache  # noqa: E402
 from torchquant.integrations.transformers.decoder_cache import FusedLayer, take  # noqa: E402
-from torchquant.integrations.transformers.decoder_forward import (  # noqa: E402
-    forward_of,
-)
+from torchquant.integrations.transformers.decoder_structure import plan_of  # noqa: E402
 
 QUANTIZED = {
     "8 bits": lambda: QuantizedCache(8),
@@ -167,7 +165,7 @@ def caches_that_are_not_served() -> dict[str, Any]:
 def test_other_caches_are_left_as_they_are(name: str, pair: tuple[Any, Any]) -> None:
     cache = caches_that_are_not_served()[name]
     before = copy.deepcopy(cache)
-    assert take(cache, forward_of(pair[0].model).plan, 1) is None
+    assert take(cache, plan_of(pair[0].model), 1) is None
     for layer, old in zip(cache.layers, before.layers, strict=True):
         assert type(layer) is type(old)
         assert_same_bits(layer.keys.float(), old.keys.float())
