@@ -178,21 +178,25 @@ def _register() -> None:
 
 
 def _run(decoder: nn.Module, cache: Any, tokens: int, positions: Tensor | None) -> Record:
-    """One call of the decoder's own forward, recorded."""
+    """One call of the decoder's own forward, recorded; calls of other threads are not."""
     record, handles = Record(), []
     modules: Any = decoder._modules
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record.inputs.append(_hidden(args[0] if args else kwargs["hidden_states"]))
+        if _recording.get() is record:
+            record.inputs.append(_hidden(args[0] if args else kwargs["hidden_states"]))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        record.outputs.append(_hidden(output if isinstance(output, Tensor) else output[0]))
+        if _recording.get() is record:
+            record.outputs.append(_hidden(output if isinstance(output, Tensor) else output[0]))
 
     def embedded(module: nn.Module, args: Any, output: Tensor) -> None:
-        record.embedded = _hidden(output)
+        if _recording.get() is record:
+            record.embedded = _hidden(output)
 
     def turned(module: nn.Module, args: Any, output: Any) -> None:
-        record.tables = (output[0][0].clone(), output[1][0].clone())
+        if _recording.get() is record:
+            record.tables = (output[0][0].clone(), output[1][0].clone())
 
     embedding = modules[structure.EMBEDDING]
     generator = torch.Generator().manual_seed(tokens)
