@@ -271,6 +271,21 @@ def test_gradients_reach_the_states() -> None:
     assert keys.shape[2] == 6
 
 
+def test_gradients_of_queries_alone() -> None:
+    """Autograd keeps the keys and values of a call, which later calls do not change."""
+    layer, cat = FusedLayer(), transformers.cache_utils.DynamicLayer()
+    query = floats(2, 2, 1, 8, seed=9)
+    gradients = []
+    for one in (layer, cat):
+        own, results = query.clone().requires_grad_(), []
+        for seed in range(3):
+            keys, values = one.update(*states(1, seed))
+            results.append(((own @ keys.mT).softmax(-1) @ values).sum())
+        sum(results).backward()
+        gradients.append(own.grad)
+    assert_same_bits(*gradients)
+
+
 def test_a_token_does_not_copy_the_cache() -> None:
     layer = FusedLayer()
     buffers = set()

@@ -72,7 +72,9 @@ class TokenRows:
     def append(self, rows: Tensor) -> None:
         """Add tokens."""
         self.reserve(rows.shape[2])
-        self.buffer.narrow(2, self.tokens, rows.shape[2]).copy_(rows)
+        # Autograd may have kept views of the buffer. The tokens in them do not change, so this
+        # write does not count as a change of the buffer: `data` has a version of its own.
+        self.buffer.data.narrow(2, self.tokens, rows.shape[2]).copy_(rows)
         self.tokens += rows.shape[2]
 
     def without_first(self, tokens: int) -> TokenRows:
