@@ -39,8 +39,8 @@ from torchquant.integrations.transformers.decoder_structure import Known, Refusa
 
 _library: Any = load()
 _OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
-# A changed decoder may lack what reading a plan takes for granted; its own forward decides then.
-_FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+# A decoder may lack what reading a plan takes for granted; its own forward decides then.
+FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _POSITIONS = ("position_ids", "cache_position")
 _READ = frozenset(
@@ -83,7 +83,8 @@ class FusedForward:
         name: its name in the model, for messages.
 
     Raises:
-        Refusal: a step cannot compute what the decoder computes.
+        Refusal: a step cannot compute what the decoder computes. Further ``FAILURES``: it is not
+            what reading its plan takes for granted.
     """
 
     def __init__(self, decoder: nn.Module, name: str) -> None:
@@ -216,7 +217,7 @@ class FusedForward:
                 return state[1]
             try:
                 return self._form()
-            except _FAILURES as reason:
+            except FAILURES as reason:
                 self._watch(None)  # until something else is changed
                 self._warn(str(reason))
         return None
