@@ -111,7 +111,7 @@ def watched(decoder: nn.Module, absent: Any) -> list[tuple[Any, str | None, Any]
         if isinstance(value, plain) and name[0] != "_"
     ]
     entries += [(config, name, config.get(name, absent)) for name in _READ]
-    entries.append((vars(decoder), "config", decoder.config))
+    entries.append((vars(decoder), "config", vars(decoder).get("config", absent)))
     children = tuple(part for item in decoder._modules.items() for part in item)
     entries.append((decoder._modules, None, children))
     for _, module in _computed(decoder):
