@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -34,6 +35,9 @@ class Arena {  // 64-byte aligned memory
 
 class Arenas {
  public:
+  // Arenas of more bytes are not kept.
+  explicit Arenas(int64_t most_bytes = std::numeric_limits<int64_t>::max()) : most_bytes_(most_bytes) {}
+
   std::unique_ptr<Arena> take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(program_mutex());
@@ -50,6 +54,7 @@ class Arenas {
   }
 
   void give_back(std::unique_ptr<Arena> arena) {
+    if (arena->bytes() > most_bytes_) return;
     const std::lock_guard<std::mutex> lock(program_mutex());
     if (arenas_.size() < kMost) arenas_.push_back(std::move(arena));
   }
@@ -57,6 +62,7 @@ class Arenas {
  private:
   static constexpr size_t kMost = 16;
 
+  const int64_t most_bytes_;
   std::vector<std::unique_ptr<Arena>> arenas_;  // not in use; under the lock of programs (fork.h)
 };
 

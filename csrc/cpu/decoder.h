@@ -38,7 +38,7 @@ class TensorDecoder {
   const std::vector<Block> blocks_;
   const Sizes sizes_;
   const HeldTensors held_;
-  Arenas arenas_;
+  Arenas arenas_{int64_t{64} << 20};  // long sequences need more, which nothing should hold between calls
 };
 
 }  // namespace torchquant::decoder

@@ -50,6 +50,17 @@ def test_the_order_of_sums() -> None:
     assert_same_bits(got, y * (1 / total))
 
 
+def test_another_default_dtype() -> None:
+    query, keys, values = floats(4, 3, 16), floats(2, 80, 16, seed=1), floats(2, 80, 16, seed=2)
+    expected = causal_attention(query, keys, values, 0.25)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = causal_attention(query, keys, values, 0.25)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_token_alone_has_the_bits_of_a_prompt(rows: int) -> None:
     query, keys, values = floats(4, 80, 16), floats(2, 80, 16, seed=1), floats(2, 80, 16, seed=2)

@@ -62,6 +62,19 @@ def test_configurations(configuration: str) -> None:
     assert near(logits(net, None, IDS, 9), expected)
 
 
+def test_another_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    expected = logits(net)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torchquant.fuse_decoder_(net)
+        with counted(monkeypatch) as calls:
+            assert near(logits(net, None, IDS, 9), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert calls == [9, IDS.shape[1] - 9]
+
+
 def test_tokens_have_the_same_bits_in_every_call() -> None:
     net = model("Qwen3")
     torchquant.fuse_decoder_(net)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -18,9 +19,7 @@ from support.decoders import CACHE, IDS, counted, logits, model  # noqa: E402
 
 from torchquant.integrations.transformers import FusedCache, QuantizedCache  # noqa: E402
 from torchquant.integrations.transformers.decoder_cache import FusedLayer, take  # noqa: E402
-from torchquant.integrations.transformers.decoder_forward import (  # noqa: E402
-    forward_of,
-)
+from torchquant.integrations.transformers.decoder_structure import plan_of  # noqa: E402
 
 QUANTIZED = {
     "8 bits": lambda: QuantizedCache(8),
@@ -127,6 +126,17 @@ def test_copies_of_a_cache_are_independent(name: str, pair: tuple[Any, Any]) -> 
     assert cache.get_seq_length() == twin.get_seq_length() == 11
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_both_forwards_write_into_a_cache_from_a_pickle(name: str, pair: tuple[Any, Any]) -> None:
+    net, own = pair
+    cache = CACHES[name]()
+    logits(net, cache, IDS[:, :9])
+    loaded = pickle.loads(pickle.dumps(cache))
+    for step, one in ((9, net), (10, own), (11, net), (12, own)):
+        got, expected = (logits(one, c, IDS[:, step : step + 1]) for c in (loaded, cache))
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_wide_heads(bits: int) -> None:
     """Rows of more than 256 channels have several scales."""
@@ -155,7 +165,7 @@ def caches_that_are_not_served() -> dict[str, Any]:
 def test_other_caches_are_left_as_they_are(name: str, pair: tuple[Any, Any]) -> None:
     cache = caches_that_are_not_served()[name]
     before = copy.deepcopy(cache)
-    assert take(cache, forward_of(pair[0].model).plan, 1) is None
+    assert take(cache, plan_of(pair[0].model), 1) is None
     for layer, old in zip(cache.layers, before.layers, strict=True):
         assert type(layer) is type(old)
         assert_same_bits(layer.keys.float(), old.keys.float())
@@ -259,6 +269,21 @@ def test_gradients_reach_the_states() -> None:
     assert math.isclose(key.grad.sum(), key.numel()) and float(value.grad.max()) == 2
     keys, _ = layer.update(*states(1, 7))
     assert keys.shape[2] == 6
+
+
+def test_gradients_of_queries_alone() -> None:
+    """Autograd keeps the keys and values of a call, which later calls do not change."""
+    layer, cat = FusedLayer(), transformers.cache_utils.DynamicLayer()
+    query = floats(2, 2, 1, 8, seed=9)
+    gradients = []
+    for one in (layer, cat):
+        own, results = query.clone().requires_grad_(), []
+        for seed in range(3):
+            keys, values = one.update(*states(1, seed))
+            results.append(((own @ keys.mT).softmax(-1) @ values).sum())
+        sum(results).backward()
+        gradients.append(own.grad)
+    assert_same_bits(*gradients)
 
 
 def test_a_token_does_not_copy_the_cache() -> None:

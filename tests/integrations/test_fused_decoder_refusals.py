@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from support.decoders import IDS, Static, logits, model  # noqa: E402
 
-from torchquant.integrations.transformers import decoder_check  # noqa: E402
+from torchquant.integrations.transformers import decoder_check, decoder_forward  # noqa: E402
 
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "float": (
@@ -128,6 +128,27 @@ def test_a_model_of_several_decoders_has_rows_with_reasons() -> None:
     left = report["other.model.layers.1"]
     assert left.action == "left" and left.reason.startswith("layers.0.self_attn.q_proj is a Linear")
     assert report["small.model.layers.0"].action == "fused"
+
+
+def test_a_decoder_that_no_step_takes_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = nn.ModuleDict({"other": model(), "small": model()})
+    step_of, plans = decoder_forward._step_of, []
+
+    def refuse_the_first(plan: Any) -> Any:
+        plans.append(plan)
+        if len(plans) == 1:
+            raise ValueError("Decoder: bias must have a value for each channel")
+        return step_of(plan)
+
+    monkeypatch.setattr(decoder_forward, "_step_of", refuse_the_first)
+    report = torchquant.fuse_decoder_(both)
+    assert repr(report) == "<DecoderReport: 2 of 4 blocks fused>"
+    left = report["other.model.layers.0"]
+    assert left.action == "left"
+    assert left.reason == "ValueError: Decoder: bias must have a value for each channel"
+    assert "forward" not in vars(both["other"].model)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ValueError])

@@ -75,8 +75,9 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     repeat = query.shape[0] // keys.shape[0]
     keys, values = (states.repeat_interleave(repeat, 0) for states in (keys, values))
     new, tokens = query.shape[1], keys.shape[1]
-    seen = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)
-    scores = torch.zeros(query.shape[0], new, tokens)
+    device = query.device
+    seen = torch.ones(new, tokens, dtype=torch.bool, device=device).tril(tokens - new)
+    scores = torch.zeros(query.shape[0], new, tokens, dtype=torch.float32, device=device)
     for c in range(query.shape[2]):
         scores = fmaf(query[..., c, None], keys[:, None, :, c], scores)
     scores = scores * torch.tensor(_LOG2_E * scale, dtype=torch.float32, device="cpu")
@@ -89,15 +90,15 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
 
 
 def _weighted_mean(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    missing = -weights.shape[-1] % TOKENS_OF_A_BLOCK
+    device, missing = values.device, -weights.shape[-1] % TOKENS_OF_A_BLOCK
     blocks = -1, TOKENS_OF_A_BLOCK
     weights, seen = (pad(t, (0, missing)).unflatten(-1, blocks) for t in (weights, seen))
     values = pad(values, (0, 0, 0, missing)).unflatten(-2, blocks)
-    sums = torch.zeros(*weights.shape[:-1], values.shape[-1])
+    sums = torch.zeros(*weights.shape[:-1], values.shape[-1], dtype=torch.float32, device=device)
     for j in range(TOKENS_OF_A_BLOCK):  # in all blocks at once
         more = fmaf(weights[..., j, None], values[:, None, :, j], sums)
         sums = torch.where(seen[..., j, None], more, sums)
-    total, y = torch.zeros(*weights.shape[:2], 1), torch.zeros_like(sums[:, :, 0])
+    total, y = torch.zeros_like(sums[:, :, 0, :1]), torch.zeros_like(sums[:, :, 0])
     for block in range(weights.shape[2]):
         total = total + _sum(weights[:, :, block])
         y = y + sums[:, :, block]

@@ -185,8 +185,8 @@ class _Probe:
     def _input(self, rank: int, dtype: torch.dtype, size: int | None = None) -> Tensor:
         """Rows of different sizes; with one dimension, an ordinary row."""
         size = self.specimen.size if size is None else size
-        rows = torch.randn(len(_SCALES), size, generator=self.generator)
-        rows *= torch.tensor(_SCALES)[:, None]
+        rows = self._random((len(_SCALES), size))
+        rows *= torch.tensor(_SCALES, dtype=torch.float32, device="cpu")[:, None]
         rows[1] += _MEAN
         shapes = {1: (size,), 3: (2, 4, size), 4: (1, 2, 4, size), 5: (1, 2, 1, 4, size)}
         rows = rows[0] if rank == 1 else rows.reshape(shapes.get(rank, rows.shape))
@@ -194,12 +194,16 @@ class _Probe:
             rows = rows.permute(0, 3, 1, 2).contiguous()
         return rows.to(self.specimen.device, dtype)
 
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        """Normal values in float32 on the CPU, whatever torch's defaults are."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+
     def _squares(self, rank: int) -> list[Tensor]:
         """Inputs in which another dimension has the length of the last, or the length differs."""
         size, inputs = self.specimen.size, []
         if rank > 1 and size <= _LONGEST_SQUARE:
             shape = (1, size, *[1] * (rank - 3), size) if rank > 2 else (size, size)
-            inputs.append(torch.randn(shape, generator=self.generator).to(self.specimen.device))
+            inputs.append(self._random(shape).to(self.specimen.device))
         if self.specimen.any_size:
             inputs.append(self._input(rank, torch.float32, _OTHER_SIZE))
         return inputs
@@ -316,8 +320,8 @@ class _Probe:
         cpu = torch.device("cpu")
         copy = self.specimen.copy(torch.float32, training=training, device=cpu)
         # Not the rows on which eps acts: their gradients are huge.
-        input = torch.randn(self._input(rank, torch.float32).shape, generator=self.generator)
-        gradient = torch.randn(input.shape, generator=self.generator)
+        input = self._random(self._input(rank, torch.float32).shape)
+        gradient = self._random(input.shape)
         gradients = []
         for mine in (False, True):
             x = input.clone().requires_grad_()
@@ -346,7 +350,7 @@ class _Probe:
         if recipe.channels_first:
             layouts = (((2, 3, 5, size), (0, 3, 1, 2)), ((3, size, 2, 5), (2, 1, 0, 3)))
         for shape, order in layouts:
-            input = torch.randn(shape, generator=self.generator).to(self.specimen.device, dtype)
+            input = self._random(shape).to(self.specimen.device, dtype)
             input = input.permute(order)
             if not same(theirs(copy, input), ours(recipe, copy, input)):
                 return False

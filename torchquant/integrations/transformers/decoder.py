@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from torchquant.integrations.transformers.decoder_forward import FusedForward, forward_of
+from torchquant.integrations.transformers.decoder_forward import FAILURES, FusedForward, forward_of
 from torchquant.integrations.transformers.decoder_structure import LAYERS, Refusal, decoders
 from torchquant.report import Report, RowReport
 
@@ -120,8 +120,9 @@ def fuse_decoder_(model: nn.Module) -> DecoderReport:
         if forward_of(decoder) is None:
             try:
                 made.append((decoder, FusedForward(decoder, name)))
-            except Refusal as refusal:
-                reason = str(refusal)
+            except FAILURES as error:
+                known = isinstance(error, Refusal)
+                reason = str(error) if known else f"{type(error).__name__}: {error}"
         action: Literal["fused", "left"] = "left" if reason else "fused"
         rows += _rows(name, decoder, action, reason)
     if not any(row.action == "fused" for row in rows):

@@ -169,7 +169,9 @@ def take(cache: Any, plan: DecoderPlan, new: int) -> States | None:
     wanted = plan.kv_heads, plan.head_dim, torch.float32
     for layer in layers:
         if not layer.rows:
-            empty = torch.empty(1, plan.kv_heads, 0, plan.head_dim, dtype=torch.float32)
+            empty = torch.empty(
+                1, plan.kv_heads, 0, plan.head_dim, dtype=torch.float32, device="cpu"
+            )
             layer.lazy_initialization(empty, empty)
         for rows in layer.rows:
             if rows.tokens != tokens or not rows.fit(*wanted):
@@ -225,7 +227,9 @@ def _quantized(cache: QuantizedCache, plan: DecoderPlan, new: int) -> States | N
     group_size = cache.group_size or recent_group_size(plan.head_dim)
     for layer in layers:
         if not layer.is_initialized:
-            empty = torch.empty(1, plan.kv_heads, 0, plan.head_dim, dtype=torch.float32)
+            empty = torch.empty(
+                1, plan.kv_heads, 0, plan.head_dim, dtype=torch.float32, device="cpu"
+            )
             layer.lazy_initialization(empty, empty)
         if layer.get_seq_length() != tokens:
             return None

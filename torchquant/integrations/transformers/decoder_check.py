@@ -106,7 +106,9 @@ def check(decoder: Any, plan: DecoderPlan) -> Calls:
     with torch.no_grad(), _recorder(decoder):
         far = _far_position(decoder)
         prompt = _run(decoder, cache, _PROMPT, None)
-        following = _run(decoder, cache, _FOLLOWING, torch.arange(far, far + _FOLLOWING)[None])
+        following = _run(
+            decoder, cache, _FOLLOWING, torch.arange(far, far + _FOLLOWING, device="cpu")[None]
+        )
         _check_results((prompt, following), cache)
         for record, first in ((prompt, 0), (following, far)):
             _check_tables(decoder, plan, record, first)
@@ -178,25 +180,31 @@ def _register() -> None:
 
 
 def _run(decoder: nn.Module, cache: Any, tokens: int, positions: Tensor | None) -> Record:
-    """One call of the decoder's own forward, recorded."""
+    """One call of the decoder's own forward, recorded; calls of other threads are not."""
     record, handles = Record(), []
     modules: Any = decoder._modules
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record.inputs.append(_hidden(args[0] if args else kwargs["hidden_states"]))
+        if _recording.get() is record:
+            record.inputs.append(_hidden(args[0] if args else kwargs["hidden_states"]))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        record.outputs.append(_hidden(output if isinstance(output, Tensor) else output[0]))
+        if _recording.get() is record:
+            record.outputs.append(_hidden(output if isinstance(output, Tensor) else output[0]))
 
     def embedded(module: nn.Module, args: Any, output: Tensor) -> None:
-        record.embedded = _hidden(output)
+        if _recording.get() is record:
+            record.embedded = _hidden(output)
 
     def turned(module: nn.Module, args: Any, output: Any) -> None:
-        record.tables = (output[0][0].clone(), output[1][0].clone())
+        if _recording.get() is record:
+            record.tables = (output[0][0].clone(), output[1][0].clone())
 
     embedding = modules[structure.EMBEDDING]
-    generator = torch.Generator().manual_seed(tokens)
-    numbers = torch.randint(0, embedding.num_embeddings, (1, tokens), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(tokens)
+    numbers = torch.randint(
+        0, embedding.num_embeddings, (1, tokens), generator=generator, device="cpu"
+    )
     token = _recording.set(record)
     try:
         for layer in modules[structure.LAYERS]:
@@ -299,7 +307,10 @@ def _check_blocks(plan: DecoderPlan, prompt: Record, following: Record) -> None:
             raise Refusal(f"block {index} scales attention by {scale}, not by {plan.scale}")
         alone = replace(plan, blocks=(block,))
         shape = plan.kv_heads, _PROMPT + _FOLLOWING, plan.head_dim
-        keys, values = torch.empty(shape), torch.empty(shape)
+        keys, values = (
+            torch.empty(shape, dtype=torch.float32, device=prompt.inputs[index].device)
+            for _ in range(2)
+        )
         for record, position in ((prompt, 0), (following, _PROMPT)):
             assert record.tables is not None
             cos, sin = record.tables

@@ -13,8 +13,10 @@ still computes what it computes, the next calls are served again.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,13 +39,40 @@ from torchquant.integrations.transformers.decoder_structure import Known, Refusa
 
 _library: Any = load()
 _OF_FUNCTIONS = ("__signature__", "__code__", "__name__", "__qualname__", "__defaults__")
-# A changed decoder may lack what reading a plan takes for granted; its own forward decides then.
-_FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+# A decoder may lack what reading a plan takes for granted; its own forward decides then.
+FAILURES = (Refusal, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _POSITIONS = ("position_ids", "cache_position")
 _READ = frozenset(
     ("input_ids", "inputs_embeds", "attention_mask", "use_cache", *_POSITIONS, *CACHE_NAMES)
 )
+
+
+_forming = threading.RLock()  # one thread at a time reads and compares a plan
+
+
+def _renew_lock() -> None:
+    global _forming
+    _forming = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # in the child, a lock of another thread stays locked
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What a forward needs to serve calls; a thread goes on with its own while another is formed.
+
+    Attributes:
+        plan: the blocks.
+        step: the step in C++, or None.
+        calls: how the decoder's own forward is called.
+    """
+
+    plan: DecoderPlan
+    step: Any
+    calls: Calls
 
 
 class FusedForward:
@@ -54,42 +83,42 @@ class FusedForward:
         name: its name in the model, for messages.
 
     Raises:
-        Refusal: a step cannot compute what the decoder computes.
+        Refusal: a step cannot compute what the decoder computes. Further ``FAILURES``: it is not
+            what reading its plan takes for granted.
     """
 
     def __init__(self, decoder: nn.Module, name: str) -> None:
         self.decoder, self.name = decoder, name
         self._warned = False
         self._known = Known()
-        self._lock = threading.Lock()
         self._parameters = parameters_of(decoder)
         self._form()
 
-    def _form(self) -> None:
+    def _form(self) -> Formed:
         """Read the plan, compare it, and be ready to run it."""
-        self._guard: Any = None
+        # The guard and what holds as long as it does, read and written together.
+        self._state: tuple[Any, Formed | None] | None = None
         plan = structure.plan_of(self.decoder, self._known)
-        self.calls: Calls = check(self.decoder, plan)
-        self.plan: DecoderPlan = plan
-        self._step: Any = _step_of(plan)
-        self._watch(serves=True)
+        calls = check(self.decoder, plan)
+        formed = Formed(plan, _step_of(plan), calls)
+        self._watch(formed)
+        return formed
 
-    def _watch(self, serves: bool) -> None:
-        """Rely on the plan, or on the refusal of one, until something is changed."""
-        self._serves = serves
+    def _watch(self, formed: Formed | None) -> None:
+        """Rely on the plan, or on the refusal of one (None), until something is changed."""
         absent = _library.Guard.ABSENT
-        self._guard = _library.Guard(structure.watched(self.decoder, absent))
+        self._state = _library.Guard(structure.watched(self.decoder, absent)), formed
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy reads and compares its plan in its first call."""
-        kept = ("decoder", "name", "_parameters", "calls")
+        kept = ("decoder", "name", "_parameters")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._warned = self._serves = False
-        self._guard = None
-        self._known, self._lock = Known(), threading.Lock()
+        self._warned = False
+        self._state = None
+        self._known = Known()
 
     def __getattr__(self, name: str) -> Any:
         """What tools read of a forward: that of the decoder's class."""
@@ -132,7 +161,8 @@ class FusedForward:
             return None
         if any(not _ascending(given.get(name), past, new) for name in _POSITIONS):
             return None
-        if not self._holds():
+        formed = self._formed()
+        if formed is None:
             return None
         own = caches.FusedCache() if cache is None else cache
         modules: Any = self.decoder._modules
@@ -141,24 +171,25 @@ class FusedForward:
         if type(hidden) is not Tensor or hidden.dtype is not torch.float32 or not hidden.is_cpu:
             return None
         cos, sin = tables_of(self.decoder, hidden, past)
-        with self._lock:
-            states = caches.take(own, self.plan, new)
-            if states is None or states.position + states.recent != past:
-                return None
-            output = self.run(hidden[0], cos, sin, states)
-            caches.advance(own, new)
-        last = self.plan.final_norm(output)[None]
+        states = caches.take(own, formed.plan, new)
+        if states is None or states.position + states.recent != past:
+            return None
+        output = self.run(hidden[0], cos, sin, states, formed)
+        caches.advance(own, new)
+        last = formed.plan.final_norm(output)[None]
         wants_cache = given.get("use_cache")
         if wants_cache is None:
             wants_cache = getattr(self.decoder.config, "use_cache", True)
-        kept = {self.calls.cache: own} if cache is not None or wants_cache else {}
-        return self.calls.result(last_hidden_state=last, **kept)
+        kept = {formed.calls.cache: own} if cache is not None or wants_cache else {}
+        return formed.calls.result(last_hidden_state=last, **kept)
 
-    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: States) -> Tensor:
+    def run(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, states: States, formed: Formed
+    ) -> Tensor:
         """All blocks, for new tokens ``[M, hidden_size]``."""
-        if self._step is None:
-            return decode_reference(self.plan, hidden, cos, sin, states)
-        output: Tensor = self._step.run(
+        if formed.step is None:
+            return decode_reference(formed.plan, hidden, cos, sin, states)
+        output: Tensor = formed.step.run(
             hidden,
             cos,
             sin,
@@ -173,19 +204,23 @@ class FusedForward:
         )
         return output
 
-    def _holds(self) -> bool:
-        """True if the plan computes what the decoder computes; warns once if it does not."""
+    def _formed(self) -> Formed | None:
+        """What serves calls; None, with one warning, if no plan computes what the decoder does."""
         if any(getattr(global_hooks, name) for name in _GLOBAL_HOOKS):
-            return False
-        if self._guard is not None and self._guard.holds():
-            return self._serves
-        with self._lock:
+            return None
+        state = self._state
+        if state is not None and state[0].holds():
+            return state[1]
+        with _forming:
+            state = self._state  # another thread may have formed it
+            if state is not None and state[0].holds():
+                return state[1]
             try:
-                self._form()
-            except _FAILURES as reason:
-                self._watch(serves=False)  # until something else is changed
+                return self._form()
+            except FAILURES as reason:
+                self._watch(None)  # until something else is changed
                 self._warn(str(reason))
-        return self._serves
+        return None
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
@@ -235,11 +270,15 @@ def _step_of(plan: DecoderPlan) -> Any:
 def _asks_for_more(given: dict[str, Any]) -> bool:
     """True if a call has arguments that change what the forward computes or returns."""
     for name, value in given.items():
-        if name in _READ or value is None or value is False:
+        if name in _READ or value is None:
             continue
-        if name != "return_dict":
+        if name == "return_dict":
+            more = value is False
+        else:
+            more = value is not False or not name.startswith("output_")
+        if more:
             return True
-    return given.get("return_dict") is False
+    return False
 
 
 def _all_tokens(mask: Any, tokens: int) -> bool:

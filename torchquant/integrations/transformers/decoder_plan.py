@@ -193,7 +193,7 @@ def _attention(
             values[None, :, :old],
             states.bits,
             states.group_size,
-            mask=torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new),
+            mask=torch.ones(new, tokens, dtype=torch.bool, device=query.device).tril(tokens - new),
             scale=plan.scale,
             **recent,
         )[0]

@@ -33,6 +33,8 @@ _WITHOUT_EFFECT = (nn.Dropout, nn.Identity)  # in evaluation
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing unless they are asked to
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
+# What a configuration may lack, or keep under a private name.
+_READ = ("is_causal", "return_dict", *_OUTPUTS, *(f"_{name}" for name in _OUTPUTS))
 
 
 class Refusal(Exception):
@@ -74,6 +76,8 @@ def plan_of(decoder: nn.Module, known: Known | None = None) -> DecoderPlan:
     for name in _OUTPUTS:
         if getattr(config, name, False):
             raise Refusal(f"its configuration asks for {name}")
+    if not getattr(config, "is_causal", True):
+        raise Refusal("its attention is not causal")
     if getattr(config, "return_dict", True) is False:
         raise Refusal("its configuration asks for results as tuples (return_dict=False)")
     layers: Any = decoder._modules[LAYERS]
@@ -106,6 +110,8 @@ def watched(decoder: nn.Module, absent: Any) -> list[tuple[Any, str | None, Any]
         for name, value in config.items()
         if isinstance(value, plain) and name[0] != "_"
     ]
+    entries += [(config, name, config.get(name, absent)) for name in _READ]
+    entries.append((vars(decoder), "config", vars(decoder).get("config", absent)))
     children = tuple(part for item in decoder._modules.items() for part in item)
     entries.append((decoder._modules, None, children))
     for _, module in _computed(decoder):
@@ -114,6 +120,10 @@ def watched(decoder: nn.Module, absent: Any) -> list[tuple[Any, str | None, Any]
         for name in ("_modules", "_parameters", "_buffers"):
             contents = tuple(part for item in own[name].items() for part in item)
             entries.append((own[name], None, contents))
+        for tensors in (own["_parameters"], own["_buffers"]):  # their memory and versions, too
+            entries += [
+                (tensors, key, value) for key, value in tensors.items() if value is not None
+            ]
         for name, value in own.items():
             if (name in HOOKS and isinstance(value, dict)) or isinstance(value, plain):
                 entries.append((own, name, value))

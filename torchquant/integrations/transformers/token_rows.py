@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,10 @@ class TokenRows:
         self.buffer, self.tokens = rows, rows.shape[2]
         self._first: tuple[Tensor, Tensor] | None = None
         self._fits: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views of the buffer: a pickle would hold them as tensors of their own."""
+        return {**self.__dict__, "_first": None, "_fits": None}
 
     def fit(self, heads: int, size: int, dtype: torch.dtype) -> bool:
         """True if the rows are those of one sequence on the CPU, of such heads, size and dtype."""
@@ -66,7 +72,9 @@ class TokenRows:
     def append(self, rows: Tensor) -> None:
         """Add tokens."""
         self.reserve(rows.shape[2])
-        self.buffer.narrow(2, self.tokens, rows.shape[2]).copy_(rows)
+        # Autograd may have kept views of the buffer. The tokens in them do not change, so this
+        # write does not count as a change of the buffer: `data` has a version of its own.
+        self.buffer.data.narrow(2, self.tokens, rows.shape[2]).copy_(rows)
         self.tokens += rows.shape[2]
 
     def without_first(self, tokens: int) -> TokenRows:
