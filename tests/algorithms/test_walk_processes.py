@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.compressed_models import decoder, tokens
@@ -96,6 +97,66 @@ def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="with other arguments of the verb; pass"):
         run(decoder(1), damping=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_a_folder_with_another_configuration_of_a_rounded_layer_is_refused(tmp_path: Path) -> None:
+    def run(bits: int) -> None:
+        embed = torchquant.IntxWeightOnlyConfig(bits, group_size=32)
+        config = {"embed": embed, "*": CONFIG}
+        torchquant.gptq_(decoder(1), config, tokens(1), resume=tmp_path, progress=False)
+
+    run(8)
+    run(8)
+    with pytest.raises(ValueError, match="with other configuration; pass"):
+        run(2)
+
+
+def test_a_folder_of_other_ranges_of_a_prepared_model_is_refused(tmp_path: Path) -> None:
+    data = [torch.randn(70, 64, generator=torch.Generator().manual_seed(0))]
+
+    def run(factor: float) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        torchquant.prepare_(model, torchquant.Int8StaticActivationInt8WeightConfig())
+        torchquant.calibrate(model, [factor * data[0]], progress=False)
+        torchquant.gptq_(model, None, data, resume=tmp_path, progress=False)
+
+    run(1.0)
+    run(1.0)
+    with pytest.raises(ValueError, match="with other values of the model's tensors; pass"):
+        run(2.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "other"),
+    [
+        ("a text", "another"),
+        ({"seed": 1}, {"seed": 2}),
+        ([1.0], [2.0]),
+        (np.arange(3), np.arange(3) + 1),
+        (np.array(["a", None]), np.array(["b", None])),
+    ],
+)
+def test_a_folder_of_other_data_without_tensors_is_refused(
+    batch: Any, other: Any, tmp_path: Path
+) -> None:
+    def run(data: Any) -> None:
+        x = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        torchquant.gptq_(
+            model,
+            CONFIG,
+            [data],
+            forward=lambda net, batch: net(x),
+            resume=tmp_path,
+            progress=False,
+        )
+
+    run(batch)
+    run(batch)
+    with pytest.raises(ValueError, match="with other values of the batches; pass"):
+        run(other)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ class _Work:
                 self.rounded[step.name] = "the nearest integers suit the rows of the table"
         pairs = [(step, FloatPlace(step)) for step in steps]
         places = [place for step, place in pairs if step.name not in self.rounded]
-        results = self._results(model, places, batches)
+        configs = [(step.name, step.config) for step in steps]
+        results = self._results(model, configs, batches)
         with ExitStack() as stack:
             for step, place in pairs:
                 if step.name in self.rounded:  # the layers behind it read its rounded rows
@@ -178,7 +179,9 @@ class _Work:
             CopiedPlace(name, models.float_layer(name), models.quantized_layer(name))
             for name in models.order
         ]
-        results = self._results(model, places, models.batches)
+        configs = [(place.name, place.config) for place in places]
+        both = nn.ModuleList([model, models.quantized])  # the copy has the ranges
+        results = self._results(both, configs, models.batches)
         self._walk(models.quantized, places, models.batches, results, by_order=True)
         corrected = any(adjustment_of(module).bias is not None for module in model.modules())
         for module in model.modules():
@@ -226,13 +229,12 @@ class _Work:
         self.notes.extend(notes)
 
     def _results(
-        self, model: nn.Module, places: Sequence[Place], batches: list[Any]
+        self, model: nn.Module, configs: list[tuple[str, Any]], batches: list[Any]
     ) -> Results | None:
         """The folder of results, which the first of several processes reads and writes."""
         resume = self.resume
         if resume is None:
             return None
-        configs = [(place.name, place.config) for place in places]
 
         def make() -> Results:
             identity = fingerprint(model, batches, configs, {"verb": self.who, **self.options})

@@ -90,7 +90,9 @@ def gptq_(
         strict: as for :func:`torchquant.quantize_`.
         fusion: as for :func:`torchquant.quantize_`.
         resume: a folder for results. A call that was interrupted continues if it is repeated with
-            the same folder, model, data and arguments, and gives the same bits.
+            the same folder, model, data and arguments, and gives the same bits with the same number
+            of threads. Other ones are refused, except for another ``forward`` and objects in the
+            data that hold no tensors, arrays, texts or numbers, which cannot be compared.
         offload: a folder for the tensors between blocks, which are then files; they are removed at
             the end.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
