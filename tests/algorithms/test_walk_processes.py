@@ -11,6 +11,8 @@ from support.compressing_processes import CONFIG, compressed, compressed_in_proc
 from support.processes import in_processes
 
 import torchquant
+from torchquant.algorithms import compress, walk
+from torchquant.algorithms.resume import Results
 from torchquant.algorithms.walk import _Walk
 
 
@@ -27,13 +29,49 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     expected = compressed()
     messages = []
     for results in in_processes(compressed_in_process, str(tmp_path)):
-        assert_same(results[:-2], expected)
-        messages.append(results[-2:])
+        assert_same(results[:-4], expected)
+        messages.append(results[-4:])
     assert messages[0][0].startswith("RuntimeError process 1 failed: IndexError: ")
     assert messages[1][0].startswith("IndexError ")
     assert messages[0][1].startswith("ValueError gptq_: resume must name a folder of a call with")
     assert messages[1][1].startswith("RuntimeError process 0 failed: ValueError: gptq_: resume")
+    for message in messages:
+        assert message[2] == (
+            "ValueError gptq_: all processes must have the same model and data, got other values "
+            "of the batches; pass all batches in each process, which share them"
+        )
+    assert messages[0][3] == "OSError no space left on the disk"
+    assert messages[1][3] == ("RuntimeError process 0 failed: OSError: no space left on the disk")
     assert_same(compressed(str(tmp_path)), expected)
+
+
+def test_processes_with_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress, "place_among", lambda: (0, 2))
+    monkeypatch.setattr(compress, "every", lambda value: [value, {**value, "data": 0}])
+    model = decoder(1)
+    with pytest.raises(ValueError, match="same model and data, got other values of the batches;"):
+        torchquant.gptq_(model, CONFIG, tokens(1), progress=False)
+    assert type(model.head) is torch.nn.Linear
+
+
+def test_the_results_are_saved_so_that_all_processes_see_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = False
+    saves: list[bool] = []
+
+    def in_all(act: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return act()
+        finally:
+            inside = False
+
+    monkeypatch.setattr(walk, "in_all", in_all)
+    monkeypatch.setattr(Results, "save", lambda self, found: saves.append(inside))
+    torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path, progress=False)
+    assert saves and all(saves)
 
 
 def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> int:

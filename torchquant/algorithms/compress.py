@@ -23,8 +23,8 @@ from torchquant.algorithms.compression_report import (
 )
 from torchquant.algorithms.found import Found
 from torchquant.algorithms.places import CopiedPlace, FloatPlace, Place
-from torchquant.algorithms.resume import Results, fingerprint
-from torchquant.algorithms.together import agreed
+from torchquant.algorithms.resume import Results, differences, fingerprint
+from torchquant.algorithms.together import agreed, every, in_all, place_among
 from torchquant.algorithms.two_models import TwoModels
 from torchquant.algorithms.walk import walk
 from torchquant.analysis.verify import tensors_in
@@ -233,14 +233,19 @@ class _Work:
     ) -> Results | None:
         """The folder of results, which the first of several processes reads and writes."""
         resume = self.resume
-        if resume is None:
-            return None
 
-        def make() -> Results:
-            identity = fingerprint(model, batches, configs, {"verb": self.who, **self.options})
-            return Results(self.who, resume, identity)
+        def identity() -> dict[str, Any]:
+            return fingerprint(model, batches, configs, {"verb": self.who, **self.options})
 
-        return agreed(make)
+        if place_among()[1] > 1:
+            first, *rest = every(in_all(identity))
+            other = next(filter(None, (differences(first, one) for one in rest)), None)
+            if other is not None:
+                raise ValueError(
+                    f"{self.who}: all processes must have the same model and data, got other "
+                    f"{', '.join(other)}; pass all batches in each process, which share them"
+                )
+        return None if resume is None else agreed(lambda: Results(self.who, resume, identity()))
 
 
 def _folder(who: str, offload: str | Path | None) -> Path | None:

@@ -105,7 +105,8 @@ def gptq_(
         TypeError: as :func:`torchquant.quantize_`.
         ValueError: as :func:`torchquant.quantize_`; data has no batches; an option is out of range;
             config is None and the model is not prepared and calibrated, or config is given and it
-            is; the folder of ``resume`` is one of another call. The model is unchanged.
+            is; the folder of ``resume`` is one of another call; the processes have different models
+            or data. The model is unchanged.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers" (2022).

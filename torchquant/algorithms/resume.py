@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchquant.algorithms.found import Found
 from torchquant.files.atomic import replacing
 
-__all__ = ["Results", "checksum", "fingerprint"]
+__all__ = ["Results", "checksum", "differences", "fingerprint"]
 
 _INDEX = "walk.json"
 _FORMAT = 1
@@ -102,6 +102,18 @@ _WORDS = {
     "config": "configuration",
     "options": "arguments of the verb",
 }
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In words, what differs between the models and the data of two fingerprints.
+
+    Example:
+        >>> one, two = (fingerprint(nn.ReLU(), [value], None, {}) for value in (1, 2))
+        >>> differences(one, two)
+        ['values of the batches']
+    """
+    keys = ("names", "values", "batches", "data")
+    return [_WORDS[key] for key in keys if first[key] != other[key]]
 
 
 class Results:

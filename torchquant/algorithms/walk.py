@@ -274,8 +274,9 @@ class _Walk:
             del statistics
             every_one = [from_process(one, at % processes) for at, one in enumerate(made)]
             found = dict(zip(full, every_one, strict=True))
-            if self.results is not None and number == 0:
-                self.results.save(found)
+            if self.results is not None:
+                save = partial(self.results.save, found)
+                in_all(save if number == 0 else lambda: None)
         for place in places.values():
             one = self.found[place.name] = found[place.name]
             place.install(one.adjustment)
