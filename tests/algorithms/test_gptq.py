@@ -242,6 +242,18 @@ def test_depthwise_with_a_failed_and_a_dead_channel():
     assert not alone.fell_back
 
 
+@pytest.mark.parametrize("order", ["given", "activations"])
+def test_a_dead_channel_of_a_depthwise_convolution_is_no_failure(order):
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 9, 50, generator=torch.Generator().manual_seed(1))
+    x[2] = 0
+    hessian = 2 / 50 * x @ x.transpose(1, 2)
+    result = gptq(weight, hessian, part(3), order=order)
+    assert not result.fell_back and result.damping == 0.01
+    assert torch.equal(result.integers.qweight[2], nearest(weight, part(3)).qweight[2])
+    assert result.error < result.nearest_error
+
+
 # ---------------------------------------------------------------- bad Hessians
 
 

@@ -85,7 +85,8 @@ class Problem:
         factor: float32 ``[G, K, K]``, U of the damped Hessian in this order.
         damping: float64 ``[G]``, what was added to the diagonal.
         dead: bool ``[G, K]``.
-        failed: bool ``[G]``, where the Hessian is not finite, is 0, or could not be factored.
+        zero: bool ``[G]``, where the Hessian is 0: no integers are better than the nearest ones.
+        failed: bool ``[G]``, where the Hessian is not finite, or could not be factored.
 
     Example:
         >>> hessian = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
@@ -102,6 +103,7 @@ class Problem:
     factor: Tensor
     damping: Tensor
     dead: Tensor
+    zero: Tensor
     failed: Tensor
 
     @classmethod
@@ -116,10 +118,12 @@ class Problem:
         dead = diagonal == 0
         unit = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
         unit = torch.where(wide.isfinite().all(2).all(1), unit, torch.nan)
-        failed = ~(unit > 0)
-        dead = dead & ~failed[:, None]
+        zero = unit == 0
+        failed = ~(unit >= 0)
+        useless = zero | failed
+        dead = dead & ~useless[:, None]
         one = torch.eye(terms, dtype=wide.dtype, device=wide.device)
-        wide = torch.where(failed[:, None, None], one, wide / unit[:, None, None])
+        wide = torch.where(useless[:, None, None], one, wide / unit[:, None, None])
         place = torch.arange(terms, device=wide.device).expand(dead.shape)
         if by_activations:
             ranks = wide.diagonal(dim1=1, dim2=2)
@@ -137,6 +141,7 @@ class Problem:
             factor,
             used,
             dead,
+            zero,
             failed | hopeless,
         )
 

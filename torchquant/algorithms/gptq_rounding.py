@@ -55,7 +55,8 @@ class GPTQResult:
             change D of the weight.
         error: the error of these integers; at most ``nearest_error``.
         fell_back: True if rounding to the nearest integers was the last resort, because the Hessian
-            is not finite, is 0, or could not be factored; in a grouped convolution, for a group.
+            is 0; or is not finite or could not be factored, in a grouped convolution for a group.
+            A group whose inputs were always 0 has the nearest integers besides.
 
     Example:
         >>> gptq(torch.ones(1, 2), torch.zeros(2, 2), Weights(4)).fell_back
@@ -130,7 +131,7 @@ def gptq(
     by_activations, shared = order == "activations", weights.granularity == PerTensor()
     plain = nearest(weight, weights)
     problem = Problem.of(weight, hessian, damping=damping, by_activations=by_activations)
-    if bool(problem.failed.all()):
+    if bool((problem.failed | problem.zero).all()):
         return _better(problem, plain, plain, shared)
     parts = column_groups(weight.shape[1], weights)
 
@@ -292,7 +293,7 @@ def _better(
 ) -> GPTQResult:
     """The better integers of each output, or of all outputs if they share a scale."""
     before, after = problem.errors(plain.dequantize()), problem.errors(found.dequantize())
-    better = (after <= before) & ~problem.failed[:, None]
+    better = (after <= before) & ~(problem.failed | problem.zero)[:, None]
     if shared:
         better = (after.sum() <= before.sum()).expand_as(better)
     rows = better.flatten()
@@ -312,7 +313,7 @@ def _better(
         int(problem.dead.sum()),
         float(before.sum()),
         float(torch.where(better, after, before).sum()),
-        bool(problem.failed.any()),
+        bool(problem.failed.any() | problem.zero.all()),
     )
 
 
