@@ -11,6 +11,7 @@ from support.compressed_models import (
     Experts,
     compressed_by_hand,
     decoder,
+    replace,
     stages_of,
     tokens,
 )
@@ -274,6 +275,27 @@ def test_dead_and_dependent_inputs_are_no_problem() -> None:
         warnings.simplefilter("error")
         report = gptq_(model, INT4, [x], progress=False)
     assert report["0"].error < 0.8 * report["0"].nearest_error
+
+
+def test_of_linears_that_share_a_weight_the_first_is_compressed() -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+        model[2].weight = model[0].weight
+        return model
+
+    model, x = made(), torch.randn(200, 64)
+    stages = [("0",), ("3",)]
+    by_hand = made()
+    found = compressed_by_hand(by_hand, [x], INT4, stages[:1], integers)
+    replace(by_hand, "0", INT4, found["0"])
+    replace(by_hand, "2", INT4, found["0"])
+    last = compressed_by_hand(by_hand, [x], INT4, stages[1:], integers)
+    report = gptq_(model, INT4, [x], progress=False)
+    assert [row.action for row in report] == ["compressed"] * 3
+    assert report["2"].reason == "has the integers of 0; shares its weight with 0"
+    assert_has(model, {"0": found["0"], "2": found["0"], "3": last["3"]})
+    assert model[0].packed.data_ptr() == model[2].packed.data_ptr()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

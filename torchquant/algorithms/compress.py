@@ -151,13 +151,21 @@ class _Work:
 
     def _find(self, model: nn.Module, steps: list[Step], batches: list[Any]) -> None:
         """Give the layers of a plan the integers that the walk finds."""
-        for step in steps:
-            if step.kind.only_weights:
-                self.rounded[step.name] = "a table, whose rows are no terms of a sum"
-            elif step.shares is not None:
-                self.rounded[step.name] = "the nearest integers suit the rows of the table"
+        tables = {step.name for step in steps if step.kind.only_weights}
         pairs = [(step, FloatPlace(step)) for step in steps]
-        places = [place for step, place in pairs if step.name not in self.rounded]
+        leaders: dict[frozenset[str], FloatPlace] = {}  # of layers that share a weight
+        followers: dict[str, str] = {}
+        for step, place in pairs:
+            shared = frozenset([step.name, *(step.shares or "").split(", ")])
+            if step.name in tables:
+                self.rounded[step.name] = "a table, whose rows are no terms of a sum"
+            elif shared & tables:
+                self.rounded[step.name] = "the nearest integers suit the rows of the table"
+            elif step.shares is not None and leaders.setdefault(shared, place) is not place:
+                leaders[shared].followers.append(place)
+                followers[step.name] = leaders[shared].name
+        apart = {*self.rounded, *followers}
+        places = [place for step, place in pairs if step.name not in apart]
         configs = [(step.name, step.config) for step in steps]
         results = self._results(model, configs, batches)
         with ExitStack() as stack:
@@ -166,6 +174,9 @@ class _Work:
                     stack.callback(place.restore)
                     place.install(None)
             self._walk(model, places, batches, results)
+        for name, leader in followers.items():
+            found, reason = self.found[leader], f"has the integers of {leader}"
+            self.found[name] = Found(found.adjustment, found.action, reason)
         for step in steps:
             one = self.found.get(step.name)
             if one is not None and one.adjustment is not None:

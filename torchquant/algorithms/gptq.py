@@ -64,7 +64,8 @@ def gptq_(
 
     A layer that sees fewer inputs than 64 or an eighth of its terms (an expert that few tokens
     reach) gets integers of least weight error, and embeddings get the nearest integers. So does an
-    output layer that shares its weight with an embedding. The report says so.
+    output layer that shares its weight with an embedding. Of other layers that share a weight, the
+    first is compressed with its own inputs, and the others get its integers. The report says so.
 
     If torch.distributed is initialised, all processes must call this verb with the same model and
     the same data. They share the work, and each gets the same integers as a process alone.
