@@ -280,3 +280,13 @@ def test_values_in_files_follow_shape_and_dtype(tmp_path: Path) -> None:
         assert values[2].dtype == value.dtype
     values.close()
     assert not [*tmp_path.iterdir()]
+
+
+def test_blocks_whose_values_have_nan_and_infinities_run_alone() -> None:
+    model = Net(one_by_one).eval()
+    x = torch.randn(2, 5, SIZE)
+    x[0, 0, 0] = float("nan")
+    blocks = Blocks(NAMES, True, True)
+    with torch.no_grad():
+        assert runs_alone(blocks, model, lambda batch: model(x), 0)
+        assert runs_alone(blocks, model, lambda batch: model(x * float("inf")), 0)

@@ -181,7 +181,7 @@ class _Walk:
                 first = f"{name}.{blocks.names[0]}".lstrip(".")
                 self.notes.append(
                     f"The model is run as a whole for each layer of the blocks from {first} on, "
-                    "because a block that runs alone gives other values."
+                    "because a block that runs alone gives other values or raises an error."
                 )
         if not sequences:
             return [], [names]
