@@ -254,6 +254,16 @@ def test_a_dead_channel_of_a_depthwise_convolution_is_no_failure(order):
     assert result.error < result.nearest_error
 
 
+def test_the_hessian_of_the_caller_stays():
+    weight, hessian = problem()
+    hessian = hessian.double()
+    hessian[3] = hessian[:, 3] = 0
+    before = hessian.clone()
+    for order in ("given", "activations"):
+        gptq(weight, hessian, part(4), order=order)
+    assert torch.equal(hessian, before)
+
+
 # ---------------------------------------------------------------- bad Hessians
 
 

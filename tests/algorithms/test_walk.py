@@ -46,7 +46,7 @@ def test_statistics_that_do_not_fit_are_collected_one_after_the_other(
     stages = [tuple(f"linears.{name}" for name in "abc")]
     expected = compressed_by_hand(model, batches, INT4, stages, integers)
     collect = walk._Walk._collect
-    for most, sizes in ((1, [1, 1, 1]), (8 * SIZE**2 * 4 * 2, [2, 1]), (1 << 30, [3])):
+    for most, sizes in ((1, [1, 1, 1]), (2 * SIZE**2 * 4 * 2, [2, 1]), (1 << 30, [3])):
         monkeypatch.setattr(walk, "_MOST_MEMORY", most)
         counts: list[int] = []
 
@@ -61,6 +61,23 @@ def test_statistics_that_do_not_fit_are_collected_one_after_the_other(
             gptq_(net, INT4, batches, progress=False)
         assert counts == sizes
         assert_has(net, expected)
+
+
+def test_a_layer_keeps_one_lane_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Hessian.add
+    counts: list[int] = []
+
+    def count(self: Hessian, batch: int, columns: Tensor) -> None:
+        add(self, batch, columns)
+        counts.append(len(self._lanes))
+
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(SIZE, SIZE)), [torch.randn(9, SIZE) for _ in range(17)]
+    expected = compressed_by_hand(model, batches, INT4, [("0",)], integers)
+    monkeypatch.setattr(Hessian, "add", count)
+    gptq_(model, INT4, batches, progress=False)
+    assert counts == [1] * 17
+    assert_has(model, expected)
 
 
 class Together(nn.Module):

@@ -15,7 +15,7 @@ from torchquant.algorithms.compress import compress_model
 from torchquant.algorithms.compression_report import CompressionReport
 from torchquant.algorithms.found import Found
 from torchquant.algorithms.gptq_rounding import GPTQResult, Order, gptq
-from torchquant.algorithms.hessian import LANES, Hessian
+from torchquant.algorithms.hessian import Hessian
 from torchquant.algorithms.inputs import grouped_weight
 from torchquant.algorithms.integer_weight import IntegerWeight
 from torchquant.algorithms.least_error import clip_search
@@ -163,11 +163,11 @@ class _GPTQ:
         self.options = options
 
     def statistics(self, place: Place) -> Hessian:
-        return Hessian.of(place.layer)
+        return Hessian.of(place.layer, by_lane=True)
 
     def memory(self, place: Place) -> int:
         groups = getattr(place.layer, "groups", 1)
-        return LANES * groups * place.terms**2 * 4
+        return Hessian.matrices(by_lane=True) * groups * place.terms**2 * 4
 
     def compress(self, place: Place, statistics: Hessian) -> Found:
         weight = float_weight(place.layer).flatten(1)

@@ -104,7 +104,8 @@ def walk(
     try:
         model.eval()
         walker = _Walk(method, most, by_order, offload, results)
-        own = [batch for batch in range(batches) if batch % LANES in lanes_of(*place_among())]
+        lanes = lanes_of(*place_among())
+        own = [batch for lane in lanes for batch in range(lane, batches, LANES)]
         with closing(walker.scope(model, "", list(places), run, own)) as steps:
             for _ in track(steps, who, progress, total=len(places)):
                 pass
