@@ -23,7 +23,7 @@ from torchquant.algorithms.gptq_rounding import gptq
 from torchquant.algorithms.hessian import Hessian
 from torchquant.algorithms.inputs import quantized_input
 from torchquant.algorithms.least_error import clip_search
-from torchquant.convert.adjustment import is_adjusted
+from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_adjusted
 from torchquant.nn.base import QuantizedModule
 
 INT4 = torchquant.IntxWeightOnlyConfig(4, group_size=32)
@@ -321,6 +321,21 @@ def test_a_failure_in_the_middle_leaves_the_model(error: type[BaseException]) ->
         gptq_(model, INT4, batches, forward=forward, progress=False)
     assert calls > 12
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("verb", [gptq_, torchquant.awq_])
+def test_a_failure_leaves_what_earlier_verbs_found(verb: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    adjust(model[0], Adjustment(bias=torch.zeros(64)))
+    before = adjustment_of(model[0])
+
+    def fails(net: nn.Module, batch: Any) -> Any:
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError):
+        verb(model, INT4, [torch.randn(70, 64)], forward=fails, progress=False)
+    assert adjustment_of(model[0]) is before
+    assert not is_adjusted(model[1])
 
 
 def test_modes_and_hooks_are_as_before() -> None:

@@ -23,6 +23,7 @@ from torchquant.algorithms.compression_report import (
 )
 from torchquant.algorithms.found import Found
 from torchquant.algorithms.places import CopiedPlace, FloatPlace, Place
+from torchquant.algorithms.quantize_with import quantize_with
 from torchquant.algorithms.resume import Results, differences, fingerprint
 from torchquant.algorithms.together import agreed, every, in_all, place_among
 from torchquant.algorithms.two_models import TwoModels
@@ -33,7 +34,6 @@ from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_
 from torchquant.convert.batches import call
 from torchquant.convert.calibration_hooks import prepared_layers
 from torchquant.convert.plan import Step
-from torchquant.convert.quantize import quantize_model
 from torchquant.convert.selection import FilterFn
 
 __all__ = ["compress_model"]
@@ -132,20 +132,12 @@ class _Work:
         fusion: Fusion | None,
     ) -> tuple[CompressionReport, dict[str, Found]]:
         """Quantize a float model."""
-        chosen: list[Step] = []
 
         def find(steps: list[Step]) -> None:
-            chosen.extend(steps)
             self._find(model, steps, batches)
 
-        try:
-            report = quantize_model(
-                self.who, model, config, filter_fn, strict, fusion, self.progress, find
-            )
-        finally:
-            for step in chosen:  # layers that stay in float after all
-                if is_adjusted(step.module):
-                    adjust(step.module, Adjustment())
+        rest = (filter_fn, strict, fusion, self.progress)
+        report = quantize_with(self.who, model, config, *rest, find)
         found, rounded = self.found, self.rounded
         return compression_report(found, rounded, report, self.notes), found
 
