@@ -264,6 +264,16 @@ def test_the_hessian_of_the_caller_stays():
     assert torch.equal(hessian, before)
 
 
+def test_sweeps_do_not_make_the_error_of_an_output_greater_with_much_damping():
+    weight, hessian = problem()
+    errors = []
+    for sweeps in (0, 2):
+        found = gptq(weight, hessian, part(4), damping=100.0, sweeps=sweeps).integers
+        change = found.dequantize() - weight
+        errors.append(((change @ hessian) * change).sum(1))
+    assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
+
+
 # ---------------------------------------------------------------- bad Hessians
 
 
