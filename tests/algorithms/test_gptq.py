@@ -274,6 +274,17 @@ def test_sweeps_do_not_make_the_error_of_an_output_greater_with_much_damping():
     assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
 
 
+def test_one_scale_for_groups_whose_inputs_have_different_sizes():
+    """Two groups with the same inputs, but of another size: the loud one decides the scale."""
+    weight, hessian = problem()
+    weights = Weights(3, granularity=PerTensor())
+    both = torch.cat([weight, 4 * weight])
+    loud = gptq(both, torch.stack([hessian, 1e-6 * hessian]), weights, damping=1e-4)
+    values = loud.integers.dequantize()[: len(weight)]
+    fitted = ((values @ hessian) * weight).sum() / ((values @ hessian) * values).sum()
+    assert abs(float(fitted) - 1) < 0.025
+
+
 # ---------------------------------------------------------------- bad Hessians
 
 

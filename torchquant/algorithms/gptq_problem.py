@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Problem", "cholesky_of_inverse"]
 
 _RAISE = 10.0  # how many times the damping grows after a failure
+_COMPARABLE = 1e-12  # of the greatest unit; a smaller one would make the Hessian of its group 0
 _SMALL = 64  # of a matrix that is inverted as a whole
 _LEAST, _MOST = 1e-4, 1e3  # damping after a failure without any, and the last that is tried
 
@@ -154,6 +155,11 @@ class Problem:
         diagonal = found.diagonal(dim1=1, dim2=2).masked_fill_(self.dead, 1.0)
         diagonal.add_(self.damping.float()[:, None])
         return found
+
+    def weights_of_groups(self) -> Tensor:
+        """What makes the Hessians of the groups comparable, float32 ``[G]``: at most 1, never 0."""
+        unit = self.unit.nan_to_num(0.0)
+        return (unit / unit.max()).nan_to_num(1.0).clamp(min=_COMPARABLE).float()
 
     def errors(self, weight: Tensor) -> Tensor:
         """``D H D^T`` of each output, float64 ``[G, n]``, for a changed weight ``[N, K]``.

@@ -148,6 +148,8 @@ def gptq(
     if sweeps:  # with the damping, which may make the error itself greater
         scale = scale.clone()
         damped = problem.damped()
+        if shared:  # one scale for Hessians in different units
+            damped *= problem.weights_of_groups()[:, None, None]
         descend(problem.columns, damped, steps, scale, zero, weights, sweeps=sweeps, shared=shared)
         found.append(_integer_weight(steps, scale, zero, weights))
     return _best(problem, plain, found, shared)
