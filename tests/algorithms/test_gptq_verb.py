@@ -267,6 +267,24 @@ def test_a_hessian_that_cannot_be_factored_is_a_warning() -> None:
     assert torch.equal(model[0].integers, rounded[0].integers)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_warning_that_is_an_error_leaves_the_model(prepared: bool) -> None:
+    model, data = nn.Sequential(nn.Linear(64, 64)), [torch.zeros(100, 64)]
+    config: Any = None if prepared else INT4
+    if prepared:
+        torchquant.prepare_(model)
+        torchquant.calibrate(model, [torch.randn(8, 64)], progress=False)
+    copied = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="gptq_: 0 was rounded"):
+            gptq_(model, config, data, progress=False)
+    assert type(model[0]) is nn.Linear and not is_adjusted(model[0])
+    with pytest.warns(UserWarning, match="gptq_: 0 was rounded") as caught:
+        gptq_(copied, config, data, progress=False)
+    assert [one.filename for one in caught] == [__file__], "the line of the caller"
+
+
 def test_dead_and_dependent_inputs_are_no_problem() -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(200, 64)
     x[:, 5] = 0

@@ -7,7 +7,7 @@ integers; the walk then goes through a converted copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def compress_model(
     resume: str | Path | None,
     offload: str | Path | None,
     progress: bool | None,
+    warn: Callable[[Mapping[str, Found]], None] = lambda found: None,
 ) -> tuple[CompressionReport, dict[str, Found]]:
     """Quantize a model with integers that a method finds layer by layer, in place.
 
@@ -63,6 +64,7 @@ def compress_model(
         model: see :func:`torchquant.gptq_`; so are the arguments that are not listed here.
         method: finds the integers of a layer.
         options: the arguments of the method, on which its results depend.
+        warn: is called with what was found before the model changes, and may raise.
 
     Returns:
         The report, and what was found for each layer by its name.
@@ -96,7 +98,7 @@ def compress_model(
             else f"{who}: config must be a configuration such as IntxWeightOnlyConfig(4), got None;"
             " None is for a model that prepare_ prepared"
         )
-    work = _Work(who, method, options, forward, _folder(who, offload), resume, progress)
+    work = _Work(who, method, options, forward, _folder(who, offload), resume, progress, warn)
     if prepared:
         return work.prepared(model, TwoModels(who, model, data, limit, forward, anew=True))
     return work.quantized(model, config, taken(who, data, limit), filter_fn, strict, fusion)
@@ -114,7 +116,9 @@ class _Work:
         offload: Path | None,
         resume: str | Path | None,
         progress: bool | None,
+        warn: Callable[[Mapping[str, Found]], None],
     ) -> None:
+        self.warn = warn
         self.who, self.method, self.options = who, method, options
         self.forward, self.progress = forward, progress
         self.offload, self.resume = offload, None if resume is None else Path(resume)
@@ -228,6 +232,7 @@ class _Work:
             results=results,
             progress=self.progress,
         )
+        self.warn(found)
         self.found.update(found)
         self.notes.extend(notes)
 
