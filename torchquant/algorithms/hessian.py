@@ -6,7 +6,8 @@ The squared error of a matrix product on inputs x depends on a change D of the w
 Sums of floats depend on their order. Batch i therefore belongs to the *lane* ``i % LANES``. Each
 lane is summed batch by batch, and the lanes are added in the order of their numbers: at the end, or
 in a process alone that reads lane by lane, each lane as soon as a later one begins. Processes that
-share the batches share whole lanes, so that they get the bits of a process alone.
+share the batches share whole lanes, so that they get the bits of a process alone with as many
+threads as each of them.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 Each layer is compressed with what it reads in a model whose layers before it have their integers
 already. Blocks (:mod:`torchquant.algorithms.blocks`) are run alone, on the values that the block
-before gave, so that memory holds one tensor for each batch and the statistics of few layers. In a
-block, layers that do not depend on each other are one stage (:mod:`torchquant.algorithms.levels`).
+before gave, so that memory holds one tensor for each batch, beside the other arguments of the
+blocks, and the statistics of few layers. It also holds what was found so far. In a block,
+layers that do not depend on each other are one stage (:mod:`torchquant.algorithms.levels`).
 
 Processes share the batches by the lanes of :mod:`torchquant.algorithms.hessian`, and the layers of
-a stage in turn. They take all decisions together, so that each has the bits of a process alone.
+a stage in turn. They take all decisions together, so that each has the bits of a process alone with
+the same number of threads.
 """
 
 from __future__ import annotations
