@@ -96,6 +96,28 @@ def test_blocks_are_what_the_forward_calls_one_after_the_other(call: Any, blocks
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_blocks_that_call_the_next_one_are_no_blocks() -> None:
+    class Calling(Block):
+        def __init__(self, after: list[nn.Module]) -> None:
+            super().__init__()
+            self.after = after  # a list, so that it is no submodule
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = super().forward(x)
+            return self.after[0](x) if self.after else x
+
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            second = Calling([])
+            self.layers = nn.ModuleList([Calling([second]), second])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)
+
+    assert found(Recursive()) == []
+
+
 class Pair(nn.Module):
     """A block that returns a tuple."""
 
@@ -280,3 +302,13 @@ def test_values_in_files_follow_shape_and_dtype(tmp_path: Path) -> None:
         assert values[2].dtype == value.dtype
     values.close()
     assert not [*tmp_path.iterdir()]
+
+
+def test_blocks_whose_values_have_nan_and_infinities_run_alone() -> None:
+    model = Net(one_by_one).eval()
+    x = torch.randn(2, 5, SIZE)
+    x[0, 0, 0] = float("nan")
+    blocks = Blocks(NAMES, True, True)
+    with torch.no_grad():
+        assert runs_alone(blocks, model, lambda batch: model(x), 0)
+        assert runs_alone(blocks, model, lambda batch: model(x * float("inf")), 0)

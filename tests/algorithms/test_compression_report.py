@@ -7,7 +7,12 @@ from support.compressed_models import decoder, tokens
 from torch import nn
 
 import torchquant
-from torchquant.algorithms.compression_report import CompressedLayer, CompressionReport
+from torchquant.algorithms.compression_report import (
+    CompressedLayer,
+    CompressionReport,
+    compressed_layer,
+)
+from torchquant.algorithms.found import Found
 
 
 def test_a_report_of_a_model() -> None:
@@ -47,3 +52,10 @@ def test_a_list_of_reasons_says_how_far_the_damping_rose() -> None:
     )
     assert report["0"].action == "compressed"
     assert "; damping raised to " in report["0"].reason
+
+
+def test_errors_that_are_not_finite_are_said_in_words() -> None:
+    nan = float("nan")
+    row = compressed_layer("fc", "Linear", Found(None, "rounded", "overflow", nan, nan, 7), "tied")
+    assert (row.nearest_error, row.error, row.inputs) == (0.0, 0.0, 7)
+    assert row.reason == "overflow; its errors are not finite; tied"

@@ -242,6 +242,49 @@ def test_depthwise_with_a_failed_and_a_dead_channel():
     assert not alone.fell_back
 
 
+@pytest.mark.parametrize("order", ["given", "activations"])
+def test_a_dead_channel_of_a_depthwise_convolution_is_no_failure(order):
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 9, 50, generator=torch.Generator().manual_seed(1))
+    x[2] = 0
+    hessian = 2 / 50 * x @ x.transpose(1, 2)
+    result = gptq(weight, hessian, part(3), order=order)
+    assert not result.fell_back and result.damping == 0.01
+    assert torch.equal(result.integers.qweight[2], nearest(weight, part(3)).qweight[2])
+    assert result.error < result.nearest_error
+
+
+def test_the_hessian_of_the_caller_stays():
+    weight, hessian = problem()
+    hessian = hessian.double()
+    hessian[3] = hessian[:, 3] = 0
+    before = hessian.clone()
+    for order in ("given", "activations"):
+        gptq(weight, hessian, part(4), order=order)
+    assert torch.equal(hessian, before)
+
+
+def test_sweeps_do_not_make_the_error_of_an_output_greater_with_much_damping():
+    weight, hessian = problem()
+    errors = []
+    for sweeps in (0, 2):
+        found = gptq(weight, hessian, part(4), damping=100.0, sweeps=sweeps).integers
+        change = found.dequantize() - weight
+        errors.append(((change @ hessian) * change).sum(1))
+    assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
+
+
+def test_one_scale_for_groups_whose_inputs_have_different_sizes():
+    """Two groups with the same inputs, but of another size: the loud one decides the scale."""
+    weight, hessian = problem()
+    weights = Weights(3, granularity=PerTensor())
+    both = torch.cat([weight, 4 * weight])
+    loud = gptq(both, torch.stack([hessian, 1e-6 * hessian]), weights, damping=1e-4)
+    values = loud.integers.dequantize()[: len(weight)]
+    fitted = ((values @ hessian) * weight).sum() / ((values @ hessian) * values).sum()
+    assert abs(float(fitted) - 1) < 0.025
+
+
 # ---------------------------------------------------------------- bad Hessians
 
 

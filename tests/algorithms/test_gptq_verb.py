@@ -11,6 +11,7 @@ from support.compressed_models import (
     Experts,
     compressed_by_hand,
     decoder,
+    replace,
     stages_of,
     tokens,
 )
@@ -22,7 +23,7 @@ from torchquant.algorithms.gptq_rounding import gptq
 from torchquant.algorithms.hessian import Hessian
 from torchquant.algorithms.inputs import quantized_input
 from torchquant.algorithms.least_error import clip_search
-from torchquant.convert.adjustment import is_adjusted
+from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_adjusted
 from torchquant.nn.base import QuantizedModule
 
 INT4 = torchquant.IntxWeightOnlyConfig(4, group_size=32)
@@ -266,6 +267,24 @@ def test_a_hessian_that_cannot_be_factored_is_a_warning() -> None:
     assert torch.equal(model[0].integers, rounded[0].integers)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_warning_that_is_an_error_leaves_the_model(prepared: bool) -> None:
+    model, data = nn.Sequential(nn.Linear(64, 64)), [torch.zeros(100, 64)]
+    config: Any = None if prepared else INT4
+    if prepared:
+        torchquant.prepare_(model)
+        torchquant.calibrate(model, [torch.randn(8, 64)], progress=False)
+    copied = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="gptq_: 0 was rounded"):
+            gptq_(model, config, data, progress=False)
+    assert type(model[0]) is nn.Linear and not is_adjusted(model[0])
+    with pytest.warns(UserWarning, match="gptq_: 0 was rounded") as caught:
+        gptq_(copied, config, data, progress=False)
+    assert [one.filename for one in caught] == [__file__], "the line of the caller"
+
+
 def test_dead_and_dependent_inputs_are_no_problem() -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(200, 64)
     x[:, 5] = 0
@@ -274,6 +293,27 @@ def test_dead_and_dependent_inputs_are_no_problem() -> None:
         warnings.simplefilter("error")
         report = gptq_(model, INT4, [x], progress=False)
     assert report["0"].error < 0.8 * report["0"].nearest_error
+
+
+def test_of_linears_that_share_a_weight_the_first_is_compressed() -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+        model[2].weight = model[0].weight
+        return model
+
+    model, x = made(), torch.randn(200, 64)
+    stages = [("0",), ("3",)]
+    by_hand = made()
+    found = compressed_by_hand(by_hand, [x], INT4, stages[:1], integers)
+    replace(by_hand, "0", INT4, found["0"])
+    replace(by_hand, "2", INT4, found["0"])
+    last = compressed_by_hand(by_hand, [x], INT4, stages[1:], integers)
+    report = gptq_(model, INT4, [x], progress=False)
+    assert [row.action for row in report] == ["compressed"] * 3
+    assert report["2"].reason == "has the integers of 0; shares its weight with 0"
+    assert_has(model, {"0": found["0"], "2": found["0"], "3": last["3"]})
+    assert model[0].packed.data_ptr() == model[2].packed.data_ptr()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -299,6 +339,21 @@ def test_a_failure_in_the_middle_leaves_the_model(error: type[BaseException]) ->
         gptq_(model, INT4, batches, forward=forward, progress=False)
     assert calls > 12
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("verb", [gptq_, torchquant.awq_])
+def test_a_failure_leaves_what_earlier_verbs_found(verb: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    adjust(model[0], Adjustment(bias=torch.zeros(64)))
+    before = adjustment_of(model[0])
+
+    def fails(net: nn.Module, batch: Any) -> Any:
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError):
+        verb(model, INT4, [torch.randn(70, 64)], forward=fails, progress=False)
+    assert adjustment_of(model[0]) is before
+    assert not is_adjusted(model[1])
 
 
 def test_modes_and_hooks_are_as_before() -> None:

@@ -113,3 +113,25 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="inputs must be added before reduce"):
         hessian.add(1, torch.ones(1, 3, 5))
     assert torch.equal(hessian.value(), value)
+
+
+def test_lane_by_lane_gives_the_same_bits_with_two_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 5, 7, generator=generator) * 1.5**number for number in range(20)]
+    every, by_lane = Hessian(5), Hessian(5, by_lane=True)
+    for number, one in enumerate(inputs):
+        every.add(number, one)
+    for lane in range(LANES):
+        for number in range(lane, 20, LANES):
+            by_lane.add(number, inputs[number])
+            assert len(by_lane._lanes) == 1
+    assert torch.equal(by_lane.value(), every.value())
+    assert by_lane.rows == every.rows == 140
+    assert torch.equal(Hessian(5, by_lane=True).value(), torch.zeros(1, 5, 5))
+
+
+def test_lanes_that_come_too_late_are_refused() -> None:
+    hessian = Hessian(2, by_lane=True)
+    hessian.add(1, torch.ones(1, 2, 1))
+    with pytest.raises(ValueError, match="got batch 8 of lane 0 after a later lane"):
+        hessian.add(8, torch.ones(1, 2, 1))

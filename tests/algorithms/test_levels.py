@@ -59,6 +59,26 @@ def test_all_experts_are_compressed_together() -> None:
     assert [level.once for level in found] == [True, False, False], "one expert saw no row"
 
 
+def test_an_expert_that_is_called_with_an_empty_tensor_has_the_levels_of_the_others() -> None:
+    class Always(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = self.router(x).argmax(-1)
+            result = x.clone()
+            for number, expert in enumerate(self.experts):
+                rows = (chosen == number).nonzero()[:, 0]
+                result = result.index_add(0, rows, expert["down"](expert["up"](x[rows]).relu()))
+            return result
+
+    torch.manual_seed(0)
+    found = levels(Always(), torch.randn(64, 64))
+    assert [level.names for level in found] == [
+        ("router",),
+        ("experts.0.up", "experts.1.up", "experts.2.up"),
+        ("experts.0.down", "experts.1.down", "experts.2.down"),
+    ]
+    assert [level.once for level in found] == [True, False, False], "one expert saw no row"
+
+
 def test_a_layer_that_no_batch_reaches_comes_first() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     x = torch.ones(1, 4)

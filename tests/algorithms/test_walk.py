@@ -46,7 +46,7 @@ def test_statistics_that_do_not_fit_are_collected_one_after_the_other(
     stages = [tuple(f"linears.{name}" for name in "abc")]
     expected = compressed_by_hand(model, batches, INT4, stages, integers)
     collect = walk._Walk._collect
-    for most, sizes in ((1, [1, 1, 1]), (8 * SIZE**2 * 4 * 2, [2, 1]), (1 << 30, [3])):
+    for most, sizes in ((1, [1, 1, 1]), (2 * SIZE**2 * 4 * 2, [2, 1]), (1 << 30, [3])):
         monkeypatch.setattr(walk, "_MOST_MEMORY", most)
         counts: list[int] = []
 
@@ -61,6 +61,23 @@ def test_statistics_that_do_not_fit_are_collected_one_after_the_other(
             gptq_(net, INT4, batches, progress=False)
         assert counts == sizes
         assert_has(net, expected)
+
+
+def test_a_layer_keeps_one_lane_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Hessian.add
+    counts: list[int] = []
+
+    def count(self: Hessian, batch: int, columns: Tensor) -> None:
+        add(self, batch, columns)
+        counts.append(len(self._lanes))
+
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(SIZE, SIZE)), [torch.randn(9, SIZE) for _ in range(17)]
+    expected = compressed_by_hand(model, batches, INT4, [("0",)], integers)
+    monkeypatch.setattr(Hessian, "add", count)
+    gptq_(model, INT4, batches, progress=False)
+    assert counts == [1] * 17
+    assert_has(model, expected)
 
 
 class Together(nn.Module):
@@ -169,8 +186,42 @@ def test_blocks_that_cannot_run_alone_are_run_as_a_whole() -> None:
     assert_has(model, expected)
     assert report.notes[0] == (
         "The model is run as a whole for each layer of the blocks from layers.0 on, because a "
-        "block that runs alone gives other values."
+        "block that runs alone gives other values or raises an error."
     )
+
+
+def test_blocks_that_raise_when_they_run_alone_are_run_as_a_whole() -> None:
+    class Reading(Block):
+        """A block that the model has to allow to run."""
+
+        allowed = False
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            if not Reading.allowed:
+                raise RuntimeError("not inside of the model")
+            return super().forward(x)
+
+    class Allowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Reading() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            Reading.allowed = True
+            try:
+                for layer in self.layers:
+                    x = layer(x)
+            finally:
+                Reading.allowed = False
+            return x
+
+    torch.manual_seed(0)
+    model = Allowing().eval()
+    batches = [torch.randn(4, 24, SIZE)]
+    expected = compressed_by_hand(model, batches, INT4, stages_of(model)[:-1], integers)
+    report = gptq_(model, INT4, batches, progress=False)
+    assert_has(model, expected)
+    assert "gives other values or raises an error" in report.notes[0]
 
 
 def test_of_a_large_convolution_some_places_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

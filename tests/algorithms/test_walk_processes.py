@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.compressed_models import decoder, tokens
@@ -10,6 +11,8 @@ from support.compressing_processes import CONFIG, compressed, compressed_in_proc
 from support.processes import in_processes
 
 import torchquant
+from torchquant.algorithms import compress, walk
+from torchquant.algorithms.resume import Results
 from torchquant.algorithms.walk import _Walk
 
 
@@ -26,13 +29,49 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     expected = compressed()
     messages = []
     for results in in_processes(compressed_in_process, str(tmp_path)):
-        assert_same(results[:-2], expected)
-        messages.append(results[-2:])
+        assert_same(results[:-4], expected)
+        messages.append(results[-4:])
     assert messages[0][0].startswith("RuntimeError process 1 failed: IndexError: ")
     assert messages[1][0].startswith("IndexError ")
     assert messages[0][1].startswith("ValueError gptq_: resume must name a folder of a call with")
     assert messages[1][1].startswith("RuntimeError process 0 failed: ValueError: gptq_: resume")
+    for message in messages:
+        assert message[2] == (
+            "ValueError gptq_: all processes must have the same model and data, got other values "
+            "of the batches; pass all batches in each process, which share them"
+        )
+    assert messages[0][3] == "OSError no space left on the disk"
+    assert messages[1][3] == ("RuntimeError process 0 failed: OSError: no space left on the disk")
     assert_same(compressed(str(tmp_path)), expected)
+
+
+def test_processes_with_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress, "place_among", lambda: (0, 2))
+    monkeypatch.setattr(compress, "every", lambda value: [value, {**value, "data": 0}])
+    model = decoder(1)
+    with pytest.raises(ValueError, match="same model and data, got other values of the batches;"):
+        torchquant.gptq_(model, CONFIG, tokens(1), progress=False)
+    assert type(model.head) is torch.nn.Linear
+
+
+def test_the_results_are_saved_so_that_all_processes_see_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = False
+    saves: list[bool] = []
+
+    def in_all(act: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return act()
+        finally:
+            inside = False
+
+    monkeypatch.setattr(walk, "in_all", in_all)
+    monkeypatch.setattr(Results, "save", lambda self, found: saves.append(inside))
+    torchquant.gptq_(decoder(1), CONFIG, tokens(1), resume=tmp_path, progress=False)
+    assert saves and all(saves)
 
 
 def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -96,6 +135,66 @@ def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="with other arguments of the verb; pass"):
         run(decoder(1), damping=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_a_folder_with_another_configuration_of_a_rounded_layer_is_refused(tmp_path: Path) -> None:
+    def run(bits: int) -> None:
+        embed = torchquant.IntxWeightOnlyConfig(bits, group_size=32)
+        config = {"embed": embed, "*": CONFIG}
+        torchquant.gptq_(decoder(1), config, tokens(1), resume=tmp_path, progress=False)
+
+    run(8)
+    run(8)
+    with pytest.raises(ValueError, match="with other configuration; pass"):
+        run(2)
+
+
+def test_a_folder_of_other_ranges_of_a_prepared_model_is_refused(tmp_path: Path) -> None:
+    data = [torch.randn(70, 64, generator=torch.Generator().manual_seed(0))]
+
+    def run(factor: float) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        torchquant.prepare_(model, torchquant.Int8StaticActivationInt8WeightConfig())
+        torchquant.calibrate(model, [factor * data[0]], progress=False)
+        torchquant.gptq_(model, None, data, resume=tmp_path, progress=False)
+
+    run(1.0)
+    run(1.0)
+    with pytest.raises(ValueError, match="with other values of the model's tensors; pass"):
+        run(2.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "other"),
+    [
+        ("a text", "another"),
+        ({"seed": 1}, {"seed": 2}),
+        ([1.0], [2.0]),
+        (np.arange(3), np.arange(3) + 1),
+        (np.array(["a", None]), np.array(["b", None])),
+    ],
+)
+def test_a_folder_of_other_data_without_tensors_is_refused(
+    batch: Any, other: Any, tmp_path: Path
+) -> None:
+    def run(data: Any) -> None:
+        x = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        torchquant.gptq_(
+            model,
+            CONFIG,
+            [data],
+            forward=lambda net, batch: net(x),
+            resume=tmp_path,
+            progress=False,
+        )
+
+    run(batch)
+    run(batch)
+    with pytest.raises(ValueError, match="with other values of the batches; pass"):
+        run(other)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:

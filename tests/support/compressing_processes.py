@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import torchquant
 from support.compressed_models import Experts, decoder, tokens
+from torchquant.algorithms.resume import Results
 
 CONFIG = torchquant.IntxWeightOnlyConfig(4, group_size=32)
 
@@ -43,7 +44,10 @@ def compressed_in_process(rank: int, resume: str | None) -> list[Any]:
 
 
 def failures(rank: int, resume: str | None) -> list[str]:
-    """What a process says if a batch of the other one, or the folder, is bad."""
+    """What a process says if something of the other one is bad.
+
+    It is a batch, the folder, the data as a whole, or the disk.
+    """
     bad = tokens(2)
     bad[1] = bad[1] + 1000  # a batch of process 1
     messages = []
@@ -54,4 +58,20 @@ def failures(rank: int, resume: str | None) -> list[str]:
         except (RuntimeError, ValueError, IndexError) as error:
             messages.append(f"{type(error).__name__} {error}")
         assert type(model.head) is nn.Linear
+    for folder in (None, f"{resume}/full"):
+        model = decoder(1)
+        save = Results.save
+        Results.save = _full  # type: ignore[method-assign]
+        try:
+            data = tokens(2) if folder else tokens(2)[:: 1 - 2 * rank]
+            torchquant.gptq_(model, CONFIG, data, progress=False, resume=folder)
+        except (RuntimeError, ValueError, OSError) as error:
+            messages.append(f"{type(error).__name__} {error}")
+        finally:
+            Results.save = save  # type: ignore[method-assign]
+        assert type(model.head) is nn.Linear
     return messages
+
+
+def _full(results: Results, found: Any) -> None:
+    raise OSError("no space left on the disk")

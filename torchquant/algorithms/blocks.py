@@ -144,7 +144,7 @@ class _Watch:
         self.calls = 0
         self.holds = self.alike = self.single = True
         self._first: Arguments = ((), {})
-        self._last: Any = None
+        self._last: tuple[Any, int | None] = None, None  # no result yet
 
     def start(self, stack: ExitStack, order: list[_Watch]) -> None:
         """Watch the calls of the elements until the stack is closed."""

@@ -29,7 +29,10 @@ class Statistics(Protocol):
     """
 
     def add(self, batch: int, columns: Tensor) -> None:
-        """Add the inputs of a batch as :func:`torchquant.algorithms.inputs.columns` has them."""
+        """Add the inputs of a batch as :func:`torchquant.algorithms.inputs.columns` has them.
+
+        The batches come lane by lane; see :mod:`torchquant.algorithms.hessian`.
+        """
 
     def reduce(self) -> None:
         """Add what the other processes have collected."""

@@ -7,7 +7,7 @@ integers; the walk then goes through a converted copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torchquant.algorithms.compression_report import (
 )
 from torchquant.algorithms.found import Found
 from torchquant.algorithms.places import CopiedPlace, FloatPlace, Place
-from torchquant.algorithms.resume import Results, fingerprint
-from torchquant.algorithms.together import agreed
+from torchquant.algorithms.quantize_with import quantize_with
+from torchquant.algorithms.resume import Results, differences, fingerprint
+from torchquant.algorithms.together import agreed, every, in_all, place_among
 from torchquant.algorithms.two_models import TwoModels
 from torchquant.algorithms.walk import walk
 from torchquant.analysis.verify import tensors_in
@@ -33,7 +34,6 @@ from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, is_
 from torchquant.convert.batches import call
 from torchquant.convert.calibration_hooks import prepared_layers
 from torchquant.convert.plan import Step
-from torchquant.convert.quantize import quantize_model
 from torchquant.convert.selection import FilterFn
 
 __all__ = ["compress_model"]
@@ -55,6 +55,7 @@ def compress_model(
     resume: str | Path | None,
     offload: str | Path | None,
     progress: bool | None,
+    warn: Callable[[Mapping[str, Found]], None] = lambda found: None,
 ) -> tuple[CompressionReport, dict[str, Found]]:
     """Quantize a model with integers that a method finds layer by layer, in place.
 
@@ -63,6 +64,7 @@ def compress_model(
         model: see :func:`torchquant.gptq_`; so are the arguments that are not listed here.
         method: finds the integers of a layer.
         options: the arguments of the method, on which its results depend.
+        warn: is called with what was found before the model changes, and may raise.
 
     Returns:
         The report, and what was found for each layer by its name.
@@ -96,7 +98,7 @@ def compress_model(
             else f"{who}: config must be a configuration such as IntxWeightOnlyConfig(4), got None;"
             " None is for a model that prepare_ prepared"
         )
-    work = _Work(who, method, options, forward, _folder(who, offload), resume, progress)
+    work = _Work(who, method, options, forward, _folder(who, offload), resume, progress, warn)
     if prepared:
         return work.prepared(model, TwoModels(who, model, data, limit, forward, anew=True))
     return work.quantized(model, config, taken(who, data, limit), filter_fn, strict, fusion)
@@ -114,7 +116,9 @@ class _Work:
         offload: Path | None,
         resume: str | Path | None,
         progress: bool | None,
+        warn: Callable[[Mapping[str, Found]], None],
     ) -> None:
+        self.warn = warn
         self.who, self.method, self.options = who, method, options
         self.forward, self.progress = forward, progress
         self.offload, self.resume = offload, None if resume is None else Path(resume)
@@ -132,39 +136,43 @@ class _Work:
         fusion: Fusion | None,
     ) -> tuple[CompressionReport, dict[str, Found]]:
         """Quantize a float model."""
-        chosen: list[Step] = []
 
         def find(steps: list[Step]) -> None:
-            chosen.extend(steps)
             self._find(model, steps, batches)
 
-        try:
-            report = quantize_model(
-                self.who, model, config, filter_fn, strict, fusion, self.progress, find
-            )
-        finally:
-            for step in chosen:  # layers that stay in float after all
-                if is_adjusted(step.module):
-                    adjust(step.module, Adjustment())
+        rest = (filter_fn, strict, fusion, self.progress)
+        report = quantize_with(self.who, model, config, *rest, find)
         found, rounded = self.found, self.rounded
         return compression_report(found, rounded, report, self.notes), found
 
     def _find(self, model: nn.Module, steps: list[Step], batches: list[Any]) -> None:
         """Give the layers of a plan the integers that the walk finds."""
-        for step in steps:
-            if step.kind.only_weights:
-                self.rounded[step.name] = "a table, whose rows are no terms of a sum"
-            elif step.shares is not None:
-                self.rounded[step.name] = "the nearest integers suit the rows of the table"
+        tables = {step.name for step in steps if step.kind.only_weights}
         pairs = [(step, FloatPlace(step)) for step in steps]
-        places = [place for step, place in pairs if step.name not in self.rounded]
-        results = self._results(model, places, batches)
+        leaders: dict[frozenset[str], FloatPlace] = {}  # of layers that share a weight
+        followers: dict[str, str] = {}
+        for step, place in pairs:
+            shared = frozenset([step.name, *(step.shares or "").split(", ")])
+            if step.name in tables:
+                self.rounded[step.name] = "a table, whose rows are no terms of a sum"
+            elif shared & tables:
+                self.rounded[step.name] = "the nearest integers suit the rows of the table"
+            elif step.shares is not None and leaders.setdefault(shared, place) is not place:
+                leaders[shared].followers.append(place)
+                followers[step.name] = leaders[shared].name
+        apart = {*self.rounded, *followers}
+        places = [place for step, place in pairs if step.name not in apart]
+        configs = [(step.name, step.config) for step in steps]
+        results = self._results(model, configs, batches)
         with ExitStack() as stack:
             for step, place in pairs:
                 if step.name in self.rounded:  # the layers behind it read its rounded rows
                     stack.callback(place.restore)
                     place.install(None)
             self._walk(model, places, batches, results)
+        for name, leader in followers.items():
+            found, reason = self.found[leader], f"has the integers of {leader}"
+            self.found[name] = Found(found.adjustment, found.action, reason)
         for step in steps:
             one = self.found.get(step.name)
             if one is not None and one.adjustment is not None:
@@ -178,7 +186,9 @@ class _Work:
             CopiedPlace(name, models.float_layer(name), models.quantized_layer(name))
             for name in models.order
         ]
-        results = self._results(model, places, models.batches)
+        configs = [(place.name, place.config) for place in places]
+        both = nn.ModuleList([model, models.quantized])  # the copy has the ranges
+        results = self._results(both, configs, models.batches)
         self._walk(models.quantized, places, models.batches, results, by_order=True)
         corrected = any(adjustment_of(module).bias is not None for module in model.modules())
         for module in model.modules():
@@ -222,23 +232,28 @@ class _Work:
             results=results,
             progress=self.progress,
         )
+        self.warn(found)
         self.found.update(found)
         self.notes.extend(notes)
 
     def _results(
-        self, model: nn.Module, places: Sequence[Place], batches: list[Any]
+        self, model: nn.Module, configs: list[tuple[str, Any]], batches: list[Any]
     ) -> Results | None:
         """The folder of results, which the first of several processes reads and writes."""
         resume = self.resume
-        if resume is None:
-            return None
-        configs = [(place.name, place.config) for place in places]
 
-        def make() -> Results:
-            identity = fingerprint(model, batches, configs, {"verb": self.who, **self.options})
-            return Results(self.who, resume, identity)
+        def identity() -> dict[str, Any]:
+            return fingerprint(model, batches, configs, {"verb": self.who, **self.options})
 
-        return agreed(make)
+        if place_among()[1] > 1:
+            first, *rest = every(in_all(identity))
+            other = next(filter(None, (differences(first, one) for one in rest)), None)
+            if other is not None:
+                raise ValueError(
+                    f"{self.who}: all processes must have the same model and data, got other "
+                    f"{', '.join(other)}; pass all batches in each process, which share them"
+                )
+        return None if resume is None else agreed(lambda: Results(self.who, resume, identity()))
 
 
 def _folder(who: str, offload: str | Path | None) -> Path | None:

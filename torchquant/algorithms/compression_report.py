@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from torchquant.algorithms.found import Found
 from torchquant.report.base import Report, RowReport
@@ -24,7 +25,7 @@ class CompressedLayer(RowReport):
             chosen without the data; "left" if it stays in float.
         reason: the errors below in words, or why the layer was rounded or left.
         nearest_error: the squared error of the layer's outputs with the nearest integers, relative
-            to the squares of the outputs; 0 if it was not measured.
+            to the squares of the outputs; 0 if it was not measured or is not finite.
         error: the same with the integers that were found.
         inputs: number of inputs of the layer in the data: tokens, or places of images.
 
@@ -121,6 +122,9 @@ def compressed_layer(name: str, kind: str, found: Found, remark: str = "") -> Co
         >>> print(compressed_layer("fc", "Linear", Found(None, "compressed", "", 4e-3, 1e-3)))
         compressed: fc (Linear): error 4.0e-03 to 1.0e-03
     """
+    if not (isfinite(found.nearest_error) and isfinite(found.error)):
+        reason = "; ".join(filter(None, (found.reason, "its errors are not finite", remark)))
+        return CompressedLayer(name, kind, found.action, reason, inputs=found.rows)
     error = f"error {found.nearest_error:.1e} to {found.error:.1e}" if found.nearest_error else ""
     reason = "; ".join(filter(None, (error, found.reason, remark)))
     numbers = (found.nearest_error, found.error, found.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchquant.algorithms.compress import compress_model
 from torchquant.algorithms.compression_report import CompressionReport
 from torchquant.algorithms.found import Found
 from torchquant.algorithms.gptq_rounding import GPTQResult, Order, gptq
-from torchquant.algorithms.hessian import LANES, Hessian
+from torchquant.algorithms.hessian import Hessian
 from torchquant.algorithms.inputs import grouped_weight
 from torchquant.algorithms.integer_weight import IntegerWeight
 from torchquant.algorithms.least_error import clip_search
@@ -58,16 +59,20 @@ def gptq_(
     error than from rounding to the nearest integers on these inputs.
 
     Blocks that are called one after the other, such as the layers of a transformer, are found by
-    watching one batch, and are then run one by one on all batches. Memory holds the float model,
-    one tensor between two blocks for each batch, and the Hessians of a few layers. A model without
-    blocks is run as a whole for each layer.
+    watching one batch, and are then run one by one on all batches. Memory holds the float model;
+    for each batch one tensor between two blocks, and the other arguments of the blocks such as
+    masks and positions; the Hessians of a few layers; and the integers of all layers that are done,
+    one byte each. A model without blocks is run as a whole for each layer.
 
     A layer that sees fewer inputs than 64 or an eighth of its terms (an expert that few tokens
     reach) gets integers of least weight error, and embeddings get the nearest integers. So does an
-    output layer that shares its weight with an embedding. The report says so.
+    output layer that shares its weight with an embedding. Of other layers that share a weight, the
+    first is compressed with its own inputs, and the others get its integers. The report says so.
 
     If torch.distributed is initialised, all processes must call this verb with the same model and
-    the same data. They share the work, and each gets the same integers as a process alone.
+    the same data. They share the work, and each gets the same integers as a process alone that has
+    as many threads as each of them (``torchrun`` sets OMP_NUM_THREADS to 1): other numbers of
+    threads may round sums in another way.
 
     Args:
         model: any module that contains layers, as for :func:`torchquant.quantize_`; or a model that
@@ -90,9 +95,11 @@ def gptq_(
         strict: as for :func:`torchquant.quantize_`.
         fusion: as for :func:`torchquant.quantize_`.
         resume: a folder for results. A call that was interrupted continues if it is repeated with
-            the same folder, model, data and arguments, and gives the same bits.
+            the same folder, model, data and arguments, and gives the same bits with the same number
+            of threads. Other ones are refused, except for another ``forward`` and objects in the
+            data that hold no tensors, arrays, texts or numbers, which cannot be compared.
         offload: a folder for the tensors between blocks, which are then files; they are removed at
-            the end.
+            the end. The other arguments of the blocks stay in memory.
         progress: whether to show a progress bar; None shows it in a terminal and in a notebook,
             after two seconds.
 
@@ -103,7 +110,8 @@ def gptq_(
         TypeError: as :func:`torchquant.quantize_`.
         ValueError: as :func:`torchquant.quantize_`; data has no batches; an option is out of range;
             config is None and the model is not prepared and calibrated, or config is given and it
-            is; the folder of ``resume`` is one of another call. The model is unchanged.
+            is; the folder of ``resume`` is one of another call; the processes have different models
+            or data. The model is unchanged.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers" (2022).
@@ -126,7 +134,7 @@ def gptq_(
         search_clip=search_clip,
     )
     gptq(torch.ones(1, 1), torch.ones(1, 1), Weights(), **method.options)  # checks the options
-    report, found = compress_model(
+    report, _ = compress_model(
         _WHO,
         model,
         config,
@@ -141,15 +149,31 @@ def gptq_(
         resume=resume,
         offload=offload,
         progress=progress,
+        warn=_warn,
     )
+    return report
+
+
+def _warn(found: Mapping[str, Found]) -> None:
+    """Warn of layers that were rounded, before the model changes: the warning may be an error."""
     for name, one in found.items():
         if one.fell_back:
             warnings.warn(
                 f"{_WHO}: {name} was rounded to the nearest integers, wholly or in part, because "
                 "its Hessian cannot be factored; check the inputs that it gets from the data",
-                stacklevel=2,
+                stacklevel=_stack_level(),
             )
-    return report
+
+
+def _stack_level() -> int:
+    """The level of the caller of the verb, for a function that calls ``warnings.warn``."""
+    frame, level, at = inspect.currentframe(), 0, 0
+    while frame is not None:
+        level += 1
+        if frame.f_code is gptq_.__code__:
+            at = level
+        frame = frame.f_back
+    return max(1, at)
 
 
 class _GPTQ:
@@ -159,11 +183,11 @@ class _GPTQ:
         self.options = options
 
     def statistics(self, place: Place) -> Hessian:
-        return Hessian.of(place.layer)
+        return Hessian.of(place.layer, by_lane=True)
 
     def memory(self, place: Place) -> int:
         groups = getattr(place.layer, "groups", 1)
-        return LANES * groups * place.terms**2 * 4
+        return Hessian.matrices(by_lane=True) * groups * place.terms**2 * 4
 
     def compress(self, place: Place, statistics: Hessian) -> Found:
         weight = float_weight(place.layer).flatten(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Problem", "cholesky_of_inverse"]
 
 _RAISE = 10.0  # how many times the damping grows after a failure
+_COMPARABLE = 1e-12  # of the greatest unit; a smaller one would make the Hessian of its group 0
 _SMALL = 64  # of a matrix that is inverted as a whole
 _LEAST, _MOST = 1e-4, 1e3  # damping after a failure without any, and the last that is tried
 
@@ -40,8 +41,9 @@ def cholesky_of_inverse(hessian: Tensor) -> tuple[Tensor, Tensor]:
                  [0.0000, 2.0000]]]), tensor([0], dtype=torch.int32))
     """
     with _one_thread():
-        reversed_factor, failed = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
-        return _inverse(reversed_factor.flip(-1, -2)), failed
+        factor, failed = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
+        factor = factor.flip(-1, -2)
+        return _inverse(factor), failed
 
 
 @contextmanager
@@ -85,7 +87,8 @@ class Problem:
         factor: float32 ``[G, K, K]``, U of the damped Hessian in this order.
         damping: float64 ``[G]``, what was added to the diagonal.
         dead: bool ``[G, K]``.
-        failed: bool ``[G]``, where the Hessian is not finite, is 0, or could not be factored.
+        zero: bool ``[G]``, where the Hessian is 0: no integers are better than the nearest ones.
+        failed: bool ``[G]``, where the Hessian is not finite, or could not be factored.
 
     Example:
         >>> hessian = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
@@ -102,6 +105,7 @@ class Problem:
     factor: Tensor
     damping: Tensor
     dead: Tensor
+    zero: Tensor
     failed: Tensor
 
     @classmethod
@@ -110,41 +114,52 @@ class Problem:
     ) -> Problem:
         """The problem for a weight ``[N, K]`` and a Hessian ``[K, K]`` or ``[G, K, K]``."""
         terms = weight.shape[1]
-        wide = hessian.detach().to(weight.device, torch.float64).view(-1, terms, terms)
+        wide = hessian.detach().to(weight.device, torch.float64, copy=True).view(-1, terms, terms)
         original = weight.detach().float().reshape(len(wide), -1, terms).transpose(1, 2)
         diagonal = wide.diagonal(dim1=1, dim2=2)
         dead = diagonal == 0
         unit = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
         unit = torch.where(wide.isfinite().all(2).all(1), unit, torch.nan)
-        failed = ~(unit > 0)
-        dead = dead & ~failed[:, None]
-        one = torch.eye(terms, dtype=wide.dtype, device=wide.device)
-        wide = torch.where(failed[:, None, None], one, wide / unit[:, None, None])
+        zero = unit == 0
+        failed = ~(unit >= 0)
+        useless = zero | failed
+        dead = dead & ~useless[:, None]
+        # One matrix of so many bytes at a time: everything below changes this one.
+        wide.div_(unit[:, None, None]).masked_fill_(useless[:, None, None], 0.0)
+        diagonal.masked_fill_(useless[:, None], 1.0)
         place = torch.arange(terms, device=wide.device).expand(dead.shape)
         if by_activations:
-            ranks = wide.diagonal(dim1=1, dim2=2)
-            place = ranks.argsort(dim=1, descending=True, stable=True)
-        alive = _alive(wide, dead)
+            place = diagonal.argsort(dim=1, descending=True, stable=True)
+        kept = wide.float()
+        diagonal.masked_fill_(dead, 1.0)
+        del diagonal
         if by_activations:
-            alive = _ordered(alive, place)
-        factor, used, hopeless = _factored(alive, damping)
+            wide = _ordered(wide, place)
+        factor, used, hopeless = _factored(wide, damping)
         return cls(
             original.contiguous(),
             original.masked_fill(dead.unsqueeze(2), 0.0).contiguous(),
-            wide.float(),
+            kept,
             unit,
             place,
             factor,
             used,
             dead,
+            zero,
             failed | hopeless,
         )
 
     def damped(self) -> Tensor:
         """The Hessian with its damping, and 1 in the diagonal of dead inputs."""
-        found = _alive(self.hessian, self.dead)
-        found.diagonal(dim1=1, dim2=2).add_(self.damping.float()[:, None])
+        found = self.hessian.clone()
+        diagonal = found.diagonal(dim1=1, dim2=2).masked_fill_(self.dead, 1.0)
+        diagonal.add_(self.damping.float()[:, None])
         return found
+
+    def weights_of_groups(self) -> Tensor:
+        """What makes the Hessians of the groups comparable, float32 ``[G]``: at most 1, never 0."""
+        unit = self.unit.nan_to_num(0.0)
+        return (unit / unit.max()).nan_to_num(1.0).clamp(min=_COMPARABLE).float()
 
     def errors(self, weight: Tensor) -> Tensor:
         """``D H D^T`` of each output, float64 ``[G, n]``, for a changed weight ``[N, K]``.
@@ -156,13 +171,6 @@ class Problem:
         return found * self.unit[:, None]
 
 
-def _alive(hessian: Tensor, dead: Tensor) -> Tensor:
-    """A copy with 1 in the diagonal of dead inputs, whose rows and columns are 0."""
-    found = hessian.clone()
-    found.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
-    return found
-
-
 def _ordered(hessian: Tensor, place: Tensor) -> Tensor:
     """The Hessian of the inputs in another order."""
     group = torch.arange(len(place), device=place.device)[:, None, None]
@@ -170,16 +178,22 @@ def _ordered(hessian: Tensor, place: Tensor) -> Tensor:
 
 
 def _factored(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors U, float32; the dampings; and where no damping was enough."""
+    """The factors U, float32; the dampings; and where no damping was enough.
+
+    The damping is left in the diagonal.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    plain = diagonal.clone()
     used = torch.full(hessian.shape[:1], damping, dtype=torch.float64, device=hessian.device)
     while True:
-        damped = hessian.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(used[:, None])
-        factor, failure = cholesky_of_inverse(damped)
+        diagonal.copy_(plain + used[:, None])
+        factor, failure = cholesky_of_inverse(hessian)
         small = factor.float()
+        del factor
         bad = (failure != 0) | ~small.isfinite().all(2).all(1)
         again = bad & (used < _MOST)
         if not bool(again.any()):
-            one = torch.eye(small.shape[1], device=small.device)
-            return torch.where(bad[:, None, None], one, small), used, bad
+            small.masked_fill_(bad[:, None, None], 0.0)
+            small.diagonal(dim1=1, dim2=2).masked_fill_(bad[:, None], 1.0)
+            return small, used, bad
         used = torch.where(again, (used * _RAISE).clamp(min=_LEAST), used)

@@ -55,7 +55,8 @@ class GPTQResult:
             change D of the weight.
         error: the error of these integers; at most ``nearest_error``.
         fell_back: True if rounding to the nearest integers was the last resort, because the Hessian
-            is not finite, is 0, or could not be factored; in a grouped convolution, for a group.
+            is 0; or is not finite or could not be factored, in a grouped convolution for a group.
+            A group whose inputs were always 0 has the nearest integers besides.
 
     Example:
         >>> gptq(torch.ones(1, 2), torch.zeros(2, 2), Weights(4)).fell_back
@@ -130,8 +131,8 @@ def gptq(
     by_activations, shared = order == "activations", weights.granularity == PerTensor()
     plain = nearest(weight, weights)
     problem = Problem.of(weight, hessian, damping=damping, by_activations=by_activations)
-    if bool(problem.failed.all()):
-        return _better(problem, plain, plain, shared)
+    if bool((problem.failed | problem.zero).all()):
+        return _best(problem, plain, [], shared)
     parts = column_groups(weight.shape[1], weights)
 
     def choose(columns: Tensor, importance: Tensor) -> Parameters:
@@ -142,20 +143,16 @@ def gptq(
     static = bool(static_groups) or by_activations or shared
     rounding = _Rounding(problem, weights, parts, choose, static)
     rounding.run(_blocks(parts, block_size))
-    steps, scale = rounding.integers(), rounding.scale
-    if sweeps:
-        descend(
-            problem.columns,
-            problem.damped(),
-            steps,
-            scale,
-            rounding.zero,
-            weights,
-            sweeps=sweeps,
-            shared=shared,
-        )
-    found = _integer_weight(steps, scale, rounding.zero, weights)
-    return _better(problem, plain, found, shared)
+    steps, scale, zero = rounding.integers(), rounding.scale, rounding.zero
+    found = [_integer_weight(steps, scale, zero, weights)]
+    if sweeps:  # with the damping, which may make the error itself greater
+        scale = scale.clone()
+        damped = problem.damped()
+        if shared:  # one scale for Hessians in different units
+            damped *= problem.weights_of_groups()[:, None, None]
+        descend(problem.columns, damped, steps, scale, zero, weights, sweeps=sweeps, shared=shared)
+        found.append(_integer_weight(steps, scale, zero, weights))
+    return _best(problem, plain, found, shared)
 
 
 class _Rounding:
@@ -287,32 +284,39 @@ def _integer_weight(steps: Tensor, scale: Tensor, zero: Tensor, weights: Weights
     return IntegerWeight(qweight, pair[0], zeros, size)
 
 
-def _better(
-    problem: Problem, plain: IntegerWeight, found: IntegerWeight, shared: bool
+def _best(
+    problem: Problem, plain: IntegerWeight, others: list[IntegerWeight], shared: bool
 ) -> GPTQResult:
-    """The better integers of each output, or of all outputs if they share a scale."""
-    before, after = problem.errors(plain.dequantize()), problem.errors(found.dequantize())
-    better = (after <= before) & ~problem.failed[:, None]
-    if shared:
-        better = (after.sum() <= before.sum()).expand_as(better)
-    rows = better.flatten()
-    wide = rows.view(-1, *[1] * (found.scale.dim() - 1))
-    zero = found.zero_point
-    if zero is not None and plain.zero_point is not None:
-        zero = torch.where(wide, zero, plain.zero_point)
-    chosen = IntegerWeight(
-        torch.where(rows[:, None], found.qweight, plain.qweight),
-        torch.where(wide, found.scale, plain.scale),
-        zero,
-        found.group_size,
-    )
+    """The best integers of each output, or of all outputs if they share a scale."""
+    best, least = plain, problem.errors(plain.dequantize())
+    nearest_error = float(least.sum())
+    for found in others:
+        error = problem.errors(found.dequantize())
+        better = (error <= least) & ~(problem.failed | problem.zero)[:, None]
+        if shared:
+            better = (error.sum() <= least.sum()).expand_as(better)
+        best, least = _mixed(best, found, better.flatten()), torch.where(better, error, least)
     return GPTQResult(
-        chosen,
+        best,
         float(problem.damping.max()),
         int(problem.dead.sum()),
-        float(before.sum()),
-        float(torch.where(better, after, before).sum()),
-        bool(problem.failed.any()),
+        nearest_error,
+        float(least.sum()),
+        bool(problem.failed.any() | problem.zero.all()),
+    )
+
+
+def _mixed(first: IntegerWeight, other: IntegerWeight, rows: Tensor) -> IntegerWeight:
+    """The other integers for some rows."""
+    wide = rows.view(-1, *[1] * (other.scale.dim() - 1))
+    zero = other.zero_point
+    if zero is not None and first.zero_point is not None:
+        zero = torch.where(wide, zero, first.zero_point)
+    return IntegerWeight(
+        torch.where(rows[:, None], other.qweight, first.qweight),
+        torch.where(wide, other.scale, first.scale),
+        zero,
+        other.group_size,
     )
 
 

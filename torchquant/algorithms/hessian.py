@@ -4,8 +4,10 @@ The squared error of a matrix product on inputs x depends on a change D of the w
 ``sum |D x|^2 = trace(D A D^T)`` with ``A = sum x x^T``. GPTQ calls ``H = (2/n) A`` the Hessian.
 
 Sums of floats depend on their order. Batch i therefore belongs to the *lane* ``i % LANES``. Each
-lane is summed batch by batch, and the lanes are added in the order of their numbers at the end.
-Processes that share the batches share whole lanes, so that they get the bits of a process alone.
+lane is summed batch by batch, and the lanes are added in the order of their numbers: at the end, or
+in a process alone that reads lane by lane, each lane as soon as a later one begins. Processes that
+share the batches share whole lanes, so that they get the bits of a process alone with as many
+threads as each of them.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Hessian:
         terms: K, the number of terms of an output.
         groups: G, the groups of a convolution.
         device: where the sums are kept.
+        by_lane: if True, the batches come lane by lane, in the order of the lanes. A process alone
+            then keeps two matrices, and not one for each lane.
 
     Attributes:
         dropped: number of inputs that held NaN or infinities, which are left out.
@@ -56,16 +60,24 @@ class Hessian:
                  [ 6.,  4.]]]), 2, 1)
     """
 
-    def __init__(self, terms: int, groups: int = 1, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        terms: int,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        by_lane: bool = False,
+    ) -> None:
         self.shape = (groups, terms, terms)
+        self.by_lane = by_lane and processes_of(None) == 1
         self.device = device
         self.dropped = 0
         self._lanes: dict[int, Tensor] = {}  # only the part from the diagonal upwards is right
         self._rows = [0] * LANES
+        self._sum: Tensor | None = None  # of the lanes that are done
         self._total: Tensor | None = None
 
     @classmethod
-    def of(cls, layer: Any) -> Hessian:
+    def of(cls, layer: Any, *, by_lane: bool = False) -> Hessian:
         """An empty Hessian for a float linear layer or convolution.
 
         Example:
@@ -73,7 +85,18 @@ class Hessian:
             (2, 18, 18)
         """
         groups, _, terms = grouped_weight(layer, float_weight(layer)).shape
-        return cls(terms, groups, layer.weight.device)
+        return cls(terms, groups, layer.weight.device, by_lane)
+
+    @staticmethod
+    def matrices(*, by_lane: bool = False) -> int:
+        """The greatest number of matrices that a process keeps while it sums.
+
+        Example:
+            >>> Hessian.matrices(), Hessian.matrices(by_lane=True)
+            (9, 2)
+        """
+        processes = processes_of(None)
+        return 2 if by_lane and processes == 1 else -(-LANES // processes) + 1
 
     @property
     def rows(self) -> int:
@@ -90,7 +113,8 @@ class Hessian:
             columns: float ``[G, K, n]``, see :func:`torchquant.algorithms.inputs.columns`.
 
         Raises:
-            ValueError: columns have a wrong shape, or :meth:`reduce` was called before.
+            ValueError: columns have a wrong shape, :meth:`reduce` was called before, or a lane
+                comes again or too late although ``by_lane`` is True.
         """
         if columns.dim() != 3 or columns.shape[:2] != self.shape[:2]:
             raise ValueError(
@@ -108,6 +132,13 @@ class Hessian:
         lane = batch % LANES
         if not columns.shape[-1]:
             return
+        if self.by_lane and any(self._rows[lane + 1 :]):
+            raise ValueError(
+                "Hessian.add: with by_lane=True, batches must come in the order of their lanes, "
+                f"got batch {batch} of lane {lane} after a later lane; pass by_lane=False"
+            )
+        if self.by_lane and lane not in self._lanes:
+            self._finish()
         self._rows[lane] += columns.shape[-1]
         total = self._lanes.get(lane)
         if total is None:
@@ -146,9 +177,12 @@ class Hessian:
             )
         self._rows = rows.sum(0).tolist()
         self.dropped = int(every[:, LANES].sum())
-        total = torch.zeros(self.shape, device=self.device)
+        if self.by_lane:
+            self._finish()
+        total = self._sum
+        total = torch.zeros(self.shape, device=self.device) if total is None else total
         for lane, count in enumerate(self._rows):
-            if not count:
+            if not count or self.by_lane:
                 continue
             one = self._lanes.pop(lane, None)
             if processes > 1:
@@ -156,8 +190,16 @@ class Hessian:
                 _broadcast(one, lane % processes, process_group)
             assert one is not None
             total += one
-        self._total = total.triu_()
+        self._total, self._sum = total.triu_(), None
         self._total += total.triu(1).transpose(1, 2)
+
+    def _finish(self) -> None:
+        """Add the lane that is done to the sum."""
+        for one in self._lanes.values():
+            if self._sum is None:
+                self._sum = torch.zeros(self.shape, device=self.device)
+            self._sum += one
+        self._lanes.clear()
 
     def value(self) -> Tensor:
         """The Hessian, float32 ``[G, K, K]``; zeros without inputs."""

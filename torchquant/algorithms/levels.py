@@ -49,6 +49,7 @@ def levels_of(
     """The levels of layers, after a level of those that the batch does not reach.
 
     A forward may read the weight of such a layer without a call; the others shall see its integers.
+    A call with an empty tensor, such as an expert without tokens gets it, does not reach a layer.
 
     Args:
         modules: the layers as the forward calls them, by name.
@@ -100,6 +101,8 @@ def _seen(
 
     def before(name: str, args: Any, kwargs: Any) -> None:
         value = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(value, Tensor) and not value.numel():
+            return  # as if it was not called: an empty input never changes
         calls = found.setdefault(name, _Calls([]))
         if not calls.marks:
             mark = _mark(value)

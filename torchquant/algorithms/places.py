@@ -81,6 +81,9 @@ class FloatPlace(Place):
     Args:
         step: the layer's step in the plan of the verb.
 
+    Attributes:
+        followers: layers with the same weight, which get the same integers.
+
     Example:
         >>> from torchquant.convert.plan import find_layers
         >>> model = nn.Sequential(nn.Linear(64, 32))
@@ -98,14 +101,19 @@ class FloatPlace(Place):
         super().__init__(step.name, step.module, step.config, step.module)
         self._class = step.kind.layer_class(step.config, step.module)
         self._owners, self._held = step.owners, step.held
+        self.followers: list[FloatPlace] = []
 
     def install(self, found: Adjustment | None) -> None:
         new = self._class.from_float(self.layer, self.config)
         if found is not None:
             give_integers(found, new)
         self._put(new)
+        for follower in self.followers:
+            follower.install(found)
 
     def restore(self) -> None:
+        for follower in self.followers:
+            follower.restore()
         if self.module is not self.layer:
             self._put(self.layer)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchquant.algorithms.integer_weight import IntegerWeight
 from torchquant.configs import Fusion, QuantizationConfig
-from torchquant.convert.adjustment import Adjustment, adjust, is_adjusted
+from torchquant.convert.adjustment import Adjustment, adjust, adjustment_of, restore_adjustment
 from torchquant.convert.plan import Step
 from torchquant.convert.quantize import quantize_model
 from torchquant.convert.selection import FilterFn
@@ -30,7 +30,8 @@ def quantize_with(
 ) -> QuantizationReport:
     """What :func:`torchquant.quantize_` does, with integers that ``find`` gives to the layers.
 
-    No integers stay with layers that remain in float, nor if an exception ends the call.
+    The integers do not stay with layers that remain in float, nor if an exception ends the call;
+    such layers keep what earlier calls of verbs found.
 
     Args:
         who: the verb, with which messages start.
@@ -50,18 +51,17 @@ def quantize_with(
         >>> torch.allclose(model[0].weight, before * 2, atol=0.01)
         True
     """
-    chosen: list[Step] = []
+    before: list[tuple[nn.Module, Adjustment]] = []
 
     def found(steps: list[Step]) -> None:
-        chosen.extend(steps)
+        before.extend((step.module, adjustment_of(step.module)) for step in steps)
         find(steps)
 
     try:
         return quantize_model(who, model, config, filter_fn, strict, fusion, progress, found)
     finally:
-        for step in chosen:
-            if is_adjusted(step.module):
-                adjust(step.module, Adjustment())
+        for module, adjustment in before:
+            restore_adjustment(module, adjustment)
 
 
 def give(step: Step, found: IntegerWeight, who: str) -> None:

@@ -9,32 +9,36 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchquant.algorithms.found import Found
-from torchquant.analysis.verify import tensors_in
 from torchquant.files.atomic import replacing
 
-__all__ = ["Results", "checksum", "fingerprint"]
+__all__ = ["Results", "checksum", "differences", "fingerprint"]
 
 _INDEX = "walk.json"
 _FORMAT = 1
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
+def checksum(tensors: Iterable[Tensor], total: int = 0) -> int:
     """A number that differs for tensors with other shapes, dtypes or values.
+
+    Args:
+        tensors: the tensors.
+        total: the number of what comes before them.
 
     Example:
         >>> checksum([torch.zeros(2)]) == checksum([torch.zeros(2, 1)])
         False
     """
-    total = 0
     for tensor in tensors:
         total = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), total)
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -59,10 +63,34 @@ def fingerprint(
         "names": zlib.crc32("\n".join(name for name, _ in state).encode()),
         "values": checksum(tensor for _, tensor in state),
         "batches": len(batches),
-        "data": checksum(tensor for batch in batches for tensor in tensors_in(batch)),
+        "data": _content(batches, 0),
         "config": repr(config),
         "options": repr(dict(options)),
     }
+
+
+def _content(value: Any, total: int) -> int:
+    """A number that differs for batches with other tensors, arrays, texts or numbers."""
+    if isinstance(value, Tensor):
+        return checksum([value], total)
+    if isinstance(value, (str, bytes, int, float, complex, type(None))):
+        return zlib.crc32(repr(value).encode(errors="backslashreplace"), total)
+    total = zlib.crc32(type(value).__qualname__.encode(), total)
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        total = zlib.crc32(f"{value.dtype} {value.shape}".encode(), total)
+        return zlib.crc32(value.tobytes(), total)
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = (part for item in value.items() for part in item)
+    elif isinstance(value, (Sequence, np.ndarray)):
+        parts = value
+    elif is_dataclass(value):
+        parts = (getattr(value, field.name) for field in fields(value))
+    else:  # of an image the pixels
+        pixels = getattr(value, "tobytes", None)
+        return zlib.crc32(pixels(), total) if callable(pixels) else total
+    for part in parts:
+        total = _content(part, total)
+    return total
 
 
 _WORDS = {
@@ -74,6 +102,18 @@ _WORDS = {
     "config": "configuration",
     "options": "arguments of the verb",
 }
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In words, what differs between the models and the data of two fingerprints.
+
+    Example:
+        >>> one, two = (fingerprint(nn.ReLU(), [value], None, {}) for value in (1, 2))
+        >>> differences(one, two)
+        ['values of the batches']
+    """
+    keys = ("names", "values", "batches", "data")
+    return [_WORDS[key] for key in keys if first[key] != other[key]]
 
 
 class Results:

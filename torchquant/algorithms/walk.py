@@ -2,11 +2,13 @@
 
 Each layer is compressed with what it reads in a model whose layers before it have their integers
 already. Blocks (:mod:`torchquant.algorithms.blocks`) are run alone, on the values that the block
-before gave, so that memory holds one tensor for each batch and the statistics of few layers. In a
-block, layers that do not depend on each other are one stage (:mod:`torchquant.algorithms.levels`).
+before gave, so that memory holds one tensor for each batch, beside the other arguments of the
+blocks, and the statistics of few layers. It also holds what was found so far. In a block,
+layers that do not depend on each other are one stage (:mod:`torchquant.algorithms.levels`).
 
 Processes share the batches by the lanes of :mod:`torchquant.algorithms.hessian`, and the layers of
-a stage in turn. They take all decisions together, so that each has the bits of a process alone.
+a stage in turn. They take all decisions together, so that each has the bits of a process alone with
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def walk(
     try:
         model.eval()
         walker = _Walk(method, most, by_order, offload, results)
-        own = [batch for batch in range(batches) if batch % LANES in lanes_of(*place_among())]
+        lanes = lanes_of(*place_among())
+        own = [batch for lane in lanes for batch in range(lane, batches, LANES)]
         with closing(walker.scope(model, "", list(places), run, own)) as steps:
             for _ in track(steps, who, progress, total=len(places)):
                 pass
@@ -181,7 +184,7 @@ class _Walk:
                 first = f"{name}.{blocks.names[0]}".lstrip(".")
                 self.notes.append(
                     f"The model is run as a whole for each layer of the blocks from {first} on, "
-                    "because a block that runs alone gives other values."
+                    "because a block that runs alone gives other values or raises an error."
                 )
         if not sequences:
             return [], [names]
@@ -274,8 +277,9 @@ class _Walk:
             del statistics
             every_one = [from_process(one, at % processes) for at, one in enumerate(made)]
             found = dict(zip(full, every_one, strict=True))
-            if self.results is not None and number == 0:
-                self.results.save(found)
+            if self.results is not None:
+                save = partial(self.results.save, found)
+                in_all(save if number == 0 else lambda: None)
         for place in places.values():
             one = self.found[place.name] = found[place.name]
             place.install(one.adjustment)

@@ -75,6 +75,23 @@ def adjust(module: nn.Module, adjustment: Adjustment) -> None:
     module.__dict__[_ATTRIBUTE] = adjustment
 
 
+def restore_adjustment(module: nn.Module, adjustment: Adjustment) -> None:
+    """Give a float layer the adjustment back that :func:`adjustment_of` returned, as it was.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> before = adjustment_of(layer)
+        >>> adjust(layer, Adjustment(bias=torch.zeros(2)))
+        >>> restore_adjustment(layer, before)
+        >>> is_adjusted(layer)
+        False
+    """
+    if adjustment.qweight is None and adjustment.bias is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = adjustment
+
+
 def is_adjusted(module: nn.Module) -> bool:
     """True if an algorithm found something for the layer."""
     return _ATTRIBUTE in module.__dict__
