@@ -305,7 +305,7 @@ class _Found:
         return found
 
     def _disjoint(self, channels: Channels) -> None:
-        """Layers that read the same channels must read all the same ones, in the same order."""
+        """Block channels that some layers read in one order and other layers in another one."""
         seen: set[int] = set()
         for columns, _ in self._readers(channels):
             used = set(columns[columns >= 0].tolist())
